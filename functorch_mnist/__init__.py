@@ -1,0 +1,40 @@
+"""A pure-functional, JAX-style library on torch.func.
+
+    import functorch_mnist as fm
+
+    model = fm.models.cnn()
+    params = model.init(fm.random.key(0))
+
+The namespaces below are the public surface. Each is imported when it is first used, so that the command line can answer
+`--help` before torch is loaded.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from . import checkpoint as checkpoint
+    from . import data as data
+    from . import layers as layers
+    from . import losses as losses
+    from . import models as models
+    from . import optim as optim
+    from . import random as random
+    from . import train as train
+    from . import tree as tree
+
+__version__ = version("functorch-mnist")
+
+_NAMESPACES = ("checkpoint", "data", "layers", "losses", "models", "optim", "random", "train", "tree")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _NAMESPACES:
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*_NAMESPACES, "__version__"]

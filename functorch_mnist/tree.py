@@ -1,0 +1,140 @@
+"""Pytrees: nested dicts, lists, tuples and named tuples whose leaves are tensors.
+
+The one file that touches torch's private `torch.utils._pytree`, which is what `torch.func` itself uses. Dictionaries
+keep their insertion order, as torch does (JAX sorts the keys).
+"""
+
+from builtins import map as builtin_map
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Tree: TypeAlias = Any
+"""A pytree of tensors. Python's types cannot say "nested to any depth, structure kept", hence `Any`."""
+
+T = TypeVar("T")
+
+
+def map(fn: Callable[..., object], tree: T, *rest: T) -> T:
+    """The tree of `fn(leaf, *leaves of rest)`.
+
+    Args:
+        fn: takes one leaf of each tree.
+        tree: gives the structure of the result.
+        rest: trees of the same structure.
+
+    Raises:
+        ValueError: a tree of `rest` has another structure.
+
+    Example:
+        >>> map(lambda a, b: a + b, {"w": torch.ones(2)}, {"w": torch.ones(2)})
+        {'w': tensor([2., 2.])}
+    """
+    values, structure = pytree.tree_flatten(tree)
+    columns = [values]
+    for other in rest:
+        leaves_of_other, other_structure = pytree.tree_flatten(other)
+        if other_structure != structure:
+            raise ValueError(f"tree.map: the trees must have one structure. Found {structure} and {other_structure}.")
+        columns.append(leaves_of_other)
+    return cast(T, pytree.tree_unflatten([fn(*row) for row in zip(*columns, strict=True)], structure))
+
+
+def leaves(tree: Tree) -> list[Tensor]:
+    """The leaves, in the order of `paths`.
+
+    Example:
+        >>> leaves({"a": torch.tensor(1), "b": [torch.tensor(2)]})
+        [tensor(1), tensor(2)]
+    """
+    return pytree.tree_leaves(tree)
+
+
+def paths(tree: Tree) -> list[str]:
+    """The name of each leaf, its keys, field names and positions joined by `/`.
+
+    Example:
+        >>> paths({"a": torch.tensor(1), "b": [torch.tensor(2)]})
+        ['a', 'b/0']
+    """
+    return ["/".join(_part(entry) for entry in path) for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+
+
+def _part(entry: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    raise TypeError(f"tree.paths: cannot name the path entry {entry!r}.")
+
+
+def unflatten(like: T, values: list[Tensor]) -> T:
+    """The tree with the structure of `like` and the leaves `values`: `unflatten(t, leaves(t))` equals `t`.
+
+    Raises:
+        ValueError: the number of values is not the number of leaves.
+    """
+    structure = pytree.tree_structure(like)
+    if structure.num_leaves != len(values):
+        raise ValueError(f"tree.unflatten: the tree has {structure.num_leaves} leaves. Found {len(values)} values.")
+    return cast(T, pytree.tree_unflatten(values, structure))
+
+
+def zeros_like(tree: T) -> T:
+    """Zeros of the same shapes, dtypes, devices and memory formats."""
+    return map(torch.zeros_like, tree)
+
+
+def dot(a: T, b: T) -> Tensor:
+    """The inner product `Σ a_i b_i` over all leaves, a 0-d tensor in float32 or wider; 0 for an empty tree.
+
+    Example:
+        >>> dot({"w": torch.ones(3)}, {"w": torch.full((3,), 2.0)})
+        tensor(6.)
+    """
+    products = leaves(map(lambda x, y: (_wide(x) * _wide(y)).sum(), a, b))
+    return torch.stack(products).sum() if products else torch.zeros(())
+
+
+def norm(tree: Tree) -> Tensor:
+    """The Euclidean norm over all leaves, a 0-d tensor in float32 or wider; 0 for an empty tree.
+
+    Guarantees: its gradient at zero is zero.
+
+    Example:
+        >>> norm([torch.tensor([3.0]), torch.tensor([4.0])])
+        tensor(5.)
+    """
+    norms = [torch.linalg.vector_norm(_wide(leaf)) for leaf in leaves(tree)]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+
+
+def ravel(tree: Tree) -> Tensor:
+    """All leaves as one vector, in the order of `leaves`.
+
+    Example:
+        >>> ravel({"w": torch.ones(1, 2), "b": torch.zeros(1)})
+        tensor([1., 1., 0.])
+    """
+    values = leaves(tree)
+    return torch.cat([leaf.reshape(-1) for leaf in values]) if values else torch.zeros(0)
+
+
+def unravel(like: T, vector: Tensor) -> T:
+    """The tree with the structure, shapes and dtypes of `like` and the numbers of `vector`: the inverse of `ravel`.
+
+    Raises:
+        ValueError: `vector` is not one-dimensional with as many numbers as `like` has.
+    """
+    values = leaves(like)
+    sizes = [leaf.numel() for leaf in values]
+    if vector.shape != (sum(sizes),):
+        raise ValueError(f"tree.unravel: the tree holds {sum(sizes)} numbers. Found a vector of {tuple(vector.shape)}.")
+    parts = builtin_map(lambda part, leaf: part.view(leaf.shape).to(leaf.dtype), torch.split(vector, sizes), values)
+    return unflatten(like, list(parts))
+
+
+def _wide(leaf: Tensor) -> Tensor:
+    return leaf.to(torch.promote_types(leaf.dtype, torch.float32))
