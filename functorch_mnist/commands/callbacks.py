@@ -1,0 +1,92 @@
+"""What `train` does after each step: saves checkpoints, shows progress and writes `metrics.jsonl`."""
+
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from .. import checkpoint, run_folder
+from ..train import Progress
+from .build import Saved
+
+
+class DivergedError(Exception):
+    """The loss is no longer a number."""
+
+
+class Saver:
+    """Saves every so many steps, and holds the newest state for the last save."""
+
+    def __init__(self, run: Path, newest: Saved, *, saved_step: int, every: int, keep: int, config: Any) -> None:
+        self.folder, self.every, self.keep, self.config = run / run_folder.CHECKPOINTS, every, keep, config
+        self.newest, self.saved_step = newest, saved_step
+
+    def __call__(self, progress: Progress) -> None:
+        self.newest = Saved(progress.state, progress.loss)
+        if progress.step % self.every == 0:
+            self.save()
+
+    def save(self) -> int:
+        """Saves the newest state unless it is saved already, and returns its step.
+
+        Raises:
+            DivergedError: its loss is not finite; what was saved before stays.
+        """
+        step = int(self.newest.state.step)
+        if not math.isfinite(self.newest.loss.item()):
+            raise DivergedError(f"The loss is no longer finite at step {step}. Lower --lr or set --max-norm.")
+        if step != self.saved_step:
+            checkpoint.save(self.folder, self.newest, step=step, config=self.config, keep=self.keep)
+            self.saved_step = step
+        return step
+
+
+class Reporter:
+    """Shows a bar on a terminal and plain lines elsewhere; writes a record for each line."""
+
+    LINE_EVERY, BAR_EVERY = 100, 20
+
+    def __init__(self, run: Path, *, epochs: int, total: int, done: int) -> None:
+        self.run, self.epochs, self.total = run, epochs, total
+        self.bar = tqdm(total=total, initial=done, unit="step", disable=not sys.stderr.isatty())
+        self.since, self.steps_since, self.examples_before = time.perf_counter(), done, 0
+
+    def __call__(self, progress: Progress) -> None:
+        line = progress.step % self.LINE_EVERY == 0 or progress.epoch_ended
+        if not line and (self.bar.disable or progress.step % self.BAR_EVERY):
+            return
+        loss = progress.loss.item() / progress.examples
+        if not math.isfinite(loss):
+            raise DivergedError(f"The loss is no longer finite at step {progress.step}. Lower --lr or set --max-norm.")
+        rate = self._examples_per_second(progress)
+        self.bar.set_description(f"epoch {progress.epoch + 1}/{self.epochs}")
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} examples/s")
+        self.bar.update(progress.step - self.bar.n)
+        if line:
+            self._record(progress, loss, rate)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        self.bar.close()
+
+    def _examples_per_second(self, progress: Progress) -> float:
+        now = time.perf_counter()
+        examples = progress.examples - (self.examples_before if progress.examples > self.examples_before else 0)
+        rate = examples / max(now - self.since, 1e-9)
+        self.since, self.examples_before = now, progress.examples
+        return rate
+
+    def _record(self, progress: Progress, loss: float, rate: float) -> None:
+        kind = "epoch" if progress.epoch_ended else "step"
+        record = {"kind": kind, "epoch": progress.epoch, "step": progress.step, "loss": loss, "examples_per_s": rate}
+        run_folder.append_metrics(self.run, record)
+        if self.bar.disable:
+            mean = "mean loss" if progress.epoch_ended else "loss"
+            print(
+                f"epoch {progress.epoch + 1}/{self.epochs}  step {progress.step}/{self.total}  "
+                f"{mean} {loss:.4f}  {rate:,.0f} examples/s",
+                flush=True,
+            )

@@ -1,0 +1,23 @@
+"""MNIST and four sets of the same format, as whole tensors in memory, and batches of them.
+
+| file | what it holds |
+|---|---|
+| `idx.py` | the reader of the IDX file format, which trusts nothing in a file |
+| `sets.py` | a data set by name or from a folder |
+| `pixels.py` | the statistics of pixels, and pixels as a network takes them |
+| `batches.py` | the order of an epoch and its batches |
+| `mnist/` | the four files of MNIST, shipped with the package, and their licence |
+"""
+
+from .batches import Batch as Batch
+from .batches import batches as batches
+from .batches import epoch_order as epoch_order
+from .batches import steps_per_epoch as steps_per_epoch
+from .idx import DataError as DataError
+from .idx import read_idx as read_idx
+from .pixels import normalization as normalization
+from .pixels import normalize as normalize
+from .sets import NAMES as NAMES
+from .sets import Dataset as Dataset
+from .sets import Split as Split
+from .sets import load as load

@@ -1,0 +1,200 @@
+"""Layers: pure functions of inputs and weights, for one example or a batch with any leading axes.
+
+    linear             y = x Wᵀ + b
+    relu               max(x, 0)
+    sigmoid            1 / (1 + e⁻ˣ)
+    tanh               (eˣ - e⁻ˣ) / (eˣ + e⁻ˣ)
+    log_softmax        x - log Σ_k e^{x_k}
+    dropout            x m / (1 - rate),  m ~ Bernoulli(1 - rate)
+
+Randomness is an argument: a dropout layer takes one key per example, so an example's mask does not depend on the batch
+it is in. Shapes below write `...` for the leading axes.
+
+Images are fastest on a CPU in the channels-last memory format. A layer keeps the format of its input; `flatten` and
+`max_pool2d` also keep it in their gradients, which torch's own do not.
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import random
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x Wᵀ + b`.
+
+    Args:
+        x: (..., D).
+        weight: (H, D).
+        bias: (H,), or none.
+
+    Returns:
+        (..., H).
+
+    Example:
+        >>> linear(torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 1.0]]), torch.tensor([0.5]))
+        tensor([3.5000])
+    """
+    return F.linear(x, weight, bias)
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, padding: int = 0) -> Tensor:
+    """The cross-correlation of images with kernels: `y[o, i, j] = b[o] + Σ_{c, u, v} w[o, c, u, v] x[c, i + u, j + v]`.
+
+    Args:
+        x: (..., C, height, width).
+        weight: (O, C, kernel height, kernel width).
+        bias: (O,), or none.
+        stride: step of the kernel, in pixels.
+        padding: zeros added at each edge, in pixels.
+
+    Returns:
+        (..., O, height', width').
+    """
+    return _over_leading_axes(lambda images: F.conv2d(images, weight, bias, stride, padding), x)
+
+
+def max_pool2d(x: Tensor, size: int = 2) -> Tensor:
+    """The maximum over non-overlapping windows; rows and columns that fill no window are left out.
+
+    Args:
+        x: (..., C, height, width).
+        size: height and width of a window, in pixels.
+
+    Returns:
+        (..., C, height // size, width // size).
+
+    Guarantees: NaN in a window gives NaN; where values tie, the first in row order gets the gradient, as in torch.
+    """
+    if size == 2 and torch.compiler.is_compiling():
+        return _max_pool2d_by_comparison(x)
+    return _over_leading_axes(lambda images: F.max_pool2d(images, size), x)
+
+
+def _max_pool2d_by_comparison(x: Tensor) -> Tensor:
+    """`max_pool2d` as two comparisons. The compiler fuses them and their gradients, where it would scatter torch's."""
+    height, width = x.shape[-2] // 2, x.shape[-1] // 2
+    x = x[..., : 2 * height, : 2 * width].movedim(-3, -1)
+    left, right = x.unflatten(-2, (width, 2)).unbind(-2)
+    x = _first_maximum(left, right)
+    top, bottom = x.unflatten(-3, (height, 2)).unbind(-3)
+    return _first_maximum(top, bottom).movedim(-1, -3)
+
+
+def _first_maximum(a: Tensor, b: Tensor) -> Tensor:
+    return torch.where((b > a) | b.isnan(), b, a)
+
+
+def _over_leading_axes(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`fn` of images (C, height, width) or (N, C, height, width), extended to any leading axes."""
+    if x.dim() <= 4:
+        return fn(x)
+    return fn(x.flatten(0, -4)).unflatten(0, x.shape[:-3])
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """The same images, stored channels last: the format in which convolutions are fastest on a CPU.
+
+    Args:
+        x: (..., C, height, width).
+
+    Returns:
+        (..., C, height, width), equal to `x`; a copy only where there are several channels stored first.
+    """
+    if x.shape[-3] == 1:  # both orders hold the same numbers: only the strides tell them apart
+        return x.squeeze(-3).unsqueeze(-1).movedim(-1, -3)
+    return x.movedim(-3, -1).contiguous().movedim(-1, -3)
+
+
+def flatten(x: Tensor) -> Tensor:
+    """Each image as one vector, in the order channel, row, column.
+
+    Args:
+        x: (..., C, height, width).
+
+    Returns:
+        (..., C · height · width).
+    """
+    # The gradient of `narrow` is a new tensor in the order of the narrowed one: channels last. Without it the gradient
+    # would reach the layers below as a strided view, and each of them would copy it.
+    last = x.movedim(-3, -1)
+    return last.narrow(-1, 0, last.shape[-1]).movedim(-1, -3).flatten(-3)
+
+
+def relu(x: Tensor) -> Tensor:
+    """`max(x, 0)`, with gradient 0 at 0."""
+    return torch.relu(x)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """`1 / (1 + e⁻ˣ)`."""
+    return torch.sigmoid(x)
+
+
+def tanh(x: Tensor) -> Tensor:
+    """`(eˣ - e⁻ˣ) / (eˣ + e⁻ˣ)`."""
+    return torch.tanh(x)
+
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+    {"relu": relu, "sigmoid": sigmoid, "tanh": tanh}
+)
+"""The activations by name."""
+
+
+def log_softmax(x: Tensor) -> Tensor:
+    """Log-probabilities over the last axis: `x - log Σ_k e^{x_k}`.
+
+    Example:
+        >>> log_softmax(torch.zeros(2)).exp()
+        tensor([0.5000, 0.5000])
+    """
+    return F.log_softmax(x, dim=-1)
+
+
+def dropout(x: Tensor, key: Tensor, *, rate: float) -> Tensor:
+    """`x` with each number set to zero with probability `rate`, the others divided by `1 - rate`.
+
+    Args:
+        x: (..., *shape).
+        key: (..., 2), one key per example.
+        rate: in [0, 1).
+
+    Returns:
+        (..., *shape).
+
+    Guarantees: the expectation is `x`; `rate` 0 gives `x`; an example's mask depends on its key alone.
+
+    Reference: Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", JMLR 15, 2014.
+    """
+    return drop(x, key, x.shape[key.dim() - 1 :], rate=rate)
+
+
+def channel_dropout(x: Tensor, key: Tensor, *, rate: float) -> Tensor:
+    """`dropout` of whole channels.
+
+    Args:
+        x: (..., C, height, width).
+        key: (..., 2), one key per example.
+        rate: in [0, 1).
+
+    Returns:
+        (..., C, height, width).
+
+    Reference: Tompson et al., "Efficient object localization using convolutional networks", CVPR 2015.
+    """
+    return drop(x, key, (x.shape[-3], 1, 1), rate=rate)
+
+
+def drop(x: Tensor, key: Tensor, shape: tuple[int, ...], *, rate: float) -> Tensor:
+    """`x` (..., *) under a dropout mask of shape (..., *shape) that broadcasts against it; `key` is (..., 2)."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout: rate must be in [0, 1). Found {rate}.")
+    if rate == 0:
+        return x
+    keep = random.bernoulli(key, 1 - rate, shape)
+    return torch.where(keep, x / (1 - rate), torch.zeros((), dtype=x.dtype, device=x.device))

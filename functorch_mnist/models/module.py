@@ -1,0 +1,218 @@
+"""Any `nn.Module` as a pure model, and back.
+
+The module is copied without its numbers; the copy is only ever run through `torch.func.functional_call`, which lends
+it the parameters that `apply` is given. Dropout layers are found by a `TorchFunctionMode` and drawn from the key, not
+the global generator.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.overrides import TorchFunctionMode
+
+from .. import layers, random
+from .model import Model, Params
+
+
+def from_module(module: nn.Module, *, example_ndim: int | None = None) -> tuple[Params, Model]:
+    """The parameters of a module, and the module as a pure model.
+
+    Args:
+        module: any module whose forward takes one tensor with a leading batch axis and returns one. It is not changed.
+        example_ndim: number of axes of one example. With it `apply` takes any leading axes; without it `apply` takes
+            exactly one example, to be batched with `vmap`.
+
+    Returns:
+        `(params, model)`. `params` holds a detached copy of each parameter that requires a gradient, under its
+        `named_parameters` name, tied ones once. Frozen parameters and buffers are constants of the model.
+        `model.apply(params, x)` runs in evaluation mode; with a key, dropout is on and drawn from it.
+        `model.init(key)` draws new parameters with each layer's own `reset_parameters`.
+
+    Raises:
+        ValueError: a batch norm in training mode, or without running statistics; a lazy layer that has seen no input.
+            From `apply` with a key: a layer that draws random numbers of its own. From `init`: a layer without
+            `reset_parameters`.
+
+    Guarantees: the module is not changed, by this or by the model; equal inputs give equal outputs.
+
+    Example:
+        >>> params, model = from_module(nn.Linear(3, 2), example_ndim=1)
+        >>> model.apply(params, torch.zeros(5, 3)).shape
+        torch.Size([5, 2])
+    """
+    _refuse_mixing_layers(module)
+    params = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+    constants = {name: p.detach().clone() for name, p in module.named_parameters() if not p.requires_grad}
+    constants |= {name: b.detach().clone() for name, b in module.named_buffers()}
+    quiet, noisy = _skeleton(module).eval(), _skeleton(module).train()
+    for layer in noisy.modules():
+        if isinstance(layer, _NormBase):
+            layer.eval()
+
+    def call(skeleton: nn.Module, params: Params, x: Tensor) -> Tensor:
+        buffers = {name: value.clone() for name, value in constants.items()}  # a forward may write to its buffers
+        outputs: Tensor = functional_call(skeleton, (params, buffers), (x,))
+        return outputs
+
+    def one(params: Params, x: Tensor, key: Tensor | None) -> Tensor:
+        if key is None:
+            return call(quiet, params, x[None])[0]
+        _refuse_hidden_dropout(noisy)
+        with _KeyedDropout(key):
+            return call(noisy, params, x[None])[0]
+
+    def apply(params: Params, x: Tensor, key: Tensor | None = None) -> Tensor:
+        lead = x.shape[: x.dim() - example_ndim] if example_ndim is not None else ()
+        if not lead:
+            return one(params, x, key)
+        examples = x.flatten(0, len(lead) - 1)
+        if key is None:
+            return call(quiet, params, examples).unflatten(0, lead)
+        keys = key.reshape(-1, 2)
+        return vmap(one, in_dims=(None, 0, 0))(params, examples, keys).unflatten(0, lead)
+
+    return params, Model(lambda key: _reinitialised(quiet, params, key), apply)
+
+
+def load_into(module: nn.Module, params: Params) -> None:
+    """Copies parameters into a module, in place: the way back from `from_module`.
+
+    Args:
+        module: has the parameters that `params` names, with their shapes.
+        params: as `from_module(module)` gives them.
+
+    Raises:
+        ValueError: a name is missing or unexpected, or a shape differs. Nothing has been copied then.
+    """
+    own = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    missing, unexpected = sorted(own.keys() - params.keys()), sorted(params.keys() - own.keys())
+    if missing or unexpected:
+        raise ValueError(f"load_into: the names must be the module's. Missing {missing}, unexpected {unexpected}.")
+    for name, p in own.items():
+        if p.shape != params[name].shape:
+            raise ValueError(
+                f"load_into: {name} has shape {tuple(p.shape)} in the module. Found {tuple(params[name].shape)}."
+            )
+    with torch.no_grad():
+        for name, p in own.items():
+            p.copy_(params[name])
+
+
+def _refuse_mixing_layers(module: nn.Module) -> None:
+    for name, layer in module.named_modules():
+        kind = f"layer {name!r} ({type(layer).__name__})"
+        if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():  # type: ignore[misc]
+            raise ValueError(f"from_module: every parameter must exist. The {kind} is lazy. Run one batch through it.")
+        if isinstance(layer, _BatchNorm) and not layer.track_running_stats:
+            raise ValueError(
+                f"from_module: examples must not mix. The {kind} has no running statistics, so it averages over the "
+                "batch. Use nn.GroupNorm instead."
+            )
+        if isinstance(layer, _NormBase) and layer.track_running_stats and layer.training:
+            raise ValueError(
+                f"from_module: examples must not mix. The {kind} is in training mode, where it averages over the batch "
+                "and updates its statistics. Call eval() on it to use its running statistics, or use nn.GroupNorm."
+            )
+
+
+def _skeleton(module: nn.Module) -> nn.Module:
+    """A copy with the same structure and ties whose parameters and buffers hold no numbers."""
+    memo: dict[int, Any] = {}
+    for p in module.parameters():
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+    for b in module.buffers():
+        memo[id(b)] = torch.empty_like(b, device="meta")
+    return copy.deepcopy(module, memo)
+
+
+def _reinitialised(skeleton: nn.Module, params: Params, key: Tensor) -> Params:
+    module = copy.deepcopy(skeleton).to_empty(device="cpu")
+    seed = int(key[..., 0]) << 32 | (int(key[..., 1]) & 0xFFFFFFFF)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, layer in module.named_modules():
+            if not any(p.requires_grad for p in layer.parameters(recurse=False)):
+                continue
+            reset = getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
+            if reset is None:
+                raise ValueError(
+                    f"init: each layer must know how to draw its parameters. Layer {name!r} ({type(layer).__name__}) "
+                    "has no reset_parameters. Start from the parameters that from_module returned."
+                )
+            reset()
+    fresh = dict(module.named_parameters())
+    return {name: fresh[name].detach().to(old.device, old.dtype) for name, old in params.items()}
+
+
+def _refuse_hidden_dropout(module: nn.Module) -> None:
+    for name, layer in module.named_modules():
+        hidden = isinstance(layer, (nn.MultiheadAttention, nn.RNNBase)) and layer.dropout > 0
+        if hidden:
+            raise ValueError(
+                f"apply: random numbers must come from the key. Layer {name!r} ({type(layer).__name__}) draws its own "
+                "dropout. Set its dropout to 0."
+            )
+
+
+_ELEMENT_DROPOUT = {F.dropout, torch.dropout}
+_CHANNEL_DROPOUT = {F.dropout1d: 3, F.dropout2d: 4, F.dropout3d: 5}
+_OTHER_RANDOM = {
+    F.alpha_dropout, F.feature_alpha_dropout, F.rrelu, F.gumbel_softmax, torch.bernoulli, torch.normal, torch.rand,
+    torch.rand_like, torch.randint, torch.randn, torch.randn_like, torch.randperm, torch.feature_dropout,
+    torch.alpha_dropout, torch.feature_alpha_dropout, Tensor.bernoulli_, Tensor.normal_, Tensor.uniform_,
+}  # fmt: skip
+
+
+class _KeyedDropout(TorchFunctionMode):
+    """Draws the n-th dropout of a forward from `fold_in(key, n)`; refuses other random functions."""
+
+    def __init__(self, key: Tensor) -> None:
+        super().__init__()
+        self.keys = self._stream(key)
+
+    @staticmethod
+    def _stream(key: Tensor) -> Iterator[Tensor]:
+        n = 0
+        while True:
+            yield random.fold_in(key, n)
+            n += 1
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _OTHER_RANDOM:
+            raise ValueError(
+                f"apply: random numbers must come from the key. The module calls {func.__name__}, which draws from the "
+                "global generator."
+            )
+        if func in _ELEMENT_DROPOUT:
+            return self._drop(lambda x: x.shape, *args, **kwargs)
+        if func in _CHANNEL_DROPOUT:
+            return self._drop(lambda x: _channels(x, _CHANNEL_DROPOUT[func]), *args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _drop(
+        self,
+        shape_of: Any,
+        input: Tensor,
+        p: float = 0.5,
+        training: bool = True,
+        inplace: bool = False,
+        *,
+        train: bool = True,
+    ) -> Tensor:
+        if not (training and train) or p == 0:
+            return input
+        dropped = torch.zeros_like(input) if p == 1 else layers.drop(input, next(self.keys), shape_of(input), rate=p)
+        return input.copy_(dropped) if inplace else dropped
+
+
+def _channels(x: Tensor, batched_ndim: int) -> tuple[int, ...]:
+    """The shape of a mask over the channels of `x`, which is (N, C, …) or (C, …)."""
+    lead = 2 if x.dim() == batched_ndim else 1
+    return (*x.shape[:lead], *[1] * (x.dim() - lead))

@@ -1,0 +1,97 @@
+"""Learning-rate schedules: functions of the 0-d count of updates made so far, to a 0-d float32 tensor.
+
+    constant       lr
+    cosine         lr · (final + (1 - final) (1 + cos(π t / T)) / 2)
+    one_cycle      linear from lr · start up to lr, then linear down to lr · final
+    step_decay     lr · factor^⌊t / every⌋
+
+Counts are tensors, so a compiled step is compiled once for all of training. Past its last update a schedule keeps its
+final value.
+"""
+
+import math
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Schedule: TypeAlias = Callable[[Tensor], Tensor]
+"""`schedule(count) -> lr`."""
+
+
+def constant(lr: float) -> Schedule:
+    """The same learning rate at every update.
+
+    Example:
+        >>> constant(0.1)(torch.tensor(7))
+        tensor(0.1000)
+    """
+    _check("constant", lr=lr)
+    return lambda count: torch.full_like(count, lr, dtype=torch.float32)
+
+
+def cosine(lr: float, *, steps: int, final: float = 0.0) -> Schedule:
+    """Half a cosine from `lr` at the first update to `lr · final` after `steps`.
+
+    Reference: Loshchilov and Hutter, "SGDR: stochastic gradient descent with warm restarts", ICLR 2017, equation 5.
+
+    Example:
+        >>> cosine(0.2, steps=10)(torch.tensor(5))
+        tensor(0.1000)
+    """
+    _check("cosine", lr=lr, steps=steps, final=final)
+    return lambda count: lr * (final + (1 - final) * (1 + torch.cos(math.pi * _progress(count, steps))) / 2)
+
+
+def one_cycle(lr: float, *, steps: int, warmup: float = 0.3, start: float = 0.04, final: float = 0.0) -> Schedule:
+    """A line up from `lr · start` to `lr` over the part `warmup` of the updates, then a line down to `lr · final`.
+
+    Args:
+        lr: the peak.
+        steps: length of the cycle, in updates.
+        warmup: part of the cycle in (0, 1) that goes up.
+        start: factor of the first learning rate.
+        final: factor of the last learning rate.
+
+    Reference: Smith and Topin, "Super-convergence: very fast training of neural networks using large learning rates",
+        2018.
+
+    Example:
+        >>> one_cycle(0.1, steps=10, warmup=0.5)(torch.tensor(5))
+        tensor(0.1000)
+    """
+    _check("one_cycle", lr=lr, steps=steps, start=start, final=final)
+    if not 0 < warmup < 1:
+        raise ValueError(f"one_cycle: warmup must be in (0, 1). Found {warmup}.")
+
+    def schedule(count: Tensor) -> Tensor:
+        t = _progress(count, steps)
+        up = start + (1 - start) * t / warmup
+        down = final + (1 - final) * (1 - t) / (1 - warmup)
+        return lr * torch.where(t < warmup, up, down)
+
+    return schedule
+
+
+def step_decay(lr: float, *, every: int, factor: float = 0.1) -> Schedule:
+    """`lr` multiplied by `factor` after each `every` updates.
+
+    Example:
+        >>> step_decay(1.0, every=10)(torch.tensor(25))
+        tensor(0.0100)
+    """
+    _check("step_decay", lr=lr, every=every, factor=factor)
+    return lambda count: lr * torch.pow(factor, torch.div(count, every, rounding_mode="floor").to(torch.float32))
+
+
+def _progress(count: Tensor, steps: int) -> Tensor:
+    return (count.to(torch.float32) / steps).clamp(max=1)
+
+
+def _check(where: str, **numbers: float) -> None:
+    for name, value in numbers.items():
+        whole = name in ("steps", "every")
+        if not math.isfinite(value) or value < 0 or (whole and value < 1):
+            rule = "a whole number, at least 1" if whole else "a finite number, at least 0"
+            raise ValueError(f"{where}: {name} must be {rule}. Found {value}.")

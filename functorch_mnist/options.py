@@ -1,0 +1,215 @@
+"""The command line's options: one dataclass per command. Read before torch is imported, so nothing here imports it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import MappingProxyType, NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import tyro
+
+INTERRUPTED = 130
+"""The exit status after Ctrl-C, as shells have it."""
+
+
+class UsageError(Exception):
+    """A user's mistake, told in one line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a classifier, and print its accuracy on the test images."""
+
+    recipe: Literal["article", "fast"] = "article"
+    """Named defaults for all other options: the article's, or those that reach 99 % soonest."""
+    dataset: Literal["mnist", "fashion-mnist", "kmnist", "qmnist", "emnist-digits"] = "mnist"
+    """Which data set; all but mnist are downloaded once."""
+    data_dir: Path | None = None
+    """Read the data set's four IDX files from this folder instead."""
+    model: Literal["cnn", "mlp", "linear"] = "cnn"
+    """Which model."""
+    hidden: tuple[int, ...] = (128,)
+    """Widths of the mlp's hidden layers."""
+    activation: Literal["relu", "sigmoid", "tanh"] = "relu"
+    """Activation of the cnn and the mlp."""
+    dropout: tuple[float, float] = (0.25, 0.5)
+    """The cnn's dropout rates: of channels after pooling, and of units before the last layer."""
+    loss: Literal["cross-entropy", "mse"] = "cross-entropy"
+    """Cross-entropy, or the squared error of the probabilities."""
+    label_smoothing: float = 0.0
+    """Part of the cross-entropy's target that is spread over all classes."""
+    epochs: int = 1
+    """How often each training image is seen."""
+    batch_size: int = 64
+    """Images per step."""
+    lr: float = 0.01
+    """Learning rate, the highest one of a schedule."""
+    schedule: Literal["constant", "cosine", "one-cycle", "step-decay"] = "constant"
+    """Learning rate over training; step-decay divides it by 10 after each epoch."""
+    warmup: float = 0.3
+    """Part of the training in which one-cycle goes up."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    dampening: float = 0.0
+    """Dampening of SGD's momentum."""
+    weight_decay: float = 0.0
+    """Weight decay of SGD."""
+    nesterov: bool = False
+    """Nesterov's form of momentum."""
+    max_norm: float | None = None
+    """Scale the mean gradient down to this norm where it is larger."""
+    seed: int = 0
+    """Names all random streams: initial parameters, order of images, dropout."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the forward and backward pass; parameters, loss and optimizer are always float32."""
+    compile: Literal["on", "off"] = "off"
+    """Compile the step: worth its start-up time in long runs."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to train."""
+    threads: int | None = None
+    """Number of CPU threads; torch's own choice by default."""
+    out: Path | None = None
+    """The run's folder, which must not hold a run yet; by default runs/ and the date and time."""
+    resume: Path | None = None
+    """Go on with the run in this folder, with its options."""
+    save_every: int = 500
+    """Steps between checkpoints; there is also one at the end."""
+    keep: int = 3
+    """How many checkpoints to keep."""
+
+
+RECIPES: Mapping[str, Train] = MappingProxyType(
+    {
+        "article": Train(),
+        "fast": Train(recipe="fast", epochs=2, batch_size=64, lr=0.05, schedule="one-cycle", precision="bfloat16"),
+    }
+)
+"""The defaults that `--recipe` chooses from."""
+
+CHANGEABLE = frozenset({"epochs", "device", "compile", "threads", "save_every", "keep", "resume", "out", "data_dir"})
+"""The options that a resumed run may change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Print a run's accuracy on the test images, per class, and its confusion matrix."""
+
+    run: tyro.conf.Positional[Path]
+    """The run's folder."""
+    dataset: Literal["mnist", "fashion-mnist", "kmnist", "qmnist", "emnist-digits"] | None = None
+    """Which data set; by default the run's own."""
+    data_dir: Path | None = None
+    """Read the data set's four IDX files from this folder instead."""
+    png: Path | None = None
+    """Also draw the confusion matrix into this file (needs the plot extra)."""
+    batch_size: int = 1000
+    """Images per call."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to compute."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict:
+    """Print the digit, and its probability, for image files or for a range of test images."""
+
+    run: tyro.conf.Positional[Path]
+    """The run's folder."""
+    images: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Image files of any kind that Pillow reads: one digit each, dark on light or light on dark."""
+    test: tuple[int, int] | None = None
+    """First and last (not included) of a range of test images."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to compute."""
+
+
+def to_json(options: Train) -> dict[str, Any]:
+    """The options as JSON values; `from_json` is the way back."""
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def from_json(values: Mapping[str, Any]) -> Train:
+    """The options that `to_json` wrote.
+
+    Raises:
+        UsageError: a name is missing or unknown, or a value is of the wrong kind.
+    """
+    names = {f.name for f in fields(Train)}
+    if set(values) != names:
+        raise UsageError(
+            f"The run's options must be those of this version. Missing {sorted(names - set(values))}, "
+            f"unknown {sorted(set(values) - names)}."
+        )
+    kinds = get_type_hints(Train)
+    return Train(**{name: _restored(name, value, kinds[name]) for name, value in values.items()})
+
+
+def _restored(name: str, value: Any, kind: Any) -> Any:
+    """The value in the type that the dataclass declares."""
+    choices = get_args(kind)
+    if value is None and NoneType in choices:
+        return None
+    if get_origin(kind) is Literal:
+        good = value in choices
+    elif get_origin(kind) is tuple:
+        good = isinstance(value, list) and all(_is_number(v) for v in value)
+        value = tuple(value) if good else value
+    elif kind in (bool, int):
+        good = type(value) is kind
+    elif kind is float or float in choices:
+        good = _is_number(value)
+    elif int in choices:
+        good = type(value) is int
+    else:
+        good = isinstance(value, str)
+        value = Path(value) if good else value
+    if not good:
+        raise UsageError(f"The run's option {name} must be {kind}. Found {value!r:.80}.")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+_ONLY_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "hidden": ("model", ("mlp",)),
+        "activation": ("model", ("cnn", "mlp")),
+        "dropout": ("model", ("cnn",)),
+        "label_smoothing": ("loss", ("cross-entropy",)),
+        "warmup": ("schedule", ("one-cycle",)),
+    }
+)
+
+
+def check(options: Train) -> None:
+    """Refuses what can be refused before torch is imported.
+
+    Raises:
+        UsageError: a number is out of its range, or an option has no effect beside the others.
+    """
+    for name, least in (("epochs", 0), ("batch_size", 1), ("save_every", 1), ("keep", 1), ("threads", 1), ("seed", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}. Found {value}.")
+    for name in ("lr", "momentum", "weight_decay", "label_smoothing"):
+        value = getattr(options, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise UsageError(f"--{name.replace('_', '-')} must be a finite number, at least 0. Found {value}.")
+    for name, (other, values) in _ONLY_WITH.items():
+        if getattr(options, name) != getattr(RECIPES["article"], name) and getattr(options, other) not in values:
+            raise UsageError(f"--{name.replace('_', '-')} has no effect with --{other} {getattr(options, other)}.")
+
+
+def check_resumed(options: Train, saved: Train) -> None:
+    """Refuses to go on with a run under options that would make it another run.
+
+    Raises:
+        UsageError: an option that is not in `CHANGEABLE` differs.
+    """
+    for f in fields(Train):
+        new, old = getattr(options, f.name), getattr(saved, f.name)
+        if new != old and f.name not in CHANGEABLE:
+            raise UsageError(f"A resumed run keeps its --{f.name.replace('_', '-')}, which is {old}. Found {new}.")

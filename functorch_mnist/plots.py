@@ -1,0 +1,43 @@
+"""Pictures. matplotlib comes with the `plot` extra and is imported only here."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from .options import UsageError
+
+
+def confusion(counts: Tensor, path: Path) -> None:
+    """Draws a confusion matrix into an image file.
+
+    Args:
+        counts: (K, K) int64, rows the true classes.
+        path: the file; its ending names the format.
+
+    Raises:
+        UsageError: matplotlib is missing, or cannot write such a file.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise UsageError(
+            f"Pictures need matplotlib. Found: {error}. Install it: pip install 'functorch-mnist[plot]'."
+        ) from error
+    shares = counts.double() / counts.sum(1, keepdim=True).clamp(min=1)
+    figure, axes = pyplot.subplots(figsize=(6.4, 6), layout="constrained")
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for row in range(len(counts)):
+        for column in range(len(counts)):
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, int(counts[row, column]), ha="center", va="center", fontsize=8, color=color)
+    axes.set(xlabel="given class", ylabel="true class", title="Confusion matrix")
+    axes.set(xticks=range(len(counts)), yticks=range(len(counts)))
+    try:
+        figure.savefig(path, dpi=150)
+    except ValueError as error:
+        raise UsageError(f"{path} must end in an image format. Found: {error}.") from error
+    finally:
+        pyplot.close(figure)

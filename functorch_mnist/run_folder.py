@@ -1,0 +1,99 @@
+"""The folder of a run: `config.json`, `metrics.jsonl` and `checkpoints/`. Nothing here imports torch."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from . import options as opt
+
+CHECKPOINTS = "checkpoints"
+"""The name of the folder of checkpoints in a run's folder."""
+
+_CONFIG = "config.json"
+_METRICS = "metrics.jsonl"
+_MAX_CONFIG_BYTES = 1 << 20
+
+
+def create(folder: Path, options: opt.Train) -> None:
+    """Makes the folder of a new run and writes its options.
+
+    Raises:
+        UsageError: the folder holds a run already.
+        OSError: it cannot be made or written.
+    """
+    if (folder / _CONFIG).exists():
+        raise opt.UsageError(
+            f"{folder} holds a run already. Go on with it by --resume {folder}, or choose another --out."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(folder, options)
+
+
+def write_config(folder: Path, options: opt.Train) -> None:
+    """Writes the options, whole or not at all."""
+    _replace(folder / _CONFIG, json.dumps(opt.to_json(options), indent=2, allow_nan=False) + "\n")
+
+
+def read_config(folder: Path) -> opt.Train:
+    """The options of the run in a folder.
+
+    Raises:
+        UsageError: there is no run, or its options cannot be read.
+    """
+    path = folder / _CONFIG
+    try:
+        with path.open("rb") as file:
+            text = file.read(_MAX_CONFIG_BYTES + 1)
+        if len(text) > _MAX_CONFIG_BYTES:
+            raise opt.UsageError(f"{path} must be at most {_MAX_CONFIG_BYTES} bytes. Found more.")
+        values = json.loads(text)
+    except FileNotFoundError:
+        raise opt.UsageError(f"{folder} holds no run. Found no {path}.") from None
+    except OSError as error:
+        raise opt.UsageError(f"{path} must be readable. Found: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise opt.UsageError(f"{path} must be JSON. Found: {error}.") from error
+    if not isinstance(values, dict):
+        raise opt.UsageError(f"{path} must be a JSON object. Found {type(values).__name__}.")
+    return opt.from_json(values)
+
+
+def append_metrics(folder: Path, record: Mapping[str, Any]) -> None:
+    """Adds one record as a line of `metrics.jsonl`."""
+    with (folder / _METRICS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of `metrics.jsonl`; a last line that was cut off by a kill is left out."""
+    path = folder / _METRICS
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def forget_metrics_after(folder: Path, step: int) -> None:
+    """Drops the records of steps that a resumed run will make again."""
+    records = [record for record in read_metrics(folder) if record["step"] <= step and record["kind"] != "test"]
+    _replace(folder / _METRICS, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file so that a reader finds the old or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

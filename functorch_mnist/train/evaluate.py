@@ -1,0 +1,79 @@
+"""Evaluation: counts over a data set, added up over batches and divided once."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..tree import Tree
+
+
+class Evaluation(NamedTuple):
+    """What a model does on a data set."""
+
+    confusion: Tensor
+    """(K, K) int64 counts: how often an example of the row's class was given the column's."""
+    loss: Tensor
+    """0-d float64: the mean loss per example."""
+
+    @property
+    def correct(self) -> int:
+        """How many examples were given their own class."""
+        return int(self.confusion.diagonal().sum())
+
+    @property
+    def total(self) -> int:
+        """How many examples there are."""
+        return int(self.confusion.sum())
+
+    @property
+    def accuracy(self) -> float:
+        """`correct / total`."""
+        return self.correct / self.total
+
+    @property
+    def recall(self) -> Tensor:
+        """(K,) float64: for each class, the part of its examples that were given it; NaN for a class without any."""
+        return self.confusion.diagonal().double() / self.confusion.sum(1)
+
+
+def evaluate(
+    apply_fn: Callable[[Tree, Tensor], Tensor],
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    params: Tree,
+    x: Tensor,
+    labels: Tensor,
+    *,
+    batch_size: int = 1000,
+) -> Evaluation:
+    """Counts and mean loss of a classifier over a data set.
+
+    Args:
+        apply_fn: `apply_fn(params, x) -> outputs` (B, K).
+        loss_fn: `loss_fn(outputs, labels) -> (B,)`.
+        params: the parameters.
+        x: (N, …), at least one example.
+        labels: (N,) int64 in [0, K).
+        batch_size: rows per call.
+
+    Guarantees: the counts do not depend on `batch_size`.
+    """
+    outputs = predictions(apply_fn, params, x, batch_size=batch_size)
+    classes = outputs.shape[-1]
+    pairs = torch.bincount(labels * classes + outputs.argmax(-1), minlength=classes**2)
+    return Evaluation(pairs.view(classes, classes), loss_fn(outputs, labels).double().mean())
+
+
+def predictions(
+    apply_fn: Callable[[Tree, Tensor], Tensor], params: Tree, x: Tensor, *, batch_size: int = 1000
+) -> Tensor:
+    """The outputs for each example: (N, …) to (N, K), `batch_size` rows at a time.
+
+    Raises:
+        ValueError: there is no example, or `batch_size` is below 1.
+    """
+    if len(x) < 1 or batch_size < 1:
+        raise ValueError(f"evaluate: examples and batch_size must be at least 1. Found {len(x)} and {batch_size}.")
+    with torch.no_grad():
+        return torch.cat([apply_fn(params, rows) for rows in x.split(batch_size)])

@@ -1,0 +1,48 @@
+"""The forms a pure function can be run in: another precision, or compiled."""
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..models import Apply, Params
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def in_precision(apply: Apply, dtype: torch.dtype) -> Apply:
+    """The forward function, computed in `dtype`: parameters and inputs are cast on entry, outputs back to float32.
+
+    Args:
+        apply: a model's forward function.
+        dtype: a float type, such as `torch.bfloat16`.
+
+    Returns:
+        A function of float32 parameters, whose gradients are float32. For float32 it is `apply` itself.
+    """
+    if dtype == torch.float32:
+        return apply
+
+    def cast_apply(params: Params, x: Tensor, key: Tensor | None = None) -> Tensor:
+        return apply({name: p.to(dtype) for name, p in params.items()}, x.to(dtype), key).float()
+
+    return cast_apply
+
+
+def compiled(fn: Callable[P, R]) -> Callable[P, R]:
+    """The function, compiled as one graph for fixed shapes.
+
+    Args:
+        fn: a pure function. Transforms such as `grad` belong inside it.
+
+    Guarantees: equal to `fn` up to rounding. Each call of `compiled` has a cache of its own; without it the copies of
+        one function, such as the steps of several runs, would share torch's limit of eight.
+    """
+    if isinstance(fn, FunctionType):
+        own = FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
+        own.__kwdefaults__ = fn.__kwdefaults__
+        return torch.compile(own, fullgraph=True, dynamic=False)
+    return torch.compile(fn, fullgraph=True, dynamic=False)
