@@ -85,7 +85,7 @@ _STATE = "state.safetensors"
 _MANIFEST = "manifest.json"
 _MANIFEST_LIMIT = 2**20  # bytes
 _HEADER_LIMIT = 2**22  # bytes of a safetensors header; a manifest within its limit describes no leaves that need more
-_STEP_LIMIT = 2**63
+_INT_LIMIT = 2**63
 _NAME = re.compile(r"(?:\.old-)?(step-([0-9]{8,}))")
 _TEMPORARY = re.compile(r"\.tmp-step-[0-9]{8,}-[0-9a-f]{8}")
 _DTYPE = re.compile(r"float(64|32|16|8_e4m3fn|8_e5m2)|bfloat16|complex64|u?int(64|32|16|8)|bool")
@@ -125,7 +125,7 @@ def save(folder: str | os.PathLike[str], state: Tree, *, step: int, config: Mapp
     """
     if not isinstance(step, int) or isinstance(step, bool) or not isinstance(keep, int):
         raise TypeError(f"save: step and keep must be integers. Found {step!r} and {keep!r}.")
-    if not 0 <= step < _STEP_LIMIT:
+    if not 0 <= step < _INT_LIMIT:
         raise ValueError(f"save: step must be at least 0 and below 2**63. Found {step}.")
     if keep < 1:
         raise ValueError(f"save: keep must be at least 1. Found {keep}.")
@@ -327,9 +327,10 @@ def _named(where: str, state: Tree) -> dict[str, Tensor]:
 def _encode(named: dict[str, Tensor], step: int, config: Mapping[str, JSON]) -> tuple[bytes, bytes]:
     """The two files' contents."""
     # Copies, because safetensors refuses leaves that share memory or are not contiguous.
+    # A copy also carries out a conjugation or negation that torch has put off.
     data = serialize_tensors(
         {
-            name: leaf.detach().resolve_conj().resolve_neg().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            name: leaf.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for name, leaf in named.items()
         }
     )
@@ -441,7 +442,7 @@ def _is_leaf(value: Any) -> bool:
 
 
 def _natural(value: object) -> bool:
-    return type(value) is int and 0 <= value < _STEP_LIMIT
+    return type(value) is int and 0 <= value < _INT_LIMIT
 
 
 def _dtype(leaf: Tensor) -> str:

@@ -359,7 +359,7 @@ def _words(where: str, key: Tensor, shape: Sequence[int]) -> Tensor:
     _check_key(where, key)
     _check_shape(where, shape)
     x0, x1 = _blocks(key, math.prod(shape))
-    return (x0 ^ x1).reshape(*key.shape[:-1], *shape)
+    return (x0 ^ x1).reshape((*key.shape[:-1], *shape))
 
 
 def _blocks(key: Tensor, count: int) -> tuple[Tensor, Tensor]:

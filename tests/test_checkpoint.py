@@ -52,7 +52,7 @@ CONFIG: dict[str, Any] = {"lr": 0.1, "name": "Käse\ud800", "nested": {"list": [
 
 class Momentum(NamedTuple):
     buffer: Any
-    count: Tensor
+    updates: Tensor
 
 
 def bits(leaf: Tensor) -> bytes:
@@ -196,7 +196,8 @@ def test_the_order_of_the_templates_keys_does_not_matter(tmp_path: Path) -> None
 
 def test_saving_changes_neither_state_nor_config(tmp_path: Path) -> None:
     state = {"w": torch.randn(3, 4).t()}
-    before, config = bits(state["w"]), {"a": [1]}
+    before = bits(state["w"])
+    config: dict[str, Any] = {"a": [1]}
     save(tmp_path, state, step=0, config=config)
     assert (bits(state["w"]), state["w"].stride(), config) == (before, (1, 4), {"a": [1]})
 
@@ -720,6 +721,17 @@ def test_what_a_dead_writer_left_is_removed_by_the_next_save(tmp_path: Path) -> 
     (tmp_path / ".tmp-step-00000001-0123abcd" / "state.safetensors").write_bytes(b"half")
     save(tmp_path, {}, step=2, config={})
     assert names(tmp_path) == ["step-00000002"]
+
+
+def test_a_checkpoint_is_out_of_sight_before_it_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, STATE, step=1, config={})
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as if killed before the first file is gone
+        save(tmp_path, STATE, step=2, config={}, keep=1)
+    assert [path.name for path in steps(tmp_path)] == ["step-00000002"]
+    assert len(names(tmp_path)) == 2
+    save(tmp_path, STATE, step=3, config={})
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
 
 
 def test_the_same_step_is_replaced(tmp_path: Path) -> None:

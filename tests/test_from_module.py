@@ -1,0 +1,224 @@
+"""Any `nn.Module` as a pure model, and back."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.func import grad, vmap
+
+from functorch_mnist import models, random, tree
+
+
+class Tied(nn.Module):
+    """Two layers that share a weight, a frozen layer, a buffer and an attribute that is a plain tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode, self.decode = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        self.decode.weight = self.encode.weight
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.register_buffer("shift", torch.arange(4.0), persistent=False)
+        self.scale = torch.tensor(2.0)
+
+    def forward(self, x):
+        return self.decode(self.frozen(self.encode(x)).tanh() + self.shift) * self.scale
+
+
+def networks():
+    norm = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    norm(torch.randn(8, 2, 6, 6, generator=torch.Generator().manual_seed(0)))  # statistics other than 0 and 1
+    return {
+        "tied": (Tied(), (4,)),
+        "group norm": (nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(64, 3)), (2, 6, 6)),
+        "batch norm, evaluation": (norm.eval(), (2, 6, 6)),
+        "dropout": (nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2), nn.Dropout(0.2, inplace=True)), (4,)),
+        "channel dropout": (nn.Sequential(nn.Conv2d(2, 4, 3), nn.Dropout2d(0.5), nn.Flatten(), nn.Linear(64, 3)), (2, 6, 6)),
+        "attention": (nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), (3, 8)),
+    }  # fmt: skip
+
+
+names = pytest.mark.parametrize("name", networks())
+
+
+@names
+@pytest.mark.filterwarnings("ignore:.*vmap:UserWarning")
+def test_values_and_gradients_equal_the_module_in_evaluation_mode(name):
+    module, shape = networks()[name]
+    module = module.double().eval()
+    module.scale = getattr(module, "scale", torch.tensor(2.0)).double()
+    params, model = models.from_module(module, example_ndim=len(shape))
+    x = random.normal(random.key(1), (5, *shape)).double()
+    torch.testing.assert_close(model.apply(params, x), module(x), rtol=1e-12, atol=1e-12)
+    grads = grad(lambda params: model.apply(params, x).square().sum())(params)
+    module(x).square().sum().backward()
+    assert list(grads) == [n for n, p in module.named_parameters() if p.requires_grad]
+    for n, p in module.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(grads[n], p.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["tied", "group norm", "batch norm, evaluation", "dropout", "channel dropout"])
+@pytest.mark.parametrize("keyed", [False, True])
+def test_a_batch_is_the_stack_of_its_examples(name, keyed):
+    module, shape = networks()[name]
+    params, model = models.from_module(module, example_ndim=len(shape))
+    params1, one = models.from_module(module)
+    x = random.normal(random.key(1), (6, *shape))
+    keys = random.split(random.key(2), 6) if keyed else None
+    rows = torch.stack([one.apply(params1, x[i], keys[i] if keyed else None) for i in range(6)])
+    torch.testing.assert_close(model.apply(params, x, keys), rows)
+    grid = model.apply(params, x.view(2, 3, *shape), keys.view(2, 3, 2) if keyed else None)
+    torch.testing.assert_close(grid.flatten(0, 1), rows)
+    dims = (None, 0, 0) if keyed else (None, 0, None)
+    torch.testing.assert_close(vmap(one.apply, in_dims=dims)(params1, x, keys), rows)
+
+
+@names
+def test_the_module_is_not_changed_and_its_parameters_are_not_shared(name):
+    module, shape = networks()[name]
+    before, training = copy.deepcopy(module.state_dict()), [m.training for m in module.modules()]
+    params, model = models.from_module(module, example_ndim=len(shape))
+    x = random.normal(random.key(1), (2, *shape))
+    model.apply(params, x)
+    state = torch.random.get_rng_state()
+    if name != "attention":
+        model.apply(params, x, random.split(random.key(0), 2))
+    for p in params.values():
+        assert not p.requires_grad
+        p.fill_(7.0)
+    assert all(torch.equal(v, before[n]) for n, v in module.state_dict().items())
+    assert [m.training for m in module.modules()] == training
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_dropout_comes_from_the_key_and_keeps_its_rate():
+    params, model = models.from_module(nn.Dropout(0.25), example_ndim=1)
+    x, keys = torch.ones(200, 100), random.split(random.key(0), 200)
+    a, b = model.apply(params, x, keys), model.apply(params, x, keys)
+    assert torch.equal(a, b)
+    assert a.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert (a == 0).double().mean().item() == pytest.approx(0.25, abs=0.015)  # 5 standard deviations of 20,000 draws
+    assert torch.equal(model.apply(params, x), x)
+
+
+def test_two_dropout_layers_of_one_forward_draw_different_masks():
+    params, model = models.from_module(nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.5)), example_ndim=1)
+    kept = (model.apply(params, torch.ones(100, 100), random.split(random.key(0), 100)) != 0).double().mean()
+    assert kept.item() == pytest.approx(0.25, abs=0.02)
+
+
+def test_channel_dropout_of_a_module_drops_whole_channels():
+    params, model = models.from_module(nn.Dropout2d(0.5), example_ndim=3)
+    y = model.apply(params, torch.ones(50, 8, 3, 3), random.split(random.key(0), 50))
+    assert torch.equal(y.amin((-2, -1)), y.amax((-2, -1)))
+    assert y.unique().tolist() == [0, 2]
+
+
+def test_tied_parameters_appear_once_and_stay_tied():
+    params, model = models.from_module(Tied(), example_ndim=1)
+    assert list(params) == ["encode.weight"]
+    doubled = {"encode.weight": torch.eye(4)}
+    module = Tied()
+    models.load_into(module, doubled)
+    assert module.decode.weight is module.encode.weight
+
+
+@pytest.mark.parametrize(
+    "module, fault",
+    [
+        (nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), r"'1' \(BatchNorm1d\) is in training mode.*eval\(\)"),
+        (nn.Sequential(nn.BatchNorm2d(2, track_running_stats=False)).eval(), "no running statistics.*GroupNorm"),
+        (nn.Sequential(nn.InstanceNorm2d(2, track_running_stats=True)), "'0'.*training mode"),
+        (nn.Sequential(nn.LazyLinear(3)), "'0'.*lazy"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_a_module_that_mixes_examples_or_is_not_ready_is_refused_by_layer(module, fault):
+    with pytest.raises(ValueError, match=fault):
+        models.from_module(module)
+
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        return x + torch.randn_like(x)
+
+
+@pytest.mark.parametrize(
+    "module, fault",
+    [
+        (Noisy(), "randn_like"),
+        (nn.Sequential(nn.AlphaDropout(0.5)), "alpha_dropout"),
+        (nn.TransformerEncoderLayer(4, 1, 4, batch_first=True), "'self_attn'"),
+    ],
+)
+def test_random_numbers_that_a_key_cannot_give_are_refused(module, fault):
+    params, model = models.from_module(module)
+    with pytest.raises(ValueError, match=fault):
+        model.apply(params, torch.ones(2, 4), random.key(0))
+
+
+def test_init_draws_new_parameters_from_the_key_alone():
+    params, model = models.from_module(nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4)))
+    state = torch.random.get_rng_state()
+    a, b, c = (model.init(random.key(seed)) for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(tree.ravel(a), tree.ravel(b))
+    assert not torch.equal(a["0.weight"], c["0.weight"])
+    assert a["0.weight"].abs().max() <= 1 / 18**0.5
+    assert torch.equal(a["1.weight"], torch.ones(4))
+    assert tree.paths(a) == tree.paths(params)
+
+
+class Bare(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x):
+        return x + self.token
+
+
+def test_init_of_a_layer_that_cannot_draw_its_parameters_is_refused():
+    _, model = models.from_module(nn.Sequential(Bare()))
+    with pytest.raises(ValueError, match="'0' \\(Bare\\) has no reset_parameters"):
+        model.init(random.key(0))
+
+
+def test_load_into_is_the_way_back():
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    params, model = models.from_module(module, example_ndim=1)
+    params = tree.map(lambda p: p + 1, params)
+    models.load_into(module, params)
+    x = torch.ones(2, 3)
+    torch.testing.assert_close(module(x), model.apply(params, x))
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_load_into_refuses_other_names_and_shapes_and_then_changes_nothing():
+    module = nn.Linear(3, 2)
+    before = copy.deepcopy(module.state_dict())
+    for params, fault in [
+        ({"weight": torch.zeros(2, 3)}, r"Missing \['bias'\]"),
+        ({"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "more": torch.zeros(1)}, r"unexpected \['more'\]"),
+        ({"weight": torch.zeros(2, 3), "bias": torch.zeros(3)}, r"bias has shape \(2,\)"),
+    ]:
+        with pytest.raises(ValueError, match=fault):
+            models.load_into(module, params)
+    assert all(torch.equal(v, before[n]) for n, v in module.state_dict().items())
+
+
+def test_a_model_of_a_module_compiles_with_dropout_inside_grad():
+    module = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 1))
+    params, model = models.from_module(module)
+
+    def gradient(params, x, keys):
+        def loss(params):
+            return vmap(model.apply, in_dims=(None, 0, 0))(params, x, keys).square().sum()
+
+        return grad(loss)(params)
+
+    x, keys = torch.ones(5, 4), random.split(random.key(0), 5)
+    eager = gradient(params, x, keys)
+    fused = torch.compile(gradient, fullgraph=True, dynamic=False)(params, x, keys)
+    torch.testing.assert_close(tree.leaves(fused), tree.leaves(eager), rtol=1e-5, atol=1e-6)
