@@ -1,8 +1,8 @@
 """The harness: arms that agree, timed in interleaved rounds, with all that a reader needs to judge the numbers.
 
-Each arm is called once first, and that call's time, compilation and all, is kept apart. Its outputs are held against the
-reference arm's; an arm that disagrees is not timed. Then come rounds in which every arm is timed once, in an order that
-is shuffled anew, so that a machine whose speed drifts drifts for all of them.
+Each arm is called once first, and that call's time, compilation and all, is kept apart. Its outputs are held against
+the reference arm's; an arm that disagrees is not timed. Then come rounds in which every arm is timed once, in an order
+that is shuffled anew, so that a machine whose speed drifts drifts for all of them.
 """
 
 import json
@@ -214,7 +214,9 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def _version(name: str) -> str | None:

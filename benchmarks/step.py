@@ -51,9 +51,7 @@ def module_arm(params: models.Params, images: Tensor, labels: Tensor, *, compile
     return call, lambda: {name: p.detach() - params[name] for name, p in net.named_parameters()}
 
 
-def functional_arm(
-    params: models.Params, images: Tensor, labels: Tensor, *, compile: bool, dtype: torch.dtype
-) -> Work:
+def functional_arm(params: models.Params, images: Tensor, labels: Tensor, *, compile: bool, dtype: torch.dtype) -> Work:
     """A step of this library, on images as they are stored."""
     apply = train.in_precision(models.cnn(dropout=(0, 0)).apply, dtype)
 

@@ -1,0 +1,34 @@
+"""Checkpoints: a state on disk that a crash cannot leave half-written and that a reader need not trust.
+
+    runs/step-00000938/state.safetensors    every leaf, under its name in `tree.paths`
+    runs/step-00000938/manifest.json        step, config, versions, leaves, size and SHA-256 of the state, own checksum
+
+The one idea: a name is a promise. A folder gets its `step-` name by a rename, once its files are complete and on the
+disk. What is unfinished or on its way out is called `.tmp-step-…`. A checkpoint that is being replaced is called
+`.old-step-…` until its successor has the name, and is found under either.
+
+Nothing read from a file is unpickled, or trusted before its checksum agrees. The checksums find damage. They are no
+signature: whoever can write both files can write any numbers into them.
+
+For POSIX systems. Writers into one folder take turns by a lock on it; where the file system has no locks, it is for the
+caller to have one writer at a time.
+
+| file | what it holds |
+|---|---|
+| `files.py` | a file or a folder on the disk: read without trust, written to last |
+| `leaves.py` | the leaves of a state by name, described and compared |
+| `manifest.py` | what is said of a checkpoint, as strict JSON with a checksum |
+| `folders.py` | the folders of one run: their names, and the turns of their writers |
+| `save.py`, `load.py` | the verbs |
+"""
+
+from .files import CheckpointError as CheckpointError
+from .folders import steps as steps
+from .leaves import Leaf as Leaf
+from .load import Checkpoint as Checkpoint
+from .load import latest as latest
+from .load import load as load
+from .load import read_manifest as read_manifest
+from .manifest import JSON as JSON
+from .manifest import Manifest as Manifest
+from .save import save as save

@@ -1,0 +1,275 @@
+"""Steps, the loop and evaluation."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.func import grad
+
+from functorch_mnist import data, losses, models, optim, random, train, tree
+
+MODEL = models.mlp((6, 8, 3))
+
+
+def loss_fn(params, x, y):
+    return losses.cross_entropy(MODEL.apply(params, x), y)
+
+
+def noisy_loss_fn(params, x, y, key):
+    """A loss of one example that draws from its key."""
+    return losses.cross_entropy(MODEL.apply(params, x + 0.1 * random.normal(key, x.shape)), y)
+
+
+def examples(n):
+    return random.normal(random.key(n), (n, 6)), random.randint(random.key(n), (n,), 0, 3)
+
+
+def start(optimizer):
+    return train.init_state(MODEL.init(random.key(0)), optimizer, random.key(1))
+
+
+def assert_equal(a, b):
+    assert tree.paths(a) == tree.paths(b)
+    for path, x, y in zip(tree.paths(a), tree.leaves(a), tree.leaves(b), strict=True):
+        assert torch.equal(x, y), path
+
+
+def test_a_step_is_the_mean_gradient_then_the_optimizer():
+    optimizer = optim.sgd(0.1, momentum=0.9)
+    state, (x, y) = start(optimizer), examples(5)
+    new, aux = train.make_step(loss_fn, optimizer)(state, x, y)
+
+    def mean_loss(params):
+        return F.cross_entropy(MODEL.apply(params, x), y)
+
+    params, optimizer_state = optimizer.update(state.params, state.optimizer, grad(mean_loss)(state.params))
+    torch.testing.assert_close(tree.leaves(new.params), tree.leaves(params))
+    torch.testing.assert_close(tree.leaves(new.optimizer), tree.leaves(optimizer_state))
+    torch.testing.assert_close(aux["loss"], 5 * mean_loss(state.params))
+    assert new.step == 1
+    assert torch.equal(new.key, state.key)
+
+
+def test_the_loss_of_an_example_and_the_losses_of_a_batch_give_one_gradient():
+    state, (x, y) = start(optim.sgd(0.1)), examples(5)
+    one, one_aux = train.gradient(loss_fn)(state.params, x, y)
+    all_, all_aux = train.batch_gradient(loss_fn)(state.params, x, y)
+    torch.testing.assert_close(tree.leaves(one), tree.leaves(all_))
+    torch.testing.assert_close(one_aux, all_aux)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=6), st.sampled_from([0.0, float("nan"), float("inf")]))
+def test_a_masked_example_adds_exactly_nothing_whatever_it_holds(mask, filling):
+    mask = torch.tensor(mask)
+    x, y = examples(len(mask))
+    x[~mask], y[~mask] = filling, 99
+    params = MODEL.init(random.key(0))
+    for estimator in (train.gradient(loss_fn), train.batch_gradient(loss_fn)):
+        sums, aux = estimator(params, x, y, mask=mask)
+        if not mask.any():
+            assert not tree.ravel(sums).any()
+            assert aux["loss"] == 0
+            continue
+        expected, expected_aux = estimator(params, x[mask], y[mask])
+        torch.testing.assert_close(tree.leaves(sums), tree.leaves(expected), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(aux, expected_aux, rtol=1e-5, atol=1e-6)
+
+
+def test_an_estimator_is_taken_as_it_is():
+    estimator = train.Estimator(
+        lambda params, *batch, mask: (tree.map(torch.ones_like, params), {"loss": batch[0].sum()})
+    )
+    state = start(optim.sgd(1.0))
+    new, aux = train.make_step(estimator, optim.sgd(1.0))(state, torch.ones(4), divisor=8)
+    torch.testing.assert_close(tree.ravel(new.params), tree.ravel(state.params) - 1 / 8)
+    assert aux["loss"] == 4
+
+
+def test_a_step_changes_none_of_its_arguments():
+    optimizer = optim.sgd(0.1, momentum=0.9)
+    state, batch = start(optimizer), examples(4)
+    before = [leaf.clone() for leaf in tree.leaves((state, batch))]
+    train.make_step(loss_fn, optimizer)(state, *batch)
+    assert all(map(torch.equal, tree.leaves((state, batch)), before))
+
+
+@pytest.mark.parametrize(
+    "batch, options, fault",
+    [
+        ((torch.zeros(3, 6), torch.zeros(2, dtype=torch.int64)), {}, r"one leading size B. Found \[2, 3\]"),
+        (examples(3), {"mask": torch.ones(2, dtype=torch.bool), "divisor": 3}, r"mask must be bool \(3,\)"),
+        (examples(3), {"mask": torch.ones(3), "divisor": 3}, "mask must be bool"),
+        (examples(3), {"mask": torch.ones(3, dtype=torch.bool)}, "needs a divisor"),
+        ((), {}, "one leading size"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_refused(batch, options, fault):
+    optimizer = optim.sgd(0.1)
+    with pytest.raises(ValueError, match=fault):
+        train.make_step(loss_fn, optimizer)(start(optimizer), *batch, **options)
+
+
+def test_the_compiled_step_equals_the_eager_one_over_steps_and_compiles_once():
+    optimizer = optim.clip_by_global_norm(optim.sgd(optim.cosine(0.1, steps=5), momentum=0.9), max_norm=0.5)
+    step = train.make_step(noisy_loss_fn, optimizer)
+    fused = train.compiled(step)
+    a = b = start(optimizer)
+    x, y = examples(4)
+    mask = torch.tensor([True, True, True, False])
+    torch._dynamo.utils.counters.clear()
+    for number in range(4):
+        keys = random.split(random.key(number), 4)
+        a, aux = step(a, x, y, keys, mask=mask, divisor=torch.tensor(3.0 - number % 2))
+        b, fused_aux = fused(b, x, y, keys, mask=mask, divisor=torch.tensor(3.0 - number % 2))
+        torch.testing.assert_close(fused_aux, aux)
+    torch.testing.assert_close(tree.leaves(b), tree.leaves(a), rtol=1e-5, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_many_steps_can_be_compiled_in_one_process(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    for number in range(5):
+        step = train.make_step(lambda w, x, number=number: (w - number * x) ** 2, optim.sgd(0.5))
+        state = train.init_state(torch.tensor(0.0), optim.sgd(0.5), random.key(0))
+        fused = torch.compile if number < 0 else train.compiled
+        new, _ = fused(step)(state, torch.tensor([1.0]))
+        assert new.params.item() == number
+
+
+def fitted(epochs, batch_size, *, state=None, loss=None, callbacks=(), pad=False, n=10):
+    optimizer = optim.sgd(0.1, momentum=0.9)
+    return train.fit(
+        train.make_step(noisy_loss_fn, optimizer),
+        start(optimizer) if state is None else state,
+        examples(n),
+        epochs=epochs,
+        batch_size=batch_size,
+        loss=loss,
+        callbacks=callbacks,
+        pad=pad,
+    )
+
+
+@given(st.integers(1, 6), st.integers(0, 3))
+def test_fit_makes_every_step_and_sees_every_example_once_an_epoch(batch_size, epochs):
+    seen = []
+    state = fitted(epochs, batch_size, callbacks=[seen.append])
+    per_epoch = -(-10 // batch_size)
+    assert state.step == epochs * per_epoch == len(seen)
+    assert [p.step for p in seen] == list(range(1, len(seen) + 1))
+    assert [p.examples for p in seen if p.epoch_ended] == [10] * epochs
+    assert [p.epoch for p in seen if p.epoch_ended] == list(range(epochs))
+
+
+@given(st.integers(1, 6), st.integers(0, 9))
+def test_a_run_that_goes_on_from_any_step_ends_bit_equal(batch_size, stop):
+    seen = []
+    whole = fitted(3, batch_size, callbacks=[seen.append])
+    middle = seen[min(stop, len(seen) - 1)]
+    again = []
+    resumed = fitted(3, batch_size, state=middle.state, loss=middle.loss, callbacks=[again.append])
+    assert_equal(resumed, whole)
+    assert [p.loss.item() for p in again] == [p.loss.item() for p in seen[middle.step :]]
+
+
+def test_padding_the_last_batch_changes_nothing_but_rounding():
+    padded, short = fitted(2, 4, pad=True), fitted(2, 4)
+    torch.testing.assert_close(tree.leaves(padded), tree.leaves(short), rtol=1e-5, atol=1e-6)
+
+
+def test_an_examples_key_depends_on_the_step_and_the_example_alone():
+    key, order = random.key(3), torch.tensor([4, 2, 0, 1, 3])
+    keys = train.fit.__globals__["_example_keys"](key, order, first_step=10, batch_size=2)
+    for position, example in enumerate(order.tolist()):
+        expected = random.fold_in(random.fold_in(key, 10 + position // 2), example)
+        assert torch.equal(keys[example], expected)
+
+
+def test_each_epoch_has_another_order_and_each_run_of_a_key_the_same():
+    orders = [data.epoch_order(50, key=random.key(0), epoch=epoch) for epoch in (0, 1, 0)]
+    assert torch.equal(orders[0], orders[2])
+    assert not torch.equal(orders[0], orders[1])
+    assert all(torch.equal(order.sort().values, torch.arange(50)) for order in orders)
+
+
+@given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 5))
+def test_batches_cut_the_order_and_pad_it_with_a_mask(n, batch_size, skipped):
+    order = data.epoch_order(n, key=random.key(n), epoch=0)
+    short = list(data.batches(order, batch_size=batch_size, start=skipped, pad=False))
+    padded = list(data.batches(order, batch_size=batch_size, start=skipped, pad=True))
+    rest = order[skipped * batch_size :]
+    assert torch.equal(torch.cat([b.index for b in short] or [rest]), rest)
+    assert len(short) == max(0, data.steps_per_epoch(n, batch_size) - skipped)
+    for a, b in zip(short, padded, strict=True):
+        assert len(b.index) == batch_size
+        assert torch.equal(b.index[b.mask], a.index)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: data.batches(torch.arange(0), batch_size=2, pad=False),
+        lambda: data.batches(torch.arange(3), batch_size=0, pad=False),
+        lambda: data.batches(torch.arange(3), batch_size=1, start=-1, pad=False),
+        lambda: fitted(1, 0),
+        lambda: fitted(-1, 2),
+        lambda: train.fit(
+            lambda: None, start(optim.sgd(0.1)), (torch.zeros(2), torch.zeros(3)), epochs=1, batch_size=1
+        ),
+        lambda: train.predictions(lambda params, x: x, (), torch.zeros(0, 3)),
+        lambda: train.predictions(lambda params, x: x, (), torch.zeros(2, 3), batch_size=0),
+    ],
+)
+def test_numbers_outside_their_range_are_refused(call):
+    with pytest.raises(ValueError, match="Found"):
+        for _ in call():
+            pass
+
+
+@given(st.integers(1, 12), st.integers(1, 5))
+def test_evaluation_counts_do_not_depend_on_the_batch_size(n, batch_size):
+    params, (x, y) = MODEL.init(random.key(0)), examples(n)
+    whole = train.evaluate(MODEL.apply, losses.cross_entropy, params, x, y, batch_size=n)
+    parts = train.evaluate(MODEL.apply, losses.cross_entropy, params, x, y, batch_size=batch_size)
+    assert torch.equal(whole.confusion, parts.confusion)
+    assert whole.total == n
+    assert whole.correct == int((MODEL.apply(params, x).argmax(-1) == y).sum())
+    torch.testing.assert_close(parts.loss, F.cross_entropy(MODEL.apply(params, x), y).double())
+
+
+def test_accuracy_and_recall_are_those_of_the_confusion_matrix():
+    outputs = torch.eye(3)[torch.tensor([0, 0, 1, 2])]
+    labels = torch.tensor([0, 1, 1, 1])
+    result = train.evaluate(lambda params, x: x, losses.cross_entropy, (), outputs, labels)
+    assert result.confusion.tolist() == [[1, 0, 0], [1, 1, 1], [0, 0, 0]]
+    assert result.accuracy == 0.5
+    assert result.recall[:2].tolist() == pytest.approx([1, 1 / 3])
+    assert result.recall[2].isnan()
+
+
+def test_in_bfloat16_parameters_gradients_and_loss_stay_float32_and_close():
+    params, (x, y) = MODEL.init(random.key(0)), examples(40)
+    apply = train.in_precision(MODEL.apply, torch.bfloat16)
+    seen = []
+
+    def probe(params, x, key=None):
+        seen.append((params["0.weight"].dtype, x.dtype))
+        return MODEL.apply(params, x, key)
+
+    train.in_precision(probe, torch.bfloat16)(params, x)
+    assert seen == [(torch.bfloat16, torch.bfloat16)]
+
+    def total(apply):
+        return train.batch_gradient(lambda params, x, y: losses.cross_entropy(apply(params, x), y))(params, x, y)
+
+    (low, low_aux), (full, full_aux) = total(apply), total(MODEL.apply)
+    assert all(g.dtype == torch.float32 for g in tree.leaves(low))
+    assert low_aux["loss"].dtype == torch.float32
+    # bfloat16 keeps 8 bits: each number is within 2⁻⁸, and a few roundings add up.
+    assert tree.norm(tree.map(torch.sub, low, full)) < 0.03 * tree.norm(full)
+    torch.testing.assert_close(low_aux, full_aux, rtol=0.01, atol=0)
+
+
+def test_float32_precision_is_the_function_itself():
+    assert train.in_precision(MODEL.apply, torch.float32) is MODEL.apply
