@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import random
+from .fusion import stored
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -82,7 +83,7 @@ def _max_pool2d_by_comparison(x: Tensor) -> Tensor:
     left, right = x.unflatten(-2, (width, 2)).unbind(-2)
     x = _first_maximum(left, right)
     top, bottom = x.unflatten(-3, (height, 2)).unbind(-3)
-    return _first_maximum(top, bottom).movedim(-1, -3)
+    return stored(_first_maximum(top, bottom)).movedim(-1, -3)
 
 
 def _first_maximum(a: Tensor, b: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """The command line's options: one dataclass per command. Read before torch is imported, so nothing here imports it."""
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import MappingProxyType, NoneType
@@ -87,7 +86,7 @@ RECIPES: Mapping[str, Train] = MappingProxyType(
 )
 """The defaults that `--recipe` chooses from."""
 
-CHANGEABLE = frozenset({"epochs", "device", "compile", "threads", "save_every", "keep", "resume", "out", "data_dir"})
+CHANGEABLE = frozenset({"epochs", "device", "compile", "threads", "save_every", "keep", "resume", "data_dir"})
 """The options that a resumed run may change."""
 
 
@@ -133,45 +132,57 @@ def from_json(values: Mapping[str, Any]) -> Train:
     """The options that `to_json` wrote.
 
     Raises:
-        UsageError: a name is missing or unknown, or a value is of the wrong kind.
+        UsageError: a name is missing or unknown, or a value is of the wrong kind or fails `check`.
     """
-    names = {f.name for f in fields(Train)}
-    if set(values) != names:
-        raise UsageError(
-            f"The run's options must be those of this version. Missing {sorted(names - set(values))}, "
-            f"unknown {sorted(set(values) - names)}."
-        )
     kinds = get_type_hints(Train)
-    return Train(**{name: _restored(name, value, kinds[name]) for name, value in values.items()})
+    if set(values) != set(kinds):
+        raise UsageError(
+            f"The run's options must be those of this version. Missing {sorted(set(kinds) - set(values))}, "
+            f"unknown {sorted(set(values) - set(kinds))}."
+        )
+    options = Train(**{name: _restored(name, value, kinds[name]) for name, value in values.items()})
+    check(options)
+    return options
 
 
 def _restored(name: str, value: Any, kind: Any) -> Any:
     """The value in the type that the dataclass declares."""
-    choices = get_args(kind)
-    if value is None and NoneType in choices:
-        return None
+    if NoneType in get_args(kind):
+        if value is None:
+            return None
+        kind = get_args(kind)[0]
+    parts = get_args(kind)
     if get_origin(kind) is Literal:
-        good = value in choices
-    elif get_origin(kind) is tuple:
-        good = isinstance(value, list) and all(_is_number(v) for v in value)
-        value = tuple(value) if good else value
-    elif kind in (bool, int):
-        good = type(value) is kind
-    elif kind is float or float in choices:
-        good = _is_number(value)
-    elif int in choices:
-        good = type(value) is int
-    else:
+        good = value in parts
+    elif get_origin(kind) is tuple and isinstance(value, list):
+        parts = parts[:1] * len(value) if parts[-1] is ... else parts
+        good = len(value) == len(parts)
+        value = tuple(_restored(name, item, part) for item, part in zip(value, parts, strict=False))
+    elif kind is float:
+        good = type(value) in (int, float)
+    elif kind is Path:
         good = isinstance(value, str)
         value = Path(value) if good else value
+    else:
+        good = type(value) is kind
     if not good:
-        raise UsageError(f"The run's option {name} must be {kind}. Found {value!r:.80}.")
+        wanted = kind.__name__ if isinstance(kind, type) else kind
+        raise UsageError(f"The run's option {name} must be {wanted}. Found {value!r:.80}.")
     return value
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
-
+_RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
+    ("at least 0 and below 2**31", lambda v: 0 <= v < 2**31, ("epochs",)),
+    ("at least 1 and below 2**31", lambda v: 1 <= v < 2**31, ("hidden", "batch_size", "save_every", "keep")),
+    ("at least 0 and below 2**63", lambda v: 0 <= v < 2**63, ("seed",)),
+    ("from 1 to 1024", lambda v: 1 <= v <= 1024, ("threads",)),  # torch crashes at some number above
+    ("from 0 to 1", lambda v: 0 <= v <= 1, ("label_smoothing", "dampening")),
+    ("at least 0 and below 1", lambda v: 0 <= v < 1, ("dropout",)),
+    ("above 0 and below 1", lambda v: 0 < v < 1, ("warmup",)),
+    ("above 0 and below 1e38", lambda v: 0 < v < 1e38, ("max_norm",)),  # float32 ends at 3.4e38
+    ("at least 0 and below 1e38", lambda v: 0 <= v < 1e38, ("lr", "momentum", "weight_decay")),
+)
+"""What a number must be, in words and as a function that NaN fails, and the options it is for."""
 
 _ONLY_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
     {
@@ -190,14 +201,12 @@ def check(options: Train) -> None:
     Raises:
         UsageError: a number is out of its range, or an option has no effect beside the others.
     """
-    for name, least in (("epochs", 0), ("batch_size", 1), ("save_every", 1), ("keep", 1), ("threads", 1), ("seed", 0)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}. Found {value}.")
-    for name in ("lr", "momentum", "weight_decay", "label_smoothing"):
-        value = getattr(options, name)
-        if not (math.isfinite(value) and value >= 0):
-            raise UsageError(f"--{name.replace('_', '-')} must be a finite number, at least 0. Found {value}.")
+    for rule, holds, names in _RULES:
+        for name in names:
+            value = getattr(options, name)
+            values = value if isinstance(value, tuple) else (value,)
+            if not all(v is None or holds(v) for v in values):
+                raise UsageError(f"--{name.replace('_', '-')} must be {rule}. Found {value}.")
     for name, (other, values) in _ONLY_WITH.items():
         if getattr(options, name) != getattr(RECIPES["article"], name) and getattr(options, other) not in values:
             raise UsageError(f"--{name.replace('_', '-')} has no effect with --{other} {getattr(options, other)}.")

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,22 @@ def create(folder: Path, options: opt.Train) -> None:
     """Makes the folder of a new run and writes its options.
 
     Raises:
-        UsageError: the folder holds a run already.
+        UsageError: the folder holds a run already, or a part of one.
         OSError: it cannot be made or written.
     """
-    if (folder / _CONFIG).exists():
-        raise opt.UsageError(
-            f"{folder} holds a run already. Go on with it by --resume {folder}, or choose another --out."
-        )
+    for name in (_CONFIG, _METRICS, CHECKPOINTS):
+        if (folder / name).exists():
+            raise opt.UsageError(
+                f"{folder} holds a run already. Found {name}. Go on with it by --resume, or choose another --out."
+            )
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder, options)
 
 
 def write_config(folder: Path, options: opt.Train) -> None:
-    """Writes the options, whole or not at all."""
-    _replace(folder / _CONFIG, json.dumps(opt.to_json(options), indent=2, allow_nan=False) + "\n")
+    """Writes the options, whole or not at all; with the data's absolute path, so that they hold in any folder."""
+    options = replace(options, data_dir=options.data_dir and options.data_dir.resolve())
+    write(folder / _CONFIG, (json.dumps(opt.to_json(options), indent=2, allow_nan=False) + "\n").encode())
 
 
 def read_config(folder: Path) -> opt.Train:
@@ -44,13 +47,13 @@ def read_config(folder: Path) -> opt.Train:
     """
     path = folder / _CONFIG
     try:
+        if not path.is_file():
+            raise opt.UsageError(f"{folder} holds no run. Found no file {path}.")
         with path.open("rb") as file:
             text = file.read(_MAX_CONFIG_BYTES + 1)
         if len(text) > _MAX_CONFIG_BYTES:
             raise opt.UsageError(f"{path} must be at most {_MAX_CONFIG_BYTES} bytes. Found more.")
         values = json.loads(text)
-    except FileNotFoundError:
-        raise opt.UsageError(f"{folder} holds no run. Found no {path}.") from None
     except OSError as error:
         raise opt.UsageError(f"{path} must be readable. Found: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
@@ -62,38 +65,50 @@ def read_config(folder: Path) -> opt.Train:
 
 def append_metrics(folder: Path, record: Mapping[str, Any]) -> None:
     """Adds one record as a line of `metrics.jsonl`."""
-    with (folder / _METRICS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    path = folder / _METRICS
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk comes without a name
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of `metrics.jsonl`; a last line that was cut off by a kill is left out."""
+    """The records of `metrics.jsonl`; a line that is none, such as one that was cut off by a kill, is left out."""
     path = folder / _METRICS
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and type(record.get("step")) is int and "kind" in record:
+            records.append(record)
     return records
 
 
 def forget_metrics_after(folder: Path, step: int) -> None:
     """Drops the records of steps that a resumed run will make again."""
     records = [record for record in read_metrics(folder) if record["step"] <= step and record["kind"] != "test"]
-    _replace(folder / _METRICS, "".join(json.dumps(record) + "\n" for record in records))
+    write(folder / _METRICS, "".join(json.dumps(record) + "\n" for record in records).encode())
 
 
-def _replace(path: Path, text: str) -> None:
-    """Writes a file so that a reader finds the old or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def write(path: Path, data: bytes) -> None:
+    """Writes a file so that a reader finds the old or the new one, never a part.
+
+    Raises:
+        OSError: it cannot be written; it names the file.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)

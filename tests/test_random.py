@@ -1,4 +1,4 @@
-"""Facts about `functorch_mnist.random`. What `jax.random` draws is in `golden/random_jax.json`, with its script beside."""
+"""Facts about `functorch_mnist.random`. What `jax.random` draws is in `golden/random_jax.json`, beside its script."""
 
 import hashlib
 import json
@@ -139,7 +139,7 @@ def draw_with_jax(words: list[int], shape: list[int], bounds: list[float]) -> di
         "bits": jax.random.bits(key, shape),
         "uniform": jax.random.uniform(key, shape, minval=bounds[0], maxval=bounds[1]),
         "normal": jax.random.normal(key, shape),
-        "randint": jax.random.randint(key, shape, -(words[0] >> 1), 1 + (words[1] >> 1)),
+        "randint": jax.random.randint(key, shape, -(words[0] >> 1), 1 + (words[1] >> 2)),
         "permutation": jax.random.permutation(key, size),
     }
     return {name: np.asarray(draw).tolist() for name, draw in draws.items()}
@@ -164,7 +164,7 @@ def test_draws_equal_jax_for_any_seed(
         "fold_in": unsigned(random.fold_in(key, words[0])),
         "bits": unsigned(random.bits(key, shape)),
         "uniform": random.uniform(key, shape, *bounds),
-        "randint": random.randint(key, shape, -(words[0] >> 1), 1 + (words[1] >> 1)),
+        "randint": random.randint(key, shape, -(words[0] >> 1), 1 + (words[1] >> 2)),
         "permutation": random.permutation(key, math.prod(shape)),
     }
     expected = jax_draws(words, shape, bounds)
@@ -261,40 +261,27 @@ def test_leading_axes_of_the_key_give_the_stack_of_the_draws(draw: Callable[[Ten
     assert draw(keys[:0]).shape == (0, *expected.shape[1:])
 
 
-def test_compiled_draws_equal_eager_draws() -> None:
-    def every(key: Tensor) -> dict[str, Tensor]:
-        return {name: draw(key) for name, draw in DRAWS.items()} | {"key": random.key(2**40 + 5)}
+def test_draws_work_inside_grad_and_compiled_draws_equal_eager_draws() -> None:
+    """One function, as compiling takes seconds: half of the draws for a key, half in `vmap(grad)` for three keys."""
 
-    def both(key: Tensor, keys: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return every(key), vmap(every)(keys)
+    def loss(weight: Tensor, key: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        names = ("normal", "fold_in_tensor", "bits", "uniform_bounds", "bernoulli_tensor")
+        draws = {name: DRAWS[name](key) for name in names}
+        return (weight * draws["normal"]).sum(), draws
 
-    arguments = random.key(7), random.split(random.key(8), 2)
-    for found, expected in zip(
-        torch.compile(both, fullgraph=True, dynamic=False)(*arguments), both(*arguments), strict=True
-    ):
-        assert ulps(found.pop("normal"), expected.pop("normal")) <= NORMAL_ULP
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    def step(weight: Tensor, key: Tensor) -> dict[str, Tensor]:
+        names = ("normal", "split", "fold_in", "uniform", "randint", "permutation")
+        draws = {name: DRAWS[name](key) for name in names}
+        grads, batch = vmap(grad(loss, has_aux=True), (None, 0))(weight, draws["split"])
+        return {"grads": grads, "key": random.key(2**40 + 5)} | draws | {f"batch_{k}": v for k, v in batch.items()}
 
-
-def test_draws_work_inside_grad() -> None:
-    def loss(weight: Tensor, key: Tensor) -> Tensor:
-        noise_key, mask_key, order_key = random.split(key, 3).unbind(-2)
-        noise = random.normal(noise_key, (4,)) * random.bernoulli(random.fold_in(mask_key, 1), 0.5, (4,))
-        return (
-            (noise * weight[random.permutation(order_key, 4)]).sum()
-            + random.uniform(key)
-            + random.randint(key, (), 0, 9)
-        )
-
-    def gradient(key: Tensor) -> Tensor:
-        noise_key, mask_key, order_key = random.split(key, 3).unbind(-2)
-        noise = random.normal(noise_key, (4,)) * random.bernoulli(random.fold_in(mask_key, 1), 0.5, (4,))
-        return noise[random.permutation(order_key, 4).argsort()]
-
-    weight, keys = torch.ones(4), random.split(random.key(0), 3)
-    expected = torch.stack([gradient(key) for key in keys])
-    assert torch.equal(torch.stack([grad(loss)(weight, key) for key in keys]), expected)
-    assert torch.equal(vmap(grad(loss), (None, 0))(weight, keys), expected)
+    weight, key = torch.ones(2, 3), random.key(7)
+    expected = step(weight, key)
+    assert torch.equal(expected["grads"], random.normal(random.split(key, 3), (2, 3)))
+    found = torch.compile(step, fullgraph=True, dynamic=False)(weight, key)
+    for name in ("normal", "batch_normal", "grads"):
+        assert ulps(found.pop(name), expected.pop(name)) <= NORMAL_ULP
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 # Distributions

@@ -67,7 +67,7 @@ def temporary(path: Path) -> Path:
 
 
 def hide(path: Path) -> None:
-    """Takes its name from a checkpoint, so that none is ever seen half-removed; the end of the turn removes the rest."""
+    """Takes its name from a checkpoint, so that none is seen half-removed; the end of the turn removes its files."""
     os.rename(path, temporary(path))
 
 
@@ -94,12 +94,14 @@ def turn(folder: Path) -> Iterator[None]:
 
 def _tidy(folder: Path) -> None:
     """Removes what is temporary; a checkpoint that was set aside for one that never came gets its name back."""
-    for path in _entries(folder):
-        if path.name.startswith(".old-") and step_of(path.name) is not None:
-            successor = folder / path.name.removeprefix(".old-")
+    for entry in list(os.scandir(folder)):
+        if entry.name.startswith(".old-") and step_of(entry.name) is not None:
+            path = folder / entry.name.removeprefix(".old-")
             with suppress(OSError):  # the next save tries again, and until then `steps` finds it where it is
-                if os.path.lexists(successor):
-                    hide(path)
+                if os.path.lexists(path):
+                    hide(folder / entry.name)
                 else:
-                    os.rename(path, successor)
-    ...
+                    os.rename(entry, path)
+    for entry in list(os.scandir(folder)):
+        if _TEMPORARY.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry, ignore_errors=True)

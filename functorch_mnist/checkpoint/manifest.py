@@ -18,7 +18,7 @@ from .leaves import Leaf, are_leaves, is_natural
 
 STATE: Final = "state.safetensors"
 MANIFEST: Final = "manifest.json"
-LIMIT: Final = 2**20
+MANIFEST_LIMIT: Final = 2**20
 """The longest manifest, in bytes."""
 
 _SCHEMA: Final = 1
@@ -70,26 +70,28 @@ def encode(data: bytes, leaves: list[Leaf], step: int, config: Mapping[str, JSON
         raise ValueError(f"save: config must be plain JSON with finite numbers, not too deep. {error}.") from error
     if back["config"] != manifest["config"]:
         raise TypeError("save: config must come back from JSON as it was. Is there a tuple or a key that is no text?")
-    if len(text) > LIMIT:
-        raise ValueError(f"save: a manifest must have at most {LIMIT} bytes. Found {len(text)}.")
+    if len(text) > MANIFEST_LIMIT:
+        raise ValueError(f"save: a manifest must have at most {MANIFEST_LIMIT} bytes. Found {len(text)}.")
     return text
 
 
 def decode(data: bytes) -> Manifest:
-    """The manifest that `data` is; ValueError if it is none of this schema, or its checksum differs.
-
-    Strict JSON in UTF-8: no NaN or Infinity, no number that overflows, no key twice.
-    """
+    """The manifest that `data` is; ValueError if it is none of this schema, or its checksum differs."""
     try:
-        value = json.loads(
+        return _validated(_parsed(data))
+    except RecursionError as error:
+        raise ValueError(f"must not be nested so deep. {error}. Was it damaged?") from error
+
+
+def _parsed(data: bytes) -> object:
+    """Strict JSON in UTF-8: no NaN or Infinity, no number that overflows, no key twice."""
+    try:
+        value: object = json.loads(
             data.decode("utf-8"), object_pairs_hook=_object, parse_constant=_finite, parse_float=_finite
         )
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"must be strict JSON in UTF-8. {error}. Was it damaged?") from error
-    try:
-        return _validated(value)
-    except RecursionError as error:  # what could just be parsed may be too deep to be written for its checksum
-        raise ValueError(f"must not be so deep. {error}. Was it damaged?") from error
+    return value
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -107,6 +109,7 @@ def _finite(literal: str) -> float:
 
 
 def _validated(value: Any) -> Manifest:
+    """`value`, if it is a manifest of this schema; else ValueError."""
     if not isinstance(value, dict):
         raise ValueError(f"must be a JSON object. Found {type(value).__name__}.")
     schema = value.get("schema")
