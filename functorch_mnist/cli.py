@@ -3,11 +3,12 @@
 torch is imported only when a command runs, so `--help` and wrong options answer at once.
 """
 
+import io
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any, Union
 
 import tyro
@@ -20,54 +21,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status: 0, 1 for an error told in one line, 2 for unusable options."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, _interrupt)  # a polite kill stops as Ctrl-C does
+    _mend_streams()
     try:
-        return _run(_parse(arguments))
+        status = _run(arguments)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return _fail("Interrupted.", opt.INTERRUPTED)
     except opt.UsageError as error:
         return _fail(str(error), 2)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: end quietly
-        return 1
     except OSError as error:
+        _drop_output()
+        if isinstance(error, BrokenPipeError):  # nobody reads on: end quietly
+            return 1
         return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.", 1)
+    finally:
+        if argv is None:  # the process ends here, and one more Ctrl-C would break off Python's own end
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return status
 
 
-def _parse(arguments: list[str]) -> Any:
-    base = opt.RECIPES["article"]
-    resume, recipe = _value_of("--resume", arguments), _value_of("--recipe", arguments)
-    if resume is not None:
-        base = run_folder.read_config(Path(resume))
-    elif recipe in opt.RECIPES:
-        base = opt.RECIPES[recipe]
-    command = Union[  # noqa: UP007 (built at run time)
-        Annotated[opt.Train, tyro.conf.subcommand("train", default=base)],
-        Annotated[opt.Evaluate, tyro.conf.subcommand("evaluate")],
-        Annotated[opt.Predict, tyro.conf.subcommand("predict")],
-    ]
-    options = tyro.cli(
-        command, args=arguments, prog="functorch-mnist", description="Train on MNIST, purely functionally."
-    )
-    if isinstance(options, opt.Train):
-        opt.check(options)
-        if resume is not None:
-            opt.check_resumed(options, base)
-    return options
-
-
-def _value_of(flag: str, arguments: list[str]) -> str | None:
-    """The value of a flag that decides the defaults of the others, so it is read before them."""
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
-        if argument == flag:
-            return following
-        if argument.startswith(flag + "="):
-            return argument.removeprefix(flag + "=")
-    return None
-
-
-def _run(options: Any) -> int:
-    from . import commands  # imports torch
-
+def _run(arguments: list[str]) -> int:
+    try:
+        options = _parse(arguments)
+    except SystemExit as done:  # from tyro, which has printed help or what is wrong
+        return int(done.code or 0)
+    with _held_signals():
+        from . import commands  # imports torch
     try:
         if isinstance(options, opt.Train):
             return commands.train(options)
@@ -78,10 +57,60 @@ def _run(options: Any) -> int:
         return _fail(str(error), 1)
 
 
+def _parse(arguments: list[str]) -> Any:
+    """The options of one command; read twice where --resume or --recipe decides what the others are by default."""
+    options = _read(arguments, opt.RECIPES["article"])
+    if isinstance(options, opt.Train):
+        if options.resume is not None:
+            saved = run_folder.read_config(options.resume)
+            options = _read(arguments, saved)
+            opt.check_resumed(options, saved)
+        elif options.recipe != "article":
+            options = _read(arguments, opt.RECIPES[options.recipe])
+        opt.check(options)
+    return options
+
+
+def _read(arguments: list[str], defaults: opt.Train) -> Any:
+    command = Union[  # noqa: UP007 (built at run time)
+        Annotated[opt.Train, tyro.conf.subcommand("train", default=defaults)],
+        Annotated[opt.Evaluate, tyro.conf.subcommand("evaluate")],
+        Annotated[opt.Predict, tyro.conf.subcommand("predict")],
+    ]
+    return tyro.cli(command, args=arguments, prog="functorch-mnist", description="Train on MNIST, purely functionally.")
+
+
+@contextmanager
+def _held_signals() -> Iterator[None]:
+    """Lets Ctrl-C wait: torch's import swallows it, or aborts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _mend_streams() -> None:
+    """Takes a stream that the caller has closed for one that nobody reads, and prints what a terminal cannot show."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for the rest of the process)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """Sends what cannot be written nowhere, or Python would complain about it once more at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _interrupt(_signal: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"functorch-mnist: {message}", file=sys.stderr)
+    print(f"functorch-mnist: {' '.join(line.strip() for line in message.splitlines())}", file=sys.stderr)
     return status

@@ -5,9 +5,9 @@ from torch import Tensor
 
 
 def stored(x: Tensor) -> Tensor:
-    """The same tensor, which `torch.compile` now computes once and puts away, rather than in full wherever it is used.
+    """The same tensor, which `torch.compile` now computes once and stores with these strides.
 
-    A view that the compiler must not see through does it; eager mode pays nothing. It is worth it for an expression that
-    would double with every use, and before a change of order that would keep a fused loop from being vectorised.
+    Otherwise it may write an expression out in full wherever it is used, and choose other strides where some size is 1.
+    A view that the compiler does not see through does it; eager mode pays nothing.
     """
     return x.as_strided(x.shape, x.stride()) if torch.compiler.is_compiling() else x

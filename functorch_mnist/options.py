@@ -206,7 +206,7 @@ def check(options: Train) -> None:
             value = getattr(options, name)
             values = value if isinstance(value, tuple) else (value,)
             if not all(v is None or holds(v) for v in values):
-                raise UsageError(f"--{name.replace('_', '-')} must be {rule}. Found {value}.")
+                raise UsageError(f"--{name.replace('_', '-')} must be {rule}. Found {value!s:.80}.")
     for name, (other, values) in _ONLY_WITH.items():
         if getattr(options, name) != getattr(RECIPES["article"], name) and getattr(options, other) not in values:
             raise UsageError(f"--{name.replace('_', '-')} has no effect with --{other} {getattr(options, other)}.")

@@ -1,21 +1,21 @@
 """Pictures. matplotlib comes with the `plot` extra and is imported only here."""
 
-from pathlib import Path
+import io
 
 from torch import Tensor
 
 from .options import UsageError
 
 
-def confusion(counts: Tensor, path: Path) -> None:
-    """Draws a confusion matrix into an image file.
+def confusion(counts: Tensor, *, kind: str) -> bytes:
+    """The picture of a confusion matrix, as the bytes of an image file.
 
     Args:
         counts: (K, K) int64, rows the true classes.
-        path: the file; its ending names the format.
+        kind: the file's format, such as `"png"` or `"pdf"`.
 
     Raises:
-        UsageError: matplotlib is missing, or cannot write such a file.
+        UsageError: matplotlib is missing, or cannot write the format.
     """
     try:
         import matplotlib
@@ -32,12 +32,14 @@ def confusion(counts: Tensor, path: Path) -> None:
     for row in range(len(counts)):
         for column in range(len(counts)):
             color = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, int(counts[row, column]), ha="center", va="center", fontsize=8, color=color)
+            axes.text(column, row, str(int(counts[row, column])), ha="center", va="center", fontsize=8, color=color)
     axes.set(xlabel="given class", ylabel="true class", title="Confusion matrix")
     axes.set(xticks=range(len(counts)), yticks=range(len(counts)))
+    picture = io.BytesIO()
     try:
-        figure.savefig(path, dpi=150)
+        figure.savefig(picture, format=kind, dpi=150)
     except ValueError as error:
-        raise UsageError(f"{path} must end in an image format. Found: {error}.") from error
+        raise UsageError(f"A picture's file must end in an image format. Found: {error}.") from error
     finally:
         pyplot.close(figure)
+    return picture.getvalue()

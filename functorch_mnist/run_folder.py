@@ -35,7 +35,7 @@ def create(folder: Path, options: opt.Train) -> None:
 
 def write_config(folder: Path, options: opt.Train) -> None:
     """Writes the options, whole or not at all; with the data's absolute path, so that they hold in any folder."""
-    options = replace(options, data_dir=options.data_dir and options.data_dir.resolve())
+    options = replace(options, data_dir=options.data_dir and options.data_dir.absolute())
     write(folder / _CONFIG, (json.dumps(opt.to_json(options), indent=2, allow_nan=False) + "\n").encode())
 
 

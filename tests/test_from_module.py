@@ -28,14 +28,15 @@ class Tied(nn.Module):
 def networks():
     norm = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
     norm(torch.randn(8, 2, 6, 6, generator=torch.Generator().manual_seed(0)))  # statistics other than 0 and 1
+    conv = nn.Conv2d(2, 4, 3)
     return {
         "tied": (Tied(), (4,)),
-        "group norm": (nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(64, 3)), (2, 6, 6)),
+        "group norm": (nn.Sequential(conv, nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(64, 3)), (2, 6, 6)),
         "batch norm, evaluation": (norm.eval(), (2, 6, 6)),
-        "dropout": (nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2), nn.Dropout(0.2, inplace=True)), (4,)),
-        "channel dropout": (nn.Sequential(nn.Conv2d(2, 4, 3), nn.Dropout2d(0.5), nn.Flatten(), nn.Linear(64, 3)), (2, 6, 6)),
+        "dropout": (nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Dropout(0.2, inplace=True)), (4,)),
+        "channel dropout": (nn.Sequential(conv, nn.Dropout2d(0.5), nn.Flatten(), nn.Linear(64, 3)), (2, 6, 6)),
         "attention": (nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), (3, 8)),
-    }  # fmt: skip
+    }
 
 
 names = pytest.mark.parametrize("name", networks())
@@ -116,7 +117,7 @@ def test_channel_dropout_of_a_module_drops_whole_channels():
 
 
 def test_tied_parameters_appear_once_and_stay_tied():
-    params, model = models.from_module(Tied(), example_ndim=1)
+    params, _ = models.from_module(Tied(), example_ndim=1)
     assert list(params) == ["encode.weight"]
     doubled = {"encode.weight": torch.eye(4)}
     module = Tied()

@@ -41,6 +41,15 @@ def test_every_layer_of_a_batch_is_the_stack_of_its_examples(lead):
         torch.testing.assert_close(fn(*inputs), stacked(fn, lead, *inputs), rtol=0, atol=1e-12)
 
 
+@given(leads)
+def test_image_linear_is_linear_of_the_flat_images_in_either_precision(lead):
+    x, w, b = draw(*lead, 2, 5, 6), draw(4, 60), draw(4)
+    expected = F.linear(x.reshape(*lead, 60), w, b)
+    torch.testing.assert_close(layers.image_linear(x, w, b), expected, rtol=1e-12, atol=1e-12)
+    low = layers.image_linear(x.float(), w.float(), b.float())
+    torch.testing.assert_close(low.double(), expected, rtol=0, atol=1e-5)  # 60 products of numbers near 1
+
+
 @given(leads, st.integers(1, 2), st.integers(0, 2))
 def test_conv2d_equals_torch(lead, stride, padding):
     x, w, b = draw(*lead, 2, 6, 7), draw(3, 2, 3, 3), draw(3)

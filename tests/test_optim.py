@@ -39,7 +39,7 @@ def by_us(settings, lr, steps, dtype):
     state = optimizer.init(params)
     for number in range(steps):
         params, state = optimizer.update(params, state, tree.map(lambda g: g.to(dtype), numbers(1 + number)))
-    assert int(state.count) == steps
+    assert int(state.updates) == steps
     return tree.leaves(params)
 
 

@@ -199,11 +199,11 @@ def test_batches_cut_the_order_and_pad_it_with_a_mask(n, batch_size, skipped):
     short = list(data.batches(order, batch_size=batch_size, start=skipped, pad=False))
     padded = list(data.batches(order, batch_size=batch_size, start=skipped, pad=True))
     rest = order[skipped * batch_size :]
-    assert torch.equal(torch.cat([b.index for b in short] or [rest]), rest)
+    assert torch.equal(torch.cat([b.examples for b in short] or [rest]), rest)
     assert len(short) == max(0, data.steps_per_epoch(n, batch_size) - skipped)
     for a, b in zip(short, padded, strict=True):
-        assert len(b.index) == batch_size
-        assert torch.equal(b.index[b.mask], a.index)
+        assert len(b.examples) == batch_size
+        assert torch.equal(b.examples[b.mask], a.examples)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,10 @@
 
 from ..checkpoint import CheckpointError
 from ..data import DataError
-from ..options import UsageError
-from .callbacks import DivergedError
+from .build import DivergedError
 from .evaluate import evaluate as evaluate
 from .predict import predict as predict
 from .train import train as train
 
-FAULTS = (CheckpointError, DataError, DivergedError, UsageError)
-"""What a command raises for a fault that one line can tell."""
+FAULTS = (CheckpointError, DataError, DivergedError)
+"""What a command raises for a fault that one line can tell, besides `UsageError`."""

@@ -1,6 +1,5 @@
 """What `train` does after each step: saves checkpoints, shows progress and writes `metrics.jsonl`."""
 
-import math
 import sys
 import time
 from pathlib import Path
@@ -10,11 +9,7 @@ from tqdm import tqdm
 
 from .. import checkpoint, run_folder
 from ..train import Progress
-from .build import Saved
-
-
-class DivergedError(Exception):
-    """The loss is no longer a number."""
+from .build import Saved, check_finite
 
 
 class Saver:
@@ -33,11 +28,10 @@ class Saver:
         """Saves the newest state unless it is saved already, and returns its step.
 
         Raises:
-            DivergedError: its loss is not finite; what was saved before stays.
+            DivergedError: it is not finite; what was saved before stays.
         """
         step = int(self.newest.state.step)
-        if not math.isfinite(self.newest.loss.item()):
-            raise DivergedError(f"The loss is no longer finite at step {step}. Lower --lr or set --max-norm.")
+        check_finite(self.newest, f"Loss and parameters after step {step}")
         if step != self.saved_step:
             checkpoint.save(self.folder, self.newest, step=step, config=self.config, keep=self.keep)
             self.saved_step = step
@@ -49,18 +43,17 @@ class Reporter:
 
     LINE_EVERY, BAR_EVERY = 100, 20
 
-    def __init__(self, run: Path, *, epochs: int, total: int, done: int) -> None:
+    def __init__(self, run: Path, *, epochs: int, total: int, done: int, seen: int) -> None:
         self.run, self.epochs, self.total = run, epochs, total
         self.bar = tqdm(total=total, initial=done, unit="step", disable=not sys.stderr.isatty())
-        self.since, self.steps_since, self.examples_before = time.perf_counter(), done, 0
+        self.since, self.examples_before = time.perf_counter(), seen
 
     def __call__(self, progress: Progress) -> None:
         line = progress.step % self.LINE_EVERY == 0 or progress.epoch_ended
         if not line and (self.bar.disable or progress.step % self.BAR_EVERY):
             return
+        check_finite(progress.loss, f"The loss after step {progress.step}")
         loss = progress.loss.item() / progress.examples
-        if not math.isfinite(loss):
-            raise DivergedError(f"The loss is no longer finite at step {progress.step}. Lower --lr or set --max-norm.")
         rate = self._examples_per_second(progress)
         self.bar.set_description(f"epoch {progress.epoch + 1}/{self.epochs}")
         self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} examples/s")

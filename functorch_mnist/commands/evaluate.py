@@ -1,5 +1,7 @@
 """`evaluate`: accuracy, recall per class and the confusion matrix on the test images."""
 
+import math
+
 from torch import Tensor
 
 from .. import run_folder
@@ -13,18 +15,19 @@ def evaluate(options: Evaluate) -> int:
     if options.batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1. Found {options.batch_size}.")
     where = build.device(options.device)
-    made, params, classes = build.trained(options.run, where)
-    saved = run_folder.read_config(options.run)
-    folder = options.data_dir if options.dataset else options.data_dir or saved.data_dir
-    test = build.load(options.dataset or saved.dataset, folder, where).test
-    result = training.evaluate(made.outputs, made.loss, params, *test, batch_size=options.batch_size)
+    run = build.trained(options.run, where)
+    folder = options.data_dir if options.dataset else options.data_dir or run.options.data_dir
+    test = build.load(options.dataset or run.options.dataset, folder, where).test
+    batch_size = min(options.batch_size, len(test.images))
+    result = training.evaluate(run.made.outputs, run.made.loss, run.params, *test, batch_size=batch_size)
+    build.check_finite(result.loss, "The loss on the test images")
     print(f"Accuracy of the network on the {result.total} test images: {100 * result.accuracy:.2f}%")
     print(f"Mean loss: {result.loss.item():.4f}\n")
-    print(_table(result.confusion, result.recall, classes))
+    print(_table(result.confusion, result.recall, run.classes))
     if options.png is not None:
         from .. import plots  # needs the plot extra
 
-        plots.confusion(result.confusion, options.png)
+        run_folder.write(options.png, plots.confusion(result.confusion, kind=options.png.suffix[1:]))
         print(f"\nConfusion matrix drawn into {options.png}")
     return 0
 
@@ -34,7 +37,11 @@ def _table(confusion: Tensor, recall: Tensor, classes: int) -> str:
     width = max(5, len(str(int(confusion.max()))) + 1)
     head = "true \\ given" + "".join(f"{c:>{width}}" for c in range(classes)) + "   recall"
     rows = [
-        f"{c:>12}" + "".join(f"{int(n):>{width}}" for n in confusion[c]) + f"{100 * recall[c].item():>8.2f}%"
+        f"{c:>12}" + "".join(f"{int(n):>{width}}" for n in confusion[c]) + f"{_percent(recall[c].item()):>9}"
         for c in range(classes)
     ]
     return "\n".join([head, *rows])
+
+
+def _percent(part: float) -> str:
+    return "none" if math.isnan(part) else f"{100 * part:.2f}%"  # NaN: the class has no image

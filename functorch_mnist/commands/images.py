@@ -4,8 +4,10 @@ Reference: LeCun et al., "Gradient-based learning applied to document recognitio
 """
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,59 +25,80 @@ def read(path: Path) -> Tensor:
     """The image in a file, as a (1, 28, 28) uint8 tensor.
 
     A 28 x 28 image keeps its pixels; any other is cut to its digit, scaled and centred. A light background, judged by
-    the border, is inverted; transparency is laid on white.
+    the border, is inverted; transparency is laid on white, or on black where only a light digit is opaque. Of several
+    frames it is the first.
 
     Raises:
         UsageError: the file cannot be read as an image, or is blank.
     """
-    pillow = _pillow()
+    if not path.is_file():
+        raise UsageError(f"{path} must be an image file. Found no file there.")
+    pillow, upright = _pillow()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # an image too large to be meant is an error, not a warning
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", pillow.DecompressionBombWarning)  # too large to be meant
             with pillow.open(path) as image:
-                rgba = image.convert("RGBA")
-                white = pillow.new("RGBA", rgba.size, "white")
-                grey = np.asarray(pillow.alpha_composite(white, rgba).convert("L"))
-    except FileNotFoundError:
-        raise UsageError(f"{path} must be an image file. Found no such file.") from None
+                grey = _brightness(upright(image))
     except Exception as error:  # a damaged file fails in as many ways as there are formats
-        raise UsageError(f"{path} must be an image that Pillow reads. Found: {error}.") from error
+        found = str(error).rstrip(" .")
+        raise UsageError(f"{path} must be an image that Pillow reads. Found: {found}.") from error
     border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
     light = 255 - grey if np.median(border) > 127 else grey
-    if light.max() == light.min():
+    pixels = light if light.shape == (SIDE, SIDE) or not np.ptp(light) else _centred(light, pillow)
+    if not np.ptp(pixels):
         raise UsageError(f"{path} must show a digit. Found a blank image.")
-    pixels = light if light.shape == (SIDE, SIDE) else _centred(light, pillow)
     return torch.from_numpy(pixels.copy())[None]
+
+
+def _brightness(image: Any) -> NDArray[np.uint8]:
+    """What an image of any mode looks like in grey, (height, width)."""
+    if image.mode.startswith(("I", "F")):  # more than 8 bits, and nothing says which value is white
+        values = np.asarray(image, np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError("pixels that are not finite")
+        return _stretched(values, values.min(), values.max())
+    if not image.has_transparency_data:
+        return np.asarray(image.convert("L"))
+    grey, opacity = (np.asarray(band, np.float64) for band in image.convert("RGBA").convert("LA").split())
+    light_digit = opacity.mean() < 127 and (grey * opacity).sum() > 127 * opacity.sum()
+    paper = 0 if light_digit else 255
+    return (paper + (grey - paper) * opacity / 255).round().astype(np.uint8)
 
 
 def _centred(light: NDArray[np.uint8], pillow: ModuleType) -> NDArray[np.uint8]:
     """The digit, cut out, scaled to 20 pixels and placed with its centre of mass at the centre."""
-    ink = light > light.min() + _INK * (int(light.max()) - int(light.min()))
+    low, high = int(light.min()), int(light.max())
+    ink = light > low + _INK * (high - low)
     rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
     digit = light[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     scale = DIGIT / max(digit.shape)
-    size = tuple(max(1, round(scale * length)) for length in digit.shape[::-1])  # Pillow counts width first
-    small = np.asarray(pillow.fromarray(digit).resize(size, pillow.Resampling.LANCZOS)).astype(np.int32)
-    small = np.clip(small - int(light.min()), 0, 255)
+    width, height = (max(1, round(scale * length)) for length in digit.shape[::-1])
+    small = pillow.fromarray(digit).resize((width, height), pillow.Resampling.LANCZOS)
+    small = _stretched(np.asarray(small, np.float64), low, high)
     canvas = np.zeros((SIDE, SIDE), np.uint8)
-    top, left = (
-        _offset(small.sum(axis), axis_length) for axis, axis_length in ((1, small.shape[0]), (0, small.shape[1]))
-    )
-    canvas[top : top + small.shape[0], left : left + small.shape[1]] = small
+    top, left = _offset(small.sum(1)), _offset(small.sum(0))
+    canvas[top : top + height, left : left + width] = small
     return canvas
 
 
-def _offset(mass: NDArray[np.int64], length: int) -> int:
+def _stretched(values: NDArray[np.float64], low: float, high: float) -> NDArray[np.uint8]:
+    """The values with `low` as 0 and `high` as 255."""
+    return (255 * ((values - low) / max(high - low, 1e-300)).clip(0, 1)).round().astype(np.uint8)
+
+
+def _offset(mass: NDArray[Any]) -> int:
     """Where a digit starts on an axis so that its centre of mass is the canvas's, as far as it fits."""
-    centre = float((mass * np.arange(length)).sum() / mass.sum())
-    return int(np.clip(round((SIDE - 1) / 2 - centre), 0, SIDE - length))
+    centre = float((mass * np.arange(len(mass))).sum() / max(mass.sum(), 1))
+    return int(np.clip(round((SIDE - 1) / 2 - centre), 0, SIDE - len(mass)))
 
 
-def _pillow() -> ModuleType:
+def _pillow() -> tuple[ModuleType, Callable[[Any], Any]]:
+    """Pillow's main module, and the function that turns an image as its EXIF data say."""
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError as error:
         raise UsageError(
             f"Image files need Pillow. Importing it failed: {error}. Install it: pip install pillow."
         ) from error
-    return Image
+    return Image, ImageOps.exif_transpose

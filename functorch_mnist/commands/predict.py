@@ -1,12 +1,9 @@
 """`predict`: the class and its probability, for image files or test images."""
 
-from pathlib import Path
-
 import torch
 
-from .. import run_folder
 from .. import train as training
-from ..options import Predict, UsageError
+from ..options import Predict, Train, UsageError
 from . import build, images
 
 
@@ -15,20 +12,20 @@ def predict(options: Predict) -> int:
     if bool(options.images) == (options.test is not None):
         raise UsageError("predict needs image files, or a range of test images by --test FIRST LAST, and not both.")
     where = build.device(options.device)
-    made, params, _ = build.trained(options.run, where)
+    run = build.trained(options.run, where)
     if options.test is None:
         names = [str(path) for path in options.images]
         pixels = torch.stack([images.read(path) for path in options.images]).to(where)
     else:
-        names, pixels = _test_images(options.run, *options.test, where)
-    probabilities = training.predictions(made.outputs, params, pixels).softmax(-1)
+        names, pixels = _test_images(run.options, *options.test, where)
+    probabilities = training.predictions(run.made.outputs, run.params, pixels).softmax(-1)
+    build.check_finite(probabilities, "The probabilities")
     for name, row in zip(names, probabilities, strict=True):
         print(f"{name}: {int(row.argmax())} ({row.max().item():.4f})")
     return 0
 
 
-def _test_images(run: Path, first: int, last: int, where: torch.device) -> tuple[list[str], torch.Tensor]:
-    saved = run_folder.read_config(run)
+def _test_images(saved: Train, first: int, last: int, where: torch.device) -> tuple[list[str], torch.Tensor]:
     test = build.load(saved.dataset, saved.data_dir, where).test
     if not 0 <= first < last <= len(test.images):
         raise UsageError(f"--test must be a range within 0 and {len(test.images)}. Found {first} {last}.")

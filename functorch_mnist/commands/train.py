@@ -1,6 +1,10 @@
 """`train`: one run, from the data to the accuracy on the test images."""
 
+import shlex
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -10,9 +14,9 @@ from torch import Tensor
 from .. import allocator, checkpoint, data, run_folder
 from .. import train as training
 from ..models import Params
-from ..options import INTERRUPTED, Train, to_json
+from ..options import INTERRUPTED, Train, UsageError, check_resumed
 from . import build
-from .build import Saved
+from .build import Origin, Saved
 from .callbacks import Reporter, Saver
 
 
@@ -23,18 +27,19 @@ def train(options: Train) -> int:
         torch.set_num_threads(options.threads)
     where = build.device(options.device)
     dataset = build.load(options.dataset, options.data_dir, where)
-    pixels = data.normalization(dataset.train.images)
-    per_epoch = data.steps_per_epoch(len(dataset.train.images), options.batch_size)
-    made = build.classifier(options, pixels, dataset.classes)
+    begun = build.origin(options, dataset)
+    batch_size = min(options.batch_size, begun.examples)
+    per_epoch = data.steps_per_epoch(begun.examples, batch_size)
+    total = options.epochs * per_epoch
+    made = build.classifier(begun)
     optimizer = build.optimizer(options, per_epoch)
-    saved = build.start(options, made, optimizer, where)
+    saved, saved_step = build.start(options, made, optimizer, where), -1
 
     folder = options.resume or options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
-    saved_step = -1
     if options.resume is None:
         run_folder.create(folder, options)
     else:
-        saved, saved_step = _resumed(folder, saved)
+        saved, saved_step = _resumed(folder, saved, begun, total)
         run_folder.write_config(folder, options)
     print(f"Run folder: {folder}", flush=True)
 
@@ -43,46 +48,87 @@ def train(options: Train) -> int:
 
     step = training.make_step(training.batch_gradient(losses_fn), optimizer)
     compiled = options.compile == "on"
-    config = {"options": to_json(options), "pixels": list(pixels), "classes": dataset.classes}
+    config = build.to_config(begun)
+    done = int(saved.state.step)
+    reporter = Reporter(folder, epochs=options.epochs, total=total, done=done, seen=done % per_epoch * batch_size)
     saver = Saver(folder, saved, saved_step=saved_step, every=options.save_every, keep=options.keep, config=config)
-    reporter = Reporter(folder, epochs=options.epochs, total=options.epochs * per_epoch, done=int(saved.state.step))
     try:
-        state = training.fit(
-            training.compiled(step) if compiled else step,
-            saved.state,
-            dataset.train,
-            epochs=options.epochs,
-            batch_size=options.batch_size,
-            pad=compiled,
-            loss=saved.loss,
-            callbacks=(saver, reporter),
-        )
-    except KeyboardInterrupt:
-        reporter.close()
-        print(
-            f"Interrupted after step {saver.save()}. Go on with: functorch-mnist train --resume {folder}",
-            file=sys.stderr,
-        )
+        with closing(reporter):
+            state = training.fit(
+                training.compiled(step) if compiled else step,
+                saved.state,
+                dataset.train,
+                epochs=options.epochs,
+                batch_size=batch_size,
+                pad=compiled,
+                loss=saved.loss,
+                callbacks=(reporter, saver),  # a checkpoint never comes before the records of its steps
+            )
+        saver.save()
+        result = training.evaluate(made.outputs, made.loss, state.params, *dataset.test)
+        build.check_finite(result.loss, "The loss on the test images")
+        record = {"loss": result.loss.item(), "correct": result.correct, "total": result.total}
+        run_folder.append_metrics(folder, {"kind": "test", "step": saver.saved_step, **record})
+        print(f"Accuracy of the network on the {result.total} test images: {100 * result.accuracy:.2f}%")
+    except (KeyboardInterrupt, OSError) as stop:  # OSError: a full disk, or nobody reads on
+        with _undisturbed():
+            last = saver.save()
+        if isinstance(stop, OSError):
+            raise
+        again = f"functorch-mnist train --resume {shlex.quote(str(folder))}"
+        print(f"Interrupted after step {last}. Go on with: {again}", file=sys.stderr)
         return INTERRUPTED
-    reporter.close()
-    saver.save()
-    result = training.evaluate(made.outputs, made.loss, state.params, *dataset.test)
-    counts = {"correct": result.correct, "total": result.total}
-    run_folder.append_metrics(folder, {"kind": "test", "step": saver.saved_step, "loss": result.loss.item(), **counts})
-    print(f"Accuracy of the network on the {result.total} test images: {100 * result.accuracy:.2f}%")
+    except RuntimeError as error:
+        if saver.newest is not saved:
+            raise
+        raise UsageError(
+            f"The first step must be possible. Found: {build.first_line(error)}. "
+            "Is the batch too large for the memory, or is there no C++ compiler for --compile on?"
+        ) from error
     return 0
 
 
-def _resumed(folder: Path, template: Saved) -> tuple[Saved, int]:
-    """The newest good state of a run and its step; its start and -1 where it has saved none."""
-    if not checkpoint.steps(folder / run_folder.CHECKPOINTS):
+def _resumed(run: Path, start: Saved, begun: Origin, total: int) -> tuple[Saved, int]:
+    """The newest good state of a run and its step; its start and -1 where it has saved none.
+
+    Args:
+        run: its folder.
+        start: its state before the first step.
+        begun: what it would begin with now.
+        total: the step it shall end with.
+
+    Raises:
+        UsageError: it would be another run.
+        CheckpointError: no checkpoint is good.
+    """
+    if not checkpoint.steps(run / run_folder.CHECKPOINTS):
         print("The run has no checkpoint yet: starting from the beginning.")
-        run_folder.forget_metrics_after(folder, 0)
-        return template, -1
-    found, faults = checkpoint.latest(folder / run_folder.CHECKPOINTS, template)
-    for fault in faults:
-        print(f"Passed over a damaged checkpoint: {fault}")
+        run_folder.forget_metrics_after(run, 0)
+        return start, -1
+    before = build.newest_origin(run)
+    check_resumed(begun.options, before.options)
+    if begun[1:] != before[1:]:
+        raise UsageError(
+            f"A resumed run keeps its {before.examples} training images. Found other {begun.examples}. "
+            "Is --data-dir the right one?"
+        )
+    found = build.newest(run, start)
+    if found.step > total:
+        raise UsageError(
+            f"--epochs must not be fewer than the run has begun. It is after step {found.step}, they end with {total}."
+        )
     print(f"Going on after step {found.step}.")
-    run_folder.forget_metrics_after(folder, found.step)
+    run_folder.forget_metrics_after(run, found.step)
     saved: Saved = found.state
     return saved, found.step
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Keeps a second Ctrl-C from breaking off what the first one asked for."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -12,7 +12,7 @@ from .. import random
 class Batch(NamedTuple):
     """Which examples a step sees."""
 
-    index: Tensor
+    examples: Tensor
     """(B,) int64: positions in the data set."""
     mask: Tensor | None
     """(B,) bool, `False` for padding; none where nothing is padded."""
@@ -51,7 +51,7 @@ def batches(order: Tensor, *, batch_size: int, start: int = 0, pad: bool) -> Ite
         ValueError: a number is out of its range, or there is no example.
 
     Example:
-        >>> [len(batch.index) for batch in batches(torch.arange(10), batch_size=4, pad=False)]
+        >>> [len(batch.examples) for batch in batches(torch.arange(10), batch_size=4, pad=False)]
         [4, 4, 2]
     """
     if len(order) < 1 or batch_size < 1 or start < 0:

@@ -73,9 +73,10 @@ def from_module(module: nn.Module, *, example_ndim: int | None = None) -> tuple[
             return one(params, x, key)
         examples = x.flatten(0, len(lead) - 1)
         if key is None:
-            return call(quiet, params, examples).unflatten(0, lead)
-        keys = key.reshape(-1, 2)
-        return vmap(one, in_dims=(None, 0, 0))(params, examples, keys).unflatten(0, lead)
+            outputs = call(quiet, params, examples)
+        else:
+            outputs = vmap(one, in_dims=(None, 0, 0))(params, examples, key.reshape(-1, 2))
+        return outputs.reshape(*lead, *outputs.shape[1:])
 
     return params, Model(lambda key: _reinitialised(quiet, params, key), apply)
 

@@ -83,7 +83,7 @@ def cnn(*, activation: Activation = layers.relu, dropout: tuple[float, float] = 
         if key is not None:
             channel_key, unit_key = random.split(key).unbind(-2)
             x = layers.channel_dropout(x, channel_key, rate=channel_rate)
-        x = activation(layers.linear(layers.flatten(x), params["fc1.weight"], params["fc1.bias"]))  # (..., 128)
+        x = activation(layers.image_linear(x, params["fc1.weight"], params["fc1.bias"]))  # (..., 128)
         if key is not None:
             x = layers.dropout(x, unit_key, rate=unit_rate)
         return layers.log_softmax(layers.linear(x, params["fc2.weight"], params["fc2.bias"]))

@@ -20,7 +20,7 @@ from .schedules import Schedule
 class SGDState(NamedTuple):
     """What evolves besides the parameters."""
 
-    count: Tensor
+    updates: Tensor
     """0-d int64: how many updates have been made."""
     velocity: Tree
     """Shaped as the parameters; an empty tuple without momentum."""
@@ -85,7 +85,7 @@ def sgd(
         return SGDState(torch.zeros((), dtype=torch.int64, device=device), velocity)
 
     def update(params: Tree, state: SGDState, grads: Tree) -> tuple[Tree, SGDState]:
-        rate = lr(state.count) if callable(lr) else lr
+        rate = lr(state.updates) if callable(lr) else lr
         g = tree.map(torch.neg, grads) if maximize else grads
         if weight_decay:
             g = tree.map(lambda g, w: torch.add(g, w, alpha=weight_decay), g, params)
@@ -93,10 +93,10 @@ def sgd(
         if momentum:
             velocity = tree.map(lambda v, g: torch.add(momentum * v, g, alpha=1 - dampening), velocity, g)
             if dampening:
-                velocity = tree.map(lambda v, g: torch.where(state.count == 0, g, v), velocity, g)
+                velocity = tree.map(lambda v, g: torch.where(state.updates == 0, g, v), velocity, g)
             g = tree.map(lambda g, v: torch.add(g, v, alpha=momentum), g, velocity) if nesterov else velocity
         params = tree.map(lambda w, g: _descend(w, g, rate), params, g)
-        return params, SGDState(state.count + 1, velocity)
+        return params, SGDState(state.updates + 1, velocity)
 
     return Optimizer(init, update)
 

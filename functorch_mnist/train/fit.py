@@ -75,7 +75,7 @@ def fit(
         start = done - epoch * per_epoch
         loss = torch.zeros((), dtype=torch.float64, device=order.device) if loss is None or start == 0 else loss
         for batch in data.batches(order, batch_size=batch_size, start=start, pad=pad):
-            rows = [tensor[batch.index] for tensor in (*examples, keys)]
+            rows = [tensor[batch.examples] for tensor in (*examples, keys)]
             seen = min((done - epoch * per_epoch + 1) * batch_size, total)
             count = seen - (done - epoch * per_epoch) * batch_size
             state, aux = step(state, *rows, mask=batch.mask, divisor=torch.tensor(float(count)))
