@@ -6,7 +6,6 @@ that is shuffled anew, so that a machine whose speed drifts drifts for all of th
 """
 
 import json
-import math
 import os
 import platform
 import random
@@ -174,7 +173,7 @@ def write(comparison: Comparison, folder: Path = RESULTS) -> Path:
                 "quartiles_s": list(t.quartiles),
                 "ratio": comparison.ratio(t),
                 "difference": t.difference,
-                "tolerance": t.tolerance if math.isfinite(t.tolerance) else None,
+                "tolerance": t.tolerance,
                 "samples_s": t.samples,
             }
             for t in comparison.timings
@@ -191,6 +190,16 @@ def write(comparison: Comparison, folder: Path = RESULTS) -> Path:
             continue
         return path
     raise FileExistsError(f"{folder} holds a thousand results of one second.")
+
+
+def read(path: Path) -> Comparison:
+    """The comparison that `write` wrote."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    timings = [
+        Timing(arm["name"], arm["first_s"], arm["samples_s"], arm["difference"], arm["tolerance"])
+        for arm in record["arms"]
+    ]
+    return Comparison(record["question"], timings, record["settings"])
 
 
 def machine() -> dict[str, Any]:

@@ -81,7 +81,16 @@ class Train:
 RECIPES: Mapping[str, Train] = MappingProxyType(
     {
         "article": Train(),
-        "fast": Train(recipe="fast", epochs=2, batch_size=64, lr=0.05, schedule="one-cycle", precision="bfloat16"),
+        "fast": Train(
+            recipe="fast",
+            dropout=(0.1, 0.25),
+            epochs=2,
+            lr=0.05,
+            schedule="one-cycle",
+            warmup=0.2,
+            weight_decay=5e-4,
+            precision="bfloat16",
+        ),
     }
 )
 """The defaults that `--recipe` chooses from."""
@@ -207,8 +216,10 @@ def check(options: Train) -> None:
             values = value if isinstance(value, tuple) else (value,)
             if not all(v is None or holds(v) for v in values):
                 raise UsageError(f"--{name.replace('_', '-')} must be {rule}. Found {value!s:.80}.")
+    defaults = RECIPES["article"], RECIPES[options.recipe]
     for name, (other, values) in _ONLY_WITH.items():
-        if getattr(options, name) != getattr(RECIPES["article"], name) and getattr(options, other) not in values:
+        chosen = all(getattr(options, name) != getattr(one, name) for one in defaults)
+        if chosen and getattr(options, other) not in values:
             raise UsageError(f"--{name.replace('_', '-')} has no effect with --{other} {getattr(options, other)}.")
 
 

@@ -28,7 +28,7 @@ def confusion(counts: Tensor, *, kind: str) -> bytes:
         ) from error
     shares = counts.double() / counts.sum(1, keepdim=True).clamp(min=1)
     figure, axes = pyplot.subplots(figsize=(6.4, 6), layout="constrained")
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.imshow(shares.cpu().numpy(), cmap="Blues", vmin=0, vmax=1)
     for row in range(len(counts)):
         for column in range(len(counts)):
             color = "white" if shares[row, column] > 0.5 else "black"

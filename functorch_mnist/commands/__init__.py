@@ -2,8 +2,8 @@
 
 from ..checkpoint import CheckpointError
 from ..data import DataError
-from .build import DivergedError
 from .evaluate import evaluate as evaluate
+from .faults import DivergedError
 from .predict import predict as predict
 from .train import train as train
 

@@ -1,23 +1,18 @@
 """From options to the pure functions that a command runs."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import checkpoint, data, layers, losses, models, optim, random, run_folder, train, tree
+from .. import data, layers, losses, models, optim, random, train
 from ..models import Model, Params
-from ..options import Train, UsageError, from_json, to_json
-from ..tree import Tree
+from ..options import Train, UsageError
+from .faults import refusing
 
 PIXELS = 28 * 28
-
-
-class DivergedError(Exception):
-    """A number is no longer finite."""
 
 
 class Classifier(NamedTuple):
@@ -39,16 +34,6 @@ class Origin(NamedTuple):
     """Mean and standard deviation of the training images."""
     examples: int
     """How many training images there are."""
-    classes: int
-
-
-class Trained(NamedTuple):
-    """A run, as `evaluate` and `predict` need it."""
-
-    made: Classifier
-    params: Params
-    """The newest good ones."""
-    options: Train
     classes: int
 
 
@@ -81,30 +66,6 @@ def load(name: str, folder: Path | None, where: torch.device) -> data.Dataset:
     return data.Dataset(moved(dataset.train), moved(dataset.test), dataset.classes)
 
 
-@contextmanager
-def refusing(kind: type[Exception], rule: str = "") -> Iterator[None]:
-    """Tells another library's error, where the user's wishes cause it, as the user's mistake in one line."""
-    try:
-        yield
-    except kind as error:
-        raise UsageError(f"{rule}{first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    """What the error says, without what torch adds for its developers."""
-    return str(error).partition("\n")[0]
-
-
-def check_finite(values: Tree, what: str) -> None:
-    """Refuses NaN and infinity.
-
-    Raises:
-        DivergedError: there is one.
-    """
-    if not all(bool(leaf.isfinite().all()) for leaf in tree.leaves(values)):
-        raise DivergedError(f"{what} must be finite. Found NaN or infinity. Lower --lr, or set --max-norm.")
-
-
 def origin(options: Train, dataset: data.Dataset) -> Origin:
     """The origin of a new run.
 
@@ -114,55 +75,6 @@ def origin(options: Train, dataset: data.Dataset) -> Origin:
     images = dataset.train.images
     with refusing(ValueError):
         return Origin(options, data.normalization(images), len(images), dataset.classes)
-
-
-def to_config(begun: Origin) -> dict[str, Any]:
-    """The origin as a checkpoint's config."""
-    return begun._asdict() | {"options": to_json(begun.options), "pixels": list(begun.pixels)}
-
-
-def from_config(config: Mapping[str, Any]) -> Origin:
-    """The way back.
-
-    Raises:
-        UsageError: the config is not one that `to_config` makes.
-    """
-    try:
-        mean, std = config["pixels"]
-        pixels = float(mean), float(std)
-        return Origin(from_json(config["options"]), pixels, int(config["examples"]), int(config["classes"]))
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UsageError(f"A run's checkpoint must say what the run began with. Found: {error!r}.") from error
-
-
-def newest_origin(run: Path) -> Origin:
-    """The origin in the newest checkpoint of a run whose manifest is good.
-
-    Raises:
-        CheckpointError: there is no checkpoint, or none has a good manifest.
-        UsageError: the checkpoint is not of a run of this version.
-    """
-    faults = []
-    for path in reversed(checkpoint.steps(run / run_folder.CHECKPOINTS)):
-        try:
-            return from_config(checkpoint.read_manifest(path)["config"])
-        except checkpoint.CheckpointError as error:
-            faults.append(error)
-    if faults:
-        raise faults[0]
-    raise checkpoint.CheckpointError(f"{run} must hold a checkpoint. Found none. Has the run been started?")
-
-
-def newest(run: Path, template: Saved) -> checkpoint.Checkpoint:
-    """The newest good checkpoint of a run; says which ones it passes over.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    found, faults = checkpoint.latest(run / run_folder.CHECKPOINTS, template)
-    for fault in faults:
-        print(f"Passed over a damaged checkpoint: {fault}")
-    return found
 
 
 def classifier(begun: Origin) -> Classifier:
@@ -225,21 +137,3 @@ def start(options: Train, made: Classifier, chosen: optim.Optimizer, where: torc
     with refusing(RuntimeError, "The model must fit in memory. Found: "):
         state = train.init_state(made.init(init_key), chosen, train_key)
     return Saved(state, torch.zeros((), dtype=torch.float64, device=where))
-
-
-def trained(run: Path, where: torch.device) -> Trained:
-    """A run for use after training.
-
-    Raises:
-        UsageError: there is no run.
-        CheckpointError: it has no good checkpoint.
-        DivergedError: its parameters are not finite.
-    """
-    options = run_folder.read_config(run)
-    begun = newest_origin(run)
-    made = classifier(begun)
-    template = start(begun.options, made, optimizer(begun.options, steps_per_epoch=1), where)
-    found = newest(run, template)
-    params: Params = found.state.state.params
-    check_finite(params, f"The parameters in {found.path}")
-    return Trained(made, params, options, begun.classes)

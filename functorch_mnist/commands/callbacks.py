@@ -9,7 +9,8 @@ from tqdm import tqdm
 
 from .. import checkpoint, run_folder
 from ..train import Progress
-from .build import Saved, check_finite
+from .build import Saved
+from .faults import check_finite
 
 
 class Saver:

@@ -7,7 +7,8 @@ from torch import Tensor
 from .. import run_folder
 from .. import train as training
 from ..options import Evaluate, UsageError
-from . import build
+from . import build, restore
+from .faults import check_finite
 
 
 def evaluate(options: Evaluate) -> int:
@@ -15,15 +16,15 @@ def evaluate(options: Evaluate) -> int:
     if options.batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1. Found {options.batch_size}.")
     where = build.device(options.device)
-    run = build.trained(options.run, where)
+    run = restore.trained(options.run, where)
     folder = options.data_dir if options.dataset else options.data_dir or run.options.data_dir
     test = build.load(options.dataset or run.options.dataset, folder, where).test
     batch_size = min(options.batch_size, len(test.images))
     result = training.evaluate(run.made.outputs, run.made.loss, run.params, *test, batch_size=batch_size)
-    build.check_finite(result.loss, "The loss on the test images")
+    check_finite(result.loss, "The loss on the test images")
     print(f"Accuracy of the network on the {result.total} test images: {100 * result.accuracy:.2f}%")
     print(f"Mean loss: {result.loss.item():.4f}\n")
-    print(_table(result.confusion, result.recall, run.classes))
+    print(_table(result.confusion, result.recall))
     if options.png is not None:
         from .. import plots  # needs the plot extra
 
@@ -32,8 +33,9 @@ def evaluate(options: Evaluate) -> int:
     return 0
 
 
-def _table(confusion: Tensor, recall: Tensor, classes: int) -> str:
+def _table(confusion: Tensor, recall: Tensor) -> str:
     """Rows are true classes, columns given ones."""
+    classes = len(confusion)
     width = max(5, len(str(int(confusion.max()))) + 1)
     head = "true \\ given" + "".join(f"{c:>{width}}" for c in range(classes)) + "   recall"
     rows = [

@@ -88,9 +88,9 @@ def _stretched(values: NDArray[np.float64], low: float, high: float) -> NDArray[
 
 
 def _offset(mass: NDArray[Any]) -> int:
-    """Where a digit starts on an axis so that its centre of mass is the canvas's, as far as it fits."""
+    """Where a digit starts on an axis so that its centre of mass is at pixel 14, as MNIST has it, as far as it fits."""
     centre = float((mass * np.arange(len(mass))).sum() / max(mass.sum(), 1))
-    return int(np.clip(round((SIDE - 1) / 2 - centre), 0, SIDE - len(mass)))
+    return int(np.clip(round(SIDE / 2 - centre), 0, SIDE - len(mass)))
 
 
 def _pillow() -> tuple[ModuleType, Callable[[Any], Any]]:

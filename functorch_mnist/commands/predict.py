@@ -4,7 +4,8 @@ import torch
 
 from .. import train as training
 from ..options import Predict, Train, UsageError
-from . import build, images
+from . import build, images, restore
+from .faults import check_finite
 
 
 def predict(options: Predict) -> int:
@@ -12,14 +13,14 @@ def predict(options: Predict) -> int:
     if bool(options.images) == (options.test is not None):
         raise UsageError("predict needs image files, or a range of test images by --test FIRST LAST, and not both.")
     where = build.device(options.device)
-    run = build.trained(options.run, where)
+    run = restore.trained(options.run, where)
     if options.test is None:
         names = [str(path) for path in options.images]
         pixels = torch.stack([images.read(path) for path in options.images]).to(where)
     else:
         names, pixels = _test_images(run.options, *options.test, where)
     probabilities = training.predictions(run.made.outputs, run.params, pixels).softmax(-1)
-    build.check_finite(probabilities, "The probabilities")
+    check_finite(probabilities, "The probabilities")
     for name, row in zip(names, probabilities, strict=True):
         print(f"{name}: {int(row.argmax())} ({row.max().item():.4f})")
     return 0

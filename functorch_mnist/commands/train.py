@@ -15,9 +15,10 @@ from .. import allocator, checkpoint, data, run_folder
 from .. import train as training
 from ..models import Params
 from ..options import INTERRUPTED, Train, UsageError, check_resumed
-from . import build
+from . import build, restore
 from .build import Origin, Saved
 from .callbacks import Reporter, Saver
+from .faults import check_finite, first_line
 
 
 def train(options: Train) -> int:
@@ -48,7 +49,7 @@ def train(options: Train) -> int:
 
     step = training.make_step(training.batch_gradient(losses_fn), optimizer)
     compiled = options.compile == "on"
-    config = build.to_config(begun)
+    config = restore.to_config(begun)
     done = int(saved.state.step)
     reporter = Reporter(folder, epochs=options.epochs, total=total, done=done, seen=done % per_epoch * batch_size)
     saver = Saver(folder, saved, saved_step=saved_step, every=options.save_every, keep=options.keep, config=config)
@@ -66,7 +67,7 @@ def train(options: Train) -> int:
             )
         saver.save()
         result = training.evaluate(made.outputs, made.loss, state.params, *dataset.test)
-        build.check_finite(result.loss, "The loss on the test images")
+        check_finite(result.loss, "The loss on the test images")
         record = {"loss": result.loss.item(), "correct": result.correct, "total": result.total}
         run_folder.append_metrics(folder, {"kind": "test", "step": saver.saved_step, **record})
         print(f"Accuracy of the network on the {result.total} test images: {100 * result.accuracy:.2f}%")
@@ -82,7 +83,7 @@ def train(options: Train) -> int:
         if saver.newest is not saved:
             raise
         raise UsageError(
-            f"The first step must be possible. Found: {build.first_line(error)}. "
+            f"The first step must be possible. Found: {first_line(error)}. "
             "Is the batch too large for the memory, or is there no C++ compiler for --compile on?"
         ) from error
     return 0
@@ -105,14 +106,14 @@ def _resumed(run: Path, start: Saved, begun: Origin, total: int) -> tuple[Saved,
         print("The run has no checkpoint yet: starting from the beginning.")
         run_folder.forget_metrics_after(run, 0)
         return start, -1
-    before = build.newest_origin(run)
+    before = restore.newest_origin(run)
     check_resumed(begun.options, before.options)
     if begun[1:] != before[1:]:
         raise UsageError(
             f"A resumed run keeps its {before.examples} training images. Found other {begun.examples}. "
             "Is --data-dir the right one?"
         )
-    found = build.newest(run, start)
+    found = restore.newest(run, start)
     if found.step > total:
         raise UsageError(
             f"--epochs must not be fewer than the run has begun. It is after step {found.step}, they end with {total}."

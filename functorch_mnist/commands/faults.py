@@ -1,0 +1,36 @@
+"""Faults that one line can tell."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from .. import tree
+from ..options import UsageError
+from ..tree import Tree
+
+
+class DivergedError(Exception):
+    """A number is no longer finite."""
+
+
+@contextmanager
+def refusing(kind: type[Exception], rule: str = "") -> Iterator[None]:
+    """Tells another library's error, where the user's wishes cause it, as the user's mistake in one line."""
+    try:
+        yield
+    except kind as error:
+        raise UsageError(f"{rule}{first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """What the error says, without what torch adds for its developers."""
+    return str(error).partition("\n")[0]
+
+
+def check_finite(values: Tree, what: str) -> None:
+    """Refuses NaN and infinity.
+
+    Raises:
+        DivergedError: there is one.
+    """
+    if not all(bool(leaf.isfinite().all()) for leaf in tree.leaves(values)):
+        raise DivergedError(f"{what} must be finite. Found NaN or infinity. Lower --lr, or set --max-norm.")

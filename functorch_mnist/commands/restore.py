@@ -1,0 +1,86 @@
+"""What a run has saved, read back: what it began with, and its newest good state."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import checkpoint, run_folder
+from ..models import Params
+from ..options import Train, UsageError, from_json, to_json
+from . import build
+from .build import Classifier, Origin, Saved
+
+
+class Trained(NamedTuple):
+    """A run, as `evaluate` and `predict` need it."""
+
+    made: Classifier
+    params: Params
+    """The newest good ones."""
+    options: Train
+
+
+def to_config(begun: Origin) -> dict[str, Any]:
+    """The origin as a checkpoint's config."""
+    return begun._asdict() | {"options": to_json(begun.options), "pixels": list(begun.pixels)}
+
+
+def from_config(config: Mapping[str, Any]) -> Origin:
+    """The way back.
+
+    Raises:
+        UsageError: the config is not one that `to_config` makes.
+    """
+    try:
+        mean, std = config["pixels"]
+        pixels = float(mean), float(std)
+        return Origin(from_json(config["options"]), pixels, int(config["examples"]), int(config["classes"]))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UsageError(f"A run's checkpoint must say what the run began with. Found: {error!r}.") from error
+
+
+def newest_origin(run: Path) -> Origin:
+    """The origin in the newest checkpoint of a run whose manifest is good.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or none has a good manifest.
+        UsageError: the checkpoint is not of a run of this version.
+    """
+    faults = []
+    for path in reversed(checkpoint.steps(run / run_folder.CHECKPOINTS)):
+        try:
+            return from_config(checkpoint.read_manifest(path)["config"])
+        except checkpoint.CheckpointError as error:
+            faults.append(error)
+    if faults:
+        raise faults[0]
+    raise checkpoint.CheckpointError(f"{run} must hold a checkpoint. Found none. Has the run been started?")
+
+
+def newest(run: Path, template: Saved) -> checkpoint.Checkpoint:
+    """The newest good checkpoint of a run; says which ones it passes over.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found, faults = checkpoint.latest(run / run_folder.CHECKPOINTS, template)
+    for fault in faults:
+        print(f"Passed over a damaged checkpoint: {fault}")
+    return found
+
+
+def trained(run: Path, where: torch.device) -> Trained:
+    """A run for use after training.
+
+    Raises:
+        UsageError: there is no run.
+        CheckpointError: it has no good checkpoint.
+    """
+    options = run_folder.read_config(run)
+    begun = newest_origin(run)
+    made = build.classifier(begun)
+    optimizer = build.optimizer(begun.options, steps_per_epoch=1)
+    template = build.start(begun.options, made, optimizer, where)
+    return Trained(made, newest(run, template).state.state.params, options)
