@@ -18,7 +18,12 @@ from . import run_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit status: 0, 1 for an error told in one line, 2 for unusable options."""
+    """Runs one command and returns the exit status.
+
+    Returns:
+        0; 1 for a fault of files, data or numbers; 2 for what the user can put right on the command line; 130 after
+        Ctrl-C. Each but 0 is told in one line, or in tyro's box where an option cannot be read.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, _interrupt)  # a polite kill stops as Ctrl-C does
     _mend_streams()
@@ -41,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    """Reads the options, imports torch and runs the command; the exit status."""
     try:
         options = _parse(arguments)
     except SystemExit as done:  # from tyro, which has printed help or what is wrong
@@ -72,6 +78,7 @@ def _parse(arguments: list[str]) -> Any:
 
 
 def _read(arguments: list[str], defaults: opt.Train) -> Any:
+    """The options as tyro reads them, those of `train` with these defaults."""
     command = Union[  # noqa: UP007 (built at run time)
         Annotated[opt.Train, tyro.conf.subcommand("train", default=defaults)],
         Annotated[opt.Evaluate, tyro.conf.subcommand("evaluate")],

@@ -15,7 +15,6 @@ import signal
 import struct
 import subprocess
 import sys
-import termios
 import threading
 import time
 from importlib.metadata import entry_points
@@ -325,9 +324,9 @@ def test_without_a_terminal_each_line_has_loss_and_examples_per_second(data_dir,
         )
 
 
-def test_on_a_terminal_a_bar_has_loss_and_examples_per_second(data_dir, tmp_path):
+def test_on_a_terminal_of_80_columns_a_bar_has_loss_and_examples_per_second(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     controller, terminal = pty.openpty()
-    termios.tcsetwinsize(terminal, (24, 120))
     shown = bytearray()
 
     def watch():
@@ -342,7 +341,7 @@ def test_on_a_terminal_a_bar_has_loss_and_examples_per_second(data_dir, tmp_path
         assert cli.main(["train", "--data-dir", str(data_dir), *LINEAR, "--out", str(tmp_path / "run")]) == 0
     watcher.join()
     os.close(controller)
-    assert re.search(r"epoch 2/2: 100%\|.*\| 16/16 .*loss \d\.\d{4}, [\d,]+ examples/s", shown.decode())
+    assert re.search(r"epoch 2/2: 100%\|.*\| 16/16 \[.*, loss \d\.\d{4}, [\d,]+ examples/s\]", shown.decode())
     assert "examples/s" not in out.getvalue()
     assert "Accuracy of the network" in out.getvalue()
 

@@ -1,5 +1,6 @@
 """What `train` does after each step: saves checkpoints, shows progress and writes `metrics.jsonl`."""
 
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -46,7 +47,15 @@ class Reporter:
 
     def __init__(self, run: Path, *, epochs: int, total: int, done: int, seen: int) -> None:
         self.run, self.epochs, self.total = run, epochs, total
-        self.bar = tqdm(total=total, initial=done, unit="step", disable=not sys.stderr.isatty())
+        size = shutil.get_terminal_size()  # 80 x 24 where a terminal does not say, and tqdm would show nothing
+        self.bar = tqdm(
+            total=total,
+            initial=done,
+            disable=not sys.stderr.isatty(),
+            ncols=size.columns,
+            nrows=size.lines,
+            bar_format="{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+        )
         self.since, self.examples_before = time.perf_counter(), seen
 
     def __call__(self, progress: Progress) -> None:
@@ -56,9 +65,10 @@ class Reporter:
         check_finite(progress.loss, f"The loss after step {progress.step}")
         loss = progress.loss.item() / progress.examples
         rate = self._examples_per_second(progress)
-        self.bar.set_description(f"epoch {progress.epoch + 1}/{self.epochs}")
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} examples/s")
-        self.bar.update(progress.step - self.bar.n)
+        self.bar.set_description(f"epoch {progress.epoch + 1}/{self.epochs}", refresh=False)
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} examples/s", refresh=False)
+        self.bar.n = progress.step
+        self.bar.refresh()
         if line:
             self._record(progress, loss, rate)
 
