@@ -197,6 +197,12 @@ def test_an_mlp_needs_two_positive_sizes(sizes):
         models.mlp(sizes)
 
 
+@pytest.mark.parametrize("rates", [(1.0, 0.5), (0.25, -0.1), (float("nan"), 0)])
+def test_a_dropout_rate_outside_its_range_is_refused(rates):
+    with pytest.raises(ValueError, match=r"rates must be in \[0, 1\)"):
+        models.cnn(dropout=rates)
+
+
 def test_functional_call_of_the_module_with_our_parameters_is_our_model():
     params, x = models.cnn().init(random.key(0)), examples(2, 1, 28, 28).float()
     torch.testing.assert_close(functional_call(ArticleNet().eval(), params, (x,)), models.cnn().apply(params, x))

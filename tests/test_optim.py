@@ -176,6 +176,7 @@ def test_one_cycle_goes_up_then_down_and_stays():
         lambda: optim.sgd(-0.1),
         lambda: optim.sgd(float("nan")),
         lambda: optim.sgd(float("inf")),
+        lambda: optim.sgd(1e300),
         lambda: optim.sgd(0.1, momentum=-1),
         lambda: optim.sgd(0.1, weight_decay=float("inf")),
         lambda: optim.sgd(0.1, dampening=float("nan"), momentum=0.9),

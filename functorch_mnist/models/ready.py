@@ -71,8 +71,13 @@ def cnn(*, activation: Activation = layers.relu, dropout: tuple[float, float] = 
         A model of (..., 1, 28, 28) images to (..., 10) log-probabilities, with parameters `conv1.weight`, `conv1.bias`,
         `conv2.…`, `fc1.…` and `fc2.…`: 1,199,882 numbers.
 
+    Raises:
+        ValueError: a rate is outside [0, 1).
+
     Guarantees: equals the `nn.Module` of the same name and weights, with dropout off, and with it on given the masks.
     """
+    if not all(0 <= rate < 1 for rate in dropout):
+        raise ValueError(f"cnn: dropout rates must be in [0, 1). Found {dropout}.")
     channel_rate, unit_rate = dropout
     shapes = {"conv1.": (32, 1, 3, 3), "conv2.": (64, 32, 3, 3), "fc1.": (128, 9216), "fc2.": (10, 128)}
 

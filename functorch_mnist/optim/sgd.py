@@ -5,7 +5,6 @@ v_t = momentum · v_{t-1} + (1 - dampening) · g_t    (v_0 = g_0)
 w_{t+1} = w_t - lr · v_t                            (nesterov: g_t + momentum · v_t in place of v_t)
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,9 @@ from .. import tree
 from ..tree import Tree
 from .optimizer import Optimizer
 from .schedules import Schedule
+
+
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 class SGDState(NamedTuple):
@@ -68,10 +70,10 @@ def sgd(
     if isinstance(lr, (int, float)):
         numbers["lr"] = lr
     for name, value in numbers.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"sgd: {name} must be a finite number, at least 0. Found {value}.")
-    if not math.isfinite(dampening):
-        raise ValueError(f"sgd: dampening must be finite. Found {dampening}.")
+        if not 0 <= value <= _FLOAT32_MAX:
+            raise ValueError(f"sgd: {name} must be a number of float32, at least 0. Found {value}.")
+    if not abs(dampening) <= _FLOAT32_MAX:
+        raise ValueError(f"sgd: dampening must be a number of float32. Found {dampening}.")
     if nesterov and (momentum == 0 or dampening != 0):
         raise ValueError(f"sgd: nesterov needs momentum and no dampening. Found {momentum} and {dampening}.")
 
