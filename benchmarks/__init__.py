@@ -1,5 +1,9 @@
-"""Benchmarks: one harness (`measure`), one script per question.
+"""Benchmarks: one harness (`measure`), one script per question, and the README's tables.
 
-python -m benchmarks.step       what a functional training step costs against eager and compiled `nn.Module`
-python -m benchmarks.epoch      what the whole `train` command costs against the article's program
+| command | question |
+|---|---|
+| `python -m benchmarks.step` | What does a functional step cost against eager and compiled `nn.Module`? |
+| `python -m benchmarks.epoch` | What does the whole `train` command cost against the article's program? |
+| `python -m benchmarks.normals` | What do keyed normal numbers cost against `torch.randn`? |
+| `python -m benchmarks.readme` | (writes the README's tables from committed results) |
 """

@@ -1,6 +1,6 @@
 """What the whole `train` command costs: start to end, against the article's program, on the same data.
 
-    python -m benchmarks.epoch [--rounds 3] [--fast-seeds 5]
+    python -m benchmarks.epoch [--rounds 4]
 
 The baseline is the article's program with its one fault mended (it made a new `Net()` for every batch): `nn.Module`,
 torchvision's transforms, `DataLoader`, `torch.optim.SGD`. Every arm is a process of its own, from start-up to the
@@ -111,7 +111,7 @@ def unpack_mnist(root: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each arm; the first run is apart")
+    parser.add_argument("--rounds", type=int, default=4, help="timed runs of each arm; the first run is apart")
     parser.add_argument("--article", nargs=2, metavar=("ROOT", "SEED"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.article:

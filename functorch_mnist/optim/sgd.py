@@ -15,7 +15,6 @@ from ..tree import Tree
 from .optimizer import Optimizer
 from .schedules import Schedule
 
-
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
