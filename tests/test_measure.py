@@ -111,3 +111,14 @@ def test_every_committed_result_holds_its_samples():
     for path in results:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
         assert all(len(one["samples_s"]) >= 3 for one in record["arms"])
+
+
+def test_the_readmes_accuracies_are_those_of_the_committed_result():
+    record = json.loads((measure.RESULTS / "epoch-2-cores.json").read_text(encoding="utf-8"))
+    accuracies = record["settings"]["accuracies"]
+    text = " ".join(readme.README.read_text(encoding="utf-8").split())
+    for name in ("article's program, float32", "train, float32", "train, bfloat16", "train, fast recipe"):
+        assert f"{sum(accuracies[name]) / 5:.2f} %" in text
+    both = accuracies["train, float32"] + accuracies["train, bfloat16"]
+    for runs in (both, accuracies["train, fast recipe"]):
+        assert f"({min(runs):.2f} to {max(runs):.2f} %)" in text
