@@ -343,7 +343,7 @@ def permutation(key: Tensor, n: int) -> Tensor:
     """
     _check_key("random.permutation", key)
     _check_shape("random.permutation", (n,))
-    order = torch.arange(n, device=key.device).repeat(*key.shape[:-1], 1)
+    order = torch.arange(n, device=key.device) + torch.zeros_like(key[..., :1], dtype=torch.int64)
     for _ in range(math.ceil(3 * math.log(max(1, n)) / math.log(2**32 - 1))):
         key, subkey = split(key).unbind(-2)
         words = bits(subkey, (n,)) ^ _SIGN  # signed order is now the unsigned order of the words

@@ -127,13 +127,12 @@ def test_the_compiled_step_equals_the_eager_one_over_steps_and_compiles_once():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_many_steps_can_be_compiled_in_one_process(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_many_steps_can_be_compiled_in_one_process():
     for number in range(5):
         step = train.make_step(lambda w, x, number=number: (w - number * x) ** 2, optim.sgd(0.5))
         state = train.init_state(torch.tensor(0.0), optim.sgd(0.5), random.key(0))
-        fused = torch.compile if number < 0 else train.compiled
-        new, _ = fused(step)(state, torch.tensor([1.0]))
+        new, _ = train.compiled(step)(state, torch.tensor([1.0]))
         assert new.params.item() == number
 
 
