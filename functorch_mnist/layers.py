@@ -220,6 +220,11 @@ def drop(x: Tensor, key: Tensor, shape: tuple[int, ...], *, rate: float) -> Tens
     """`x` (..., *) under a dropout mask of shape (..., *shape) that broadcasts against it; `key` is (..., 2)."""
     if not 0 <= rate < 1:
         raise ValueError(f"dropout: rate must be in [0, 1). Found {rate}.")
+    if key.shape[:-1] != x.shape[: key.dim() - 1]:
+        raise ValueError(
+            f"dropout: keys (..., 2) must share their leading axes with x. "
+            f"Found {tuple(key.shape)} and {tuple(x.shape)}."
+        )
     if rate == 0:
         return x
     keep = random.bernoulli(key, 1 - rate, shape)

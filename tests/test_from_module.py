@@ -171,6 +171,17 @@ def test_init_draws_new_parameters_from_the_key_alone():
     assert tree.paths(a) == tree.paths(params)
 
 
+class Pair(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+def test_a_module_that_returns_more_than_a_tensor_is_refused():
+    params, model = models.from_module(Pair())
+    with pytest.raises(TypeError, match=r"one tensor\. Found tuple"):
+        model.apply(params, torch.ones(2))
+
+
 class Bare(nn.Module):
     def __init__(self):
         super().__init__()

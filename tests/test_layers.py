@@ -132,6 +132,11 @@ def test_a_dropout_rate_outside_its_range_is_refused(rate):
         layers.dropout(torch.ones(3), random.key(0), rate=rate)
 
 
+def test_dropout_of_a_batch_needs_one_key_per_example():
+    with pytest.raises(ValueError, match="share their leading axes"):
+        layers.dropout(torch.ones(4, 3), random.split(random.key(0), 5), rate=0.5)
+
+
 @given(leads, st.booleans(), st.sampled_from([0.0, 0.1, 1.0]))
 def test_cross_entropy_equals_torch_per_example(lead, weighted, smoothing):
     outputs = 3 * draw(*lead, 5)

@@ -213,6 +213,7 @@ def test_batches_cut_the_order_and_pad_it_with_a_mask(n, batch_size, skipped):
         lambda: data.batches(torch.arange(3), batch_size=1, start=-1, pad=False),
         lambda: fitted(1, 0),
         lambda: fitted(-1, 2),
+        lambda: train.fit(lambda: None, start(optim.sgd(0.1)), (torch.zeros(0, 6),), epochs=1, batch_size=1),
         lambda: train.fit(
             lambda: None, start(optim.sgd(0.1)), (torch.zeros(2), torch.zeros(3)), epochs=1, batch_size=1
         ),

@@ -38,6 +38,7 @@ def from_module(module: nn.Module, *, example_ndim: int | None = None) -> tuple[
         ValueError: a batch norm in training mode, or without running statistics; a lazy layer that has seen no input.
             From `apply` with a key: a layer that draws random numbers of its own. From `init`: a layer without
             `reset_parameters`.
+        TypeError: from `apply`, if the module returns anything but one tensor.
 
     Guarantees: the module is not changed, by this or by the model; equal inputs give equal outputs.
 
@@ -57,7 +58,11 @@ def from_module(module: nn.Module, *, example_ndim: int | None = None) -> tuple[
 
     def call(skeleton: nn.Module, params: Params, x: Tensor) -> Tensor:
         buffers = {name: value.clone() for name, value in constants.items()}  # a forward may write to its buffers
-        outputs: Tensor = functional_call(skeleton, (params, buffers), (x,))
+        outputs = functional_call(skeleton, (params, buffers), (x,))
+        if not isinstance(outputs, Tensor):
+            raise TypeError(
+                f"from_module: the forward must return one tensor. Found {type(outputs).__name__}. Wrap the module."
+            )
         return outputs
 
     def one(params: Params, x: Tensor, key: Tensor | None) -> Tensor:

@@ -54,14 +54,14 @@ def fit(
         callbacks: called after each step, in order.
 
     Raises:
-        ValueError: the tensors differ in their number of examples, or a number is out of its range.
+        ValueError: the tensors differ in their number of examples, or have none, or a number is out of its range.
 
     Guarantees: bit for bit the same on one machine, however often it was stopped and resumed.
     """
     sizes = {len(tensor) for tensor in examples}
-    if len(sizes) != 1 or batch_size < 1 or epochs < 0:
+    if len(sizes) != 1 or 0 in sizes or batch_size < 1 or epochs < 0:
         raise ValueError(
-            f"fit: examples must share their first size, batch_size must be at least 1, epochs at least 0. "
+            f"fit: examples must share a first size of at least 1, batch_size must be at least 1, epochs at least 0. "
             f"Found sizes {sorted(sizes)}, batch_size {batch_size}, epochs {epochs}."
         )
     (total,) = sizes
