@@ -86,6 +86,15 @@ def test_an_estimator_is_taken_as_it_is():
     assert aux["loss"] == 4
 
 
+def test_an_empty_batch_with_a_divisor_is_a_step_without_a_gradient():
+    state = start(optim.sgd(1.0))
+    for estimator in (train.gradient(loss_fn), train.batch_gradient(loss_fn)):
+        batch = torch.zeros(0, 6), torch.zeros(0, dtype=torch.int64)
+        new, aux = train.make_step(estimator, optim.sgd(1.0))(state, *batch, divisor=8)
+        assert_equal(new.params, state.params)
+        assert aux["loss"] == 0
+
+
 def test_a_step_changes_none_of_its_arguments():
     optimizer = optim.sgd(0.1, momentum=0.9)
     state, batch = start(optimizer), examples(4)
@@ -97,11 +106,13 @@ def test_a_step_changes_none_of_its_arguments():
 @pytest.mark.parametrize(
     "batch, options, fault",
     [
-        ((torch.zeros(3, 6), torch.zeros(2, dtype=torch.int64)), {}, r"one leading size B. Found \[2, 3\]"),
+        ((torch.zeros(3, 6), torch.zeros(2, dtype=torch.int64)), {}, r"Found shapes \[\(3, 6\), \(2,\)\]"),
         (examples(3), {"mask": torch.ones(2, dtype=torch.bool), "divisor": 3}, r"mask must be bool \(3,\)"),
         (examples(3), {"mask": torch.ones(3), "divisor": 3}, "mask must be bool"),
         (examples(3), {"mask": torch.ones(3, dtype=torch.bool)}, "needs a divisor"),
         ((), {}, "one leading size"),
+        ((torch.tensor(1.0),), {}, "one leading size"),
+        ((torch.zeros(0, 6), torch.zeros(0, dtype=torch.int64)), {}, "must have an example"),
     ],
 )
 def test_a_batch_that_does_not_fit_is_refused(batch, options, fault):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from .. import tree
+from ..batch import blanked, check
 from ..optim import Optimizer
 from ..tree import Tree
 
@@ -74,7 +75,7 @@ def batch_gradient(losses_fn: Callable[..., Tensor]) -> Estimator:
 
     def estimate(params: Tree, *batch: Tensor, mask: Tensor | None) -> tuple[Tree, dict[str, Tensor]]:
         def total(params: Tree) -> tuple[Tensor, Tensor]:
-            losses = losses_fn(params, *_blanked(batch, mask))
+            losses = losses_fn(params, *blanked(batch, mask))
             loss = (losses if mask is None else torch.where(mask, losses, 0.0)).sum()
             return loss, loss.detach()
 
@@ -82,13 +83,6 @@ def batch_gradient(losses_fn: Callable[..., Tensor]) -> Estimator:
         return grads, {"loss": loss}
 
     return Estimator(estimate)
-
-
-def _blanked(batch: tuple[Tensor, ...], mask: Tensor | None) -> list[Tensor]:
-    """The batch with zeros in its masked rows: a NaN there would outlive a multiplication by zero."""
-    if mask is None:
-        return list(batch)
-    return [torch.where(mask.view(-1, *[1] * (rows.dim() - 1)), rows, torch.zeros_like(rows)) for rows in batch]
 
 
 class Step(Protocol):
@@ -112,8 +106,8 @@ def make_step(loss_fn: Callable[..., Tensor] | Estimator, optimizer: Optimizer) 
         `divisor`: what the sums are divided by, by default B. `aux`: the estimator's sums, `"loss"` among them.
 
     Raises:
-        ValueError: from the step, for tensors that differ in B, for a mask without a divisor (B would count padding),
-            or a mask that is not (B,) bool.
+        ValueError: from the step, for tensors that differ in B, a mask that is not (B,) bool, and without a divisor for
+            a mask (B would count padding) or an empty batch.
 
     Guarantees: pure. Compiles as one graph.
 
@@ -130,21 +124,15 @@ def make_step(loss_fn: Callable[..., Tensor] | Estimator, optimizer: Optimizer) 
     def step(
         state: State, *batch: Tensor, mask: Tensor | None = None, divisor: float | Tensor | None = None
     ) -> tuple[State, dict[str, Tensor]]:
-        _check(batch, mask, divisor)
+        rows = check("step", batch, mask)
+        if divisor is None and mask is not None:
+            raise ValueError("step: a mask needs a divisor, for B counts the padding. Pass the number of real rows.")
+        if divisor is None and rows == 0:
+            raise ValueError("step: a batch without a divisor must have an example. Found B = 0. Pass a divisor?")
         sums, aux = estimator(state.params, *batch, mask=mask)
-        count = len(batch[0]) if divisor is None else divisor
+        count = rows if divisor is None else divisor
         grads = tree.map(lambda g: g / count, sums)
         params, optimizer_state = optimizer.update(state.params, state.optimizer, grads)
         return State(params, optimizer_state, state.step + 1, state.key), aux
 
     return step
-
-
-def _check(batch: tuple[Tensor, ...], mask: Tensor | None, divisor: float | Tensor | None) -> None:
-    rows = {len(tensor) for tensor in batch}
-    if len(rows) != 1:
-        raise ValueError(f"step: all tensors of a batch must have one leading size B. Found {sorted(rows)}.")
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != (*rows,)):
-        raise ValueError(f"step: the mask must be bool ({rows.pop()},). Found {mask.dtype} {tuple(mask.shape)}.")
-    if mask is not None and divisor is None:
-        raise ValueError("step: a mask needs a divisor, for B counts the padding. Pass the number of real examples.")
