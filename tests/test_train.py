@@ -76,6 +76,19 @@ def test_a_masked_example_adds_exactly_nothing_whatever_it_holds(mask, filling):
         torch.testing.assert_close(aux, expected_aux, rtol=1e-5, atol=1e-6)
 
 
+def test_a_loss_that_is_not_one_number_per_example_is_refused_by_shape():
+    params, batch = MODEL.init(random.key(0)), examples(5)
+    one = train.gradient(lambda params, x, y: MODEL.apply(params, x))
+    with pytest.raises(ValueError, match=r"one example must be 0-d\. Found \(3,\)"):
+        one(params, *batch)
+    for losses_fn, found in [
+        (lambda params, x, y: loss_fn(params, x, y).mean(), r"\(\)"),
+        (lambda params, x, y: loss_fn(params, x, y)[:, None], r"\(5, 1\)"),
+    ]:
+        with pytest.raises(ValueError, match=rf"per example, \(5,\)\. Found {found}\. Is there a mean"):
+            train.batch_gradient(losses_fn)(params, *batch, mask=torch.ones(5, dtype=torch.bool))
+
+
 def test_an_estimator_is_taken_as_it_is():
     estimator = train.Estimator(
         lambda params, *batch, mask: (tree.map(torch.ones_like, params), {"loss": batch[0].sum()})

@@ -62,8 +62,20 @@ def gradient(loss_fn: Callable[..., Tensor]) -> Estimator:
 
     Args:
         loss_fn: `loss_fn(params, *example) -> ()`, pure.
+
+    Raises:
+        ValueError: from the estimator, for a loss that is not 0-d, or a batch that does not fit.
     """
-    return batch_gradient(lambda params, *batch: vmap(loss_fn, in_dims=(None, *[0] * len(batch)))(params, *batch))
+
+    def one(params: Tree, *example: Tensor) -> Tensor:
+        loss = loss_fn(params, *example)
+        if loss.shape != ():
+            raise ValueError(
+                f"gradient: the loss of one example must be 0-d. Found {tuple(loss.shape)}. Is a mean missing?"
+            )
+        return loss
+
+    return batch_gradient(lambda params, *batch: vmap(one, in_dims=(None, *[0] * len(batch)))(params, *batch))
 
 
 def batch_gradient(losses_fn: Callable[..., Tensor]) -> Estimator:
@@ -71,11 +83,21 @@ def batch_gradient(losses_fn: Callable[..., Tensor]) -> Estimator:
 
     Args:
         losses_fn: `losses_fn(params, *batch) -> (B,)`, pure, its i-th number a function of the i-th example alone.
+
+    Raises:
+        ValueError: from the estimator, for losses that are not (B,), or a batch that does not fit.
     """
 
     def estimate(params: Tree, *batch: Tensor, mask: Tensor | None) -> tuple[Tree, dict[str, Tensor]]:
+        rows = check("gradient", batch, mask)
+
         def total(params: Tree) -> tuple[Tensor, Tensor]:
             losses = losses_fn(params, *blanked(batch, mask))
+            if losses.shape != (rows,):
+                raise ValueError(
+                    f"batch_gradient: the losses must be one per example, ({rows},). Found {tuple(losses.shape)}. "
+                    "Is there a mean?"
+                )
             loss = (losses if mask is None else torch.where(mask, losses, 0.0)).sum()
             return loss, loss.detach()
 
