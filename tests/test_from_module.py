@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.func import grad, vmap
 
@@ -140,23 +141,133 @@ def test_a_module_that_mixes_examples_or_is_not_ready_is_refused_by_layer(module
         models.from_module(module)
 
 
-class Noisy(nn.Module):
+class Calls(nn.Module):
+    """A module without parameters whose forward is one function."""
+
+    def __init__(self, fn):
+        super().__init__()
+        self.fn = fn
+
     def forward(self, x):
-        return x + torch.randn_like(x)
+        return self.fn(x)
+
+
+ATTENTION = nn.MultiheadAttention(4, 1, dropout=0.5)
+
+
+def attended(x, *, training):
+    weights = (ATTENTION.in_proj_weight, ATTENTION.in_proj_bias, None, None, False, 0.5, ATTENTION.out_proj.weight)
+    return F.multi_head_attention_forward(x, x, x, 4, 1, *weights, None, training=training)[0]
+
+
+RANDOM = {
+    "randn_like": lambda x: x + torch.randn_like(x),
+    "randint_like": lambda x: x + torch.randint_like(x, 3),
+    "rand": lambda x: x + torch.rand(4),
+    "normal": lambda x: torch.distributions.Normal(x, 1.0).sample(),
+    "bernoulli": lambda x: x.bernoulli(),
+    "multinomial": lambda x: x.multinomial(1),
+    "poisson": torch.poisson,
+    "exponential_": lambda x: torch.empty_like(x).exponential_(),
+    "cauchy_": lambda x: torch.empty_like(x).cauchy_(),
+    "geometric_": lambda x: torch.empty_like(x).geometric_(0.5),
+    "log_normal_": lambda x: torch.empty_like(x).log_normal_(),
+    "random_": lambda x: torch.empty_like(x).random_(),
+    "gumbel_softmax": F.gumbel_softmax,
+    "fractional_max_pool2d": lambda x: F.fractional_max_pool2d(x[None], 1, output_size=1)[0],
+    "alpha_dropout": lambda x: F.alpha_dropout(x, training=True),
+    "feature_dropout": lambda x: torch.feature_dropout(x, 0.5, True),
+    "dropout_": lambda x: torch.dropout_(x, 0.5, train=True),
+    "native_dropout": lambda x: torch.native_dropout(x, 0.5, True)[0],
+    "rrelu": lambda x: torch.rrelu(x, training=True),
+    "rrelu_": lambda x: F.rrelu_(x, 0.1, 0.3, True),
+    "scaled_dot_product_attention": lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.1),
+    "multi_head_attention_forward": lambda x: attended(x, training=True),
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+@pytest.mark.parametrize("keyed", [False, True])
+def test_a_function_that_draws_from_the_global_generator_is_refused_by_name(name, keyed):
+    params, model = models.from_module(Calls(RANDOM[name]))
+    state = torch.random.get_rng_state()
+    with pytest.raises(ValueError, match=f"calls {name}, which draws"):
+        model.apply(params, torch.ones(2, 4), random.key(0) if keyed else None)
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(
-    "module, fault",
+    "fn",
     [
-        (Noisy(), "randn_like"),
-        (nn.Sequential(nn.AlphaDropout(0.5)), "alpha_dropout"),
-        (nn.TransformerEncoderLayer(4, 1, 4, batch_first=True), "'self_attn'"),
+        F.rrelu,
+        nn.RReLU(),
+        nn.AlphaDropout(0.5),
+        nn.FeatureAlphaDropout(0.5),
+        lambda x: torch.dropout_(x, 0.5, False),
+        lambda x: F.scaled_dot_product_attention(x, x, x),
+        lambda x: attended(x, training=False),
+        nn.TransformerEncoderLayer(4, 1, 4, dropout=0.1),
     ],
 )
-def test_random_numbers_that_a_key_cannot_give_are_refused(module, fault):
+def test_a_random_function_that_is_switched_off_is_allowed(fn):
+    module = Calls(fn).eval()
     params, model = models.from_module(module)
-    with pytest.raises(ValueError, match=fault):
+    x = torch.ones(2, 4)
+    torch.testing.assert_close(model.apply(params, x), module(x[None].clone())[0])
+
+
+@pytest.mark.parametrize("fn", [F.dropout, F.dropout1d, lambda x: torch.dropout(x, 0.5, True)])
+def test_dropout_in_evaluation_mode_is_refused_without_a_key(fn):
+    params, model = models.from_module(Calls(fn), example_ndim=2)
+    for x in (torch.ones(2, 4), torch.ones(3, 2, 4)):
+        with pytest.raises(ValueError, match=r"without a key nothing may be random.*training=self\.training"):
+            model.apply(params, x)
+    assert model.apply(params, torch.ones(2, 4), random.key(0)).unique().tolist() == [0, 2]
+
+
+def test_a_layer_with_dropout_of_its_own_is_refused_by_name():
+    params, model = models.from_module(nn.TransformerEncoderLayer(4, 1, 4, batch_first=True))
+    with pytest.raises(ValueError, match="'self_attn'"):
         model.apply(params, torch.ones(2, 4), random.key(0))
+
+
+class Twice(Calls):
+    def forward(self, x):
+        return self.fn(x) + x  # in place, the second x is the first one's result
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+@pytest.mark.parametrize("fn", [nn.ReLU(inplace=True), nn.Dropout(0.5, inplace=True), F.relu_, lambda x: x.add_(1)])
+def test_an_input_is_not_written_to_and_the_module_computes_what_it_did(fn, keyed):
+    module = Twice(fn)
+    params, model = models.from_module(module, example_ndim=1)
+    x = torch.tensor([[-1.0, 2.0]])
+    result = model.apply(params, x, random.split(random.key(0), 1) if keyed else None)
+    assert x.tolist() == [[-1, 2]]
+    if not isinstance(fn, nn.Dropout):
+        assert torch.equal(result, module(x.clone()))
+
+
+def test_an_empty_batch_gives_no_outputs():
+    params, model = models.from_module(nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5)), example_ndim=1)
+    for lead in ((0,), (2, 0)):
+        for keys in (None, torch.zeros(*lead, 2, dtype=torch.int32)):
+            assert model.apply(params, torch.zeros(*lead, 4), keys).shape == (*lead, 3)
+
+
+def test_parameters_keys_and_inputs_that_do_not_fit_are_refused():
+    params, model = models.from_module(nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5)), example_ndim=1)
+    x, weight, bias = torch.zeros(5, 4), params["0.weight"], params["0.bias"]
+    for arguments, fault in [
+        (({"0.weight": weight}, x), r"apply: .*Missing \['0\.bias'\]"),
+        (({**params, "more": bias}, x), r"apply: .*unexpected \['more'\]"),
+        (({"0.weight": weight.T, "0.bias": bias}, x), r"0\.weight has shape \(3, 4\).*Found \(4, 3\)"),
+        ((params, x, random.key(0)), r"one key per example, \(5, 2\)\. Found \(2,\)"),
+        ((params, x[0], random.split(random.key(0), 5)), r"one key per example, \(2,\)\. Found \(5, 2\)"),
+        ((params, x[0, 0]), r"has 1 axes\. Found an x of \(\)"),
+    ]:
+        with pytest.raises(ValueError, match=fault):
+            model.apply(*arguments)
 
 
 def test_init_draws_new_parameters_from_the_key_alone():
@@ -220,17 +331,18 @@ def test_load_into_refuses_other_names_and_shapes_and_then_changes_nothing():
     assert all(torch.equal(v, before[n]) for n, v in module.state_dict().items())
 
 
-def test_a_model_of_a_module_compiles_with_dropout_inside_grad():
+@pytest.mark.parametrize("keyed", [False, True])
+def test_a_model_of_a_module_compiles_inside_grad_and_with_a_key_has_dropout(keyed):
     module = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 1))
     params, model = models.from_module(module)
 
     def gradient(params, x, keys):
         def loss(params):
-            return vmap(model.apply, in_dims=(None, 0, 0))(params, x, keys).square().sum()
+            return vmap(model.apply, in_dims=(None, 0, 0 if keyed else None))(params, x, keys).square().sum()
 
         return grad(loss)(params)
 
-    x, keys = torch.ones(5, 4), random.split(random.key(0), 5)
+    x, keys = torch.ones(5, 4), random.split(random.key(0), 5) if keyed else None
     eager = gradient(params, x, keys)
     fused = torch.compile(gradient, fullgraph=True, dynamic=False)(params, x, keys)
     torch.testing.assert_close(tree.leaves(fused), tree.leaves(eager), rtol=1e-5, atol=1e-6)

@@ -1,8 +1,8 @@
 """Any `nn.Module` as a pure model, and back.
 
 The module is copied without its numbers; the copy is only ever run through `torch.func.functional_call`, which lends
-it the parameters that `apply` is given. Dropout layers are found by a `TorchFunctionMode` and drawn from the key, not
-the global generator.
+it the parameters that `apply` is given. A `TorchFunctionMode` finds the random functions: it draws dropout from the
+key, and refuses what would draw from the global generator.
 """
 
 import copy
@@ -25,6 +25,7 @@ def from_module(module: nn.Module, *, example_ndim: int | None = None) -> tuple[
 
     Args:
         module: any module whose forward takes one tensor with a leading batch axis and returns one. It is not changed.
+            Python attributes that a forward sets are not supported: they are not kept.
         example_ndim: number of axes of one example. With it `apply` takes any leading axes; without it `apply` takes
             exactly one example, to be batched with `vmap`.
 
@@ -36,11 +37,12 @@ def from_module(module: nn.Module, *, example_ndim: int | None = None) -> tuple[
 
     Raises:
         ValueError: a batch norm in training mode, or without running statistics; a lazy layer that has seen no input.
-            From `apply` with a key: a layer that draws random numbers of its own. From `init`: a layer without
-            `reset_parameters`.
+            From `apply`: a torch function that draws random numbers of its own; parameters whose names or shapes are
+            not the module's; an `x` with too few axes; keys that are not (..., 2) with the leading axes of `x`. From
+            `init`: a layer without `reset_parameters`.
         TypeError: from `apply`, if the module returns anything but one tensor.
 
-    Guarantees: the module is not changed, by this or by the model; equal inputs give equal outputs.
+    Guarantees: neither the module nor `x` is changed; equal inputs give equal outputs.
 
     Example:
         >>> params, model = from_module(nn.Linear(3, 2), example_ndim=1)
@@ -51,6 +53,7 @@ def from_module(module: nn.Module, *, example_ndim: int | None = None) -> tuple[
     params = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
     constants = {name: p.detach().clone() for name, p in module.named_parameters() if not p.requires_grad}
     constants |= {name: b.detach().clone() for name, b in module.named_buffers()}
+    shapes = {name: p.shape for name, p in params.items()}
     quiet, noisy = _skeleton(module).eval(), _skeleton(module).train()
     for layer in noisy.modules():
         if isinstance(layer, _NormBase):
@@ -58,7 +61,7 @@ def from_module(module: nn.Module, *, example_ndim: int | None = None) -> tuple[
 
     def call(skeleton: nn.Module, params: Params, x: Tensor) -> Tensor:
         buffers = {name: value.clone() for name, value in constants.items()}  # a forward may write to its buffers
-        outputs = functional_call(skeleton, (params, buffers), (x,))
+        outputs = functional_call(skeleton, (params, buffers), (x.clone(),))  # and to its input
         if not isinstance(outputs, Tensor):
             raise TypeError(
                 f"from_module: the forward must return one tensor. Found {type(outputs).__name__}. Wrap the module."
@@ -66,19 +69,27 @@ def from_module(module: nn.Module, *, example_ndim: int | None = None) -> tuple[
         return outputs
 
     def one(params: Params, x: Tensor, key: Tensor | None) -> Tensor:
-        if key is None:
-            return call(quiet, params, x[None])[0]
-        _refuse_hidden_dropout(noisy)
-        with _KeyedDropout(key):
-            return call(noisy, params, x[None])[0]
+        with _KeyedRandomness(key):
+            return call(quiet if key is None else noisy, params, x[None])[0]
 
     def apply(params: Params, x: Tensor, key: Tensor | None = None) -> Tensor:
+        _check_params("apply", shapes, params)
+        if x.dim() < (example_ndim or 0):
+            raise ValueError(f"apply: one example has {example_ndim} axes. Found an x of {tuple(x.shape)}.")
         lead = x.shape[: x.dim() - example_ndim] if example_ndim is not None else ()
+        if key is not None:
+            _refuse_hidden_dropout(noisy)
+            if key.shape != (*lead, 2):
+                raise ValueError(
+                    f"apply: there must be one key per example, {(*lead, 2)}. Found {tuple(key.shape)}. "
+                    "Is a random.split or a vmap missing?"
+                )
         if not lead:
             return one(params, x, key)
         examples = x.flatten(0, len(lead) - 1)
-        if key is None:
-            outputs = call(quiet, params, examples)
+        if key is None or 0 in lead:  # vmap over no example fails in torch; there is nothing to drop either
+            with _KeyedRandomness(None):
+                outputs = call(quiet, params, examples)
         else:
             outputs = vmap(one, in_dims=(None, 0, 0))(params, examples, key.reshape(-1, 2))
         return outputs.reshape(*lead, *outputs.shape[1:])
@@ -97,17 +108,21 @@ def load_into(module: nn.Module, params: Params) -> None:
         ValueError: a name is missing or unexpected, or a shape differs. Nothing has been copied then.
     """
     own = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    missing, unexpected = sorted(own.keys() - params.keys()), sorted(params.keys() - own.keys())
-    if missing or unexpected:
-        raise ValueError(f"load_into: the names must be the module's. Missing {missing}, unexpected {unexpected}.")
-    for name, p in own.items():
-        if p.shape != params[name].shape:
-            raise ValueError(
-                f"load_into: {name} has shape {tuple(p.shape)} in the module. Found {tuple(params[name].shape)}."
-            )
+    _check_params("load_into", {name: p.shape for name, p in own.items()}, params)
     with torch.no_grad():
         for name, p in own.items():
             p.copy_(params[name])
+
+
+def _check_params(where: str, shapes: dict[str, torch.Size], params: Params) -> None:
+    if params.keys() != shapes.keys():
+        missing, unexpected = sorted(shapes.keys() - params.keys()), sorted(params.keys() - shapes.keys())
+        raise ValueError(f"{where}: the names must be the module's. Missing {missing}, unexpected {unexpected}.")
+    for name, shape in shapes.items():
+        if params[name].shape != shape:
+            raise ValueError(
+                f"{where}: {name} has shape {tuple(shape)} in the module. Found {tuple(params[name].shape)}."
+            )
 
 
 def _refuse_mixing_layers(module: nn.Module) -> None:
@@ -168,19 +183,33 @@ def _refuse_hidden_dropout(module: nn.Module) -> None:
 
 _ELEMENT_DROPOUT = {F.dropout, torch.dropout}
 _CHANNEL_DROPOUT = {F.dropout1d: 3, F.dropout2d: 4, F.dropout3d: 5}
-_OTHER_RANDOM = {
-    F.alpha_dropout, F.feature_alpha_dropout, F.rrelu, F.gumbel_softmax, torch.bernoulli, torch.normal, torch.rand,
-    torch.rand_like, torch.randint, torch.randn, torch.randn_like, torch.randperm, torch.feature_dropout,
-    torch.alpha_dropout, torch.feature_alpha_dropout, Tensor.bernoulli_, Tensor.normal_, Tensor.uniform_,
+_NAMES = (
+    "_sample_dirichlet", "_standard_gamma", "bernoulli", "binomial", "cauchy", "exponential", "fractional_max_pool2d",
+    "fractional_max_pool2d_with_indices", "fractional_max_pool3d", "fractional_max_pool3d_with_indices", "geometric",
+    "gumbel_softmax", "lobpcg", "log_normal", "multinomial", "normal", "pca_lowrank", "poisson", "rand", "rand_like",
+    "randint", "randint_like", "randn", "randn_like", "random", "randperm", "svd_lowrank", "uniform",
+)  # fmt: skip
+_SPELLINGS = [(space, name + ending) for space in (torch, Tensor, F) for name in _NAMES for ending in ("", "_")]
+_ALWAYS_RANDOM = {getattr(space, name) for space, name in _SPELLINGS if callable(getattr(space, name, None))}
+_TRAIN, _TRAINING, _RRELU = (2, "train", False), (2, "training", False), (3, "training", False)
+_RANDOM_IF: dict[Any, tuple[tuple[int, str, float], ...]] = {
+    F.alpha_dropout: (_TRAINING,), F.feature_alpha_dropout: (_TRAINING,),
+    F.rrelu: (_RRELU,), torch.rrelu: (_RRELU,), torch.rrelu_: (_RRELU,),
+    torch.alpha_dropout: (_TRAIN,), torch.alpha_dropout_: (_TRAIN,), torch.dropout_: (_TRAIN,),
+    torch.feature_alpha_dropout: (_TRAIN,), torch.feature_alpha_dropout_: (_TRAIN,), torch.feature_dropout: (_TRAIN,),
+    torch.feature_dropout_: (_TRAIN,), torch.native_dropout: (_TRAIN,),
+    F.scaled_dot_product_attention: ((4, "dropout_p", 0),),
+    F.multi_head_attention_forward: ((10, "dropout_p", 0), (13, "training", True)),
 }  # fmt: skip
+"""Functions that are random if all these arguments, given by position, name and default, are true."""
 
 
-class _KeyedDropout(TorchFunctionMode):
-    """Draws the n-th dropout of a forward from `fold_in(key, n)`; refuses other random functions."""
+class _KeyedRandomness(TorchFunctionMode):
+    """Draws the n-th dropout of a forward from `fold_in(key, n)`; refuses all other randomness, and all without one."""
 
-    def __init__(self, key: Tensor) -> None:
+    def __init__(self, key: Tensor | None) -> None:
         super().__init__()
-        self.keys = self._stream(key)
+        self.keys = None if key is None else self._stream(key)
 
     @staticmethod
     def _stream(key: Tensor) -> Iterator[Tensor]:
@@ -191,7 +220,11 @@ class _KeyedDropout(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _OTHER_RANDOM:
+        switches = () if func in _ALWAYS_RANDOM else _RANDOM_IF.get(func)
+        if switches is not None and all(
+            args[position] if position < len(args) else kwargs.get(name, default)
+            for position, name, default in switches
+        ):
             raise ValueError(
                 f"apply: random numbers must come from the key. The module calls {func.__name__}, which draws from the "
                 "global generator."
@@ -214,6 +247,11 @@ class _KeyedDropout(TorchFunctionMode):
     ) -> Tensor:
         if not (training and train) or p == 0:
             return input
+        if self.keys is None:
+            raise ValueError(
+                "apply: without a key nothing may be random. The module calls a dropout function in evaluation mode. "
+                "Pass it training=self.training?"
+            )
         dropped = torch.zeros_like(input) if p == 1 else layers.drop(input, next(self.keys), shape_of(input), rate=p)
         return input.copy_(dropped) if inplace else dropped
 
