@@ -27,6 +27,7 @@ def cross_entropy(
 
     Raises:
         ValueError: shapes do not agree, or `label_smoothing` is outside [0, 1].
+        TypeError: the labels are not integers.
 
     Guarantees: equals `torch.nn.functional.cross_entropy(..., reduction="none")`.
 
@@ -34,16 +35,17 @@ def cross_entropy(
         >>> cross_entropy(torch.zeros(3, 10), torch.tensor([1, 2, 3]))
         tensor([2.3026, 2.3026, 2.3026])
     """
-    if outputs.shape[:-1] != labels.shape:
+    check_labels("cross_entropy", outputs, labels)
+    if class_weights is not None and class_weights.shape != outputs.shape[-1:]:
         raise ValueError(
-            f"cross_entropy: outputs (..., K) and labels (...) must share their leading axes. "
-            f"Found {tuple(outputs.shape)} and {tuple(labels.shape)}."
+            f"cross_entropy: class_weights must be (K,), {tuple(outputs.shape[-1:])}. "
+            f"Found {tuple(class_weights.shape)}."
         )
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"cross_entropy: label_smoothing must be in [0, 1]. Found {label_smoothing}.")
     log_probs = F.log_softmax(_wide(outputs), dim=-1)
     terms = log_probs if class_weights is None else log_probs * class_weights
-    hit = terms.gather(-1, labels[..., None]).squeeze(-1)
+    hit = terms.gather(-1, labels[..., None].long()).squeeze(-1)
     if label_smoothing == 0:
         return -hit
     return -(1 - label_smoothing) * hit - label_smoothing * terms.mean(-1)
@@ -88,19 +90,40 @@ def accuracy(outputs: Tensor, labels: Tensor, mask: Tensor | None = None) -> tup
 
     Args:
         outputs: (..., K).
-        labels: (...) integers.
+        labels: (...) integers in [0, K).
         mask: (...) bool, `False` for an example that does not count.
 
     Returns:
         `(correct, total)`, 0-d int64 counts. Add them over batches, divide once.
 
+    Raises:
+        ValueError: shapes do not agree, or the mask is not bool.
+        TypeError: the labels are not integers.
+
     Example:
         >>> accuracy(torch.eye(3), torch.tensor([0, 1, 1]))
         (tensor(2), tensor(3))
     """
+    check_labels("accuracy", outputs, labels)
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != labels.shape):
+        raise ValueError(
+            f"accuracy: the mask must be bool {tuple(labels.shape)}, as the labels. "
+            f"Found {mask.dtype} {tuple(mask.shape)}."
+        )
     hits = outputs.argmax(-1) == labels
     counted = torch.ones_like(hits) if mask is None else mask
     return (hits & counted).sum(), counted.sum()
+
+
+def check_labels(where: str, outputs: Tensor, labels: Tensor) -> None:
+    """Refuses labels that are not integers (...) for outputs (..., K)."""
+    if outputs.dim() == 0 or outputs.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"{where}: outputs (..., K) and labels (...) must share their leading axes. "
+            f"Found {tuple(outputs.shape)} and {tuple(labels.shape)}."
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"{where}: labels must be integers in [0, K). Found {labels.dtype}.")
 
 
 def _wide(x: Tensor) -> Tensor:

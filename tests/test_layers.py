@@ -190,3 +190,23 @@ def test_shapes_that_do_not_agree_are_refused():
         losses.mse(torch.zeros(2, 3), torch.zeros(3))
     with pytest.raises(ValueError, match="label_smoothing"):
         losses.cross_entropy(torch.zeros(3), torch.tensor(0), label_smoothing=1.5)
+    with pytest.raises(ValueError, match=r"class_weights must be \(K,\), \(3,\)\. Found \(1,\)"):
+        losses.cross_entropy(torch.zeros(3), torch.tensor(0), class_weights=torch.ones(1))
+    with pytest.raises(ValueError, match=r"accuracy: .*leading axes\. Found \(2, 3\) and \(1,\)"):
+        losses.accuracy(torch.zeros(2, 3), torch.tensor([0]))
+    for mask in (torch.ones(2), torch.ones(1, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=r"mask must be bool \(2,\)"):
+            losses.accuracy(torch.zeros(2, 3), torch.tensor([0, 1]), mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.complex64])
+def test_labels_that_are_not_integers_are_refused(dtype):
+    for fn in (losses.cross_entropy, losses.accuracy):
+        with pytest.raises(TypeError, match=f"labels must be integers.*{dtype}"):
+            fn(torch.zeros(2, 3), torch.zeros(2, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_of_every_integer_type_give_one_loss(dtype):
+    outputs, labels = draw(3, 5), torch.tensor([4, 0, 2])
+    assert torch.equal(losses.cross_entropy(outputs, labels.to(dtype)), losses.cross_entropy(outputs, labels))
