@@ -187,6 +187,10 @@ def test_one_cycle_goes_up_then_down_and_stays():
         lambda: optim.one_cycle(0.1, steps=3, warmup=0),
         lambda: optim.one_cycle(0.1, steps=3, warmup=1),
         lambda: optim.step_decay(0.1, every=0),
+        lambda: optim.step_decay(0.1, every=2.5),
+        lambda: optim.cosine(0.1, steps=1.5),
+        lambda: optim.one_cycle(0.1, steps=float("inf")),
+        lambda: optim.sgd(torch.ones(1)),
         lambda: optim.constant(float("nan")),
         lambda: optim.clip_by_global_norm(optim.sgd(0.1), max_norm=0),
         lambda: optim.clip_by_global_norm(optim.sgd(0.1), max_norm=float("nan")),
@@ -195,6 +199,20 @@ def test_one_cycle_goes_up_then_down_and_stays():
 def test_numbers_outside_their_range_are_refused(make):
     with pytest.raises(ValueError, match="Found"):
         make()
+
+
+@pytest.mark.parametrize("lr", ["0.1", None, [0.1]])
+def test_a_learning_rate_of_another_type_is_refused(lr):
+    with pytest.raises(TypeError, match=f"schedule. Found {type(lr).__name__}"):
+        optim.sgd(lr)
+
+
+def test_gradients_of_another_shape_are_refused_by_path():
+    params = {"layer": {"w": torch.ones(3), "b": torch.ones(2)}}
+    grads = {"layer": {"w": torch.ones(3), "b": torch.ones(5, 2)}}
+    for optimizer in (optim.sgd(0.1), optim.sgd(0.1, momentum=0.9)):
+        with pytest.raises(ValueError, match=r"layer/b: \(5, 2\) for \(2,\)\. Are they per example"):
+            optimizer.update(params, optimizer.init(params), grads)
 
 
 @pytest.mark.parametrize("leaf", [torch.tensor([1, 2]), 3.0, None])

@@ -92,6 +92,6 @@ def _progress(count: Tensor, steps: int) -> Tensor:
 def _check(where: str, **numbers: float) -> None:
     for name, value in numbers.items():
         whole = name in ("steps", "every")
-        if not math.isfinite(value) or value < 0 or (whole and value < 1):
+        if not math.isfinite(value) or value < 0 or (whole and (value < 1 or value % 1)):
             rule = "a whole number, at least 1" if whole else "a finite number, at least 0"
             raise ValueError(f"{where}: {name} must be {rule}. Found {value}.")

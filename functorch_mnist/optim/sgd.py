@@ -50,7 +50,9 @@ def sgd(
         An optimizer whose state is an `SGDState`.
 
     Raises:
-        ValueError: a number is negative or not finite; `nesterov` without momentum or with dampening.
+        ValueError: a number is negative or not finite; a tensor `lr` is not 0-d; `nesterov` without momentum or with
+            dampening. From `update`: gradients without the structure and shapes of the parameters.
+        TypeError: `lr` is no number, tensor or schedule.
 
     Guarantees: equals `torch.optim.SGD` bit for bit on CPU where `lr` is a number. Differentiable with respect to
         parameters, gradients and a tensor `lr`. A leaf that is not a float tensor is refused by `init`.
@@ -68,6 +70,11 @@ def sgd(
     numbers = {"momentum": momentum, "weight_decay": weight_decay}
     if isinstance(lr, (int, float)):
         numbers["lr"] = lr
+    elif isinstance(lr, Tensor):
+        if lr.shape != ():
+            raise ValueError(f"sgd: a tensor lr must be 0-d. Found {tuple(lr.shape)}.")
+    elif not callable(lr):
+        raise TypeError(f"sgd: lr must be a number, a 0-d tensor or a schedule. Found {type(lr).__name__}.")
     for name, value in numbers.items():
         if not 0 <= value <= _FLOAT32_MAX:
             raise ValueError(f"sgd: {name} must be a number of float32, at least 0. Found {value}.")
@@ -86,6 +93,7 @@ def sgd(
         return SGDState(torch.zeros((), dtype=torch.int64, device=device), velocity)
 
     def update(params: Tree, state: SGDState, grads: Tree) -> tuple[Tree, SGDState]:
+        _check_shapes(params, grads)
         rate = lr(state.updates) if callable(lr) else lr
         g = tree.map(torch.neg, grads) if maximize else grads
         if weight_decay:
@@ -100,6 +108,17 @@ def sgd(
         return params, SGDState(state.updates + 1, velocity)
 
     return Optimizer(init, update)
+
+
+def _check_shapes(params: Tree, grads: Tree) -> None:
+    if all(tree.leaves(tree.map(lambda w, g: w.shape == g.shape, params, grads))):
+        return
+    for path, w, g in zip(tree.paths(params), tree.leaves(params), tree.leaves(grads), strict=True):
+        if w.shape != g.shape:
+            raise ValueError(
+                f"sgd: gradients must have their parameters' shapes. Found {path}: {tuple(g.shape)} for "
+                f"{tuple(w.shape)}. Are they per example?"
+            )
 
 
 def _descend(w: Tensor, g: Tensor, rate: float | Tensor) -> Tensor:
