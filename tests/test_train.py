@@ -1,5 +1,7 @@
 """Steps, the loop and evaluation."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -160,6 +162,30 @@ def test_many_steps_can_be_compiled_in_one_process():
         assert new.params.item() == number
 
 
+class Scaled:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, x, *, shift=0.0):
+        return self.factor * x + shift
+
+
+@torch._dynamo.config.patch(recompile_limit=2)
+@pytest.mark.parametrize(
+    "make",
+    [Scaled, lambda n: Scaled(n).__call__, lambda n: functools.partial(torch.mul, n)],
+    ids=["object", "bound method", "partial"],
+)
+def test_many_callables_of_every_kind_can_be_compiled_in_one_process(make):
+    for number in range(5):
+        assert train.compiled(make(number))(torch.tensor(2.0)) == 2 * number
+
+
+def test_a_compiled_function_takes_its_keyword_arguments_and_defaults():
+    scaled = train.compiled(Scaled(3.0))
+    assert [scaled(torch.tensor(2.0)), scaled(torch.tensor(2.0), shift=torch.tensor(1.0))] == [6, 7]
+
+
 def fitted(epochs, batch_size, *, state=None, loss=None, callbacks=(), pad=False, n=10):
     optimizer = optim.sgd(0.1, momentum=0.9)
     return train.fit(
@@ -260,6 +286,25 @@ def test_evaluation_counts_do_not_depend_on_the_batch_size(n, batch_size):
     assert whole.total == n
     assert whole.correct == int((MODEL.apply(params, x).argmax(-1) == y).sum())
     torch.testing.assert_close(parts.loss, F.cross_entropy(MODEL.apply(params, x), y).double())
+
+
+@pytest.mark.parametrize(
+    "labels, error, fault",
+    [
+        (torch.tensor([0, 1]), ValueError, r"share their leading axes\. Found \(3, 3\) and \(2,\)"),
+        (torch.tensor([0.0, 1.0, 2.0]), TypeError, r"must be integers.*float32"),
+        (torch.tensor([0, 1, 3]), ValueError, r"in \[0, 3\).*Found 0 to 3"),
+        (torch.tensor([-1, 1, 2]), ValueError, r"in \[0, 3\).*Found -1 to 2"),
+    ],
+)
+def test_labels_that_do_not_fit_the_model_are_refused(labels, error, fault):
+    with pytest.raises(error, match=f"evaluate: .*{fault}"):
+        train.evaluate(lambda params, x: x, losses.cross_entropy, (), torch.eye(3), labels)
+
+
+def test_fit_refuses_a_bare_tensor_for_its_examples():
+    with pytest.raises(TypeError, match=r"tuple of tensors.*\(x,\)"):
+        train.fit(lambda: None, start(optim.sgd(0.1)), torch.zeros(4, 6), epochs=1, batch_size=1)
 
 
 def test_accuracy_and_recall_are_those_of_the_confusion_matrix():

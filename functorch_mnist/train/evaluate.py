@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..losses import check_labels
 from ..tree import Tree
 
 
@@ -54,14 +55,23 @@ def evaluate(
         loss_fn: `loss_fn(outputs, labels) -> (B,)`.
         params: the parameters.
         x: (N, …), at least one example.
-        labels: (N,) int64 in [0, K).
+        labels: (N,) integers in [0, K).
         batch_size: rows per call.
+
+    Raises:
+        ValueError: there is no example, `batch_size` is below 1, or labels are not (N,) in [0, K).
+        TypeError: the labels are not integers.
 
     Guarantees: the counts do not depend on `batch_size`.
     """
     outputs = predictions(apply_fn, params, x, batch_size=batch_size)
-    classes = outputs.shape[-1]
-    pairs = torch.bincount(labels * classes + outputs.argmax(-1), minlength=classes**2)
+    check_labels("evaluate", outputs, labels)
+    classes, least, most = outputs.shape[-1], int(labels.min()), int(labels.max())
+    if least < 0 or most >= classes:
+        raise ValueError(
+            f"evaluate: labels must be in [0, {classes}), the classes of the model. Found {least} to {most}."
+        )
+    pairs = torch.bincount(labels.long() * classes + outputs.argmax(-1), minlength=classes**2)
     return Evaluation(pairs.view(classes, classes), loss_fn(outputs, labels).double().mean())
 
 

@@ -55,9 +55,12 @@ def fit(
 
     Raises:
         ValueError: the tensors differ in their number of examples, or have none, or a number is out of its range.
+        TypeError: `examples` is one tensor.
 
     Guarantees: bit for bit the same on one machine, however often it was stopped and resumed.
     """
+    if isinstance(examples, Tensor):
+        raise TypeError("fit: examples must be a tuple of tensors. Found one tensor. Pass (x,)?")
     sizes = {len(tensor) for tensor in examples}
     if len(sizes) != 1 or 0 in sizes or batch_size < 1 or epochs < 0:
         raise ValueError(

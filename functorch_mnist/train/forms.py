@@ -36,13 +36,14 @@ def compiled(fn: Callable[P, R]) -> Callable[P, R]:
     """The function, compiled as one graph for fixed shapes.
 
     Args:
-        fn: a pure function. Transforms such as `grad` belong inside it.
+        fn: a pure function, or any callable that is pure. Transforms such as `grad` belong inside it.
 
     Guarantees: equal to `fn` up to rounding. Each call of `compiled` has a cache of its own; without it the copies of
         one function, such as the steps of several runs, would share torch's limit of eight.
     """
-    if isinstance(fn, FunctionType):
-        own = FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
-        own.__kwdefaults__ = fn.__kwdefaults__
-        return torch.compile(own, fullgraph=True, dynamic=False)
-    return torch.compile(fn, fullgraph=True, dynamic=False)
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return fn(*args, **kwargs)
+
+    own = FunctionType(call.__code__.replace(), globals(), closure=call.__closure__)  # torch's caches hang on the code
+    return torch.compile(own, fullgraph=True, dynamic=False)
