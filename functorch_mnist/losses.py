@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import tree
+
 
 def cross_entropy(
     outputs: Tensor, labels: Tensor, *, class_weights: Tensor | None = None, label_smoothing: float = 0.0
@@ -43,7 +45,7 @@ def cross_entropy(
         )
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"cross_entropy: label_smoothing must be in [0, 1]. Found {label_smoothing}.")
-    log_probs = F.log_softmax(_wide(outputs), dim=-1)
+    log_probs = F.log_softmax(tree.wide(outputs), dim=-1)
     terms = log_probs if class_weights is None else log_probs * class_weights
     hit = terms.gather(-1, labels[..., None].long()).squeeze(-1)
     if label_smoothing == 0:
@@ -72,7 +74,7 @@ def mse(outputs: Tensor, targets: Tensor) -> Tensor:
         raise ValueError(
             f"mse: outputs and targets must have one shape. Found {tuple(outputs.shape)} and {tuple(targets.shape)}."
         )
-    return (_wide(outputs) - targets).square().mean(-1)
+    return (tree.wide(outputs) - targets).square().mean(-1)
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
@@ -124,7 +126,3 @@ def check_labels(where: str, outputs: Tensor, labels: Tensor) -> None:
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"{where}: labels must be integers in [0, K). Found {labels.dtype}.")
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -87,6 +87,16 @@ def zeros_like(tree: T) -> T:
     return map(torch.zeros_like, tree)
 
 
+def wide(leaf: Tensor) -> Tensor:
+    """The same numbers in float32 or wider.
+
+    Example:
+        >>> wide(torch.ones(2, dtype=torch.bfloat16)).dtype, wide(torch.ones(2, dtype=torch.float64)).dtype
+        (torch.float32, torch.float64)
+    """
+    return leaf.to(torch.promote_types(leaf.dtype, torch.float32))
+
+
 def dot(a: T, b: T) -> Tensor:
     """The inner product `Σ a_i b_i` over all leaves, a 0-d tensor in float32 or wider; 0 for an empty tree.
 
@@ -94,7 +104,7 @@ def dot(a: T, b: T) -> Tensor:
         >>> dot({"w": torch.ones(3)}, {"w": torch.full((3,), 2.0)})
         tensor(6.)
     """
-    products = leaves(map(lambda x, y: (_wide(x) * _wide(y)).sum(), a, b))
+    products = leaves(map(lambda x, y: (wide(x) * wide(y)).sum(), a, b))
     return torch.stack(products).sum() if products else torch.zeros(())
 
 
@@ -107,7 +117,7 @@ def norm(tree: Tree) -> Tensor:
         >>> norm([torch.tensor([3.0]), torch.tensor([4.0])])
         tensor(5.)
     """
-    norms = [torch.linalg.vector_norm(_wide(leaf)) for leaf in leaves(tree)]
+    norms = [torch.linalg.vector_norm(wide(leaf)) for leaf in leaves(tree)]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
 
@@ -134,7 +144,3 @@ def unravel(like: T, vector: Tensor) -> T:
         raise ValueError(f"tree.unravel: the tree holds {sum(sizes)} numbers. Found a vector of {tuple(vector.shape)}.")
     parts = builtin_map(lambda part, leaf: part.view(leaf.shape).to(leaf.dtype), torch.split(vector, sizes), values)
     return unflatten(like, list(parts))
-
-
-def _wide(leaf: Tensor) -> Tensor:
-    return leaf.to(torch.promote_types(leaf.dtype, torch.float32))
