@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from . import losses as losses
     from . import models as models
     from . import optim as optim
+    from . import per_sample as per_sample
     from . import random as random
     from . import train as train
     from . import tree as tree
 
 __version__ = version("functorch-mnist")
 
-_NAMESPACES = ("checkpoint", "data", "layers", "losses", "models", "optim", "random", "train", "tree")
+_NAMESPACES = ("checkpoint", "data", "layers", "losses", "models", "optim", "per_sample", "random", "train", "tree")
 
 
 def __getattr__(name: str) -> ModuleType:

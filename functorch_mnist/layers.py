@@ -82,9 +82,9 @@ def _max_pool2d_by_comparison(x: Tensor) -> Tensor:
     """`max_pool2d` as two comparisons. The compiler fuses them and their gradients, where it would scatter torch's."""
     height, width = x.shape[-2] // 2, x.shape[-1] // 2
     x = x[..., : 2 * height, : 2 * width].movedim(-3, -1)
-    left, right = x.unflatten(-2, (width, 2)).unbind(-2)
+    left, right = x.view(*x.shape[:-2], width, 2, x.shape[-1]).unbind(-2)
     x = _first_maximum(left, right)
-    top, bottom = x.unflatten(-3, (height, 2)).unbind(-3)
+    top, bottom = x.view(*x.shape[:-3], height, 2, *x.shape[-2:]).unbind(-3)
     return _first_maximum(top, bottom).movedim(-1, -3)
 
 

@@ -5,7 +5,8 @@ keep their insertion order, as torch does (JAX sorts the keys).
 """
 
 from builtins import map as builtin_map
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import field, fields
 from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
@@ -16,6 +17,7 @@ Tree: TypeAlias = Any
 """A pytree of tensors. Python's types cannot say "nested to any depth, structure kept", hence `Any`."""
 
 T = TypeVar("T")
+C = TypeVar("C")
 
 
 def map(fn: Callable[..., object], tree: T, *rest: T) -> T:
@@ -119,6 +121,33 @@ def norm(tree: Tree) -> Tensor:
     """
     norms = [torch.linalg.vector_norm(wide(leaf)) for leaf in leaves(tree)]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+
+
+def register(cls: type[C]) -> type[C]:
+    """The dataclass, made a node of pytrees: fields that hold tensors are its children, the others are its structure.
+
+    A field belongs to the structure if it was declared with `static()`.
+    """
+    children = [field.name for field in fields(cast(Any, cls)) if not field.metadata.get("static")]
+    rest = [field.name for field in fields(cast(Any, cls)) if field.metadata.get("static")]
+
+    def flatten(node: C) -> tuple[list[Tree], tuple[object, ...]]:
+        return [getattr(node, name) for name in children], tuple(getattr(node, name) for name in rest)
+
+    def flatten_with_keys(node: C) -> tuple[list[tuple[Any, Tree]], tuple[object, ...]]:
+        keyed = [(pytree.GetAttrKey(name), getattr(node, name)) for name in children]
+        return keyed, tuple(getattr(node, name) for name in rest)
+
+    def restore(values: Iterable[Tree], context: tuple[object, ...]) -> C:
+        return cls(**dict(zip(children, values, strict=True)), **dict(zip(rest, context, strict=True)))
+
+    pytree.register_pytree_node(cls, flatten, restore, flatten_with_keys_fn=flatten_with_keys)
+    return cls
+
+
+def static() -> Any:
+    """A field of a registered dataclass that is structure: hashable, without tensors."""
+    return field(metadata={"static": True})
 
 
 def ravel(tree: Tree) -> Tensor:

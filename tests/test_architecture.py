@@ -9,10 +9,11 @@ import functorch_mnist
 
 ROOT = Path(functorch_mnist.__file__).parent
 ROWS = [
-    {"tree", "fusion", "allocator", "options"},
+    {"tree", "fusion", "allocator", "batch", "options"},
     {"random"},
     {"layers", "losses", "optim", "data"},
     {"models"},
+    {"per_sample"},
     {"train", "checkpoint"},
     {"run_folder", "plots"},
     {"commands"},

@@ -1,0 +1,33 @@
+"""Per-sample gradients in factored form: their norms, sums, products and moments at about the cost of one training step.
+
+The gradient of one example with respect to a matrix W is a sum of outer products, `Σ_t g_t a_tᵀ`: the op's input times
+the cotangent of its output. Nearly everything one wants of it follows from the pairs, so it is never formed.
+
+    layout.py        how a parameter is read by an op: as matrices, and through views
+    terms.py         the sample gradients of one parameter, in factored form
+    rules.py         what an op says about its parameters; where a new op is added
+    capture.py       from a loss to terms: which ops use which parameter, and the one backward pass
+    strategies.py    which way inner products are taken
+    plan.py          the plan: all of this as a table that can be changed
+    factored.py      the terms of all parameters, and the algebra on them
+    quantities.py    what users call: norms, clipped sums, products, moments; masks and chunks
+"""
+
+from .factored import Factored as Factored
+from .factored import factored as factored
+from .plan import Plan as Plan
+from .plan import plan as plan
+from .quantities import ClippedSum as ClippedSum
+from .quantities import clipped_sum as clipped_sum
+from .quantities import dot as dot
+from .quantities import grads as grads
+from .quantities import gram as gram
+from .quantities import kronecker as kronecker
+from .quantities import leaf_norms as leaf_norms
+from .quantities import norms as norms
+from .quantities import second_moment as second_moment
+from .quantities import weighted_sum as weighted_sum
+from .rules import Entry as Entry
+from .rules import matrix as matrix
+from .rules import rule as rule
+from .terms import Kronecker as Kronecker

@@ -1,0 +1,345 @@
+"""From a loss to factored sample gradients, in two runs of the loss.
+
+The survey runs it for one example and notes every op that a parameter enters. A parameter that enters only ops with a
+rule is factored; any other is differentiated densely. The pass then runs `vmap(grad(loss))` with zero-valued taps added
+to the outputs of those ops: the taps' gradients are the cotangents, and the ops' inputs come out beside them. The
+factored parameters are constants in that pass, so no dense gradient of theirs is formed.
+
+Parameters are known by identity. In the pass the loss gets stand-ins for the factored ones, filled with NaN, and an op
+with a rule is called with the parameter in its stand-in's place: a use that went unseen gives NaN, never a wrong number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import grad, vmap
+from torch.overrides import TorchFunctionMode
+
+from .. import tree
+from ..tree import Tree
+from . import rules
+from .layout import View, permuting_view, reshaping_view
+from .rules import Form, Sizes
+from .terms import Dense, Strategy, Term, Viewed, merge
+
+LossFn = Callable[..., Tensor]
+
+_PERMUTING = {
+    Tensor.t, Tensor.transpose, Tensor.permute, Tensor.movedim, Tensor.swapaxes, Tensor.swapdims, Tensor.moveaxis,
+    torch.t, torch.transpose, torch.permute, torch.movedim, torch.swapaxes, torch.swapdims, torch.moveaxis,
+    Tensor.T.__get__, Tensor.mT.__get__,
+}  # fmt: skip
+_RESHAPING = {
+    Tensor.view, Tensor.reshape, Tensor.flatten, Tensor.unflatten, Tensor.squeeze, Tensor.unsqueeze, Tensor.view_as,
+    Tensor.reshape_as, torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze,
+}  # fmt: skip
+_CASTING = {Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.contiguous, Tensor.clone}
+_METADATA = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad")),
+    Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.is_contiguous,
+    Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size, Tensor.__len__, torch.numel,
+    torch.is_floating_point, torch.is_complex, torch.is_tensor,
+}  # fmt: skip
+_WRITING = {
+    *(getattr(Tensor, name) for name in dir(Tensor) if name.endswith("_") and not name.endswith("__")),
+    *(getattr(Tensor, f"__i{name}__") for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow")),
+    *(getattr(Tensor, f"__i{name}__") for name in ("and", "or", "xor", "lshift", "rshift")), Tensor.__setitem__,
+    F.relu_, F.leaky_relu_, F.elu_, F.celu_, F.selu_, F.hardtanh_, F.rrelu_, F.threshold_, torch.dropout_,
+    torch.alpha_dropout_, torch.feature_dropout_, torch.sigmoid_, torch.tanh_, torch.relu_, torch.exp_, torch.abs_,
+}  # fmt: skip
+_WITH_INPLACE = {
+    F.relu, F.relu6, F.leaky_relu, F.elu, F.celu, F.selu, F.silu, F.mish, F.hardtanh, F.hardswish, F.hardsigmoid,
+    F.threshold, F.rrelu, F.dropout, F.alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout,
+}  # fmt: skip
+
+
+class Use(NamedTuple):
+    """One op that a parameter enters."""
+
+    op: str
+    sizes: Sizes | None
+    """What its factored form costs; none where it is not factored."""
+    reason: str
+    """Why it is not factored; empty if it is."""
+    form: Form | None = None
+    views: tuple[View, ...] = ()
+
+
+class Survey(NamedTuple):
+    """What a loss does with its parameters."""
+
+    uses: list[list[Use]]
+    """Of each leaf."""
+    calls: list[tuple[tuple[int, ...], torch.dtype, list[int]]]
+    """Of each op with a rule that parameters entered: the output's shape and dtype, and the leaves."""
+    writes: list[str]
+    """The names of functions that write to tensors."""
+
+    def factored(self, leaf: int) -> bool:
+        """Whether every use of a leaf has a form, and there is one."""
+        return len(self.uses[leaf]) > 0 and all([use.form is not None for use in self.uses[leaf]])
+
+
+class Known(NamedTuple):
+    """A tensor that stands for a leaf."""
+
+    tensor: Tensor
+    leaf: int
+    views: tuple[View, ...]
+    real: Tensor
+    """What an op with a rule gets in its place."""
+
+
+class Saved(NamedTuple):
+    """An op's input, kept for a factored parameter."""
+
+    a: Tensor
+    leaf: int
+    tap: int
+    form: Form
+    views: tuple[View, ...]
+
+
+class _Follower(TorchFunctionMode):
+    """Follows parameters through a loss, their casts and views too; subclasses say what happens where they are used."""
+
+    def __init__(self, known: Sequence[Known], level: int) -> None:
+        super().__init__()
+        self.known = list(known)
+        self.level = level
+
+    def find(self, value: Any) -> Known | None:
+        if isinstance(value, Tensor):
+            for known in self.known:
+                if known.tensor is value:
+                    return known
+        return None
+
+    def find_all(self, arguments: Any) -> list[Known]:
+        found = []
+        for value in _flat(arguments):
+            known = self.find(value)
+            if known is not None:
+                found.append(known)
+        return found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        found = self.find_all((args, kwargs))
+        self.see(func, args, kwargs)
+        if not found or func in _METADATA:
+            return func(*args, **kwargs)
+        if len(found) == 1 and args and found[0].tensor is args[0] and _level() == self.level:
+            views = self.views_of(func, found[0], args[1:], kwargs)
+            if views is not None:
+                out = func(*args, **kwargs)
+                real = out if found[0].real is found[0].tensor else func(found[0].real, *args[1:], **kwargs)
+                if out.is_floating_point():
+                    self.known.append(Known(out, found[0].leaf, (*found[0].views, *views(out)), real))
+                    return out
+        return self.use(func, args, kwargs, found)
+
+    def views_of(self, func: Any, known: Known, rest: Any, kwargs: Any) -> Callable[[Tensor], tuple[View, ...]] | None:
+        before = tuple(known.tensor.shape)
+        if func in _CASTING:
+            return lambda out: ()
+        if func in _RESHAPING:
+            return lambda out: (reshaping_view(before, tuple(out.shape)),)
+        if func in _PERMUTING:
+            return lambda out: (permuting_view(lambda v: func(v, *rest, **kwargs), before),)
+        return None
+
+    def see(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Looks at any op."""
+
+    def use(self, func: Any, args: Any, kwargs: Any, found: list[Known]) -> Any:
+        """Runs an op that parameters enter."""
+        raise NotImplementedError
+
+
+class _Surveyor(_Follower):
+    """Notes each use of a parameter."""
+
+    def __init__(self, known: Sequence[Known], level: int, survey: Survey) -> None:
+        super().__init__(known, level)
+        self.survey = survey
+
+    def see(self, func: Any, args: Any, kwargs: Any) -> None:
+        if _level() != self.level:
+            for uses in self.survey.uses:
+                uses.append(Use(_name(func), None, "the loss runs this op inside a transform of torch.func"))
+        if _writes(func, args, kwargs):
+            self.survey.writes.append(_name(func))
+        rule = rules.find(func)
+        if rule is rules.batch_norm or rule is rules.instance_norm:
+            rule(*args, **kwargs)  # refuses what mixes examples, whoever owns its parameters
+
+    def use(self, func: Any, args: Any, kwargs: Any, found: list[Known]) -> Any:
+        out = func(*args, **kwargs)
+        rule = rules.find(func)
+        claimed: list[int] = []
+        factored: list[int] = []
+        for entry in rule(*args, **kwargs) if rule is not None else ():
+            known = self.find(entry.parameter)
+            if known is None:
+                continue
+            claimed.append(known.leaf)
+            if entry.form is None or entry.saved is None:
+                self.survey.uses[known.leaf].append(Use(_name(func), None, "elementwise: no larger than its cotangent"))
+            else:
+                sizes = entry.form.sizes(entry.saved.shape, out.shape)
+                self.survey.uses[known.leaf].append(Use(_name(func), sizes, "", entry.form, known.views))
+                factored.append(known.leaf)
+        for known in found:
+            if known.leaf in claimed:
+                claimed.remove(known.leaf)
+            else:
+                reason = "no rule for this op" if rule is None else "used in a way its op's rule does not cover"
+                self.survey.uses[known.leaf].append(Use(_name(func), None, reason))
+        if factored:
+            self.survey.calls.append((tuple(out.shape), out.dtype, factored))
+        return out
+
+
+class _Tapper(_Follower):
+    """Adds a tap to the output of each op that a factored parameter enters, and keeps the op's input."""
+
+    def __init__(
+        self, known: Sequence[Known], level: int, taps: Sequence[Tensor], clone: bool, saved: list[Saved]
+    ) -> None:
+        super().__init__(known, level)
+        self.taps, self.clone, self.saved = taps, clone, saved
+
+    def use(self, func: Any, args: Any, kwargs: Any, found: list[Known]) -> Any:
+        rule = rules.find(func)
+        mine = []
+        tap = self.saved[-1].tap + 1 if self.saved else 0
+        for entry in rule(*args, **kwargs) if rule is not None else ():
+            known = self.find(entry.parameter)
+            if known is not None and entry.form is not None:
+                kept = entry.saved.clone() if self.clone else entry.saved
+                mine.append(Saved(kept, known.leaf, tap, entry.form, known.views))
+        if not mine:
+            return func(*args, **kwargs)
+        self.saved.extend(mine)
+        args, kwargs = self.real(args), {name: self.real(value) for name, value in kwargs.items()}
+        return func(*args, **kwargs) + self.taps[tap]
+
+    def real(self, value: Any) -> Any:
+        """The arguments with parameters in their stand-ins' places."""
+        if isinstance(value, (list, tuple)):
+            return tuple(self.real(v) for v in value)
+        known = self.find(value)
+        return value if known is None else known.real
+
+
+def survey(loss_fn: LossFn, params: Tree, batch: Sequence[Tensor]) -> Survey:
+    """What the loss of one example does with its parameters.
+
+    Args:
+        loss_fn: `loss_fn(params, *example) -> ()`.
+        params: a pytree of float tensors.
+        batch: (B, …); the first example is run, or zeros where there is none.
+    """
+    leaves = [_alias(leaf) for leaf in tree.leaves(params)]
+    found = Survey([[] for _ in leaves], [], [])
+
+    def run(*example: Tensor) -> Tensor:
+        known = [Known(leaf, i, (), leaf) for i, leaf in enumerate(leaves)]
+        with _Surveyor(known, _level(), found):
+            loss = loss_fn(tree.unflatten(params, leaves), *example)
+        _check_loss(loss)
+        return loss
+
+    vmap(run)(*(rows[:1] if len(rows) else rows.new_zeros((1, *rows.shape[1:])) for rows in batch))
+    return found
+
+
+def factor(
+    loss_fn: LossFn,
+    params: Tree,
+    batch: Sequence[Tensor],
+    found: Survey,
+    strategies: Sequence[Strategy | None],
+) -> tuple[Tensor, tuple[Term, ...]]:
+    """The losses (B,) and the term of each leaf.
+
+    Args:
+        loss_fn, params, batch: as in `survey`; B is at least 1.
+        found: the survey.
+        strategies: of each leaf; none for one that is differentiated densely.
+    """
+    leaves = tree.leaves(params)
+    factored = [i for i, strategy in enumerate(strategies) if strategy is not None]
+    dense = [i for i, strategy in enumerate(strategies) if strategy is None]
+    stand_ins = {i: torch.full_like(leaves[i], torch.nan) for i in factored}
+    calls = [(shape, dtype) for shape, dtype, entered in found.calls if any(leaf in factored for leaf in entered)]
+    device = leaves[0].device if leaves else None
+    taps = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in calls]
+    factors: list[Saved] = []
+
+    def run(differentiated: tuple[list[Tensor], list[Tensor]], *example: Tensor) -> tuple[Tensor, Any]:
+        taps, others = differentiated
+        given = {**stand_ins, **dict(zip(dense, others, strict=True))}
+        known = [Known(stand_ins[i], i, (), leaves[i]) for i in factored]
+        with _Tapper(known, _level(), taps, len(found.writes) > 0, factors):
+            loss = loss_fn(tree.unflatten(params, [given[i] for i in range(len(leaves))]), *example)
+        return loss, (loss, [factor.a for factor in factors])
+
+    differentiated = (taps, [leaves[i] for i in dense])
+    in_dims = (None, *[0] * len(batch))
+    (cotangents, grads), (losses, saved) = vmap(grad(run, has_aux=True), in_dims=in_dims)(differentiated, *batch)
+    terms: list[list[Term]] = [[] for _ in leaves]
+    for i, values in zip(dense, grads, strict=True):
+        terms[i].append(Dense(values))
+    for factor, a in zip(factors, saved, strict=True):
+        term: Term = factor.form.term(a, cotangents[factor.tap], strategies[factor.leaf] or "build")
+        for view in reversed(factor.views):
+            term = Viewed(term, view)
+        terms[factor.leaf].append(term)
+    return losses, tuple(merge(uses) for uses in terms)
+
+
+def _alias(leaf: Tensor) -> Tensor:
+    """The same tensor as another object: two leaves may be one tensor, and the loss may hold it too."""
+    return leaf.view_as(leaf)
+
+
+def _check_loss(loss: Any) -> None:
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"per_sample: the loss of one example must be a 0-d tensor. Found {shape}.")
+
+
+@torch.compiler.assume_constant_result
+def _level() -> int:
+    """How many transforms of torch.func are being applied."""
+    return int(torch._C._functorch.maybe_current_level() or 0)
+
+
+def _name(func: Any) -> str:
+    """For people; the compiler knows no names of built-in methods."""
+    if torch.compiler.is_dynamo_compiling():
+        return "an op"
+    name = str(getattr(func, "__name__", func))
+    return str(getattr(getattr(func, "__self__", None), "__name__", name)) if name == "__get__" else name
+
+
+def _writes(func: Any, args: Any, kwargs: Any) -> bool:
+    if func in _WRITING or kwargs.get("out") is not None or kwargs.get("inplace") is True:
+        return True
+    return func in _WITH_INPLACE and any(value is True for value in args)
+
+
+def _flat(value: Any) -> list[Any]:
+    """All values in nested lists, tuples and dicts."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [v for part in value for v in _flat(part)]
+    return [value]

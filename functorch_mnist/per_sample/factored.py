@@ -1,0 +1,115 @@
+"""Factored sample gradients of all parameters, and the algebra on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import batch as batches
+from .. import tree
+from ..tree import Tree
+from .capture import LossFn, factor, survey
+from .plan import Plan, strategies
+from .terms import Kronecker, Term
+
+
+@tree.register
+@dataclass(frozen=True)
+class Factored:
+    """The gradients of B examples, factored where that is possible: a pytree of tensors.
+
+    Every method is exact: what it returns is what the dense gradients would give, up to rounding.
+    """
+
+    losses: Tensor
+    """(B,)."""
+    terms: tuple[Term, ...]
+    """Of each parameter, in the order of `tree.leaves`."""
+    params: Tree
+    """The parameters at which they were taken."""
+
+    def masked(self, keep: Tensor) -> Factored:
+        """Exactly zero, losses too, where `keep` (B,) bool is False, NaN or not."""
+        losses = torch.where(keep, self.losses, torch.zeros_like(self.losses))
+        return Factored(losses, tuple([term.masked(keep) for term in self.terms]), self.params)
+
+    def built(self) -> Factored:
+        """The same, with gradients that inner products build anyway built once, where they are small."""
+        return Factored(self.losses, tuple([term.built() for term in self.terms]), self.params)
+
+    def grads(self) -> Tree:
+        """The dense gradients: a tree with leaves (B, *w)."""
+        return self._like_params([term.grads() for term in self.terms])
+
+    def norms(self) -> Tensor:
+        """|∇_i|: (B,)."""
+        squares = [term.square_norms() for term in self.terms]
+        return torch.stack(squares).sum(0).sqrt() if squares else torch.zeros_like(self.losses)
+
+    def leaf_norms(self) -> Tree:
+        """The norm of each parameter's part of ∇_i: a tree with leaves (B,)."""
+        return tree.unflatten(self.params, [term.square_norms().sqrt() for term in self.terms])
+
+    def weighted_sum(self, weights: Tensor) -> Tree:
+        """Σ_i c_i ∇_i, for weights c (B,): a tree like `params`."""
+        return self._like_params([term.weighted_sum(weights) for term in self.terms])
+
+    def dot(self, direction: Tree) -> Tensor:
+        """⟨∇_i, v⟩, for a tree v like `params`: (B,)."""
+        parts = [term.dot(v) for term, v in zip(self.terms, tree.leaves(direction), strict=True)]
+        return torch.stack(parts).sum(0) if parts else torch.zeros_like(self.losses)
+
+    def gram(self, other: Factored) -> Tensor:
+        """⟨∇_i, ∇'_j⟩: (B, B'), with the gradients of other examples at the same parameters."""
+        parts = [mine.gram(theirs) for mine, theirs in zip(self.terms, other.terms, strict=True)]
+        return torch.stack(parts).sum(0) if parts else self.losses[:, None] * other.losses * 0
+
+    def second_moment(self) -> Tree:
+        """Σ_i ∇_i², elementwise: a tree like `params`, float32 or wider."""
+        return tree.unflatten(self.params, [term.second_moment() for term in self.terms])
+
+    def kronecker(self) -> dict[str, Kronecker]:
+        """The Kronecker factors of each parameter that has them, by its path."""
+        factors = {path: term.kronecker() for path, term in zip(tree.paths(self.params), self.terms, strict=True)}
+        return {path: pair for path, pair in factors.items() if pair is not None}
+
+    def _like_params(self, values: list[Tensor]) -> Tree:
+        leaves = tree.leaves(self.params)
+        return tree.unflatten(self.params, [v.to(leaf.dtype) for v, leaf in zip(values, leaves, strict=True)])
+
+
+def factored(
+    loss_fn: LossFn, params: Tree, *batch: Tensor, mask: Tensor | None = None, plan: Plan | None = None
+) -> Factored:
+    """The factored gradients of each example of a batch, by one backward pass.
+
+    Args:
+        loss_fn: `loss_fn(params, *example) -> ()`, a pure function of one example.
+        params: a pytree of float tensors.
+        batch: tensors (B, …), B at least 1.
+        mask: (B,) bool; the gradient of an example with False is exactly zero.
+        plan: strategies to take instead of those that would be chosen.
+
+    Raises:
+        TypeError: a parameter is not a float tensor.
+        ValueError: the batch, the mask, the loss or the plan does not fit; the loss mixes examples by a batch norm.
+
+    Cost: one forward pass of one example, one forward and one backward pass of the batch.
+    """
+    rows = batches.check("per_sample", batch, mask)
+    if rows == 0:
+        raise ValueError("per_sample.factored: at least one example. Found an empty batch.")
+    _check_params(params)
+    batch = batches.blanked(batch, mask)
+    found = survey(loss_fn, params, batch)
+    losses, terms = factor(loss_fn, params, batch, found, strategies(params, found, plan))
+    result = Factored(losses, terms, params)
+    return result if mask is None else result.masked(mask)
+
+
+def _check_params(params: Tree) -> None:
+    for path, leaf in zip(tree.paths(params), tree.leaves(params), strict=True):
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            raise TypeError(f"per_sample: every parameter must be a float tensor. Found {path}: {leaf!r:.80}.")

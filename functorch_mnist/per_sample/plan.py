@@ -1,0 +1,175 @@
+"""The plan: for each parameter the ops it enters, and how its sample gradients are taken."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+
+from .. import tree
+from ..tree import Tree
+from .capture import LossFn, Survey, survey
+from .rules import Cost, Sizes
+from .strategies import choose
+from .terms import Strategy
+
+Way: TypeAlias = Strategy | Literal["dense"]
+"""A strategy, or `"dense"`: differentiated with the rest of the loss, (B, *w) numbers."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """How one parameter's sample gradients are taken."""
+
+    path: str
+    shape: tuple[int, ...]
+    itemsize: int
+    """Bytes per number."""
+    ops: tuple[str, ...]
+    """The ops that the parameter enters."""
+    sizes: Sizes | None
+    """Of all uses together; none where there is no factored form."""
+    way: Way
+    costs: dict[Way, Cost]
+    """For one example, of each way there is."""
+    reason: str
+
+    @property
+    def cost(self) -> Cost:
+        """For one example, of the way taken."""
+        return self.costs[self.way]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `per_sample` does with a loss. Printed, it is a table; `override` changes it."""
+
+    rows: tuple[Row, ...]
+    batch_size: int
+    slow: tuple[str, ...] = ()
+    """Ops of the loss that `vmap` runs one example at a time."""
+
+    def override(self, path: str, way: Way) -> Plan:
+        """The plan with another way for one parameter.
+
+        Raises:
+            ValueError: no parameter has this path, or the way does not apply to it.
+        """
+        paths = [row.path for row in self.rows]
+        if path not in paths:
+            raise ValueError(f"plan.override: the path must be a parameter's. Found {path!r}; there are {paths}.")
+        row = self.rows[paths.index(path)]
+        if way not in row.costs:
+            raise ValueError(f"plan.override: {path} can be taken as {list(row.costs)}. Found {way!r}.")
+        changed = replace(row, way=way, reason="asked for")
+        return replace(self, rows=tuple(changed if r is row else r for r in self.rows))
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the batch's inner products take besides the factors, all parameters at once."""
+        return sum(row.cost.memory * row.itemsize for row in self.rows) * self.batch_size
+
+    @property
+    def arithmetic(self) -> int:
+        """Operations of the batch's inner products."""
+        return sum(row.cost.arithmetic for row in self.rows) * self.batch_size
+
+    def __str__(self) -> str:
+        heads = ("parameter", "shape", "ops", "T", "d", "p", "way", "MB", "GFLOP", "why")
+        body = [self._cells(row) for row in self.rows]
+        widths = [max(len(line[i]) for line in (heads, *body)) for i in range(len(heads))]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in (heads, *body)
+        ]
+        lines.insert(1, "  ".join("-" * w for w in widths))
+        lines.append(
+            f"batch of {self.batch_size}: {self.memory / 1e6:.1f} MB besides the factors, {self.arithmetic / 1e9:.3f} GFLOP"
+        )
+        lines += [f"slow: vmap runs {op} one example at a time" for op in self.slow]
+        return "\n".join(lines)
+
+    def _cells(self, row: Row) -> tuple[str, ...]:
+        groups, t, d, p = row.sizes or (1, None, None, None)
+        times = f"{groups} x " if groups > 1 else ""
+        numbers = [times + str(t) if t is not None else "", *("" if n is None else str(n) for n in (d, p))]
+        megabytes = row.cost.memory * row.itemsize * self.batch_size / 1e6
+        operations = row.cost.arithmetic * self.batch_size / 1e9
+        shape = "x".join(map(str, row.shape)) or "()"
+        ops = ", ".join(dict.fromkeys(row.ops)) or "none"
+        return (row.path, shape, ops, *numbers, row.way, f"{megabytes:.2f}", f"{operations:.3f}", row.reason)
+
+
+def plan(loss_fn: LossFn, params: Tree, *example: Tensor, batch_size: int) -> Plan:
+    """How the sample gradients of a loss are taken, and what that costs.
+
+    Args:
+        loss_fn: `loss_fn(params, *example) -> ()`, pure.
+        params: a pytree of float tensors.
+        example: one example, without a batch axis.
+        batch_size: B, for the costs.
+
+    Returns:
+        The plan that the functions of `per_sample` follow unless they are given another.
+
+    Raises:
+        ValueError: `batch_size` is below 1, or the loss does not fit, see `factored`.
+    """
+    if batch_size < 1:
+        raise ValueError(f"plan: batch_size must be at least 1. Found {batch_size}.")
+    batch = [torch.as_tensor(x)[None] for x in example]
+    found = survey(loss_fn, params, batch)
+    return replace(planned(params, found, batch_size), slow=_slow_ops(loss_fn, params, batch))
+
+
+def planned(params: Tree, found: Survey, batch_size: int) -> Plan:
+    """The plan that follows from a survey."""
+    rows = []
+    for path, leaf, uses in zip(tree.paths(params), tree.leaves(params), found.uses, strict=True):
+        choice = choose(uses)
+        costs: dict[Way, Cost] = {**choice.costs, "dense": Cost(leaf.numel(), 2 * leaf.numel())}
+        way: Way = choice.strategy or "dense"
+        ops = tuple([use.op for use in uses])
+        rows.append(Row(path, tuple(leaf.shape), leaf.element_size(), ops, choice.sizes, way, costs, choice.reason))
+    return Plan(tuple(rows), batch_size)
+
+
+def strategies(params: Tree, found: Survey, given: Plan | None) -> Sequence[Strategy | None]:
+    """The strategy of each leaf, none for dense: from a plan that was given, or chosen.
+
+    Raises:
+        ValueError: the plan is of other parameters, or asks for what a parameter cannot have.
+    """
+    if given is None:
+        return [choose(uses).strategy for uses in found.uses]
+    names, shapes = tree.paths(params), [tuple(leaf.shape) for leaf in tree.leaves(params)]
+    if [(row.path, row.shape) for row in given.rows] != list(zip(names, shapes, strict=True)):
+        raise ValueError(
+            f"per_sample: the plan must be of these parameters. Found a plan of {[r.path for r in given.rows]}."
+        )
+    chosen: list[Strategy | None] = []
+    for row, uses in zip(given.rows, found.uses, strict=True):
+        if row.way != "dense" and row.way not in choose(uses).costs:
+            raise ValueError(f"per_sample: the plan takes {row.path} as {row.way!r}, which this loss does not allow.")
+        chosen.append(None if row.way == "dense" else row.way)
+    return chosen
+
+
+def _slow_ops(loss_fn: LossFn, params: Tree, batch: Sequence[Tensor]) -> tuple[str, ...]:
+    """The ops for which vmap has no batching rule, from the warnings that it gives."""
+    twice = [torch.cat([rows, rows]) for rows in batch]
+    enabled = torch._C._functorch._is_vmap_fallback_enabled()
+    torch._C._functorch._set_vmap_fallback_enabled(True)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            vmap(grad(loss_fn), in_dims=(None, *[0] * len(twice)))(params, *twice)
+    finally:
+        torch._C._functorch._set_vmap_fallback_enabled(enabled)
+    texts = [str(warning.message) for warning in caught]
+    marked = [text.split("batching rule for ")[1].split(".")[0] for text in texts if "batching rule for " in text]
+    return tuple(dict.fromkeys(marked))

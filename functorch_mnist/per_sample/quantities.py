@@ -1,0 +1,346 @@
+"""Quantities of per-sample gradients, each by one backward pass over the batch.
+
+With ∇_i the gradient of example i's loss:
+
+    norms            |∇_i|
+    weighted_sum     Σ_i c_i ∇_i
+    clipped_sum      Σ_i min(1, C / |∇_i|) ∇_i
+    dot              ⟨∇_i, v⟩
+    gram             ⟨∇_i, ∇_j⟩
+    second_moment    Σ_i ∇_i²
+    kronecker        Σ_i Σ_t a_it a_itᵀ  and  Σ_i Σ_t g_it g_itᵀ
+
+All take `loss_fn(params, *example) -> ()`, a pure function of one example; `params`, a pytree of float tensors; and
+`*batch`, tensors (B, …). All take `mask` (B,) bool: an example with False, whatever it holds, gives exactly zero; and
+`chunk_size`: so many examples are taken at a time, and the result does not depend on it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+
+from .. import batch as batches
+from .. import tree
+from ..tree import Tree
+from .capture import LossFn
+from .factored import Factored, factored
+from .plan import Plan
+from .terms import Kronecker, masked
+
+
+class ClippedSum(NamedTuple):
+    """A sum of clipped gradients, and what was seen on the way."""
+
+    grads: Tree
+    """Σ_i s_i ∇_i, like `params`."""
+    norms: Tensor
+    """(B,): |∇_i| before clipping; zero where masked."""
+    losses: Tensor
+    """(B,): zero where masked."""
+    nonfinite: Tensor
+    """0-d int64: how many examples were left out because their gradient's norm is inf or NaN."""
+
+
+class _Chunk(NamedTuple):
+    """Some examples, padded to the size of a chunk."""
+
+    batch: tuple[Tensor, ...]
+    mask: Tensor | None
+    rows: slice
+    """Which of the batch's examples they are."""
+
+    def unpadded(self, values: Tensor) -> Tensor:
+        return values[: self.rows.stop - self.rows.start]
+
+    def padded(self, values: Tensor) -> Tensor:
+        part = values[self.rows]
+        missing = len(self.batch[0]) - len(part)
+        return torch.cat([part, part.new_zeros(missing)]) if missing else part
+
+
+def grads(
+    loss_fn: LossFn, params: Tree, *batch: Tensor, mask: Tensor | None = None, chunk_size: int | None = None
+) -> Tree:
+    """The dense gradients: a tree with leaves (B, *w). The oracle of all the others, by `vmap(grad(loss_fn))`.
+
+    Cost: B times the parameters in memory.
+
+    Example:
+        >>> grads(lambda w, x: w * x, torch.tensor(2.0), torch.tensor([1.0, 3.0]))
+        tensor([1., 3.])
+    """
+    sample_grads = vmap(grad(loss_fn), in_dims=(None, *[0] * len(batch)))
+    parts = []
+    for chunk in _chunks("grads", batch, mask, chunk_size):
+        leaves = tree.leaves(sample_grads(params, *chunk.batch))
+        if chunk.mask is not None:
+            leaves = [masked(leaf, chunk.mask) for leaf in leaves]
+        parts.append([chunk.unpadded(leaf) for leaf in leaves])
+    return tree.unflatten(params, [torch.cat(leaf_parts) for leaf_parts in zip(*parts, strict=True)])
+
+
+def norms(
+    loss_fn: LossFn,
+    params: Tree,
+    *batch: Tensor,
+    mask: Tensor | None = None,
+    chunk_size: int | None = None,
+    plan: Plan | None = None,
+) -> Tensor:
+    """|∇_i|: (B,), float32 or wider.
+
+    Example:
+        >>> norms(lambda w, x: w @ x, torch.zeros(2), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+        tensor([5., 1.])
+    """
+    parts = _factored("norms", loss_fn, params, batch, mask, chunk_size, plan)
+    return torch.cat([chunk.unpadded(part.norms()) for chunk, part in parts])
+
+
+def leaf_norms(
+    loss_fn: LossFn,
+    params: Tree,
+    *batch: Tensor,
+    mask: Tensor | None = None,
+    chunk_size: int | None = None,
+    plan: Plan | None = None,
+) -> Tree:
+    """The norm of each parameter's part of ∇_i: a tree with leaves (B,), float32 or wider.
+
+    Example:
+        >>> leaf_norms(lambda p, x: p["a"] * x + p["b"], {"a": torch.zeros(()), "b": torch.zeros(())}, torch.ones(2))
+        {'a': tensor([1., 1.]), 'b': tensor([1., 1.])}
+    """
+    parts = _factored("leaf_norms", loss_fn, params, batch, mask, chunk_size, plan)
+    columns = [[chunk.unpadded(leaf) for leaf in tree.leaves(part.leaf_norms())] for chunk, part in parts]
+    return tree.unflatten(params, [torch.cat(column) for column in zip(*columns, strict=True)])
+
+
+def weighted_sum(
+    loss_fn: LossFn,
+    params: Tree,
+    *batch: Tensor,
+    weights: Tensor,
+    mask: Tensor | None = None,
+    chunk_size: int | None = None,
+    plan: Plan | None = None,
+) -> Tree:
+    """Σ_i c_i ∇_i for weights c (B,): a tree like `params`.
+
+    Guarantees: its gradient with respect to the weights is `dot`.
+
+    Example:
+        >>> weighted_sum(lambda w, x: w * x, torch.tensor(0.0), torch.tensor([1.0, 3.0]), weights=torch.tensor([1.0, 2.0]))
+        tensor(7.)
+    """
+    _check_rows("weighted_sum", "weights", weights, batch)
+    parts = _factored("weighted_sum", loss_fn, params, batch, mask, chunk_size, plan)
+    return _total([part.weighted_sum(chunk.padded(weights)) for chunk, part in parts])
+
+
+def clipped_sum(
+    loss_fn: LossFn,
+    params: Tree,
+    *batch: Tensor,
+    max_norm: float | Tensor | Callable[[Tensor], Tensor],
+    mask: Tensor | None = None,
+    chunk_size: int | None = None,
+    plan: Plan | None = None,
+) -> ClippedSum:
+    """Σ_i s_i ∇_i with `s_i = min(1, max_norm / |∇_i|)`, by one backward pass.
+
+    Args:
+        max_norm: the largest norm that an example keeps, above 0: a number or a 0-d tensor. Or another rule: a function
+            of all norms (B,), zero where masked, to the factors s (B,).
+
+    Raises:
+        ValueError: `max_norm` is a number not above 0.
+
+    Guarantees: an example whose norm is inf or NaN adds exactly zero and is counted.
+
+    Cost: with a function and a `chunk_size` smaller than B there are two backward passes, for it needs all norms.
+
+    Example:
+        >>> clipped_sum(lambda w, x: w * x, torch.tensor(0.0), torch.tensor([1.0, 3.0]), max_norm=2.0).grads
+        tensor(3.)
+
+    Reference: Abadi et al., "Deep learning with differential privacy", CCS 2016, algorithm 1; in one pass, Bu et al.,
+        "Differentially private optimization on large model at small cost", ICML 2023.
+    """
+    if isinstance(max_norm, (int, float)) and not max_norm > 0:
+        raise ValueError(f"clipped_sum: max_norm must be above 0. Found {max_norm}.")
+    arguments = (loss_fn, params, batch, mask, chunk_size, plan)
+    known: Tensor | None = None
+    if callable(max_norm) and chunk_size is not None and chunk_size < len(batch[0]):
+        known = max_norm(norms(loss_fn, params, *batch, mask=mask, chunk_size=chunk_size, plan=plan))
+    sums, columns, counts = [], [], []
+    for chunk, part in _factored("clipped_sum", *arguments):
+        part = part.built()
+        sizes = part.norms()
+        finite = sizes.isfinite()
+        if known is not None:
+            factors = chunk.padded(known)
+        elif callable(max_norm):
+            factors = max_norm(chunk.unpadded(sizes))
+            factors = _Chunk(chunk.batch, None, slice(0, len(factors))).padded(factors)
+        else:
+            factors = (max_norm / sizes).clamp(max=1)
+        sums.append(part.masked(finite).weighted_sum(torch.where(finite, factors, torch.zeros_like(factors))))
+        columns.append((chunk.unpadded(sizes), chunk.unpadded(part.losses)))
+        counts.append((~finite).sum())
+    all_norms, all_losses = (torch.cat(column) for column in zip(*columns, strict=True))
+    return ClippedSum(_total(sums), all_norms, all_losses, torch.stack(counts).sum())
+
+
+def dot(
+    loss_fn: LossFn,
+    params: Tree,
+    *batch: Tensor,
+    direction: Tree,
+    mask: Tensor | None = None,
+    chunk_size: int | None = None,
+    plan: Plan | None = None,
+) -> Tensor:
+    """⟨∇_i, v⟩ for a tree v like `params`: (B,), float32 or wider.
+
+    Example:
+        >>> dot(lambda w, x: w * x, torch.tensor(0.0), torch.tensor([1.0, 3.0]), direction=torch.tensor(2.0))
+        tensor([2., 6.])
+    """
+    shapes, found = ([tuple(leaf.shape) for leaf in tree.leaves(t)] for t in (params, direction))
+    if shapes != found:
+        raise ValueError(f"dot: direction must have the shapes of params, {shapes}. Found {found}.")
+    parts = _factored("dot", loss_fn, params, batch, mask, chunk_size, plan)
+    return torch.cat([chunk.unpadded(part.dot(direction)) for chunk, part in parts])
+
+
+def gram(
+    loss_fn: LossFn,
+    params: Tree,
+    batch_a: Sequence[Tensor],
+    batch_b: Sequence[Tensor] | None = None,
+    *,
+    mask: Tensor | None = None,
+    mask_b: Tensor | None = None,
+    chunk_size: int | None = None,
+    plan: Plan | None = None,
+) -> Tensor:
+    """⟨∇_i, ∇'_j⟩ for all i of one batch and j of another: (B, B'), float32 or wider.
+
+    Args:
+        batch_a, batch_b: tensors (B, …) and (B', …); without `batch_b` all pairs of `batch_a`.
+        mask, mask_b: of the two; without `batch_b`, `mask` holds for both.
+
+    Cost: with chunks, `batch_b`'s factors are taken anew for each chunk of `batch_a`.
+
+    Example:
+        >>> gram(lambda w, x: w @ x, torch.zeros(2), (torch.tensor([[1.0, 2.0], [0.0, 1.0]]),))
+        tensor([[5., 2.],
+                [2., 1.]])
+    """
+    if batch_b is None and mask_b is not None:
+        raise ValueError("gram: mask_b belongs to batch_b. Found no batch_b.")
+    other, other_mask = (batch_a, mask) if batch_b is None else (batch_b, mask_b)
+    bands = []
+    for chunk, part in _factored("gram", loss_fn, params, tuple(batch_a), mask, chunk_size, plan):
+        if batch_b is None and len(chunk.batch[0]) >= len(batch_a[0]):
+            pairs = [(chunk, part)]
+        else:
+            pairs = list(_factored("gram", loss_fn, params, tuple(other), other_mask, chunk_size, plan))
+        band = [other_chunk.unpadded(part.gram(theirs).T).T for other_chunk, theirs in pairs]
+        bands.append(chunk.unpadded(torch.cat(band, 1)))
+    return torch.cat(bands)
+
+
+def second_moment(
+    loss_fn: LossFn,
+    params: Tree,
+    *batch: Tensor,
+    mask: Tensor | None = None,
+    chunk_size: int | None = None,
+    plan: Plan | None = None,
+) -> Tree:
+    """Σ_i ∇_i², elementwise: a tree like `params`, float32 or wider.
+
+    Example:
+        >>> second_moment(lambda w, x: w * x, torch.tensor(0.0), torch.tensor([1.0, 3.0]))
+        tensor(10.)
+    """
+    parts = _factored("second_moment", loss_fn, params, batch, mask, chunk_size, plan)
+    return _total([part.second_moment() for _, part in parts])
+
+
+def kronecker(
+    loss_fn: LossFn,
+    params: Tree,
+    *batch: Tensor,
+    mask: Tensor | None = None,
+    chunk_size: int | None = None,
+    plan: Plan | None = None,
+) -> dict[str, Kronecker]:
+    """The factors Σ a aᵀ and Σ g gᵀ over examples and positions, of each factored parameter, by its path.
+
+    Example:
+        >>> factors = kronecker(lambda w, x: (w @ x).sum(), torch.zeros(1, 2), torch.tensor([[1.0, 2.0]]))
+        >>> factors[""].inputs
+        tensor([[[1., 2.],
+                 [2., 4.]]])
+
+    Reference: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", ICML
+        2015, section 3; for convolutions Grosse and Martens, ICML 2016.
+    """
+    parts = _factored("kronecker", loss_fn, params, batch, mask, chunk_size, plan)
+    totals = [part.kronecker() for _, part in parts]
+    return {path: Kronecker(*map(_sum, zip(*(t[path] for t in totals), strict=True))) for path in totals[0]}
+
+
+def _factored(
+    where: str,
+    loss_fn: LossFn,
+    params: Tree,
+    batch: tuple[Tensor, ...],
+    mask: Tensor | None,
+    chunk_size: int | None,
+    plan: Plan | None,
+) -> Iterator[tuple[_Chunk, Factored]]:
+    for chunk in _chunks(where, batch, mask, chunk_size):
+        yield chunk, factored(loss_fn, params, *chunk.batch, mask=chunk.mask, plan=plan)
+
+
+def _chunks(where: str, batch: tuple[Tensor, ...], mask: Tensor | None, chunk_size: int | None) -> list[_Chunk]:
+    """The batch in chunks of one size, the last padded; an empty batch is one chunk of padding."""
+    total = batches.check(f"per_sample.{where}", batch, mask)
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"per_sample.{where}: chunk_size must be a whole number, at least 1. Found {chunk_size}.")
+    size = max(1, total if chunk_size is None else min(chunk_size, total))
+    chunks = []
+    for start in range(0, max(1, total), size):
+        rows = slice(start, min(start + size, total))
+        part, keep = tuple([x[rows] for x in batch]), None if mask is None else mask[rows]
+        missing = size - (rows.stop - rows.start)
+        if missing:
+            keep = part[0].new_ones(rows.stop - rows.start, dtype=torch.bool) if keep is None else keep
+            keep = torch.cat([keep, keep.new_zeros(missing)])
+            part = tuple([torch.cat([x, x.new_zeros((missing, *x.shape[1:]))]) for x in part])
+        chunks.append(_Chunk(batches.blanked(part, keep), keep, rows))
+    return chunks
+
+
+def _total(trees: list[Tree]) -> Tree:
+    """The sum of trees."""
+    return trees[0] if len(trees) == 1 else tree.map(lambda *leaves: torch.stack(leaves).sum(0), *trees)
+
+
+def _sum(values: tuple[Tensor, ...]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(values).sum(0)
+
+
+def _check_rows(where: str, name: str, values: Tensor, batch: tuple[Tensor, ...]) -> None:
+    if values.shape != batch[0].shape[:1]:
+        raise ValueError(f"{where}: {name} must be ({len(batch[0])},). Found {tuple(values.shape)}.")

@@ -1,0 +1,405 @@
+"""Sample gradients of one parameter, in factored form.
+
+A term is what an op adds to the sample gradients of a parameter W, kept as the op's input `a` and the cotangent `g` of
+its output. The ops are linear in W, so with V shaped as W
+
+    ∇_i          = the op's vector-Jacobian product of g_i at a_i
+    Σ_i c_i ∇_i  = the same of c_i g_i, summed over i: an ordinary backward pass of the op
+    ⟨∇_i, V⟩     = ⟨g_i, op(a_i; V)⟩: an ordinary forward pass of the op
+
+and where the op reads W as G matrices (H, D) at T positions, for each of them `∇_i = Σ_t g_it a_itᵀ`, so
+
+    ⟨∇_i, ∇_j⟩   = Σ_{s, t} (a_is · a_jt) (g_is · g_jt)
+
+which is |a|² |g|² for i = j and T = 1. Inner products are taken by one of three strategies: as this outer product, as
+the two Gram matrices (T, T), or by building ∇_i for this parameter alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import tree
+from .layout import Layout, View, kernel_layout
+
+Strategy: TypeAlias = Literal["outer product", "gram", "build"]
+"""How inner products are taken."""
+
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_WEIGHT_GRADIENTS = {1: torch.nn.grad.conv1d_weight, 2: torch.nn.grad.conv2d_weight, 3: torch.nn.grad.conv3d_weight}
+
+
+class Kronecker(NamedTuple):
+    """The factors of one parameter's Kronecker-factored second moment, summed over examples and positions."""
+
+    inputs: Tensor
+    """`Σ a aᵀ`, (G, D, D); for an embedding its diagonal (V,), the counts of the rows."""
+    cotangents: Tensor
+    """`Σ g gᵀ`, (G, H, H)."""
+
+
+class Term:
+    """Sample gradients (B, *w) of one parameter. What a subclass does not know better is done by building them."""
+
+    def grads(self) -> Tensor:
+        """∇_i: (B, *w)."""
+        raise NotImplementedError
+
+    def masked(self, keep: Tensor) -> Term:
+        """Exactly zero where `keep` (B,) is False, whatever the factors hold there."""
+        raise NotImplementedError
+
+    def built(self) -> Term:
+        """Itself, or the sample gradients where inner products take them anyway and they are no larger than `a`, `g`."""
+        return self
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Σ_i c_i ∇_i, shaped as the parameter, for weights c (B,)."""
+        return _combine(weights, self.grads())
+
+    def dot(self, direction: Tensor) -> Tensor:
+        """⟨∇_i, V⟩: (B,), for V shaped as the parameter."""
+        return (tree.wide(self.grads()) * direction).flatten(1).sum(1)
+
+    def square_norms(self) -> Tensor:
+        """|∇_i|²: (B,)."""
+        return _squares(self.grads())
+
+    def gram(self, other: Term) -> Tensor:
+        """⟨∇_i, ∇'_j⟩: (B, B'), with a term of the same parameter and kind."""
+        return tree.wide(self.grads()).flatten(1) @ tree.wide(other.grads()).flatten(1).T
+
+    def second_moment(self) -> Tensor:
+        """Σ_i ∇_i², elementwise, shaped as the parameter."""
+        return tree.wide(self.grads()).square().sum(0)
+
+    def kronecker(self) -> Kronecker | None:
+        """The Kronecker factors, or none where the parameter has none."""
+        return None
+
+
+@tree.register
+@dataclass(frozen=True)
+class Dense(Term):
+    """Sample gradients as they are."""
+
+    values: Tensor
+    """(B, *w)."""
+
+    def grads(self) -> Tensor:
+        return self.values
+
+    def masked(self, keep: Tensor) -> Dense:
+        return Dense(masked(self.values, keep))
+
+
+@tree.register
+@dataclass(frozen=True)
+class Outer(Term):
+    """A linear map at T positions: `∇_i = Σ_t g_it a_itᵀ`."""
+
+    a: Tensor
+    """(B, G, T, D)."""
+    g: Tensor
+    """(B, G, T, H)."""
+    layout: Layout = tree.static()
+    strategy: Strategy = tree.static()
+
+    def grads(self) -> Tensor:
+        return self.layout.parameter(self.g.transpose(-2, -1) @ self.a)
+
+    def masked(self, keep: Tensor) -> Outer:
+        return replace(self, a=masked(self.a, keep), g=masked(self.g, keep))
+
+    def built(self) -> Term:
+        small = math.prod(self.layout.shape) <= self.a[0].numel() + self.g[0].numel()
+        return Dense(self.grads()) if self.strategy == "build" and small else self
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        g = _merged(self.g * weights.to(self.g.dtype)[:, None, None, None])
+        return self.layout.parameter(g.transpose(-2, -1) @ _merged(self.a))
+
+    def dot(self, direction: Tensor) -> Tensor:
+        outputs = tree.wide(self.a) @ self.layout.matrices(tree.wide(direction)).transpose(-2, -1)
+        return (outputs * self.g).sum((1, 2, 3))
+
+    def square_norms(self) -> Tensor:
+        if self.strategy == "build":
+            return super().square_norms()
+        if self.strategy == "outer product":
+            return (_squares(self.a, 2) * _squares(self.g, 2)).sum(1)
+        a, g = tree.wide(self.a), tree.wide(self.g)
+        return ((a @ a.transpose(-2, -1)) * (g @ g.transpose(-2, -1))).sum((1, 2, 3))
+
+    def gram(self, other: Term) -> Tensor:
+        if not isinstance(other, Outer):
+            return super().gram(other)
+        pairs = self.a[..., 0].numel() * other.a[0, :, :, 0].numel() // self.a.shape[1]
+        if pairs * len(other.a) > (len(self.a) + len(other.a)) * math.prod(self.layout.shape):
+            return super().gram(other)
+        products = _pairs(self.a, other.a) * _pairs(self.g, other.g)  # (G, B T, B' T')
+        shape = (len(products), len(self.a), self.a.shape[2], len(other.a), other.a.shape[2])
+        return products.view(shape).sum((0, 2, 4))
+
+    def second_moment(self) -> Tensor:
+        if self.a.shape[2] > 1:
+            return super().second_moment()
+        a, g = (tree.wide(_merged(x)).square() for x in (self.a, self.g))
+        return self.layout.parameter(g.transpose(-2, -1) @ a)
+
+    def kronecker(self) -> Kronecker:
+        return Kronecker(*(x.transpose(-2, -1) @ x for x in (tree.wide(_merged(self.a)), tree.wide(_merged(self.g)))))
+
+
+@tree.register
+@dataclass(frozen=True)
+class Convolution(Term):
+    """A convolution, whose weight's gradient is the correlation of its input with the cotangent.
+
+    A transposed convolution swaps the two: its cotangent is the image here, its input the cotangent.
+    """
+
+    image: Tensor
+    """(B, N, channels, *space): N images of each example."""
+    cotangent: Tensor
+    """(B, N, outputs, *positions)."""
+    shape: tuple[int, ...] = tree.static()
+    """Of the weight: (outputs, channels / groups, *kernel)."""
+    stride: tuple[int, ...] = tree.static()
+    padding: tuple[int, ...] = tree.static()
+    dilation: tuple[int, ...] = tree.static()
+    groups: int = tree.static()
+    strategy: Strategy = tree.static()
+
+    def grads(self) -> Tensor:
+        if self.image.device.type != "cpu":
+            return self.outer().grads()
+        # The examples as groups of one convolution: as fast as the ordinary weight gradient, given channels first.
+        b, n = self.image.shape[:2]
+        factors = (self.image, self.cotangent)
+        image, cotangent = (x.transpose(0, 1).reshape(n, b * x.shape[2], *x.shape[3:]) for x in factors)
+        grads = self._weight_gradient(image, cotangent, (b * self.shape[0], *self.shape[1:]), b * self.groups)
+        return grads.view(b, *self.shape)
+
+    def masked(self, keep: Tensor) -> Convolution:
+        return replace(self, image=masked(self.image, keep), cotangent=masked(self.cotangent, keep))
+
+    def built(self) -> Term:
+        small = math.prod(self.shape) <= self.image[0].numel() + self.cotangent[0].numel()
+        return Dense(self.grads()) if self.strategy == "build" and small else self
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        scale = weights.to(self.cotangent.dtype).view(-1, *[1] * (self.cotangent.dim() - 1))
+        return self._weight_gradient(
+            self.image.flatten(0, 1), (self.cotangent * scale).flatten(0, 1), self.shape, self.groups
+        )
+
+    def dot(self, direction: Tensor) -> Tensor:
+        image, cotangent = self.image.flatten(0, 1), self.cotangent
+        convolution = _CONVOLUTIONS[len(self.stride)]
+        outputs = convolution(
+            tree.wide(image), tree.wide(direction), None, self.stride, self.padding, self.dilation, self.groups
+        )
+        return (outputs.view(cotangent.shape) * cotangent).flatten(1).sum(1)
+
+    def square_norms(self) -> Tensor:
+        return super().square_norms() if self.strategy == "build" else self.outer().square_norms()
+
+    def gram(self, other: Term) -> Tensor:
+        if self.strategy == "build" or not isinstance(other, Convolution):
+            return super().gram(other)
+        return self.outer().gram(other.outer())
+
+    def second_moment(self) -> Tensor:
+        return self.outer().second_moment() if self.strategy == "outer product" else super().second_moment()
+
+    def kronecker(self) -> Kronecker:
+        return self.outer().kronecker()
+
+    def outer(self) -> Outer:
+        """The same as a linear map of patches: T is N times the positions, D is kernel times channels."""
+        b, g = len(self.image), self.groups
+        space = self.image.dim() - 3
+        kernel, positions = self.shape[2:], self.cotangent.shape[3:]
+        image = F.pad(self.image.movedim(2, -1), (0, 0, *(p for p in reversed(self.padding) for _ in range(2))))
+        patches = []
+        for offset in itertools.product(*map(range, kernel)):
+            starts = [o * d for o, d in zip(offset, self.dilation, strict=True)]
+            part = image
+            for axis in range(space):
+                last = starts[axis] + self.stride[axis] * (positions[axis] - 1) + 1
+                part = part[(slice(None),) * (2 + axis) + (slice(starts[axis], last, self.stride[axis]),)]
+            patches.append(part)
+        a = torch.stack(patches, -2).unflatten(-1, (g, -1)).movedim(-2, 1)  # (B, G, N, *positions, K, C / G)
+        cotangent = self.cotangent.movedim(2, -1).unflatten(-1, (g, -1)).movedim(-2, 1)
+        return Outer(
+            a.reshape(b, g, -1, math.prod(self.shape[1:])),
+            cotangent.reshape(b, g, -1, self.shape[0] // g),
+            kernel_layout(self.shape, g),
+            self.strategy,
+        )
+
+    def _weight_gradient(self, image: Tensor, cotangent: Tensor, shape: tuple[int, ...], groups: int) -> Tensor:
+        gradient = _WEIGHT_GRADIENTS[len(self.stride)]
+        return gradient(image, shape, cotangent, self.stride, self.padding, self.dilation, groups)
+
+
+@tree.register
+@dataclass(frozen=True)
+class Lookup(Term):
+    """Rows of a table at T positions: `∇_i[v] = Σ_t [v = a_it] g_it`."""
+
+    rows: Tensor
+    """(B, T) integers in [0, V)."""
+    g: Tensor
+    """(B, T, H), zero where a position does not count."""
+    live: Tensor
+    """(B, T) bool: which positions count."""
+    shape: tuple[int, ...] = tree.static()
+    """(V, H)."""
+    strategy: Strategy = tree.static()
+
+    def grads(self) -> Tensor:
+        zeros = self.g.new_zeros(len(self.g), *self.shape)
+        return zeros.scatter_add(1, self.rows[..., None].expand_as(self.g), self.g)
+
+    def masked(self, keep: Tensor) -> Lookup:
+        return replace(self, g=masked(self.g, keep), live=masked(self.live, keep))
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        g = self.g * weights.to(self.g.dtype)[:, None, None]
+        return self.g.new_zeros(self.shape).index_add(0, self.rows.flatten(), g.flatten(0, 1))
+
+    def dot(self, direction: Tensor) -> Tensor:
+        return (F.embedding(self.rows, tree.wide(direction)) * self.g).sum((1, 2))
+
+    def square_norms(self) -> Tensor:
+        if self.strategy == "build":
+            return super().square_norms()
+        return (self._row_sums() * self.g).sum((1, 2))
+
+    def gram(self, other: Term) -> Tensor:
+        if not isinstance(other, Lookup) or self.strategy == "build":
+            return super().gram(other)
+        same = self.rows.flatten()[:, None] == other.rows.flatten()  # (B T, B' T')
+        products = torch.where(same, tree.wide(self.g).flatten(0, 1) @ tree.wide(other.g).flatten(0, 1).T, 0.0)
+        return products.view(*self.rows.shape, *other.rows.shape).sum((1, 3))
+
+    def second_moment(self) -> Tensor:
+        # Σ_t g_it (Σ_s [a_is = a_it] g_is), added to row a_it, is the square of each row's sum.
+        g = self._row_sums() * self.g
+        return g.new_zeros(self.shape).index_add(0, self.rows.flatten(), g.flatten(0, 1))
+
+    def kronecker(self) -> Kronecker:
+        g = tree.wide(self.g).flatten(0, 1)
+        counts = g.new_zeros(self.shape[0]).index_add(0, self.rows.flatten(), self.live.flatten().to(g.dtype))
+        return Kronecker(counts, (g.T @ g)[None])
+
+    def _row_sums(self) -> Tensor:
+        """At each position the sum of g over the positions of the same row: (B, T, H)."""
+        same = self.rows[:, :, None] == self.rows[:, None, :]
+        return same.to(tree.wide(self.g).dtype) @ tree.wide(self.g)
+
+
+@tree.register
+@dataclass(frozen=True)
+class Viewed(Term):
+    """A term of a view of the parameter."""
+
+    term: Term
+    view: View = tree.static()
+
+    def grads(self) -> Tensor:
+        return self.view.backward(self.term.grads())
+
+    def masked(self, keep: Tensor) -> Viewed:
+        return Viewed(self.term.masked(keep), self.view)
+
+    def built(self) -> Viewed:
+        return Viewed(self.term.built(), self.view)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        return self.view.backward(self.term.weighted_sum(weights))
+
+    def dot(self, direction: Tensor) -> Tensor:
+        return self.term.dot(self.view.forward(direction))
+
+    def square_norms(self) -> Tensor:
+        return self.term.square_norms()
+
+    def gram(self, other: Term) -> Tensor:
+        same = isinstance(other, Viewed) and other.view == self.view
+        return self.term.gram(other.term) if same else super().gram(other)
+
+    def second_moment(self) -> Tensor:
+        return self.view.backward(self.term.second_moment())
+
+    def kronecker(self) -> Kronecker | None:
+        return self.term.kronecker()
+
+
+@tree.register
+@dataclass(frozen=True)
+class Sum(Term):
+    """Several uses of one parameter: linear results are added up, the others come from the gradients' sum."""
+
+    terms: tuple[Term, ...]
+
+    def grads(self) -> Tensor:
+        return torch.stack([term.grads() for term in self.terms]).sum(0)
+
+    def masked(self, keep: Tensor) -> Sum:
+        return Sum(tuple(term.masked(keep) for term in self.terms))
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        return torch.stack([term.weighted_sum(weights) for term in self.terms]).sum(0)
+
+    def dot(self, direction: Tensor) -> Tensor:
+        return torch.stack([term.dot(direction) for term in self.terms]).sum(0)
+
+
+def merge(terms: list[Term]) -> Term:
+    """One term for all uses of a parameter. Linear maps of one layout become one, at the positions of all."""
+    if len(terms) == 1:
+        return terms[0]
+    inner = [term.term if isinstance(term, Viewed) else term for term in terms]
+    views = {term.view if isinstance(term, Viewed) else None for term in terms}
+    linear = [term for term in inner if isinstance(term, Outer)]
+    if len(linear) == len(terms) and len(views) == 1 and len({term.layout for term in linear}) == 1:
+        a, g = torch.cat([term.a for term in linear], 2), torch.cat([term.g for term in linear], 2)
+        merged = replace(linear[0], a=a, g=g)
+        view = views.pop()
+        return merged if view is None else Viewed(merged, view)
+    return Sum(tuple(terms))
+
+
+def masked(x: Tensor, keep: Tensor) -> Tensor:
+    """Zero in the rows where `keep` is False."""
+    return torch.where(keep.view(-1, *[1] * (x.dim() - 1)), x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def _squares(x: Tensor, lead: int = 1) -> Tensor:
+    """The sum of squares over all but the leading axes."""
+    return tree.wide(x).square().flatten(lead).sum(lead) if x.dim() > lead else tree.wide(x).square()
+
+
+def _combine(weights: Tensor, values: Tensor) -> Tensor:
+    """Σ_i c_i values_i."""
+    return (values * weights.to(values.dtype).view(-1, *[1] * (values.dim() - 1))).sum(0)
+
+
+def _merged(x: Tensor) -> Tensor:
+    """(B, G, T, D) as (G, B T, D)."""
+    return x.transpose(0, 1).flatten(1, 2)
+
+
+def _pairs(x: Tensor, y: Tensor) -> Tensor:
+    """All inner products (G, B T, B' T') of (B, G, T, D) and (B', G, T', D)."""
+    return tree.wide(_merged(x)) @ tree.wide(_merged(y)).transpose(-2, -1)
