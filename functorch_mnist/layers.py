@@ -140,12 +140,11 @@ def image_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     Returns:
         (..., H).
 
-    Cost: one matrix product. A float32 batch on a CPU takes it as a convolution whose kernel covers the image: torch
+    Cost: one matrix product. In float32 on a CPU it is a convolution whose kernel covers the image: torch
         gives convolutions to oneDNN and products to MKL, and the former was twice as fast and needs no other order of
         the numbers.
     """
-    batch = x.dim() > 3
-    if batch and x.dtype == torch.float32 and x.device.type == "cpu" and _ONEDNN:
+    if x.dtype == torch.float32 and x.device.type == "cpu" and _ONEDNN:
         kernel = weight.unflatten(-1, x.shape[-3:])
         return conv2d(x, kernel, bias).flatten(-3)
     return linear(flatten(x), weight, bias)

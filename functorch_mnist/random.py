@@ -240,6 +240,39 @@ def normal(key: Tensor, shape: Sequence[int] = ()) -> Tensor:
     return ratio * u * math.sqrt(2)
 
 
+def box_muller(key: Tensor, shape: Sequence[int] = ()) -> Tensor:
+    """Standard normal floats, two from each block of random words: another stream than `normal`, at half its cost.
+
+    For noise, where the numbers need not be JAX's.
+
+    Args:
+        key: (*lead, 2) int32.
+        shape: of one draw.
+
+    Returns:
+        (*lead, *shape) float32, between -6.77 and 6.77.
+
+    Raises:
+        TypeError, ValueError: `key` is not a key; `shape` is not a sequence of numbers from 0.
+
+    Example:
+        >>> box_muller(key(0), (2,))
+        tensor([-0.3329, -0.2435])
+
+    Reference: Box and Muller, "A note on the generation of random normal deviates", Annals of Mathematical Statistics
+        29, 1958.
+    """
+    _check_key("random.box_muller", key)
+    _check_shape("random.box_muller", shape)
+    count = math.prod(shape)
+    x0, x1 = _blocks(key, (count + 1) // 2)
+    u = x0.to(torch.float32) * 2.0**-32 + (0.5 + 2.0**-33)  # in (0, 1]
+    angle = x1.to(torch.float32) * (math.pi * 2.0**-31)  # in [-pi, pi]
+    radius = torch.sqrt(-2 * torch.log(u))
+    pairs = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)
+    return pairs[..., :count].reshape((*key.shape[:-1], *shape))
+
+
 def randint(key: Tensor, shape: Sequence[int], minval: int, maxval: int) -> Tensor:
     """Uniform integers in [minval, maxval).
 

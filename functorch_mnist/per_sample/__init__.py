@@ -1,4 +1,4 @@
-"""Per-sample gradients in factored form: their norms, sums, products and moments at about the cost of one training step.
+"""Per-sample gradients in factored form: norms, sums, products and moments at about the cost of one training step.
 
 The gradient of one example with respect to a matrix W is a sum of outer products, `Σ_t g_t a_tᵀ`: the op's input times
 the cotangent of its output. Nearly everything one wants of it follows from the pairs, so it is never formed.

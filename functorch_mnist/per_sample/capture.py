@@ -1,12 +1,14 @@
 """From a loss to factored sample gradients, in two runs of the loss.
 
 The survey runs it for one example and notes every op that a parameter enters. A parameter that enters only ops with a
-rule is factored; any other is differentiated densely. The pass then runs `vmap(grad(loss))` with zero-valued taps added
-to the outputs of those ops: the taps' gradients are the cotangents, and the ops' inputs come out beside them. The
-factored parameters are constants in that pass, so no dense gradient of theirs is formed.
+rule is factored; any other is differentiated densely. The pass then differentiates the sum of `vmap(loss)`, with zeros,
+the taps, added to the outputs of those ops: the taps' gradients are the cotangents, and the ops' inputs come out beside
+them. The factored parameters are constants in that pass, so no dense gradient of theirs is formed. The taps, and a copy
+for each example of the other parameters, are what is differentiated, so every gradient is one example's; and as `grad`
+is outside `vmap`, the backward pass is that of an ordinary batch, in the memory format of its forward pass.
 
 Parameters are known by identity. In the pass the loss gets stand-ins for the factored ones, filled with NaN, and an op
-with a rule is called with the parameter in its stand-in's place: a use that went unseen gives NaN, never a wrong number.
+with a rule is called with the parameter in its stand-in's place: a use that went unseen gives NaN, not a wrong number.
 """
 
 from __future__ import annotations
@@ -29,16 +31,16 @@ from .terms import Dense, Strategy, Term, Viewed, merge
 
 LossFn = Callable[..., Tensor]
 
-_PERMUTING = {
+_PERMUTING = (
     Tensor.t, Tensor.transpose, Tensor.permute, Tensor.movedim, Tensor.swapaxes, Tensor.swapdims, Tensor.moveaxis,
     torch.t, torch.transpose, torch.permute, torch.movedim, torch.swapaxes, torch.swapdims, torch.moveaxis,
-    Tensor.T.__get__, Tensor.mT.__get__,
-}  # fmt: skip
-_RESHAPING = {
+    Tensor.T.__get__, Tensor.mT.__get__,  # type: ignore[attr-defined]
+)  # fmt: skip
+_RESHAPING = (
     Tensor.view, Tensor.reshape, Tensor.flatten, Tensor.unflatten, Tensor.squeeze, Tensor.unsqueeze, Tensor.view_as,
     Tensor.reshape_as, torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze,
-}  # fmt: skip
-_CASTING = {Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.contiguous, Tensor.clone}
+)  # fmt: skip
+_CASTING = (Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.contiguous, Tensor.clone)
 _METADATA = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad")),
     Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.is_contiguous,
@@ -49,7 +51,7 @@ _WRITING = {
     *(getattr(Tensor, name) for name in dir(Tensor) if name.endswith("_") and not name.endswith("__")),
     *(getattr(Tensor, f"__i{name}__") for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow")),
     *(getattr(Tensor, f"__i{name}__") for name in ("and", "or", "xor", "lshift", "rshift")), Tensor.__setitem__,
-    F.relu_, F.leaky_relu_, F.elu_, F.celu_, F.selu_, F.hardtanh_, F.rrelu_, F.threshold_, torch.dropout_,
+    F.relu_, F.leaky_relu_, F.elu_, F.celu_, F.selu_, F.hardtanh_, F.rrelu_, torch.dropout_,
     torch.alpha_dropout_, torch.feature_dropout_, torch.sigmoid_, torch.tanh_, torch.relu_, torch.exp_, torch.abs_,
 }  # fmt: skip
 _WITH_INPLACE = {
@@ -98,7 +100,7 @@ class Known(NamedTuple):
 class Saved(NamedTuple):
     """An op's input, kept for a factored parameter."""
 
-    a: Tensor
+    a: Tensor | None
     leaf: int
     tap: int
     form: Form
@@ -134,25 +136,25 @@ class _Follower(TorchFunctionMode):
         self.see(func, args, kwargs)
         if not found or func in _METADATA:
             return func(*args, **kwargs)
-        if len(found) == 1 and args and found[0].tensor is args[0] and _level() == self.level:
-            views = self.views_of(func, found[0], args[1:], kwargs)
-            if views is not None:
-                out = func(*args, **kwargs)
-                real = out if found[0].real is found[0].tensor else func(found[0].real, *args[1:], **kwargs)
-                if out.is_floating_point():
-                    self.known.append(Known(out, found[0].leaf, (*found[0].views, *views(out)), real))
-                    return out
+        viewing = func in _CASTING or func in _RESHAPING or func in _PERMUTING
+        if viewing and len(found) == 1 and args and found[0].tensor is args[0] and _level() == self.level:
+            return self.follow(found[0], func, args, kwargs)
         return self.use(func, args, kwargs, found)
 
-    def views_of(self, func: Any, known: Known, rest: Any, kwargs: Any) -> Callable[[Tensor], tuple[View, ...]] | None:
+    def follow(self, known: Known, func: Any, args: Any, kwargs: Any) -> Any:
+        """Runs a cast or a view of a parameter, whose result then stands for it too."""
+        out = func(*args, **kwargs)
+        if not out.is_floating_point():
+            return out  # no gradient passes
+        real = out if known.real is known.tensor else func(known.real, *args[1:], **kwargs)
         before = tuple(known.tensor.shape)
-        if func in _CASTING:
-            return lambda out: ()
-        if func in _RESHAPING:
-            return lambda out: (reshaping_view(before, tuple(out.shape)),)
+        views = known.views
         if func in _PERMUTING:
-            return lambda out: (permuting_view(lambda v: func(v, *rest, **kwargs), before),)
-        return None
+            views = (*views, permuting_view(lambda v: func(v, *args[1:], **kwargs), before))
+        elif func in _RESHAPING:
+            views = (*views, reshaping_view(before, tuple(out.shape)))
+        self.known.append(Known(out, known.leaf, views, real))
+        return out
 
     def see(self, func: Any, args: Any, kwargs: Any) -> None:
         """Looks at any op."""
@@ -189,10 +191,10 @@ class _Surveyor(_Follower):
             if known is None:
                 continue
             claimed.append(known.leaf)
-            if entry.form is None or entry.saved is None:
+            if entry.form is None:
                 self.survey.uses[known.leaf].append(Use(_name(func), None, "elementwise: no larger than its cotangent"))
             else:
-                sizes = entry.form.sizes(entry.saved.shape, out.shape)
+                sizes = entry.form.sizes(None if entry.saved is None else entry.saved.shape, out.shape)
                 self.survey.uses[known.leaf].append(Use(_name(func), sizes, "", entry.form, known.views))
                 factored.append(known.leaf)
         for known in found:
@@ -217,23 +219,24 @@ class _Tapper(_Follower):
 
     def use(self, func: Any, args: Any, kwargs: Any, found: list[Known]) -> Any:
         rule = rules.find(func)
+        real_args, real_kwargs = self.real(args), {name: self.real(value) for name, value in kwargs.items()}
         mine = []
         tap = self.saved[-1].tap + 1 if self.saved else 0
-        for entry in rule(*args, **kwargs) if rule is not None else ():
-            known = self.find(entry.parameter)
-            if known is not None and entry.form is not None:
-                kept = entry.saved.clone() if self.clone else entry.saved
-                mine.append(Saved(kept, known.leaf, tap, entry.form, known.views))
+        for entry in rule(*real_args, **real_kwargs) if rule is not None else ():
+            for known in found:
+                if known.real is entry.parameter and entry.form is not None:
+                    a = entry.saved.clone() if self.clone and entry.saved is not None else entry.saved
+                    mine.append(Saved(a, known.leaf, tap, entry.form, known.views))
+                    break
         if not mine:
             return func(*args, **kwargs)
         self.saved.extend(mine)
-        args, kwargs = self.real(args), {name: self.real(value) for name, value in kwargs.items()}
-        return func(*args, **kwargs) + self.taps[tap]
+        return func(*real_args, **real_kwargs) + self.taps[tap]
 
     def real(self, value: Any) -> Any:
         """The arguments with parameters in their stand-ins' places."""
         if isinstance(value, (list, tuple)):
-            return tuple(self.real(v) for v in value)
+            return type(value)([self.real(v) for v in value])
         known = self.find(value)
         return value if known is None else known.real
 
@@ -277,28 +280,37 @@ def factor(
     leaves = tree.leaves(params)
     factored = [i for i, strategy in enumerate(strategies) if strategy is not None]
     dense = [i for i, strategy in enumerate(strategies) if strategy is None]
+    real = {i: _alias(leaves[i]) for i in factored}
     stand_ins = {i: torch.full_like(leaves[i], torch.nan) for i in factored}
     calls = [(shape, dtype) for shape, dtype, entered in found.calls if any(leaf in factored for leaf in entered)]
     device = leaves[0].device if leaves else None
     taps = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in calls]
     factors: list[Saved] = []
 
-    def run(differentiated: tuple[list[Tensor], list[Tensor]], *example: Tensor) -> tuple[Tensor, Any]:
+    def run(differentiated: tuple[list[Tensor], list[Tensor]], *example: Tensor) -> tuple[Tensor, list[Tensor]]:
         taps, others = differentiated
         given = {**stand_ins, **dict(zip(dense, others, strict=True))}
-        known = [Known(stand_ins[i], i, (), leaves[i]) for i in factored]
+        known = [Known(stand_ins[i], i, (), real[i]) for i in factored]
         with _Tapper(known, _level(), taps, len(found.writes) > 0, factors):
             loss = loss_fn(tree.unflatten(params, [given[i] for i in range(len(leaves))]), *example)
-        return loss, (loss, [factor.a for factor in factors])
+        return loss, [factor.a for factor in factors if factor.a is not None]
 
-    differentiated = (taps, [leaves[i] for i in dense])
-    in_dims = (None, *[0] * len(batch))
-    (cotangents, grads), (losses, saved) = vmap(grad(run, has_aux=True), in_dims=in_dims)(differentiated, *batch)
+    def total(differentiated: tuple[list[Tensor], list[Tensor]]) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
+        losses, saved = vmap(run)(differentiated, *batch)
+        return losses.sum(), (losses, saved)
+
+    copies = [[x.expand(len(batch[0]), *x.shape) for x in xs] for xs in (taps, [leaves[i] for i in dense])]
+    (cotangents, grads), (losses, saved) = grad(total, has_aux=True)((copies[0], copies[1]))
     terms: list[list[Term]] = [[] for _ in leaves]
     for i, values in zip(dense, grads, strict=True):
         terms[i].append(Dense(values))
-    for factor, a in zip(factors, saved, strict=True):
-        term: Term = factor.form.term(a, cotangents[factor.tap], strategies[factor.leaf] or "build")
+    kept = iter(saved)
+    for factor in factors:
+        strategy = strategies[factor.leaf]
+        if strategy is None:
+            continue
+        a = None if factor.a is None else next(kept)
+        term: Term = factor.form.term(a, cotangents[factor.tap], strategy)
         for view in reversed(factor.views):
             term = Viewed(term, view)
         terms[factor.leaf].append(term)
@@ -316,7 +328,7 @@ def _check_loss(loss: Any) -> None:
         raise ValueError(f"per_sample: the loss of one example must be a 0-d tensor. Found {shape}.")
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _level() -> int:
     """How many transforms of torch.func are being applied."""
     return int(torch._C._functorch.maybe_current_level() or 0)

@@ -88,7 +88,8 @@ class Plan:
         ]
         lines.insert(1, "  ".join("-" * w for w in widths))
         lines.append(
-            f"batch of {self.batch_size}: {self.memory / 1e6:.1f} MB besides the factors, {self.arithmetic / 1e9:.3f} GFLOP"
+            f"batch of {self.batch_size}: {self.memory / 1e6:.1f} MB besides the factors, "
+            f"{self.arithmetic / 1e9:.3f} GFLOP"
         )
         lines += [f"slow: vmap runs {op} one example at a time" for op in self.slow]
         return "\n".join(lines)
@@ -131,7 +132,8 @@ def planned(params: Tree, found: Survey, batch_size: int) -> Plan:
     rows = []
     for path, leaf, uses in zip(tree.paths(params), tree.leaves(params), found.uses, strict=True):
         choice = choose(uses)
-        costs: dict[Way, Cost] = {**choice.costs, "dense": Cost(leaf.numel(), 2 * leaf.numel())}
+        costs: dict[Way, Cost] = {"dense": Cost(leaf.numel(), 2 * leaf.numel())}
+        costs.update(choice.costs.items())
         way: Way = choice.strategy or "dense"
         ops = tuple([use.op for use in uses])
         rows.append(Row(path, tuple(leaf.shape), leaf.element_size(), ops, choice.sizes, way, costs, choice.reason))
@@ -162,14 +164,9 @@ def strategies(params: Tree, found: Survey, given: Plan | None) -> Sequence[Stra
 def _slow_ops(loss_fn: LossFn, params: Tree, batch: Sequence[Tensor]) -> tuple[str, ...]:
     """The ops for which vmap has no batching rule, from the warnings that it gives."""
     twice = [torch.cat([rows, rows]) for rows in batch]
-    enabled = torch._C._functorch._is_vmap_fallback_enabled()
-    torch._C._functorch._set_vmap_fallback_enabled(True)
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            vmap(grad(loss_fn), in_dims=(None, *[0] * len(twice)))(params, *twice)
-    finally:
-        torch._C._functorch._set_vmap_fallback_enabled(enabled)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        vmap(grad(loss_fn), in_dims=(None, *[0] * len(twice)))(params, *twice)
     texts = [str(warning.message) for warning in caught]
     marked = [text.split("batching rule for ")[1].split(".")[0] for text in texts if "batching rule for " in text]
     return tuple(dict.fromkeys(marked))

@@ -17,7 +17,6 @@ All take `loss_fn(params, *example) -> ()`, a pure function of one example; `par
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -136,7 +135,8 @@ def weighted_sum(
     Guarantees: its gradient with respect to the weights is `dot`.
 
     Example:
-        >>> weighted_sum(lambda w, x: w * x, torch.tensor(0.0), torch.tensor([1.0, 3.0]), weights=torch.tensor([1.0, 2.0]))
+        >>> weights = torch.tensor([1.0, 2.0])
+        >>> weighted_sum(lambda w, x: w * x, torch.tensor(0.0), torch.tensor([1.0, 3.0]), weights=weights)
         tensor(7.)
     """
     _check_rows("weighted_sum", "weights", weights, batch)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import Layout, layout
-from .terms import Convolution, Lookup, Outer, Strategy, Term
+from .terms import Convolution, Dense, Lookup, Outer, Strategy, Term
 
 
 class Sizes(NamedTuple):
@@ -41,7 +41,7 @@ class Cost(NamedTuple):
 class Form(Protocol):
     """How a parameter's sample gradients follow from what a rule saved and from the cotangent of the op's output."""
 
-    def sizes(self, saved: torch.Size, output: torch.Size) -> Sizes:
+    def sizes(self, saved: Any, output: torch.Size) -> Sizes:
         """From the shapes of one example."""
         ...
 
@@ -49,7 +49,7 @@ class Form(Protocol):
         """Of each strategy that applies."""
         ...
 
-    def term(self, saved: Tensor, cotangent: Tensor, strategy: Strategy) -> Term:
+    def term(self, saved: Any, cotangent: Tensor, strategy: Strategy) -> Term:
         """From the tensors of B examples."""
         ...
 
@@ -104,14 +104,14 @@ class MatrixForm:
     order: tuple[int, ...]
     """The axes of the op's output: those of groups, of positions, of outputs."""
 
-    def sizes(self, saved: torch.Size, output: torch.Size) -> Sizes:  # noqa: ARG002 (the layout knows)
+    def sizes(self, saved: Any, output: torch.Size) -> Sizes:  # noqa: ARG002 (the layout knows)
         groups, outputs, inputs = self.layout.sizes
         return Sizes(groups, saved[1], inputs, outputs)
 
     def costs(self, sizes: Sizes) -> dict[Strategy, Cost]:
         return _matrix_costs(sizes, patches=0)
 
-    def term(self, saved: Tensor, cotangent: Tensor, strategy: Strategy) -> Outer:
+    def term(self, saved: Any, cotangent: Tensor, strategy: Strategy) -> Outer:
         groups, outputs, _ = self.layout.sizes
         g = cotangent.permute(0, *(axis + 1 for axis in self.order))
         return Outer(saved, g.reshape(len(saved), groups, saved.shape[2], outputs), self.layout, strategy)
@@ -128,7 +128,7 @@ class ConvolutionForm:
     groups: int
     swapped: bool
 
-    def sizes(self, saved: torch.Size, output: torch.Size) -> Sizes:
+    def sizes(self, saved: Any, output: torch.Size) -> Sizes:
         positions = saved if self.swapped else output
         space = len(self.stride)
         count = math.prod(positions[-space:]) * saved[0]
@@ -137,7 +137,7 @@ class ConvolutionForm:
     def costs(self, sizes: Sizes) -> dict[Strategy, Cost]:
         return _matrix_costs(sizes, patches=sizes.groups * sizes.positions * sizes.inputs)
 
-    def term(self, saved: Tensor, cotangent: Tensor, strategy: Strategy) -> Convolution:
+    def term(self, saved: Any, cotangent: Tensor, strategy: Strategy) -> Convolution:
         cotangent = cotangent.reshape(*saved.shape[:2], *cotangent.shape[-len(self.stride) - 1 :])
         image, cotangent = (cotangent, saved) if self.swapped else (saved, cotangent)
         return Convolution(
@@ -152,18 +152,41 @@ class LookupForm:
     shape: tuple[int, ...]
     padding_idx: int | None
 
-    def sizes(self, saved: torch.Size, output: torch.Size) -> Sizes:  # noqa: ARG002 (the table knows)
+    def sizes(self, saved: Any, output: torch.Size) -> Sizes:  # noqa: ARG002 (the table knows)
         return Sizes(1, saved[0], *self.shape)
 
     def costs(self, sizes: Sizes) -> dict[Strategy, Cost]:
         _, t, v, h = sizes
         return {"gram": Cost(t * t + t * h, 2 * t * t * h), "build": Cost(v * h, t * h + 2 * v * h)}
 
-    def term(self, saved: Tensor, cotangent: Tensor, strategy: Strategy) -> Lookup:
+    def term(self, saved: Any, cotangent: Tensor, strategy: Strategy) -> Lookup:
         live = torch.ones_like(saved, dtype=torch.bool) if self.padding_idx is None else saved != self.padding_idx
         g = cotangent.reshape(*saved.shape, self.shape[1])
         g = torch.where(live[..., None], g, torch.zeros((), dtype=g.dtype, device=g.device))
         return Lookup(saved, g, live, self.shape, strategy)
+
+
+@dataclass(frozen=True)
+class ShiftForm:
+    """A parameter that is added to the op's output: its sample gradient is the cotangent's sum where it is repeated."""
+
+    shape: tuple[int, ...]
+    """Of the parameter."""
+    broadcast: tuple[int, ...]
+    """The same with axes of 1, as it is broadcast to the output."""
+
+    def sizes(self, saved: Any, output: torch.Size) -> Sizes:  # noqa: ARG002 (nothing is saved)
+        outputs = math.prod(self.shape)
+        return Sizes(1, math.prod(output) // max(outputs, 1), 1, outputs)
+
+    def costs(self, sizes: Sizes) -> dict[Strategy, Cost]:
+        return {"sum": Cost(sizes.outputs, sizes.positions * sizes.outputs)}
+
+    def term(self, saved: Any, cotangent: Tensor, strategy: Strategy) -> Dense:  # noqa: ARG002
+        full = (1,) * (cotangent.dim() - 1 - len(self.broadcast)) + self.broadcast
+        repeated = [i + 1 for i, size in enumerate(full) if size == 1]
+        sums = cotangent.sum(repeated) if repeated else cotangent
+        return Dense(sums.reshape(len(cotangent), *self.shape))
 
 
 def _matrix_costs(sizes: Sizes, patches: int) -> dict[Strategy, Cost]:
@@ -174,6 +197,14 @@ def _matrix_costs(sizes: Sizes, patches: int) -> dict[Strategy, Cost]:
         "build": Cost(g * h * d, 2 * g * t * h * d),
     }
     return {"outer product": Cost(0 if t * d == patches else patches, 2 * g * (d + h)), **costs} if t == 1 else costs
+
+
+def shift(parameter: Tensor | None, axes_after: int = 0) -> Entry:
+    """The entry of a shift: a parameter that the op adds to its output, `axes_after` axes before the last."""
+    if parameter is None:
+        return Entry(None)
+    shape = tuple(parameter.shape)
+    return Entry(parameter, ShiftForm(shape, shape + (1,) * axes_after))
 
 
 def matrix(parameter: Tensor, inputs: Tensor) -> Entry:
@@ -190,7 +221,7 @@ def matrix(parameter: Tensor, inputs: Tensor) -> Entry:
 @rule(F.linear)
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[Entry]:
     """`y = x Wᵀ + b`."""
-    return [matrix(weight, input), Entry(bias)] if weight.dim() == 2 else []
+    return [matrix(weight, input), shift(bias)] if weight.dim() == 2 else []
 
 
 @rule(torch.conv1d)
@@ -232,7 +263,7 @@ def _convolution(
     else:
         paddings = _each(padding, space)
     form = ConvolutionForm(tuple(weight.shape), strides, paddings, dilations, groups, False)
-    return [Entry(weight, form, image), Entry(bias)]
+    return [Entry(weight, form, image), shift(bias, space)]
 
 
 @rule(torch.conv_transpose1d)
@@ -273,7 +304,7 @@ def _transposed(
     sizes = (_each(stride, space), _each(padding, space), _each(dilation, space))
     return [
         Entry(weight, ConvolutionForm(tuple(weight.shape), *sizes, groups, True), _with_axes(input, space)),
-        Entry(bias),
+        shift(bias, space),
     ]
 
 
@@ -297,11 +328,17 @@ def embedding(
 
 @rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.mv, Tensor.mv)
 def matmul(input: Tensor, other: Tensor) -> list[Entry]:
-    """`y = x W`, with W of two axes."""
-    if other.dim() != 2:
-        return []
-    form = MatrixForm(layout(tuple(other.shape), outputs=(1,)), tuple(range(input.dim())))
-    return [Entry(other, form, input.reshape(1, -1, len(other)))]
+    """`y = x W` and `y = W x`, with W of two axes."""
+    entries = []
+    if other.dim() == 2:
+        form = MatrixForm(layout(tuple(other.shape), outputs=(1,)), tuple(range(input.dim())))
+        entries.append(Entry(other, form, input.reshape(1, -1, len(other))))
+    if input.dim() == 2 and other.dim() <= 2:
+        columns = other if other.dim() == 1 else other.T
+        order = (0,) if other.dim() == 1 else (1, 0)
+        form = MatrixForm(layout(tuple(input.shape)), order)
+        entries.append(Entry(input, form, columns.reshape(1, -1, input.shape[1])))
+    return entries
 
 
 @rule(torch.einsum)
@@ -382,10 +419,12 @@ def batch_norm(
     return [Entry(weight), Entry(bias)]
 
 
-@rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, torch.sub, Tensor.sub, Tensor.__sub__)
-def add(input: Any, other: Any, *_: Any, **__: Any) -> list[Entry]:
-    """A shift added outside an op: elementwise."""
-    return [Entry(x) for x in (input, other) if isinstance(x, Tensor)]
+@rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+def add(input: Any, other: Any, *, alpha: float = 1, **_: Any) -> list[Entry]:
+    """A shift outside an op: `y = x + b`."""
+    if alpha != 1 or (isinstance(input, Tensor) and isinstance(other, Tensor) and input.dtype != other.dtype):
+        return []
+    return [shift(x) for x in (input, other) if isinstance(x, Tensor)]
 
 
 def _each(value: int | Sequence[int], space: int) -> tuple[int, ...]:

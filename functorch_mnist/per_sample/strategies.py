@@ -44,7 +44,10 @@ def choose(uses: list[Use]) -> Choice:
     costs = forms[0].costs(total)
     if mergeable(uses):
         return _cheapest(total, costs)
-    return Choice("build", total, {"build": costs["build"]}, f"{len(uses)} uses that must be summed before squaring")
+    if all(["sum" in form.costs(size) for form, size in zip(forms, sizes, strict=True)]):
+        return Choice("sum", total, {"sum": costs["sum"]}, f"{len(uses)} shifts: the cotangents' sum")
+    costs = {"build": costs["build"] if "build" in costs else costs["sum"]}
+    return Choice("build", total, costs, f"{len(uses)} uses that must be summed before squaring")
 
 
 def mergeable(uses: list[Use]) -> bool:
@@ -54,6 +57,8 @@ def mergeable(uses: list[Use]) -> bool:
 
 
 def _cheapest(sizes: Sizes, costs: dict[Strategy, Cost]) -> Choice:
+    if "sum" in costs:
+        return Choice("sum", sizes, costs, "a shift: the cotangent's sum")
     if "outer product" in costs:
         return Choice("outer product", sizes, costs, "one position: |a|² |g|²")
     gram, build = costs["gram"], costs["build"]

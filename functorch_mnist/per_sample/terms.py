@@ -20,20 +20,22 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from .. import tree
+from ..fusion import stored
 from .layout import Layout, View, kernel_layout
 
-Strategy: TypeAlias = Literal["outer product", "gram", "build"]
+Strategy: TypeAlias = Literal["outer product", "gram", "build", "sum"]
 """How inner products are taken."""
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_WEIGHT_GRADIENTS = {1: torch.nn.grad.conv1d_weight, 2: torch.nn.grad.conv2d_weight, 3: torch.nn.grad.conv3d_weight}
+_WEIGHT_GRADIENTS: dict[int, Any] = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
 
 class Kronecker(NamedTuple):
@@ -57,7 +59,7 @@ class Term:
         raise NotImplementedError
 
     def built(self) -> Term:
-        """Itself, or the sample gradients where inner products take them anyway and they are no larger than `a`, `g`."""
+        """Itself, or the sample gradients where inner products take them anyway and they are no larger than factors."""
         return self
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
@@ -66,7 +68,7 @@ class Term:
 
     def dot(self, direction: Tensor) -> Tensor:
         """⟨∇_i, V⟩: (B,), for V shaped as the parameter."""
-        return (tree.wide(self.grads()) * direction).flatten(1).sum(1)
+        return _row_sums(tree.wide(self.grads()) * direction)
 
     def square_norms(self) -> Tensor:
         """|∇_i|²: (B,)."""
@@ -74,7 +76,8 @@ class Term:
 
     def gram(self, other: Term) -> Tensor:
         """⟨∇_i, ∇'_j⟩: (B, B'), with a term of the same parameter and kind."""
-        return tree.wide(self.grads()).flatten(1) @ tree.wide(other.grads()).flatten(1).T
+        mine, theirs = tree.wide(self.grads()), tree.wide(other.grads())
+        return mine.reshape(len(mine), -1) @ theirs.reshape(len(theirs), -1).T
 
     def second_moment(self) -> Tensor:
         """Σ_i ∇_i², elementwise, shaped as the parameter."""
@@ -113,6 +116,8 @@ class Outer(Term):
     strategy: Strategy = tree.static()
 
     def grads(self) -> Tensor:
+        if self.a.shape[-1] < self.g.shape[-1]:  # a product is faster with its longer side last
+            return self.layout.parameter((self.a.transpose(-2, -1) @ self.g).transpose(-2, -1))
         return self.layout.parameter(self.g.transpose(-2, -1) @ self.a)
 
     def masked(self, keep: Tensor) -> Outer:
@@ -123,8 +128,7 @@ class Outer(Term):
         return Dense(self.grads()) if self.strategy == "build" and small else self
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        g = _merged(self.g * weights.to(self.g.dtype)[:, None, None, None])
-        return self.layout.parameter(g.transpose(-2, -1) @ _merged(self.a))
+        return self.layout.parameter(_product(self.g * weights.to(self.g.dtype)[:, None, None, None], self.a))
 
     def dot(self, direction: Tensor) -> Tensor:
         outputs = tree.wide(self.a) @ self.layout.matrices(tree.wide(direction)).transpose(-2, -1)
@@ -151,11 +155,15 @@ class Outer(Term):
     def second_moment(self) -> Tensor:
         if self.a.shape[2] > 1:
             return super().second_moment()
-        a, g = (tree.wide(_merged(x)).square() for x in (self.a, self.g))
-        return self.layout.parameter(g.transpose(-2, -1) @ a)
+        return self.layout.parameter(_product(tree.wide(self.g).square(), tree.wide(self.a).square()))
 
     def kronecker(self) -> Kronecker:
-        return Kronecker(*(x.transpose(-2, -1) @ x for x in (tree.wide(_merged(self.a)), tree.wide(_merged(self.g)))))
+        a, g = tree.wide(self.a), tree.wide(self.g)
+        return Kronecker(_product(a, a), _product(g, g))
+
+
+_FEW_INPUTS = 32
+"""Up to so many inputs per position (kernel times channels), products were faster than a grouped convolution."""
 
 
 @tree.register
@@ -179,13 +187,24 @@ class Convolution(Term):
     strategy: Strategy = tree.static()
 
     def grads(self) -> Tensor:
-        if self.image.device.type != "cpu":
+        inputs = math.prod(self.shape[1:])
+        if self.image.device.type != "cpu" or self.image.dtype == torch.bfloat16 or inputs <= _FEW_INPUTS:
             return self.outer().grads()
-        # The examples as groups of one convolution: as fast as the ordinary weight gradient, given channels first.
+        # The examples as groups of one convolution: as fast as the ordinary weight gradient, given channels first. It
+        # is one in three dimensions, for the compiler would store what goes into one in two dimensions channels last.
         b, n = self.image.shape[:2]
+        flat = (1,) * (3 - len(self.stride))
         factors = (self.image, self.cotangent)
-        image, cotangent = (x.transpose(0, 1).reshape(n, b * x.shape[2], *x.shape[3:]) for x in factors)
-        grads = self._weight_gradient(image, cotangent, (b * self.shape[0], *self.shape[1:]), b * self.groups)
+        image, cotangent = (x.transpose(0, 1).reshape(n, b * x.shape[2], *flat, *x.shape[3:]) for x in factors)
+        grads: Tensor = conv3d_weight(
+            image,
+            (b * self.shape[0], self.shape[1], *flat, *self.shape[2:]),
+            cotangent,
+            flat + self.stride,
+            (0,) * len(flat) + self.padding,
+            flat + self.dilation,
+            b * self.groups,
+        )
         return grads.view(b, *self.shape)
 
     def masked(self, keep: Tensor) -> Convolution:
@@ -207,7 +226,7 @@ class Convolution(Term):
         outputs = convolution(
             tree.wide(image), tree.wide(direction), None, self.stride, self.padding, self.dilation, self.groups
         )
-        return (outputs.view(cotangent.shape) * cotangent).flatten(1).sum(1)
+        return _row_sums(outputs.view(cotangent.shape) * cotangent)
 
     def square_norms(self) -> Tensor:
         return super().square_norms() if self.strategy == "build" else self.outer().square_norms()
@@ -225,30 +244,44 @@ class Convolution(Term):
 
     def outer(self) -> Outer:
         """The same as a linear map of patches: T is N times the positions, D is kernel times channels."""
-        b, g = len(self.image), self.groups
-        space = self.image.dim() - 3
-        kernel, positions = self.shape[2:], self.cotangent.shape[3:]
-        image = F.pad(self.image.movedim(2, -1), (0, 0, *(p for p in reversed(self.padding) for _ in range(2))))
-        patches = []
-        for offset in itertools.product(*map(range, kernel)):
-            starts = [o * d for o, d in zip(offset, self.dilation, strict=True)]
-            part = image
-            for axis in range(space):
-                last = starts[axis] + self.stride[axis] * (positions[axis] - 1) + 1
-                part = part[(slice(None),) * (2 + axis) + (slice(starts[axis], last, self.stride[axis]),)]
-            patches.append(part)
-        a = torch.stack(patches, -2).unflatten(-1, (g, -1)).movedim(-2, 1)  # (B, G, N, *positions, K, C / G)
-        cotangent = self.cotangent.movedim(2, -1).unflatten(-1, (g, -1)).movedim(-2, 1)
+        b, g, h = len(self.image), self.groups, self.shape[0] // self.groups
+        kernel, space = self.shape[2:], len(self.stride)
+        image = self._padded_channels_last()
+        if image.shape[2:-1] == kernel:  # the kernel covers the image
+            a = image.unflatten(-1, (g, -1)).movedim(-2, 1)
+        else:
+            patches, image = [], stored(image)
+            for offsets in itertools.product(*map(range, kernel)):
+                part = image
+                for axis in range(space):
+                    part = self._along(part, axis, offsets[axis])
+                patches.append(part)
+            a = torch.stack(patches, -2).unflatten(-1, (g, -1)).movedim(-2, 1)  # (B, G, N, *positions, K, C / G)
+        cotangent = self.cotangent.movedim(2, -1).unflatten(-1, (g, h)).movedim(-2, 1)
         return Outer(
             a.reshape(b, g, -1, math.prod(self.shape[1:])),
-            cotangent.reshape(b, g, -1, self.shape[0] // g),
+            cotangent.reshape(b, g, -1, h),
             kernel_layout(self.shape, g),
             self.strategy,
         )
 
+    def _padded_channels_last(self) -> Tensor:
+        """The image with its padding, (B, N, *space, channels)."""
+        image = self.image.movedim(2, -1)
+        if not any(self.padding):
+            return image
+        return F.pad(image, [0, 0, *[p for p in reversed(self.padding) for _ in range(2)]])
+
+    def _along(self, image: Tensor, axis: int, offset: int) -> Tensor:
+        """The numbers that one offset of the kernel meets along an axis of space."""
+        start = offset * self.dilation[axis]
+        stop = start + self.stride[axis] * (self.cotangent.shape[3 + axis] - 1) + 1
+        return image[(slice(None),) * (2 + axis) + (slice(start, stop, self.stride[axis]),)]
+
     def _weight_gradient(self, image: Tensor, cotangent: Tensor, shape: tuple[int, ...], groups: int) -> Tensor:
         gradient = _WEIGHT_GRADIENTS[len(self.stride)]
-        return gradient(image, shape, cotangent, self.stride, self.padding, self.dilation, groups)
+        weights: Tensor = gradient(image, shape, cotangent, self.stride, self.padding, self.dilation, groups)
+        return weights
 
 
 @tree.register
@@ -335,8 +368,9 @@ class Viewed(Term):
         return self.term.square_norms()
 
     def gram(self, other: Term) -> Tensor:
-        same = isinstance(other, Viewed) and other.view == self.view
-        return self.term.gram(other.term) if same else super().gram(other)
+        if isinstance(other, Viewed) and other.view == self.view:
+            return self.term.gram(other.term)
+        return super().gram(other)
 
     def second_moment(self) -> Tensor:
         return self.view.backward(self.term.second_moment())
@@ -369,15 +403,15 @@ def merge(terms: list[Term]) -> Term:
     """One term for all uses of a parameter. Linear maps of one layout become one, at the positions of all."""
     if len(terms) == 1:
         return terms[0]
-    inner = [term.term if isinstance(term, Viewed) else term for term in terms]
-    views = {term.view if isinstance(term, Viewed) else None for term in terms}
+    inner: list[Term] = [term.term if isinstance(term, Viewed) else term for term in terms]
+    views = [term.view if isinstance(term, Viewed) else None for term in terms]
     linear = [term for term in inner if isinstance(term, Outer)]
-    if len(linear) == len(terms) and len(views) == 1 and len({term.layout for term in linear}) == 1:
-        a, g = torch.cat([term.a for term in linear], 2), torch.cat([term.g for term in linear], 2)
-        merged = replace(linear[0], a=a, g=g)
-        view = views.pop()
-        return merged if view is None else Viewed(merged, view)
-    return Sum(tuple(terms))
+    same = all([view == views[0] for view in views]) and all([term.layout == linear[0].layout for term in linear])
+    if len(linear) < len(terms) or not same:
+        return Sum(tuple(terms))
+    a, g = torch.cat([term.a for term in linear], 2), torch.cat([term.g for term in linear], 2)
+    merged = replace(linear[0], a=a, g=g)
+    return merged if views[0] is None else Viewed(merged, views[0])
 
 
 def masked(x: Tensor, keep: Tensor) -> Tensor:
@@ -387,7 +421,12 @@ def masked(x: Tensor, keep: Tensor) -> Tensor:
 
 def _squares(x: Tensor, lead: int = 1) -> Tensor:
     """The sum of squares over all but the leading axes."""
-    return tree.wide(x).square().flatten(lead).sum(lead) if x.dim() > lead else tree.wide(x).square()
+    return _row_sums(tree.wide(x).square(), lead)
+
+
+def _row_sums(x: Tensor, lead: int = 1) -> Tensor:
+    """The sum over all but the leading axes. Axes are named, not flattened: the compiler then sums in stored order."""
+    return x.sum(list(range(lead, x.dim()))) if x.dim() > lead else x
 
 
 def _combine(weights: Tensor, values: Tensor) -> Tensor:
@@ -398,6 +437,13 @@ def _combine(weights: Tensor, values: Tensor) -> Tensor:
 def _merged(x: Tensor) -> Tensor:
     """(B, G, T, D) as (G, B T, D)."""
     return x.transpose(0, 1).flatten(1, 2)
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """Σ_{b, t} x yᵀ, (G, H, D), of (B, G, T, H) and (B, G, T, D)."""
+    if x.shape[1] == 1:
+        return (x.flatten(0, 2).T @ y.flatten(0, 2))[None]
+    return _merged(x).transpose(-2, -1) @ _merged(y)
 
 
 def _pairs(x: Tensor, y: Tensor) -> Tensor:
