@@ -30,4 +30,5 @@ from .quantities import weighted_sum as weighted_sum
 from .rules import Entry as Entry
 from .rules import matrix as matrix
 from .rules import rule as rule
+from .rules import shift as shift
 from .terms import Kronecker as Kronecker

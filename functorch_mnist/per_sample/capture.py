@@ -1,11 +1,13 @@
 """From a loss to factored sample gradients, in two runs of the loss.
 
 The survey runs it for one example and notes every op that a parameter enters. A parameter that enters only ops with a
-rule is factored; any other is differentiated densely. The pass then differentiates the sum of `vmap(loss)`, with zeros,
-the taps, added to the outputs of those ops: the taps' gradients are the cotangents, and the ops' inputs come out beside
-them. The factored parameters are constants in that pass, so no dense gradient of theirs is formed. The taps, and a copy
-for each example of the other parameters, are what is differentiated, so every gradient is one example's; and as `grad`
-is outside `vmap`, the backward pass is that of an ordinary batch, in the memory format of its forward pass.
+rule is factored; any other is differentiated densely. The pass then differentiates the loss with zeros, the taps, added
+to the outputs of those ops: the taps' gradients are the cotangents, and the ops' inputs come out beside them. The
+factored parameters are constants in that pass, so no dense gradient of theirs is formed.
+
+The pass is `grad` of the sum of `vmap(loss)`, by the taps and a copy for each example of the elementwise parameters:
+its backward pass is that of an ordinary batch, in the memory format of the forward pass. Where there are other dense
+parameters it is `vmap(grad(loss))`, for a product with a matrix for each example costs more.
 
 Parameters are known by identity. In the pass the loss gets stand-ins for the factored ones, filled with NaN, and an op
 with a rule is called with the parameter in its stand-in's place: a use that went unseen gives NaN, not a wrong number.
@@ -30,6 +32,8 @@ from .rules import Form, Sizes
 from .terms import Dense, Strategy, Term, Viewed, merge
 
 LossFn = Callable[..., Tensor]
+Differentiated = tuple[list[Tensor], list[Tensor]]
+"""What the pass differentiates by: the taps, and the parameters that are not factored."""
 
 _PERMUTING = (
     Tensor.t, Tensor.transpose, Tensor.permute, Tensor.movedim, Tensor.swapaxes, Tensor.swapdims, Tensor.moveaxis,
@@ -70,6 +74,8 @@ class Use(NamedTuple):
     """Why it is not factored; empty if it is."""
     form: Form | None = None
     views: tuple[View, ...] = ()
+    elementwise: bool = False
+    """Whether its op scales or shifts by it: its sample gradient is then no larger than the cotangent."""
 
 
 class Survey(NamedTuple):
@@ -85,6 +91,10 @@ class Survey(NamedTuple):
     def factored(self, leaf: int) -> bool:
         """Whether every use of a leaf has a form, and there is one."""
         return len(self.uses[leaf]) > 0 and all([use.form is not None for use in self.uses[leaf]])
+
+    def elementwise(self, leaf: int) -> bool:
+        """Whether every use of a leaf scales or shifts by it, and there is one."""
+        return len(self.uses[leaf]) > 0 and all([use.elementwise for use in self.uses[leaf]])
 
 
 class Known(NamedTuple):
@@ -192,7 +202,8 @@ class _Surveyor(_Follower):
                 continue
             claimed.append(known.leaf)
             if entry.form is None:
-                self.survey.uses[known.leaf].append(Use(_name(func), None, "elementwise: no larger than its cotangent"))
+                reason = "elementwise: no larger than its cotangent"
+                self.survey.uses[known.leaf].append(Use(_name(func), None, reason, elementwise=True))
             else:
                 sizes = entry.form.sizes(None if entry.saved is None else entry.saved.shape, out.shape)
                 self.survey.uses[known.leaf].append(Use(_name(func), sizes, "", entry.form, known.views))
@@ -287,20 +298,25 @@ def factor(
     taps = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in calls]
     factors: list[Saved] = []
 
-    def run(differentiated: tuple[list[Tensor], list[Tensor]], *example: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def run(differentiated: Differentiated, *example: Tensor) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
         taps, others = differentiated
         given = {**stand_ins, **dict(zip(dense, others, strict=True))}
         known = [Known(stand_ins[i], i, (), real[i]) for i in factored]
         with _Tapper(known, _level(), taps, len(found.writes) > 0, factors):
             loss = loss_fn(tree.unflatten(params, [given[i] for i in range(len(leaves))]), *example)
-        return loss, [factor.a for factor in factors if factor.a is not None]
+        return loss, (loss, [factor.a for factor in factors if factor.a is not None])
 
-    def total(differentiated: tuple[list[Tensor], list[Tensor]]) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
-        losses, saved = vmap(run)(differentiated, *batch)
-        return losses.sum(), (losses, saved)
+    def total(differentiated: Differentiated) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
+        losses, aux = vmap(run)(differentiated, *batch)
+        return losses.sum(), aux
 
-    copies = [[x.expand(len(batch[0]), *x.shape) for x in xs] for xs in (taps, [leaves[i] for i in dense])]
-    (cotangents, grads), (losses, saved) = grad(total, has_aux=True)((copies[0], copies[1]))
+    others = [leaves[i] for i in dense]
+    if all([found.elementwise(i) for i in dense]):
+        copies = [[x.expand(len(batch[0]), *x.shape) for x in xs] for xs in (taps, others)]
+        (cotangents, grads), (losses, saved) = grad(total, has_aux=True)((copies[0], copies[1]))
+    else:
+        sample_grads = vmap(grad(run, has_aux=True), in_dims=(None, *[0] * len(batch)))
+        (cotangents, grads), (losses, saved) = sample_grads((taps, others), *batch)
     terms: list[list[Term]] = [[] for _ in leaves]
     for i, values in zip(dense, grads, strict=True):
         terms[i].append(Dense(values))

@@ -80,29 +80,40 @@ class Plan:
         return sum(row.cost.arithmetic for row in self.rows) * self.batch_size
 
     def __str__(self) -> str:
-        heads = ("parameter", "shape", "ops", "T", "d", "p", "way", "MB", "GFLOP", "why")
+        heads = ("parameter", "shape", "ops", "T", "D", "H", "way", "memory", "arithmetic", "why")
+        signs = "<<<>>><>><"  # numbers to the right
         body = [self._cells(row) for row in self.rows]
         widths = [max(len(line[i]) for line in (heads, *body)) for i in range(len(heads))]
         lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in (heads, *body)
+            "  ".join(f"{cell:{sign}{w}}" for cell, sign, w in zip(line, signs, widths, strict=True)).rstrip()
+            for line in (heads, *body)
         ]
         lines.insert(1, "  ".join("-" * w for w in widths))
-        lines.append(
-            f"batch of {self.batch_size}: {self.memory / 1e6:.1f} MB besides the factors, "
-            f"{self.arithmetic / 1e9:.3f} GFLOP"
-        )
+        lines.append("T positions, D inputs and H outputs of the op, per example")
+        memory, arithmetic = _human(self.memory, "B"), _human(self.arithmetic, "FLOP")
+        lines.append(f"batch of {self.batch_size}: {memory} besides the factors, {arithmetic}")
         lines += [f"slow: vmap runs {op} one example at a time" for op in self.slow]
         return "\n".join(lines)
 
     def _cells(self, row: Row) -> tuple[str, ...]:
-        groups, t, d, p = row.sizes or (1, None, None, None)
+        groups, t, d, h = row.sizes or (1, None, None, None)
         times = f"{groups} x " if groups > 1 else ""
-        numbers = [times + str(t) if t is not None else "", *("" if n is None else str(n) for n in (d, p))]
-        megabytes = row.cost.memory * row.itemsize * self.batch_size / 1e6
-        operations = row.cost.arithmetic * self.batch_size / 1e9
+        numbers = [times + str(t) if t is not None else "", *("" if n is None else str(n) for n in (d, h))]
+        memory = _human(row.cost.memory * row.itemsize * self.batch_size, "B")
+        arithmetic = _human(row.cost.arithmetic * self.batch_size, "FLOP")
         shape = "x".join(map(str, row.shape)) or "()"
         ops = ", ".join(dict.fromkeys(row.ops)) or "none"
-        return (row.path, shape, ops, *numbers, row.way, f"{megabytes:.2f}", f"{operations:.3f}", row.reason)
+        return (row.path, shape, ops, *numbers, row.way, memory, arithmetic, row.reason)
+
+
+def _human(count: int, unit: str) -> str:
+    """Three digits and a unit, as in 4.72 MB."""
+    if count < 1000:
+        return f"{count} {unit}"
+    value, prefixes = count / 1000, "kMGTP"
+    while value >= 999.5 and len(prefixes) > 1:
+        value, prefixes = value / 1000, prefixes[1:]
+    return f"{value:#.3g}".rstrip(".") + f" {prefixes[0]}{unit}"
 
 
 def plan(loss_fn: LossFn, params: Tree, *example: Tensor, batch_size: int) -> Plan:
@@ -123,8 +134,14 @@ def plan(loss_fn: LossFn, params: Tree, *example: Tensor, batch_size: int) -> Pl
     if batch_size < 1:
         raise ValueError(f"plan: batch_size must be at least 1. Found {batch_size}.")
     batch = [torch.as_tensor(x)[None] for x in example]
-    found = survey(loss_fn, params, batch)
-    return replace(planned(params, found, batch_size), slow=_slow_ops(loss_fn, params, batch))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = survey(loss_fn, params, batch)
+        twice = [torch.cat([rows, rows]) for rows in batch]  # vmap warns where it takes examples one at a time
+        vmap(grad(loss_fn), in_dims=(None, *[0] * len(twice)))(params, *twice)
+    texts = [str(warning.message) for warning in caught]
+    slow = [text.split("batching rule for ")[1].split(".")[0] for text in texts if "batching rule for " in text]
+    return replace(planned(params, found, batch_size), slow=tuple(dict.fromkeys(slow)))
 
 
 def planned(params: Tree, found: Survey, batch_size: int) -> Plan:
@@ -159,14 +176,3 @@ def strategies(params: Tree, found: Survey, given: Plan | None) -> Sequence[Stra
             raise ValueError(f"per_sample: the plan takes {row.path} as {row.way!r}, which this loss does not allow.")
         chosen.append(None if row.way == "dense" else row.way)
     return chosen
-
-
-def _slow_ops(loss_fn: LossFn, params: Tree, batch: Sequence[Tensor]) -> tuple[str, ...]:
-    """The ops for which vmap has no batching rule, from the warnings that it gives."""
-    twice = [torch.cat([rows, rows]) for rows in batch]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        vmap(grad(loss_fn), in_dims=(None, *[0] * len(twice)))(params, *twice)
-    texts = [str(warning.message) for warning in caught]
-    marked = [text.split("batching rule for ")[1].split(".")[0] for text in texts if "batching rule for " in text]
-    return tuple(dict.fromkeys(marked))

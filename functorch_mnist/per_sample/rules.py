@@ -140,9 +140,16 @@ class ConvolutionForm:
     def term(self, saved: Any, cotangent: Tensor, strategy: Strategy) -> Convolution:
         cotangent = cotangent.reshape(*saved.shape[:2], *cotangent.shape[-len(self.stride) - 1 :])
         image, cotangent = (cotangent, saved) if self.swapped else (saved, cotangent)
-        return Convolution(
-            image, cotangent, self.shape, self.stride, self.padding, self.dilation, self.groups, strategy
-        )
+        padding = self.padding
+        if self.swapped:  # output_padding adds places at the end that the kernel does not reach at so many positions
+            reach = [
+                s * (n - 1) + d * (k - 1) + 1
+                for s, n, d, k in zip(self.stride, saved.shape[3:], self.dilation, self.shape[2:], strict=True)
+            ]
+            sides = [(p, r - p - n) for p, r, n in zip(padding, reach, image.shape[3:], strict=True)]
+            image = F.pad(image, [side for pair in reversed(sides) for side in pair])
+            padding = (0,) * len(padding)
+        return Convolution(image, cotangent, self.shape, self.stride, padding, self.dilation, self.groups, strategy)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,815 @@
+"""Factored per-sample gradients against `vmap(grad)`, the dense oracle, in float64."""
+
+import math
+import warnings
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import grad, vmap
+
+from functorch_mnist import losses, models, per_sample, random, tree
+from functorch_mnist.train import in_precision
+
+EXACT = 1e-10
+D = torch.float64
+B = 4
+
+
+def normals(*shape, seed=0):
+    return torch.randn(shape, dtype=D, generator=torch.Generator().manual_seed(seed))
+
+
+def labels(count=B, classes=3):
+    return torch.arange(count) % classes
+
+
+def difference(found, expected):
+    """The largest difference of two trees' numbers, relative to the largest of the leaf, or of all where it is 0."""
+    a, b = tree.leaves(found), tree.leaves(expected)
+    assert [x.shape for x in a] == [x.shape for x in b]
+    scale = max([float(y.abs().max()) for y in b if y.numel()], default=1.0) or 1.0
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        if y.numel():
+            assert x.isfinite().all()
+            worst = max(worst, float((x - y).abs().max()) / max(float(y.abs().max()), 1e-6 * scale))
+    return worst
+
+
+def dense(loss_fn, params, batch, mask=None):
+    """The leaves (B, *w) of the sample gradients, zero where masked."""
+    rows = vmap(grad(loss_fn), in_dims=(None, *[0] * len(batch)))(params, *batch)
+    keep = torch.ones(len(batch[0]), dtype=torch.bool) if mask is None else mask
+    return tree.map(lambda g: torch.where(keep.view(-1, *[1] * (g.dim() - 1)), g, torch.zeros_like(g)), rows)
+
+
+def combine(weights, rows):
+    return tree.map(lambda g: torch.einsum("b,b...->...", weights, g), rows)
+
+
+def quantities(loss_fn, params, batch, **options):
+    """Every public quantity of a batch."""
+    weights = normals(len(batch[0]), seed=7)
+    direction = tree.map(lambda w: normals(*w.shape, seed=8), params)
+    clipped = per_sample.clipped_sum(loss_fn, params, *batch, max_norm=0.7, **options)
+    return {
+        "grads": per_sample.factored(
+            loss_fn, params, *batch, **{k: v for k, v in options.items() if k != "chunk_size"}
+        ).grads(),
+        "norms": per_sample.norms(loss_fn, params, *batch, **options),
+        "leaf_norms": per_sample.leaf_norms(loss_fn, params, *batch, **options),
+        "weighted_sum": per_sample.weighted_sum(loss_fn, params, *batch, weights=weights, **options),
+        "clipped_sum": clipped.grads,
+        "norms before clipping": clipped.norms,
+        "dot": per_sample.dot(loss_fn, params, *batch, direction=direction, **options),
+        "gram": per_sample.gram(loss_fn, params, batch, **options),
+        "second_moment": per_sample.second_moment(loss_fn, params, *batch, **options),
+    }
+
+
+def expected_quantities(loss_fn, params, batch, mask=None):
+    """The same from the dense gradients, by their definitions."""
+    rows = dense(loss_fn, params, batch, mask)
+    count = len(batch[0])
+    flat = torch.cat([g.reshape(count, -1) for g in tree.leaves(rows)], 1)
+    norms = flat.norm(dim=1)
+    direction = tree.map(lambda w: normals(*w.shape, seed=8), params)
+    return {
+        "grads": rows,
+        "norms": norms,
+        "leaf_norms": tree.map(lambda g: g.reshape(count, -1).norm(dim=1), rows),
+        "weighted_sum": combine(normals(count, seed=7), rows),
+        "clipped_sum": combine((0.7 / norms).clamp(max=1), rows),
+        "norms before clipping": norms,
+        "dot": flat @ tree.ravel(direction),
+        "gram": flat @ flat.T,
+        "second_moment": tree.map(lambda g: g.square().sum(0), rows),
+    }
+
+
+def assert_exact(loss_fn, params, batch, mask=None, **options):
+    if mask is not None:
+        options["mask"] = mask
+    found, expected = quantities(loss_fn, params, batch, **options), expected_quantities(loss_fn, params, batch, mask)
+    for name in expected:
+        assert difference(found[name], expected[name]) <= EXACT, name
+
+
+def ways(loss_fn, params, batch):
+    """The way each parameter is taken, by its path."""
+    plan = per_sample.plan(loss_fn, params, *[rows[0] for rows in batch], batch_size=len(batch[0]))
+    return {row.path: row.way for row in plan.rows}
+
+
+class Case(NamedTuple):
+    loss_fn: object
+    params: object
+    batch: tuple
+    dense: frozenset = frozenset()
+    """The parameters that have no factored form."""
+
+
+def of_model(apply, params, x):
+    def loss_fn(params, x, y):
+        return losses.cross_entropy(apply(params, x), y)
+
+    classes = apply(params, x[0]).shape[-1]
+    return Case(loss_fn, params, (x, labels(len(x), classes)))
+
+
+def tutorial_cnn():
+    model = models.cnn(dropout=(0, 0))
+    params = {name: p.to(D) for name, p in model.init(random.key(0)).items()}
+    return of_model(model.apply, params, normals(B, 1, 28, 28))
+
+
+def linear():
+    model = models.linear(5, 3)
+    return of_model(model.apply, {name: p.to(D) for name, p in model.init(random.key(0)).items()}, normals(B, 5))
+
+
+def mlp():
+    model = models.mlp([6, 8, 8, 3])
+    return of_model(model.apply, {name: p.to(D) for name, p in model.init(random.key(0)).items()}, normals(B, 6))
+
+
+def of_module(module, x, *, dense=()):
+    params, model = models.from_module(module.to(D))
+    return of_model(model.apply, params, x)._replace(dense=frozenset(dense))
+
+
+def sequence_linear():
+    params = {"u": normals(7, 5, seed=1), "b": normals(7, seed=2), "v": normals(3, 7, seed=3)}
+
+    def apply(p, x):  # (T, 5)
+        return F.linear(torch.tanh(F.linear(x, p["u"], p["b"])), p["v"]).mean(0)
+
+    return of_model(apply, params, normals(B, 9, 5))
+
+
+def tied_linear_and_embedding():
+    params = {"table": normals(11, 6, seed=1), "w": normals(6, 6, seed=2)}
+
+    def loss_fn(p, tokens, y):
+        h = torch.tanh(F.linear(F.embedding(tokens, p["table"], padding_idx=0), p["w"]))
+        return losses.cross_entropy(F.linear(h.mean(0), p["table"]), y)
+
+    return Case(loss_fn, params, (torch.arange(B * 5).view(B, 5) % 11, labels(B, 11)))
+
+
+def one_linear_used_twice():
+    params = {"w": normals(5, 5, seed=1), "b": normals(5, seed=2)}
+
+    def apply(p, x):
+        return F.linear(torch.tanh(F.linear(x, p["w"], p["b"])), p["w"], p["b"])
+
+    return of_model(apply, params, normals(B, 5))
+
+
+def one_convolution_on_two_inputs():
+    params = {"w": normals(4, 2, 3, 3, seed=1), "b": normals(4, seed=2)}
+
+    def apply(p, x):
+        halves = [F.conv2d(part, p["w"], p["b"], padding=1) for part in (x, x.flip(-1).square())]
+        return (halves[0] * halves[1]).sum((1, 2))
+
+    return of_model(apply, params, normals(B, 2, 6, 6))
+
+
+def one_leaf_at_two_places():
+    shared = normals(5, 5, seed=1)
+
+    def apply(p, x):
+        return F.linear(torch.tanh(F.linear(x, p["a"])), p["b"])
+
+    return of_model(apply, {"a": shared, "b": shared}, normals(B, 5))
+
+
+def views_of_parameters():
+    params = {"w": normals(5, 4, seed=1), "flat": normals(20, seed=2), "t": normals(4, 3, seed=3)}
+
+    def apply(p, x):
+        h = torch.tanh(F.linear(x, p["w"].t(), None))
+        h = torch.tanh(F.linear(h, p["flat"].view(5, 4)))
+        return h @ p["w"] @ p["t"]
+
+    return of_model(apply, params, normals(B, 5))
+
+
+def products():
+    params = {
+        "right": normals(5, 4, seed=1),
+        "left": normals(4, 4, seed=2),
+        "heads": normals(2, 4, 3, seed=3),
+        "low": normals(3, 2, seed=4),
+        "rank": normals(2, 3, seed=5),
+    }
+
+    def apply(p, x):
+        h = torch.tanh(x @ p["right"])
+        h = torch.tanh(torch.matmul(p["left"], h))
+        h = torch.einsum("d,hdk->hk", h, p["heads"])
+        return torch.einsum("hk,kj->j", h, p["low"] @ p["rank"])
+
+    return of_model(apply, params, normals(B, 5))
+
+
+def shifts_outside_ops():
+    params = {"b": normals(5, seed=1), "c": normals(3, 1, seed=2), "d": normals(1)[0]}
+
+    def loss_fn(p, x):  # (3, 5)
+        y = torch.tanh(x + p["b"]) + p["c"]
+        return (p["d"] + y).square().sum()
+
+    return Case(loss_fn, params, (normals(B, 3, 5),))
+
+
+def regularised():
+    params = {"w": normals(3, 5, seed=1), "b": normals(3, seed=2)}
+
+    def loss_fn(p, x, y):
+        return losses.cross_entropy(F.linear(x, p["w"], p["b"]), y) + 0.1 * p["w"].square().sum()
+
+    return Case(loss_fn, params, (normals(B, 5), labels()), frozenset({"w"}))
+
+
+def transformed_first():
+    params = {"w": normals(3, 5, seed=1), "g": normals(3, 1, seed=2), "mask": normals(3, 5, seed=3)}
+
+    def apply(p, x):
+        direction = p["w"] / p["w"].norm(dim=1, keepdim=True)
+        return F.linear(x, direction * p["g"]) + F.linear(x, torch.sigmoid(p["mask"]))
+
+    return of_model(apply, params, normals(B, 5))._replace(dense=frozenset({"w", "g", "mask"}))
+
+
+def slices():
+    params = {"qkv": normals(9, 5, seed=1)}
+
+    def apply(p, x):
+        q, k, v = p["qkv"].chunk(3)
+        return F.linear(x, q) * F.linear(x, k) + F.linear(x, v)
+
+    return of_model(apply, params, normals(B, 5))._replace(dense=frozenset({"qkv"}))
+
+
+def unused():
+    params = {"w": normals(3, 5, seed=1), "unused": normals(2, seed=2), "empty": normals(0, 3)}
+    return of_model(lambda p, x: F.linear(x, p["w"]), params, normals(B, 5))._replace(
+        dense=frozenset({"unused", "empty"})
+    )
+
+
+class Layer(NamedTuple):
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+def nested():
+    params = {"layers": [Layer(normals(6, 5, seed=1), normals(6, seed=2)), Layer(normals(3, 6, seed=3), normals(3))]}
+
+    def apply(p, x):
+        for layer in p["layers"]:
+            x = torch.tanh(F.linear(x, layer.weight, layer.bias))
+        return x
+
+    return of_model(apply, params, normals(B, 5))
+
+
+def inner_transform():
+    params = {"w": normals(5, 5, seed=1)}
+
+    def loss_fn(p, x):
+        return (
+            vmap(lambda row: torch.tanh(F.linear(row, p["w"])))(x).sum()
+            + grad(lambda w: F.linear(x, w).sin().sum())(p["w"]).sum()
+        )
+
+    return Case(loss_fn, params, (normals(B, 2, 5),), frozenset({"w"}))
+
+
+class Squared(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(w):
+        return w * w
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * ctx.saved_tensors[0] * g
+
+
+def custom_function():
+    params = {"w": normals(3, 5, seed=1)}
+    return of_model(
+        lambda p, x: F.linear(x, p["w"]) + F.linear(x, Squared.apply(p["w"])), params, normals(B, 5)
+    )._replace(dense=frozenset({"w"}))
+
+
+def norms_net():
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3, bias=False),
+        nn.InstanceNorm2d(4, affine=True), nn.Flatten(), nn.LayerNorm(16), nn.Linear(16, 8), nn.RMSNorm(8),
+        nn.Linear(8, 3),
+    )  # fmt: skip
+    for p in net.parameters():
+        nn.init.normal_(p, generator=torch.Generator().manual_seed(p.numel()))
+    elementwise = {"1.weight", "1.bias", "4.weight", "4.bias", "6.weight", "6.bias", "8.weight"}
+    return of_module(net, normals(B, 2, 6, 6), dense=elementwise)
+
+
+def frozen_batch_norm():
+    net = nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).eval()
+    return of_module(net, normals(B, 2, 6), dense={"1.weight", "1.bias"})
+
+
+def attention():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.attention(x, x, x)[0].mean(1))
+
+    packed = {"attention." + name for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")}
+    return of_module(Net(), normals(B, 5, 8), dense=packed)
+
+
+CASES = {
+    fn.__name__: fn
+    for fn in (
+        tutorial_cnn, linear, mlp, sequence_linear, tied_linear_and_embedding, one_linear_used_twice,
+        one_convolution_on_two_inputs, one_leaf_at_two_places, views_of_parameters, products, shifts_outside_ops,
+        regularised, transformed_first, slices, unused, nested, inner_transform, custom_function,
+        norms_net, frozen_batch_norm, attention,
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_quantity_equals_its_dense_definition(name):
+    case = CASES[name]()
+    assert_exact(case.loss_fn, case.params, case.batch)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_only_what_has_no_factored_form_is_dense(name):
+    case = CASES[name]()
+    found = ways(case.loss_fn, case.params, case.batch)
+    assert {path for path, way in found.items() if way == "dense"} == case.dense
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_masks_and_chunks_change_nothing_else(name):
+    case = CASES[name]()
+    mask = torch.tensor([True, False, True, True])
+    poisoned = tuple(
+        rows.index_fill(0, torch.tensor([1]), torch.nan) if rows.is_floating_point() else rows for rows in case.batch
+    )
+    expected = expected_quantities(case.loss_fn, case.params, case.batch, mask)
+    for options in ({}, {"chunk_size": 3}):
+        found = quantities(case.loss_fn, case.params, poisoned, mask=mask, **options)
+        for quantity in expected:
+            assert difference(found[quantity], expected[quantity]) <= EXACT, (quantity, options)
+    assert_exact(case.loss_fn, case.params, case.batch, chunk_size=1)
+
+
+@pytest.mark.parametrize("way", ["gram", "build", "dense"])
+@pytest.mark.parametrize("name", ["tutorial_cnn", "sequence_linear", "tied_linear_and_embedding", "products"])
+def test_every_way_gives_the_same(name, way):
+    case = CASES[name]()
+    plan = per_sample.plan(case.loss_fn, case.params, *[rows[0] for rows in case.batch], batch_size=B)
+    changed = 0
+    for row in plan.rows:
+        if way in row.costs:
+            plan, changed = plan.override(row.path, way), changed + 1
+    assert changed
+    assert_exact(case.loss_fn, case.params, case.batch, plan=plan)
+
+
+PADDINGS = st.one_of(st.integers(0, 2), st.sampled_from(["same", "valid"]))
+
+
+@settings(max_examples=60)
+@given(data=st.data(), space=st.integers(1, 3), transposed=st.booleans())
+def test_every_convolution_is_exact(data, space, transposed):
+    groups = data.draw(st.sampled_from([1, 2]))
+    channels, outputs = groups * data.draw(st.integers(1, 2)), groups * data.draw(st.integers(1, 3))
+    kernel = tuple(data.draw(st.integers(1, 3)) for _ in range(space))
+    stride, dilation = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))
+    options = {"stride": stride, "dilation": dilation, "groups": groups, "bias": data.draw(st.booleans())}
+    mode = "zeros"
+    if transposed:
+        kinds = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+        options |= {"padding": data.draw(st.integers(0, 1)), "output_padding": max(stride, dilation) - 1}
+    else:
+        kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        padding = data.draw(PADDINGS)
+        if padding == "same":
+            options["stride"] = 1
+        mode = data.draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+        if space == 3 and mode == "reflect":
+            mode = "zeros"
+        options |= {"padding": padding, "padding_mode": mode}
+    layer = kinds[space - 1](channels, outputs, kernel, dtype=D, **options)
+    params = {name: normals(*p.shape, seed=i) for i, (name, p) in enumerate(layer.named_parameters())}
+
+    def loss_fn(params, x):
+        return torch.func.functional_call(layer, params, (x,)).sin().square().sum()
+
+    batch = (normals(3, channels, *[6 if space < 3 else 5] * space),)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Using padding='same' with even kernel")
+        assert "dense" not in ways(loss_fn, params, batch).values()
+        assert_exact(loss_fn, params, batch)
+
+
+@settings(max_examples=30)
+@given(data=st.data())
+def test_random_compositions_of_layers_are_exact(data):
+    width, length = data.draw(st.integers(2, 5)), data.draw(st.integers(1, 4))
+    stack, x = [], normals(3, length, width)
+    for _ in range(data.draw(st.integers(1, 4))):
+        kind = data.draw(st.sampled_from(["linear", "norm", "tanh", "again", "conv", "scale"]))
+        if kind == "again" and any(isinstance(layer, nn.Linear) for layer in stack):
+            stack.append(next(layer for layer in stack if isinstance(layer, nn.Linear)))
+        elif kind == "norm":
+            stack.append(nn.LayerNorm(width))
+        elif kind == "conv":
+            stack.append(nn.Conv1d(length, length, 3, padding=1))
+        elif kind == "scale":
+            stack.append(nn.PReLU())
+        elif kind == "tanh":
+            stack.append(nn.Tanh())
+        else:
+            stack.append(nn.Linear(width, width, bias=data.draw(st.booleans())))
+    params, model = models.from_module(nn.Sequential(*stack).to(D))
+
+    def loss_fn(params, x):
+        return model.apply(params, x).sin().square().sum()
+
+    assert_exact(loss_fn, params, (x,))
+
+
+def resnet18():
+    torchvision = pytest.importorskip("torchvision")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = torchvision.models.resnet18(num_classes=3, norm_layer=lambda channels: nn.GroupNorm(8, channels))
+    return net, normals(2, 3, 32, 32)
+
+
+def vision_transformer():
+    torchvision = pytest.importorskip("torchvision")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = torchvision.models.VisionTransformer(16, 8, 2, 2, 16, 32, num_classes=3)
+    for p in net.heads.parameters():
+        nn.init.normal_(p, generator=torch.Generator().manual_seed(1))
+    return net, normals(2, 3, 16, 16)
+
+
+@pytest.fixture
+def fallback():
+    """Lets vmap run what has no batching rule one example at a time, as users have it."""
+    torch._C._functorch._set_vmap_fallback_enabled(True)
+    yield
+    torch._C._functorch._set_vmap_fallback_enabled(False)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.usefixtures("fallback")
+@pytest.mark.parametrize("make", [resnet18, vision_transformer])
+def test_whole_networks_are_exact(make):
+    module, x = make()
+    params, model = models.from_module(module.to(D))
+
+    def loss_fn(params, x, y):
+        return losses.cross_entropy(model.apply(params, x), y)
+
+    batch = (x, labels(len(x)))
+    rows = dense(loss_fn, params, batch)
+    norms = torch.stack([g.flatten(1).square().sum(1) for g in rows.values()]).sum(0).sqrt()
+    clipped = per_sample.clipped_sum(loss_fn, params, *batch, max_norm=0.3)
+    assert difference(clipped.norms, norms) <= EXACT
+    assert difference(clipped.grads, combine((0.3 / norms).clamp(max=1), rows)) <= EXACT
+    taken = ways(loss_fn, params, batch)
+    fallen_back = {path for path, way in taken.items() if way == "dense" and rows[path][0].dim() > 1}
+    assert all("self_attention" in path or path in ("class_token", "encoder.pos_embedding") for path in fallen_back)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("name", ["tutorial_cnn", "mlp", "sequence_linear"])
+def test_lower_precision_stays_within_its_bound(name, dtype, bound):
+    """The bound is of the norm of the difference over the norm, against the same precision's dense gradients."""
+    case = CASES[name]()
+    params = {key: p.float() for key, p in case.params.items()}
+    x, y = case.batch[0].float(), case.batch[1]
+    apply = in_precision(
+        {"tutorial_cnn": models.cnn(dropout=(0, 0)).apply, "mlp": models.mlp([6, 8, 8, 3]).apply}.get(
+            name, lambda p, x, key=None: F.linear(torch.tanh(F.linear(x, p["u"], p["b"])), p["v"]).mean(0)
+        ),
+        dtype,
+    )
+
+    def loss_fn(params, x, y):
+        return losses.cross_entropy(apply(params, x), y)
+
+    assert "dense" not in ways(loss_fn, params, (x, y)).values()
+    rows = dense(loss_fn, params, (x, y))
+    norms = torch.stack([g.flatten(1).square().sum(1) for g in rows.values()]).sum(0).sqrt()
+    clipped = per_sample.clipped_sum(loss_fn, params, x, y, max_norm=0.5)
+    expected = combine((0.5 / norms).clamp(max=1), rows)
+    assert torch.linalg.vector_norm(clipped.norms - norms) <= bound * torch.linalg.vector_norm(norms)
+    assert tree.norm(tree.map(torch.sub, clipped.grads, expected)) <= bound * tree.norm(expected)
+    assert all(g.dtype == torch.float32 for g in clipped.grads.values()) and clipped.norms.dtype == torch.float32
+
+
+def test_an_all_false_mask_gives_exact_zeros():
+    case = mlp()
+    mask = torch.zeros(B, dtype=torch.bool)
+    poisoned = (torch.full_like(case.batch[0], torch.nan), case.batch[1])
+    found = quantities(case.loss_fn, case.params, poisoned, mask=mask)
+    assert all((leaf == 0).all() for leaf in tree.leaves(found))
+
+
+@pytest.mark.parametrize("count", [0, 1])
+@pytest.mark.parametrize("name", ["tutorial_cnn", "mlp", "tied_linear_and_embedding", "norms_net"])
+def test_an_empty_batch_and_one_example_work(name, count):
+    case = CASES[name]()
+    batch = tuple(rows[:count] for rows in case.batch)
+    found = per_sample.clipped_sum(case.loss_fn, case.params, *batch, max_norm=1.0)
+    assert found.norms.shape == found.losses.shape == (count,)
+    assert found.nonfinite == 0
+    assert per_sample.gram(case.loss_fn, case.params, batch).shape == (count, count)
+    rows = per_sample.grads(case.loss_fn, case.params, *batch)
+    assert all(g.shape == (count, *p.shape) for g, p in zip(tree.leaves(rows), tree.leaves(case.params), strict=True))
+    if count == 0:
+        assert all((leaf == 0).all() for leaf in tree.leaves(found.grads))
+    else:
+        assert_exact(case.loss_fn, case.params, batch)
+
+
+@pytest.mark.parametrize("name", ["tutorial_cnn", "mlp", "regularised"])
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_an_example_that_is_not_finite_adds_nothing_and_is_counted(name, bad):
+    case = CASES[name]()
+    poisoned = (case.batch[0].index_fill(0, torch.tensor([2]), bad), case.batch[1])
+    mask = torch.tensor([True, True, False, True])
+    expected = expected_quantities(case.loss_fn, case.params, case.batch, mask)
+    found = per_sample.clipped_sum(case.loss_fn, case.params, *poisoned, max_norm=0.7)
+    assert difference(found.grads, expected["clipped_sum"]) <= EXACT
+    assert found.nonfinite == 1 and not found.norms[2].isfinite()
+
+
+def test_a_function_of_the_norms_is_a_clipping_rule():
+    case = mlp()
+    rows = dense(case.loss_fn, case.params, case.batch)
+    norms = expected_quantities(case.loss_fn, case.params, case.batch)["norms"]
+
+    def below_the_median(norms):
+        return (norms <= norms.median()).to(norms.dtype)
+
+    for chunk_size in (None, 1, 3):
+        found = per_sample.clipped_sum(
+            case.loss_fn, case.params, *case.batch, max_norm=below_the_median, chunk_size=chunk_size
+        )
+        assert difference(found.grads, combine(below_the_median(norms), rows)) <= EXACT
+    by_tensor = per_sample.clipped_sum(case.loss_fn, case.params, *case.batch, max_norm=torch.tensor(0.7, dtype=D))
+    by_number = per_sample.clipped_sum(case.loss_fn, case.params, *case.batch, max_norm=0.7)
+    assert difference(by_tensor.grads, by_number.grads) <= EXACT
+
+
+def test_clipped_gradients_are_no_longer_than_the_clipping_norm():
+    case = tutorial_cnn()
+    for row in range(B):
+        one = tuple(rows[row : row + 1] for rows in case.batch)
+        found = per_sample.clipped_sum(case.loss_fn, case.params, *one, max_norm=0.25)
+        assert found.norms > 0.25 and tree.norm(found.grads) <= 0.25 * (1 + 1e-12)
+
+
+def test_gram_of_two_batches_is_exact():
+    case = sequence_linear()
+    a, b = (tuple(rows[part] for rows in case.batch) for part in (slice(0, 3), slice(1, 4)))
+    flat = torch.cat([g.flatten(1) for g in dense(case.loss_fn, case.params, case.batch).values()], 1)
+    for options in ({}, {"chunk_size": 2}):
+        found = per_sample.gram(case.loss_fn, case.params, a, b, **options)
+        assert difference(found, flat[:3] @ flat[1:].T) <= EXACT
+    keep = torch.tensor([False, True, True])
+    found = per_sample.gram(case.loss_fn, case.params, a, b, mask_b=keep)
+    assert difference(found, (flat[:3] @ flat[1:].T) * keep) <= EXACT
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_kronecker_factors_are_sums_over_examples_and_positions(chunk_size):
+    params = {"w": normals(3, 5, seed=1), "table": normals(7, 5, seed=2), "k": normals(4, 2, 2, seed=3)}
+    inputs = []
+
+    def loss_fn(p, tokens, x):
+        h = torch.tanh(F.embedding(tokens, p["table"], padding_idx=1))
+        return F.linear(h, p["w"]).square().sum() + F.conv1d(x, p["k"]).sum()
+
+    tokens, x = torch.arange(B * 6).view(B, 6) % 7, normals(B, 2, 4)
+    found = per_sample.kronecker(loss_fn, params, tokens, x, chunk_size=chunk_size)
+    h = torch.tanh(params["table"][tokens]).view(-1, 5)
+    g = 2 * h @ params["w"].T
+    assert difference(found["w"].inputs, (h.T @ h)[None]) <= EXACT
+    assert difference(found["w"].cotangents, (g.T @ g)[None]) <= EXACT
+    counts = torch.bincount(tokens[tokens != 1], minlength=7).to(D)
+    assert torch.equal(found["table"].inputs, counts)
+    patches = x.unfold(2, 2, 1).permute(0, 2, 3, 1).reshape(-1, 4)  # kernel, channel
+    assert difference(found["k"].inputs, (patches.T @ patches)[None]) <= EXACT
+    assert torch.equal(found["k"].cotangents, torch.full((1, 4, 4), 3.0 * B, dtype=D))
+    assert not inputs and set(found) == {"w", "table", "k"}
+
+
+def test_a_batch_norm_that_mixes_examples_is_refused_by_name():
+    params = {"w": normals(4, seed=1)}
+
+    def loss_fn(p, x):
+        return F.batch_norm(x, torch.zeros(4, dtype=D), torch.ones(4, dtype=D), p["w"], training=True).sum()
+
+    with pytest.raises(ValueError, match=r"batch_norm in training mode.*group norm"):
+        per_sample.norms(loss_fn, params, normals(B, 2, 4))
+
+
+BAD_CALLS = {
+    "no batch": (lambda f, p, x, y: per_sample.norms(f, p), ValueError, "one leading size"),
+    "sizes": (lambda f, p, x, y: per_sample.norms(f, p, x, y[:2]), ValueError, "one leading size"),
+    "mask": (lambda f, p, x, y: per_sample.norms(f, p, x, y, mask=torch.ones(B)), ValueError, "mask must be bool"),
+    "chunk": (lambda f, p, x, y: per_sample.norms(f, p, x, y, chunk_size=0), ValueError, "chunk_size must be"),
+    "weights": (
+        lambda f, p, x, y: per_sample.weighted_sum(f, p, x, y, weights=torch.ones(2)),
+        ValueError,
+        r"weights must be \(4,\)",
+    ),
+    "max_norm": (lambda f, p, x, y: per_sample.clipped_sum(f, p, x, y, max_norm=-1.0), ValueError, "above 0"),
+    "nan": (lambda f, p, x, y: per_sample.clipped_sum(f, p, x, y, max_norm=math.nan), ValueError, "above 0"),
+    "direction": (lambda f, p, x, y: per_sample.dot(f, p, x, y, direction={}), ValueError, "shapes of params"),
+    "loss": (lambda f, p, x, y: per_sample.norms(lambda p, x, y: x, p, x, y), ValueError, "0-d tensor"),
+    "integer": (lambda f, p, x, y: per_sample.norms(f, {"n": torch.ones(2).long()}, x, y), TypeError, "float tensor"),
+    "mask_b": (lambda f, p, x, y: per_sample.gram(f, p, (x, y), mask_b=torch.ones(B).bool()), ValueError, "mask_b"),
+    "empty": (lambda f, p, x, y: per_sample.factored(f, p, x[:0], y[:0]), ValueError, "at least one example"),
+    "size": (lambda f, p, x, y: per_sample.plan(f, p, x[0], y[0], batch_size=0), ValueError, "batch_size"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_a_wrong_argument_is_named(name):
+    call, error, message = BAD_CALLS[name]
+    case = mlp()
+    with pytest.raises(error, match=message):
+        call(case.loss_fn, case.params, *case.batch)
+
+
+def test_a_plan_that_does_not_fit_is_refused():
+    case, other = mlp(), linear()
+    plan = per_sample.plan(case.loss_fn, case.params, *[rows[0] for rows in case.batch], batch_size=B)
+    with pytest.raises(ValueError, match="must be a parameter's"):
+        plan.override("nothing", "build")
+    with pytest.raises(ValueError, match="can be taken as"):
+        plan.override("0.bias", "gram")
+    with pytest.raises(ValueError, match="must be of these parameters"):
+        per_sample.norms(other.loss_fn, other.params, *other.batch, plan=plan)
+
+
+@pytest.mark.usefixtures("fallback")
+def test_a_plan_names_ops_that_vmap_runs_one_by_one():
+    params = {"w": normals(4, 4, seed=1)}
+
+    def loss_fn(p, x):
+        q = F.linear(x, p["w"])[None]
+        return F.scaled_dot_product_attention(q, q, q).square().sum()
+
+    plan = per_sample.plan(loss_fn, params, normals(3, 4), batch_size=B)
+    assert any("scaled_dot_product" in op for op in plan.slow) and "slow" in str(plan)
+
+
+def test_a_registered_rule_is_followed():
+    params = {"w": normals(3, 4, seed=1)}
+
+    def loss_fn(p, x):
+        return torch.inner(x, p["w"]).sin().sum()
+
+    batch = (normals(B, 2, 4),)
+    assert ways(loss_fn, params, batch) == {"w": "dense"}
+
+    @per_sample.rule(torch.inner)
+    def inner(input, other):
+        return [per_sample.matrix(other, input)] if other.dim() == 2 else []
+
+    assert "dense" not in ways(loss_fn, params, batch).values()
+    assert_exact(loss_fn, params, batch)
+
+
+def test_an_input_that_is_written_to_after_its_op_is_kept_as_it_was():
+    params = {"u": normals(5, 5, seed=1)}
+
+    def loss_fn(p, x, write):
+        h = x * 2
+        y = F.linear(h, p["u"])
+        h = h.mul_(0.5) if write else h * 0.5
+        return (y + h).sin().sum()
+
+    batch = (normals(B, 5),)
+    found = per_sample.norms(lambda p, x: loss_fn(p, x, True), params, *batch)
+    expected = expected_quantities(lambda p, x: loss_fn(p, x, False), params, batch)["norms"]
+    assert difference(found, expected) <= EXACT
+
+
+def test_the_gradient_through_a_weighted_sum_is_the_dot_product():
+    case = mlp()
+    direction = tree.map(lambda w: normals(*w.shape, seed=8), case.params)
+
+    def projected(weights):
+        return tree.dot(per_sample.weighted_sum(case.loss_fn, case.params, *case.batch, weights=weights), direction)
+
+    for weights in (normals(B), torch.zeros(B, dtype=D)):
+        expected = per_sample.dot(case.loss_fn, case.params, *case.batch, direction=direction)
+        assert difference(grad(projected)(weights), expected) <= EXACT
+
+
+def test_norms_are_differentiable_in_the_parameters():
+    case = sequence_linear()
+
+    def penalty(params):
+        return per_sample.norms(case.loss_fn, params, *case.batch).sum()
+
+    def dense_penalty(params):
+        rows = vmap(grad(case.loss_fn), in_dims=(None, 0, 0))(params, *case.batch)
+        return torch.stack([g.flatten(1).square().sum(1) for g in rows.values()]).sum(0).sqrt().sum()
+
+    assert difference(grad(penalty)(case.params), grad(dense_penalty)(case.params)) <= EXACT
+
+
+def test_norms_of_an_ensemble_are_the_norms_of_its_members():
+    case = tutorial_cnn()
+    ensemble = [tree.map(lambda w, s=s: w * s, case.params) for s in (1.0, 0.5, 1.5)]
+    stacked = tree.map(lambda *leaves: torch.stack(leaves), *ensemble)
+    found = vmap(lambda params: per_sample.norms(case.loss_fn, params, *case.batch))(stacked)
+    expected = torch.stack([per_sample.norms(case.loss_fn, params, *case.batch) for params in ensemble])
+    assert difference(found, expected) <= EXACT
+
+
+def test_factored_is_a_pytree_that_comes_back_whole():
+    case = tied_linear_and_embedding()
+    factored = per_sample.factored(case.loss_fn, case.params, *case.batch)
+    copy = tree.map(lambda x: x.clone(), factored)
+    assert isinstance(copy, per_sample.Factored)
+    assert difference(copy.norms(), factored.norms()) == 0
+    losses_ = torch.stack([case.loss_fn(case.params, *row) for row in zip(*case.batch, strict=True)])
+    assert difference(factored.losses, losses_) <= EXACT
+
+
+COMPILED = {
+    "norms": lambda f, p, m, *b: per_sample.norms(f, p, *b, mask=m),
+    "leaf_norms": lambda f, p, m, *b: per_sample.leaf_norms(f, p, *b, mask=m),
+    "grads": lambda f, p, m, *b: per_sample.grads(f, p, *b, mask=m),
+    "weighted_sum": lambda f, p, m, *b: per_sample.weighted_sum(f, p, *b, weights=torch.ones(B, dtype=D), mask=m),
+    "clipped_sum": lambda f, p, m, *b: per_sample.clipped_sum(f, p, *b, max_norm=0.7, mask=m, chunk_size=3),
+    "dot": lambda f, p, m, *b: per_sample.dot(f, p, *b, direction=p, mask=m),
+    "gram": lambda f, p, m, *b: per_sample.gram(f, p, b, mask=m),
+    "second_moment": lambda f, p, m, *b: per_sample.second_moment(f, p, *b, mask=m),
+    "kronecker": lambda f, p, m, *b: per_sample.kronecker(f, p, *b, mask=m),
+    "factored": lambda f, p, m, *b: per_sample.factored(f, p, *b, mask=m),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_equals_eager_as_one_graph_without_recompilation(name):
+    case = tutorial_cnn() if name == "clipped_sum" else sequence_linear()
+    torch._dynamo.reset()
+    calls = CompileCounterWithBackend("inductor" if name == "clipped_sum" else "aot_eager")
+    compiled = torch.compile(
+        lambda p, m, *b: COMPILED[name](case.loss_fn, p, m, *b), fullgraph=True, dynamic=False, backend=calls
+    )
+    mask = torch.tensor([True, True, False, True])
+    for scale in (1.0, 0.5):
+        params = tree.map(lambda w, s=scale: w * s, case.params)
+        found, expected = compiled(params, mask, *case.batch), COMPILED[name](case.loss_fn, params, mask, *case.batch)
+        assert difference(found, expected) <= EXACT
+    assert calls.frame_count == 1
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("tutorial_cnn", "custom_function")])
+def test_compiled_norms_of_every_case_equal_eager(name):
+    case = CASES[name]()
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda p, *b: per_sample.norms(case.loss_fn, p, *b), fullgraph=True, dynamic=False, backend="aot_eager"
+    )
+    expected = expected_quantities(case.loss_fn, case.params, case.batch)["norms"]
+    assert difference(compiled(case.params, *case.batch), expected) <= EXACT
