@@ -58,6 +58,8 @@ def _run(arguments: list[str]) -> int:
             return commands.train(options)
         if isinstance(options, opt.Evaluate):
             return commands.evaluate(options)
+        if isinstance(options, opt.Plan):
+            return commands.plan(options)
         return commands.predict(options)
     except commands.FAULTS as error:
         return _fail(str(error), 1)
@@ -74,6 +76,8 @@ def _parse(arguments: list[str]) -> Any:
         elif options.recipe != "article":
             options = _read(arguments, opt.RECIPES[options.recipe])
         opt.check(options)
+    elif isinstance(options, opt.Plan):
+        opt.check(options.training)
     return options
 
 
@@ -83,6 +87,7 @@ def _read(arguments: list[str], defaults: opt.Train) -> Any:
         Annotated[opt.Train, tyro.conf.subcommand("train", default=defaults)],
         Annotated[opt.Evaluate, tyro.conf.subcommand("evaluate")],
         Annotated[opt.Predict, tyro.conf.subcommand("predict")],
+        Annotated[opt.Plan, tyro.conf.subcommand("plan")],
     ]
     return tyro.cli(command, args=arguments, prog="functorch-mnist", description="Train on MNIST, purely functionally.")
 

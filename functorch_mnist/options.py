@@ -131,6 +131,35 @@ class Predict:
     """Where to compute."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Print how a model's per-sample gradients are taken, and what that costs; dropout is off."""
+
+    model: Literal["cnn", "mlp", "linear"] = "cnn"
+    """Which model."""
+    hidden: tuple[int, ...] = (128,)
+    """Widths of the mlp's hidden layers."""
+    activation: Literal["relu", "sigmoid", "tanh"] = "relu"
+    """Activation of the cnn and the mlp."""
+    batch_size: int = 64
+    """Images per batch, for the costs."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the forward and backward pass."""
+    override: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Take a parameter another way, as NAME=WAY, such as conv2.weight=gram; may be given again."""
+
+    @property
+    def training(self) -> Train:
+        """The run whose model this is."""
+        return Train(
+            model=self.model,
+            hidden=self.hidden,
+            activation=self.activation,
+            batch_size=self.batch_size,
+            precision=self.precision,
+        )
+
+
 def to_json(options: Train) -> dict[str, Any]:
     """The options as JSON values; `from_json` is the way back."""
     values = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}

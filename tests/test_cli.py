@@ -169,7 +169,7 @@ def edit(run, **changes):
 # ---- options
 
 
-@pytest.mark.parametrize("command", [(), ("train",), ("evaluate",), ("predict",)])
+@pytest.mark.parametrize("command", [(), ("train",), ("evaluate",), ("predict",), ("plan",)])
 def test_help_answers_in_half_a_second_and_without_torch(command):
     code = f"import sys; from functorch_mnist.cli import main; status = main({[*command, '--help']}); "
     code += "print(status, 'torch' in sys.modules)"
@@ -190,7 +190,7 @@ def test_the_command_and_the_module_are_one():
     assert script.load() is cli.main
     answer = subprocess.run([sys.executable, "-m", "functorch_mnist"], capture_output=True, text=True, check=False)
     assert answer.returncode == 2
-    assert "{train, evaluate, predict}" in answer.stderr
+    assert "{train, evaluate, predict, plan}" in answer.stderr
     assert "Traceback" not in answer.stderr
 
 
@@ -209,6 +209,7 @@ def test_the_command_and_the_module_are_one():
         "evaluate",
         "predict",
         "predict run --test 1",
+        "plan --model resnet",
     ],
 )
 def test_what_cannot_be_read_is_told_by_name_and_without_a_traceback(arguments):
@@ -1195,3 +1196,57 @@ def test_images_without_pillow_are_told_in_one_line(reader, tmp_path, monkeypatc
     (tmp_path / "image.png").touch()
     monkeypatch.setitem(sys.modules, "PIL", None)
     assert "pip install pillow" in complain(2, "predict", reader, tmp_path / "image.png")
+
+
+# ---- plan
+
+
+def ways(out):
+    """The printed way of each parameter."""
+    head, _, *lines = out.splitlines()
+    start, stop = head.index("way"), head.index("memory") - 2
+    return {line.split()[0]: line[start:stop].strip() for line in lines if line.split()[0].count(".") == 1}
+
+
+@pytest.mark.parametrize("options", ["--model cnn", "--model mlp --hidden 8 4", "--model linear --precision bfloat16"])
+def test_plan_prints_every_parameter_and_its_way(options):
+    out = succeed("plan", *options.split())
+    training = cli._parse(["plan", *options.split()]).training
+    made = commands.build.classifier(commands.build.Origin(training, (0.0, 1.0), 1, 10))
+    kinds = {"conv1.weight": "build", "conv2.weight": "build"}
+    wanted = {
+        path: kinds.get(path, "outer product") if path.endswith("weight") else "sum"
+        for path in made.init(fm.random.key(0))
+    }
+    assert ways(out) == wanted
+    assert max(map(len, out.splitlines())) <= 120
+
+
+def test_plan_counts_a_batch_by_hand():
+    out = succeed("plan", "--batch-size", "100", "--override", "conv2.weight=build")
+    (line,) = [line for line in out.splitlines() if "conv2.weight" in line]
+    # 64 x 288 numbers of 4 bytes and 2 x 576 x 64 x 288 operations, for each of 100 images
+    assert line.endswith("7.37 MB  2.12 GFLOP  asked for")
+
+
+def test_an_override_changes_its_row_only():
+    before = ways(succeed("plan"))
+    out = succeed("plan", "--override", "conv2.weight=gram", "--override", "fc1.bias=dense")
+    assert ways(out) == before | {"conv2.weight": "gram", "fc1.bias": "dense"}
+    assert out.count("asked for") == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("--override conv3.weight=gram", "'conv3.weight'"),
+        ("--override conv2.weight=quickly", "'quickly'"),
+        ("--override conv2.weight", "NAME=WAY"),
+        ("--batch-size 0", "--batch-size must be"),
+        ("--hidden 0 --model mlp", "--hidden must be"),
+        ("--hidden 8", "--hidden has no effect"),
+        ("--hidden 2147483647 2147483647 --model mlp", "must fit in memory"),
+    ],
+)
+def test_what_cannot_be_planned_is_told_in_one_line(wrong, said):
+    assert said in complain(2, "plan", *wrong.split())

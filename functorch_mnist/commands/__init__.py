@@ -4,6 +4,7 @@ from ..checkpoint import CheckpointError
 from ..data import DataError
 from .evaluate import evaluate as evaluate
 from .faults import DivergedError
+from .plan import plan as plan
 from .predict import predict as predict
 from .train import train as train
 
