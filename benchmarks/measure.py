@@ -89,6 +89,7 @@ def compare(
     settings: Mapping[str, Any],
     warmups: int = 1,
     seed: int = 0,
+    compared: Callable[[], None] = lambda: None,
     show: Callable[[str], None] = print,
 ) -> Comparison:
     """Times the arms against the first of them.
@@ -101,6 +102,7 @@ def compare(
         settings: what the numbers depend on, kept with them.
         warmups: calls of each arm between the first one and the rounds.
         seed: of the shuffled orders.
+        compared: called once the arms have been compared, before they are timed.
         show: gets a line of progress.
 
     Raises:
@@ -123,6 +125,7 @@ def compare(
             raise DisagreementError(
                 f"{arm.name}: outputs must be within {arm.tolerance} of {names[0]}'s. Found {differences[arm.name]}."
             )
+    compared()
     for arm in arms:
         for _ in range(warmups):
             arm.call()

@@ -9,6 +9,7 @@ faults its buffers in anew at each step, some 4,000 pages of them, and the ratio
 
 import argparse
 from collections.abc import Callable
+from typing import TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,9 @@ from . import measure
 
 MEAN, DEVIATION, LR, MOMENTUM = 0.1307, 0.3081, 0.01, 0.9
 
-Work = tuple[Callable[[], None], Callable[[], models.Params]]
-"""A step, and the update of the parameters that the steps so far have made."""
+T = TypeVar("T")
+Work: TypeAlias = tuple[Callable[[], None], Callable[[], T]]
+"""What is timed, and what it has computed: for a step the update of the parameters that the steps so far have made."""
 
 
 class Net(nn.Module):
@@ -37,7 +39,7 @@ class Net(nn.Module):
         return F.log_softmax(self.fc2(F.relu(self.fc1(x.flatten(1)))), dim=1)
 
 
-def module_arm(params: models.Params, images: Tensor, labels: Tensor, *, compile: bool) -> Work:
+def module_arm(params: models.Params, images: Tensor, labels: Tensor, *, compile: bool) -> Work[models.Params]:
     """A step of `nn.Module` and `torch.optim.SGD`, on images normalised beforehand as a data loader would."""
     net = Net()
     models.load_into(net, params)
@@ -53,7 +55,9 @@ def module_arm(params: models.Params, images: Tensor, labels: Tensor, *, compile
     return call, lambda: {name: p.detach() - params[name] for name, p in net.named_parameters()}
 
 
-def functional_arm(params: models.Params, images: Tensor, labels: Tensor, *, compile: bool, dtype: torch.dtype) -> Work:
+def functional_arm(
+    params: models.Params, images: Tensor, labels: Tensor, *, compile: bool, dtype: torch.dtype
+) -> Work[models.Params]:
     """A step of this library, on images as they are stored."""
     apply = train.in_precision(models.cnn(dropout=(0, 0)).apply, dtype)
 
@@ -88,10 +92,10 @@ def main() -> None:
     images, labels = split.images[: options.batch_size], split.labels[: options.batch_size]
     params = models.cnn().init(random.key(0))
 
-    def module(compile: bool) -> Work:
+    def module(compile: bool) -> Work[models.Params]:
         return module_arm(params, images, labels, compile=compile)
 
-    def functional(compile: bool, dtype: torch.dtype) -> Work:
+    def functional(compile: bool, dtype: torch.dtype) -> Work[models.Params]:
         return functional_arm(params, images, labels, compile=compile, dtype=dtype)
 
     arms = [

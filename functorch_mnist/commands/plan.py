@@ -1,24 +1,20 @@
 """`plan`: how a model's per-sample gradients are taken."""
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from .. import random
+from .. import per_sample, random
 from ..models import Params
 from ..options import Plan, UsageError
+from ..per_sample.plan import Way
 from . import build
 from .faults import refusing
-
-if TYPE_CHECKING:
-    from ..per_sample.plan import Way
 
 
 def plan(options: Plan) -> int:
     """Prints the plan as a table."""
-    from .. import per_sample  # here, for it imports the compiler: 0.8 s, which the other commands save
-
     made = build.classifier(build.Origin(options.training, (0.0, 1.0), 1, 10))  # no pixel changes the plan
 
     def loss_fn(params: Params, image: Tensor, label: Tensor) -> Tensor:
@@ -32,6 +28,6 @@ def plan(options: Plan) -> int:
         if not equals:
             raise UsageError(f"--override must be NAME=WAY. Found {wish!r}.")
         with refusing(ValueError):
-            found = found.override(name, cast("Way", way))
+            found = found.override(name, cast(Way, way))
     print(found)
     return 0

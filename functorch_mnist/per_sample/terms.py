@@ -256,7 +256,10 @@ class Convolution(Term):
                 for axis in range(space):
                     part = self._along(part, axis, offsets[axis])
                 patches.append(part)
-            a = torch.stack(patches, -2).unflatten(-1, (g, -1)).movedim(-2, 1)  # (B, G, N, *positions, K, C / G)
+            if image.shape[-1] == 1:  # positions next to each other in memory, for there are more of them
+                a = torch.stack([patch.squeeze(-1) for patch in patches], 2).movedim(2, -1)[:, None, ..., None]
+            else:
+                a = torch.stack(patches, -2).unflatten(-1, (g, -1)).movedim(-2, 1)  # (B, G, N, *positions, K, C / G)
         cotangent = self.cotangent.movedim(2, -1).unflatten(-1, (g, h)).movedim(-2, 1)
         return Outer(
             a.reshape(b, g, -1, math.prod(self.shape[1:])),
