@@ -294,6 +294,65 @@ def inner_transform():
     return Case(loss_fn, params, (normals(B, 2, 5),), frozenset({"w"}))
 
 
+def stop_gradient(change):
+    """A parameter used as it is and, changed without a gradient, once more."""
+
+    def make():
+        def loss_fn(p, x):
+            y = F.linear(x, p["w"])
+            return (y * change(p["w"], x)).sin().sum()
+
+        return Case(loss_fn, {"w": normals(3, 5, seed=1)}, (normals(B, 5),), frozenset({"w"}))
+
+    return make
+
+
+def without_grad(view):
+    def change(w, x):
+        with torch.no_grad():
+            fixed = view(w)
+        return F.linear(x, fixed)
+
+    return change
+
+
+STOPPED = {
+    "cloned without grad": without_grad(lambda w: w.clone()),
+    "viewed without grad": without_grad(lambda w: w.t().t()),
+    "cast to integers": lambda w, x: w.to(torch.int64).sum(),
+    "cast to bool": lambda w, x: w.to(torch.bool).sum(),
+    "cast to complex": lambda w, x: w.to(torch.complex128).abs().sum(),
+    "seen as another type": lambda w, x: F.linear(x, w.view(D)),
+    "detached": lambda w, x: F.linear(x, w.detach()),
+}
+
+
+def keywords():
+    params = {"a": normals(5, 4, seed=1), "b": normals(3, 4, seed=2), "c": normals(4, seed=3), "d": normals(4, seed=4)}
+
+    def apply(p, x):
+        h = torch.tanh(torch.mm(x[None], mat2=p["a"]))
+        h = F.layer_norm(h, normalized_shape=(4,), weight=p["c"], bias=p["d"])
+        return F.linear(weight=p["b"], input=torch.mv(h.T @ h, vec=p["c"]))
+
+    return of_model(apply, params, normals(B, 5))._replace(dense=frozenset({"c", "d"}))
+
+
+def degenerate_shapes():
+    params = {
+        "scalar": normals(1, seed=1)[0],
+        "none": normals(3, 0),
+        "b": normals(3, seed=2),
+        "one": normals(1, 3, seed=3),
+    }
+
+    def loss_fn(p, x):
+        y = torch.einsum("td,->td", x, p["scalar"]) + F.linear(x[:, :0], p["none"], p["b"])
+        return torch.einsum("td,dh->th", y, p["one"]).sin().sum() + (y * p["scalar"]).sum()
+
+    return Case(loss_fn, params, (normals(B, 2, 3),), frozenset({"scalar", "one"}))
+
+
 class Squared(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -354,9 +413,10 @@ CASES = {
         tutorial_cnn, linear, mlp, sequence_linear, tied_linear_and_embedding, one_linear_used_twice,
         one_convolution_on_two_inputs, one_leaf_at_two_places, views_of_parameters, products, shifts_outside_ops,
         regularised, transformed_first, slices, unused, nested, inner_transform, custom_function,
-        norms_net, frozen_batch_norm, attention,
+        norms_net, frozen_batch_norm, attention, keywords, degenerate_shapes,
     )
 }  # fmt: skip
+CASES |= {name: stop_gradient(change) for name, change in STOPPED.items()}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -593,6 +653,49 @@ def test_a_function_of_the_norms_is_a_clipping_rule():
     assert difference(by_tensor.grads, by_number.grads) <= EXACT
 
 
+def test_a_rule_that_divides_by_zero_norms_leaves_no_trace():
+    case = mlp()
+    mask = torch.tensor([True, False, True, True])
+    rows = dense(case.loss_fn, case.params, case.batch, mask)
+    norms = expected_quantities(case.loss_fn, case.params, case.batch, mask)["norms"]
+    expected = combine(torch.where(mask, 1 / norms, 0), rows)
+    for chunk_size in (None, 3):
+        found = per_sample.clipped_sum(
+            case.loss_fn, case.params, *case.batch, max_norm=lambda n: 1 / n, mask=mask, chunk_size=chunk_size
+        )
+        assert difference(found.grads, expected) <= EXACT
+    weights = torch.tensor([1.0, math.nan, 2.0, 3.0], dtype=D)
+    found = per_sample.weighted_sum(case.loss_fn, case.params, *case.batch, weights=weights, mask=mask)
+    assert difference(found, combine(weights.nan_to_num(0), rows)) <= EXACT
+
+
+def test_the_gradient_of_a_norm_at_zero_is_zero():
+    x = normals(B, 3)
+    found = grad(lambda w: per_sample.norms(lambda w, x: (x @ w).square(), w, x).sum())(torch.zeros(3, dtype=D))
+    assert torch.equal(found, torch.zeros(3, dtype=D))
+
+
+def test_mixed_precision_by_autocast_and_by_casts_works():
+    params = {"w": normals(4, 3, seed=1).float(), "v": normals(2, 4, seed=2).float()}
+    x = normals(B, 2, 3).float()
+
+    def autocast(p, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            h = torch.tanh(F.linear(x, p["w"]))
+            return F.linear(h, p["v"]).float().square().sum()
+
+    rows = dense(autocast, params, (x,))
+    norms = torch.stack([g.flatten(1).square().sum(1) for g in rows.values()]).sum(0).sqrt()
+    assert torch.allclose(per_sample.norms(autocast, params, x), norms, rtol=2e-2)
+
+    def cast(p, x):
+        return F.linear(torch.tanh(F.linear(x.double(), p["w"].double())), p["v"].double()).square().sum()
+
+    direction = tree.map(torch.ones_like, params)
+    expected = sum(g.double().flatten(1).sum(1) for g in dense(cast, params, (x,)).values())
+    assert torch.allclose(per_sample.dot(cast, params, x, direction=direction), expected, rtol=1e-5)
+
+
 def test_clipped_gradients_are_no_longer_than_the_clipping_norm():
     case = tutorial_cnn()
     for row in range(B):
@@ -654,11 +757,31 @@ BAD_CALLS = {
     "weights": (
         lambda f, p, x, y: per_sample.weighted_sum(f, p, x, y, weights=torch.ones(2)),
         ValueError,
-        r"weights must be \(4,\)",
+        r"weights must be a tensor \(4,\)",
     ),
     "max_norm": (lambda f, p, x, y: per_sample.clipped_sum(f, p, x, y, max_norm=-1.0), ValueError, "above 0"),
     "nan": (lambda f, p, x, y: per_sample.clipped_sum(f, p, x, y, max_norm=math.nan), ValueError, "above 0"),
-    "direction": (lambda f, p, x, y: per_sample.dot(f, p, x, y, direction={}), ValueError, "shapes of params"),
+    "direction": (
+        lambda f, p, x, y: per_sample.dot(f, p, x, y, direction=dict(reversed(p.items()))),
+        ValueError,
+        "one structure",
+    ),
+    "direction's shapes": (
+        lambda f, p, x, y: per_sample.dot(f, p, x, y, direction=tree.map(lambda w: w[None], p)),
+        ValueError,
+        "shapes of params",
+    ),
+    "tensor": (
+        lambda f, p, x, y: per_sample.clipped_sum(f, p, x, y, max_norm=torch.ones(B)),
+        ValueError,
+        "must be 0-d",
+    ),
+    "rule": (
+        lambda f, p, x, y: per_sample.clipped_sum(f, p, x, y, max_norm=lambda n: n[:1]),
+        ValueError,
+        "max_norm returns",
+    ),
+    "rows": (lambda f, p, x, y: per_sample.gram(f, p, x), TypeError, "tuple of tensors"),
     "loss": (lambda f, p, x, y: per_sample.norms(lambda p, x, y: x, p, x, y), ValueError, "0-d tensor"),
     "integer": (lambda f, p, x, y: per_sample.norms(f, {"n": torch.ones(2).long()}, x, y), TypeError, "float tensor"),
     "mask_b": (lambda f, p, x, y: per_sample.gram(f, p, (x, y), mask_b=torch.ones(B).bool()), ValueError, "mask_b"),
@@ -715,14 +838,23 @@ def test_a_registered_rule_is_followed():
     assert_exact(loss_fn, params, batch)
 
 
-def test_an_input_that_is_written_to_after_its_op_is_kept_as_it_was():
+def relu_in_place(h):
+    F.relu(h, True)
+
+
+WRITES = {"method": lambda h: h.mul_(0.5), "function": torch.neg_, "option": relu_in_place, "op": torch.ops.aten.relu_}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_an_input_that_is_written_to_after_its_op_is_kept_as_it_was(name):
     params = {"u": normals(5, 5, seed=1)}
 
     def loss_fn(p, x, write):
         h = x * 2
         y = F.linear(h, p["u"])
-        h = h.mul_(0.5) if write else h * 0.5
-        return (y + h).sin().sum()
+        if write:
+            WRITES[name](h)
+        return y.sin().sum()
 
     batch = (normals(B, 5),)
     found = per_sample.norms(lambda p, x: loss_fn(p, x, True), params, *batch)

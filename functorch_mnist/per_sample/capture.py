@@ -51,13 +51,6 @@ _METADATA = {
     Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size, Tensor.__len__, torch.numel,
     torch.is_floating_point, torch.is_complex, torch.is_tensor,
 }  # fmt: skip
-_WRITING = {
-    *(getattr(Tensor, name) for name in dir(Tensor) if name.endswith("_") and not name.endswith("__")),
-    *(getattr(Tensor, f"__i{name}__") for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow")),
-    *(getattr(Tensor, f"__i{name}__") for name in ("and", "or", "xor", "lshift", "rshift")), Tensor.__setitem__,
-    F.relu_, F.leaky_relu_, F.elu_, F.celu_, F.selu_, F.hardtanh_, F.rrelu_, torch.dropout_,
-    torch.alpha_dropout_, torch.feature_dropout_, torch.sigmoid_, torch.tanh_, torch.relu_, torch.exp_, torch.abs_,
-}  # fmt: skip
 _WITH_INPLACE = {
     F.relu, F.relu6, F.leaky_relu, F.elu, F.celu, F.selu, F.silu, F.mish, F.hardtanh, F.hardswish, F.hardsigmoid,
     F.threshold, F.rrelu, F.dropout, F.alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout,
@@ -146,16 +139,22 @@ class _Follower(TorchFunctionMode):
         self.see(func, args, kwargs)
         if not found or func in _METADATA:
             return func(*args, **kwargs)
-        viewing = func in _CASTING or func in _RESHAPING or func in _PERMUTING
-        if viewing and len(found) == 1 and args and found[0].tensor is args[0] and _level() == self.level:
+        if len(found) == 1 and args and found[0].tensor is args[0] and self.follows(func, args, kwargs):
             return self.follow(found[0], func, args, kwargs)
         return self.use(func, args, kwargs, found)
+
+    def follows(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Whether an op's result is the parameter in another form, through which its gradient passes as it is."""
+        if not torch.is_grad_enabled() or _level() != self.level:
+            return False
+        types = [value for value in _flat((args, kwargs)) if isinstance(value, torch.dtype)]
+        if func in _CASTING:
+            return all([dtype.is_floating_point for dtype in types])
+        return (func in _RESHAPING or func in _PERMUTING) and len(types) == 0  # x.view(dtype) passes no gradient
 
     def follow(self, known: Known, func: Any, args: Any, kwargs: Any) -> Any:
         """Runs a cast or a view of a parameter, whose result then stands for it too."""
         out = func(*args, **kwargs)
-        if not out.is_floating_point():
-            return out  # no gradient passes
         real = out if known.real is known.tensor else func(known.real, *args[1:], **kwargs)
         before = tuple(known.tensor.shape)
         views = known.views
@@ -193,7 +192,7 @@ class _Surveyor(_Follower):
 
     def use(self, func: Any, args: Any, kwargs: Any, found: list[Known]) -> Any:
         out = func(*args, **kwargs)
-        rule = rules.find(func)
+        rule = rules.find(func) if isinstance(out, Tensor) else None
         claimed: list[int] = []
         factored: list[int] = []
         for entry in rule(*args, **kwargs) if rule is not None else ():
@@ -246,8 +245,10 @@ class _Tapper(_Follower):
 
     def real(self, value: Any) -> Any:
         """The arguments with parameters in their stand-ins' places."""
-        if isinstance(value, (list, tuple)):
-            return type(value)([self.real(v) for v in value])
+        if isinstance(value, list):
+            return [self.real(v) for v in value]
+        if isinstance(value, tuple):
+            return tuple([self.real(v) for v in value])
         known = self.find(value)
         return value if known is None else known.real
 
@@ -265,7 +266,7 @@ def survey(loss_fn: LossFn, params: Tree, batch: Sequence[Tensor]) -> Survey:
 
     def run(*example: Tensor) -> Tensor:
         known = [Known(leaf, i, (), leaf) for i, leaf in enumerate(leaves)]
-        with _Surveyor(known, _level(), found):
+        with torch.enable_grad(), _Surveyor(known, _level(), found):
             loss = loss_fn(tree.unflatten(params, leaves), *example)
         _check_loss(loss)
         return loss
@@ -362,9 +363,15 @@ def _name(func: Any) -> str:
 
 
 def _writes(func: Any, args: Any, kwargs: Any) -> bool:
-    if func in _WRITING or kwargs.get("out") is not None or kwargs.get("inplace") is True:
+    """Whether an op may write to a tensor in place; to the compiler, which removes needless copies, every op may."""
+    if torch.compiler.is_dynamo_compiling():
         return True
-    return func in _WITH_INPLACE and any(value is True for value in args)
+    name = _name(func).split(".")[0]
+    if name == "__setitem__" or (name.startswith("__i") and name.endswith("__")):
+        return True
+    if (name.endswith("_") and not name.endswith("__")) or kwargs.get("out") is not None:
+        return True
+    return kwargs.get("inplace") is True or (func in _WITH_INPLACE and any(value is True for value in args))
 
 
 def _flat(value: Any) -> list[Any]:

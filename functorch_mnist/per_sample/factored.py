@@ -46,11 +46,11 @@ class Factored:
     def norms(self) -> Tensor:
         """|∇_i|: (B,)."""
         squares = [term.square_norms() for term in self.terms]
-        return torch.stack(squares).sum(0).sqrt() if squares else torch.zeros_like(self.losses)
+        return _root(torch.stack(squares).sum(0)) if squares else torch.zeros_like(self.losses)
 
     def leaf_norms(self) -> Tree:
         """The norm of each parameter's part of ∇_i: a tree with leaves (B,)."""
-        return tree.unflatten(self.params, [term.square_norms().sqrt() for term in self.terms])
+        return tree.unflatten(self.params, [_root(term.square_norms()) for term in self.terms])
 
     def weighted_sum(self, weights: Tensor) -> Tree:
         """Σ_i c_i ∇_i, for weights c (B,): a tree like `params`."""
@@ -107,6 +107,12 @@ def factored(
     losses, terms = factor(loss_fn, params, batch, found, strategies(params, found, plan))
     result = Factored(losses, terms, params)
     return result if mask is None else result.masked(mask)
+
+
+def _root(squares: Tensor) -> Tensor:
+    """The square root, whose gradient at zero is that of a norm: zero."""
+    positive = squares > 0
+    return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), squares)
 
 
 def _check_params(params: Tree) -> None:

@@ -139,7 +139,9 @@ def weighted_sum(
         >>> weighted_sum(lambda w, x: w * x, torch.tensor(0.0), torch.tensor([1.0, 3.0]), weights=weights)
         tensor(7.)
     """
+    batches.check("per_sample.weighted_sum", batch, mask)
     _check_rows("weighted_sum", "weights", weights, batch)
+    weights = weights if mask is None else masked(weights, mask)
     parts = _factored("weighted_sum", loss_fn, params, batch, mask, chunk_size, plan)
     return _total([part.weighted_sum(chunk.padded(weights)) for chunk, part in parts])
 
@@ -156,13 +158,13 @@ def clipped_sum(
     """Σ_i s_i ∇_i with `s_i = min(1, max_norm / |∇_i|)`, by one backward pass.
 
     Args:
-        max_norm: the largest norm that an example keeps, above 0: a number or a 0-d tensor. Or another rule: a function
-            of all norms (B,), zero where masked, to the factors s (B,).
+        max_norm: the largest norm that an example keeps, above 0: a number, or a 0-d tensor, whose value is not
+            checked. Or another rule: a function of all norms (B,), zero where masked, to the factors s (B,).
 
     Raises:
-        ValueError: `max_norm` is a number not above 0.
+        ValueError: `max_norm` is a number not above 0, a tensor with axes, or a function that does not return (B,).
 
-    Guarantees: an example whose norm is inf or NaN adds exactly zero and is counted.
+    Guarantees: an example whose norm is inf or NaN adds exactly zero and is counted; one whose norm is zero adds zero.
 
     Cost: with a function and a `chunk_size` smaller than B there are two backward passes, for it needs all norms.
 
@@ -173,25 +175,29 @@ def clipped_sum(
     Reference: Abadi et al., "Deep learning with differential privacy", CCS 2016, algorithm 1; in one pass, Bu et al.,
         "Differentially private optimization on large model at small cost", ICML 2023.
     """
+    batches.check("per_sample.clipped_sum", batch, mask)
     if isinstance(max_norm, (int, float)) and not max_norm > 0:
         raise ValueError(f"clipped_sum: max_norm must be above 0. Found {max_norm}.")
-    arguments = (loss_fn, params, batch, mask, chunk_size, plan)
+    if isinstance(max_norm, Tensor) and max_norm.dim() > 0:
+        raise ValueError(f"clipped_sum: a tensor max_norm must be 0-d. Found {tuple(max_norm.shape)}.")
     known: Tensor | None = None
     if callable(max_norm) and chunk_size is not None and chunk_size < len(batch[0]):
         known = max_norm(norms(loss_fn, params, *batch, mask=mask, chunk_size=chunk_size, plan=plan))
+        _check_rows("clipped_sum", "what max_norm returns", known, batch)
     sums, columns, counts = [], [], []
-    for chunk, part in _factored("clipped_sum", *arguments):
+    for chunk, part in _factored("clipped_sum", loss_fn, params, batch, mask, chunk_size, plan):
         part = part.built()
         sizes = part.norms()
-        finite = sizes.isfinite()
         if known is not None:
             factors = chunk.padded(known)
         elif callable(max_norm):
             factors = max_norm(chunk.unpadded(sizes))
-            factors = _Chunk(chunk.batch, None, slice(0, len(factors))).padded(factors)
+            _check_rows("clipped_sum", "what max_norm returns", factors, batch)
+            factors = torch.cat([factors, factors.new_zeros(len(sizes) - len(factors))])
         else:
             factors = (max_norm / sizes).clamp(max=1)
-        sums.append(part.masked(finite).weighted_sum(torch.where(finite, factors, torch.zeros_like(factors))))
+        finite = sizes.isfinite()
+        sums.append(part.masked(finite).weighted_sum(masked(factors, finite & (sizes > 0))))
         columns.append((chunk.unpadded(sizes), chunk.unpadded(part.losses)))
         counts.append((~finite).sum())
     all_norms, all_losses = (torch.cat(column) for column in zip(*columns, strict=True))
@@ -213,6 +219,7 @@ def dot(
         >>> dot(lambda w, x: w * x, torch.tensor(0.0), torch.tensor([1.0, 3.0]), direction=torch.tensor(2.0))
         tensor([2., 6.])
     """
+    direction = tree.map(lambda _, v: v, params, direction)  # refuses another structure
     shapes, found = ([tuple(leaf.shape) for leaf in tree.leaves(t)] for t in (params, direction))
     if shapes != found:
         raise ValueError(f"dot: direction must have the shapes of params, {shapes}. Found {found}.")
@@ -244,6 +251,8 @@ def gram(
         tensor([[5., 2.],
                 [2., 1.]])
     """
+    if isinstance(batch_a, Tensor) or isinstance(batch_b, Tensor):
+        raise TypeError("gram: a batch must be a tuple of tensors, such as (x, y). Found a tensor.")
     if batch_b is None and mask_b is not None:
         raise ValueError("gram: mask_b belongs to batch_b. Found no batch_b.")
     other, other_mask = (batch_a, mask) if batch_b is None else (batch_b, mask_b)
@@ -342,5 +351,6 @@ def _sum(values: tuple[Tensor, ...]) -> Tensor:
 
 
 def _check_rows(where: str, name: str, values: Tensor, batch: tuple[Tensor, ...]) -> None:
-    if values.shape != batch[0].shape[:1]:
-        raise ValueError(f"{where}: {name} must be ({len(batch[0])},). Found {tuple(values.shape)}.")
+    if not isinstance(values, Tensor) or values.shape != batch[0].shape[:1]:
+        found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"{where}: {name} must be a tensor ({len(batch[0])},). Found {found}.")

@@ -113,7 +113,8 @@ class MatrixForm:
 
     def term(self, saved: Any, cotangent: Tensor, strategy: Strategy) -> Outer:
         groups, outputs, _ = self.layout.sizes
-        g = cotangent.permute(0, *(axis + 1 for axis in self.order))
+        saved = saved.to(cotangent.dtype)  # autocast runs the op in another precision than its input's
+        g = cotangent.permute(0, *[axis + 1 for axis in self.order])
         return Outer(saved, g.reshape(len(saved), groups, saved.shape[2], outputs), self.layout, strategy)
 
 
@@ -138,6 +139,7 @@ class ConvolutionForm:
         return _matrix_costs(sizes, patches=sizes.groups * sizes.positions * sizes.inputs)
 
     def term(self, saved: Any, cotangent: Tensor, strategy: Strategy) -> Convolution:
+        saved = saved.to(cotangent.dtype)
         cotangent = cotangent.reshape(*saved.shape[:2], *cotangent.shape[-len(self.stride) - 1 :])
         image, cotangent = (cotangent, saved) if self.swapped else (saved, cotangent)
         padding = self.padding
@@ -222,7 +224,7 @@ def matrix(parameter: Tensor, inputs: Tensor) -> Entry:
         inputs: (*positions, D), of one example of an op whose output is (*positions, H).
     """
     form = layout(tuple(parameter.shape))
-    return Entry(parameter, MatrixForm(form, tuple(range(inputs.dim()))), inputs.reshape(1, -1, form.sizes[2]))
+    return Entry(parameter, MatrixForm(form, tuple(range(inputs.dim()))), _rows(inputs))
 
 
 @rule(F.linear)
@@ -333,18 +335,32 @@ def embedding(
     return [Entry(weight, LookupForm(tuple(weight.shape), padding_idx), input.reshape(-1))]
 
 
-@rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.mv, Tensor.mv)
+@rule(torch.matmul, Tensor.matmul, Tensor.__matmul__)
 def matmul(input: Tensor, other: Tensor) -> list[Entry]:
     """`y = x W` and `y = W x`, with W of two axes."""
+    return _product(input, other)
+
+
+@rule(torch.mm, Tensor.mm)
+def mm(input: Tensor, mat2: Tensor) -> list[Entry]:
+    """`y = x W` and `y = W x`."""
+    return _product(input, mat2)
+
+
+@rule(torch.mv, Tensor.mv)
+def mv(input: Tensor, vec: Tensor) -> list[Entry]:
+    """`y = W x`."""
+    return _product(input, vec)
+
+
+def _product(left: Tensor, right: Tensor) -> list[Entry]:
     entries = []
-    if other.dim() == 2:
-        form = MatrixForm(layout(tuple(other.shape), outputs=(1,)), tuple(range(input.dim())))
-        entries.append(Entry(other, form, input.reshape(1, -1, len(other))))
-    if input.dim() == 2 and other.dim() <= 2:
-        columns = other if other.dim() == 1 else other.T
-        order = (0,) if other.dim() == 1 else (1, 0)
-        form = MatrixForm(layout(tuple(input.shape)), order)
-        entries.append(Entry(input, form, columns.reshape(1, -1, input.shape[1])))
+    if right.dim() == 2:
+        form = MatrixForm(layout(tuple(right.shape), outputs=(1,)), tuple(range(left.dim())))
+        entries.append(Entry(right, form, _rows(left)))
+    if left.dim() == 2 and right.dim() <= 2:
+        columns, order = (right, (0,)) if right.dim() == 1 else (right.T, (1, 0))
+        entries.append(Entry(left, MatrixForm(layout(tuple(left.shape)), order), _rows(columns)))
     return entries
 
 
@@ -370,20 +386,23 @@ def _contraction(x_axes: str, w_axes: str, y_axes: str, x: Tensor, w: Tensor) ->
     outputs = [c for c in w_axes if c not in x_axes and c in y_axes]
     inputs = [c for c in w_axes if c in x_axes and c not in y_axes]
     positions = [c for c in x_axes if c not in w_axes and c in y_axes]
-    plain = all(len(set(axes)) == len(axes) for axes in (x_axes, w_axes, y_axes))
+    plain = all([len(set(axes)) == len(axes) for axes in (x_axes, w_axes, y_axes)])
+    sizes = [(x.shape[x_axes.index(c)], w.shape[w_axes.index(c)]) for c in w_axes if c in x_axes]
+    plain = plain and len(w_axes) > 0 and all([a == b for a, b in sizes])  # an axis of 1 may be broadcast
     if not plain or len(groups + outputs + inputs) != len(w_axes) or len(groups + inputs + positions) != len(x_axes):
         return []
     at = [tuple(w_axes.index(c) for c in names) for names in (groups, outputs, inputs)]
     form = layout(tuple(w.shape), groups=at[0], outputs=at[1], inputs=at[2])
     a = x.permute([x_axes.index(c) for c in groups + positions + inputs])
     order = tuple(y_axes.index(c) for c in groups + positions + outputs)
-    return [Entry(w, MatrixForm(form, order), a.reshape(form.sizes[0], -1, form.sizes[2]))]
+    count = math.prod([x.shape[x_axes.index(c)] for c in positions])
+    return [Entry(w, MatrixForm(form, order), a.reshape(form.sizes[0], count, form.sizes[2]))]
 
 
 @rule(F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm, F.group_norm, torch.group_norm)
-def norm(input: Tensor, _: Any, *parameters: Any, **named: Any) -> list[Entry]:  # noqa: ARG001
+def norm(*arguments: Any, **named: Any) -> list[Entry]:
     """A normalisation's scale and shift: elementwise."""
-    return [Entry(p) for p in (*parameters, *named.values()) if isinstance(p, Tensor)]
+    return [Entry(p) for p in (*arguments[1:], *named.values()) if isinstance(p, Tensor)]
 
 
 @rule(F.instance_norm)
@@ -427,11 +446,16 @@ def batch_norm(
 
 
 @rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
-def add(input: Any, other: Any, *, alpha: float = 1, **_: Any) -> list[Entry]:
+def add(input: Any, other: Any, *more: Any, alpha: float = 1, **_: Any) -> list[Entry]:
     """A shift outside an op: `y = x + b`."""
-    if alpha != 1 or (isinstance(input, Tensor) and isinstance(other, Tensor) and input.dtype != other.dtype):
+    if more or alpha != 1 or (isinstance(input, Tensor) and isinstance(other, Tensor) and input.dtype != other.dtype):
         return []
     return [shift(x) for x in (input, other) if isinstance(x, Tensor)]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(*positions, D) as (1, T, D)."""
+    return x.reshape(1, math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _each(value: int | Sequence[int], space: int) -> tuple[int, ...]:

@@ -131,7 +131,8 @@ class Outer(Term):
         return self.layout.parameter(_product(self.g * weights.to(self.g.dtype)[:, None, None, None], self.a))
 
     def dot(self, direction: Tensor) -> Tensor:
-        outputs = tree.wide(self.a) @ self.layout.matrices(tree.wide(direction)).transpose(-2, -1)
+        a, direction = _common(self.a, direction)
+        outputs = a @ self.layout.matrices(direction).transpose(-2, -1)
         return (outputs * self.g).sum((1, 2, 3))
 
     def square_norms(self) -> Tensor:
@@ -145,12 +146,11 @@ class Outer(Term):
     def gram(self, other: Term) -> Tensor:
         if not isinstance(other, Outer):
             return super().gram(other)
-        pairs = self.a[..., 0].numel() * other.a[0, :, :, 0].numel() // self.a.shape[1]
-        if pairs * len(other.a) > (len(self.a) + len(other.a)) * math.prod(self.layout.shape):
-            return super().gram(other)
+        (b, groups, t), (other_b, other_t) = self.a.shape[:3], (other.a.shape[0], other.a.shape[2])
+        if groups * b * t * other_b * other_t > (b + other_b) * math.prod(self.layout.shape):
+            return super().gram(other)  # the gradients are smaller than the products of all pairs of positions
         products = _pairs(self.a, other.a) * _pairs(self.g, other.g)  # (G, B T, B' T')
-        shape = (len(products), len(self.a), self.a.shape[2], len(other.a), other.a.shape[2])
-        return products.view(shape).sum((0, 2, 4))
+        return products.view(groups, b, t, other_b, other_t).sum((0, 2, 4))
 
     def second_moment(self) -> Tensor:
         if self.a.shape[2] > 1:
@@ -223,9 +223,8 @@ class Convolution(Term):
     def dot(self, direction: Tensor) -> Tensor:
         image, cotangent = self.image.flatten(0, 1), self.cotangent
         convolution = _CONVOLUTIONS[len(self.stride)]
-        outputs = convolution(
-            tree.wide(image), tree.wide(direction), None, self.stride, self.padding, self.dilation, self.groups
-        )
+        image, direction = _common(image, direction)
+        outputs = convolution(image, direction, None, self.stride, self.padding, self.dilation, self.groups)
         return _row_sums(outputs.view(cotangent.shape) * cotangent)
 
     def square_norms(self) -> Tensor:
@@ -435,6 +434,12 @@ def _row_sums(x: Tensor, lead: int = 1) -> Tensor:
 def _combine(weights: Tensor, values: Tensor) -> Tensor:
     """Σ_i c_i values_i."""
     return (values * weights.to(values.dtype).view(-1, *[1] * (values.dim() - 1))).sum(0)
+
+
+def _common(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in one precision, float32 or wider."""
+    dtype = torch.promote_types(tree.wide(a).dtype, b.dtype)
+    return a.to(dtype), b.to(dtype)
 
 
 def _merged(x: Tensor) -> Tensor:
