@@ -28,6 +28,8 @@ from . import measure, peers
 from .step import DEVIATION, LR, MEAN, MOMENTUM, Net, Work, functional_arm, module_arm, relative_difference
 
 MAX_NORM, NOISE = 1.0, 0.5
+CHUNK = 256
+"""How many examples a clipped step takes at a time, at most."""
 
 
 class Deviation:
@@ -57,15 +59,12 @@ def clipped_arm(
     *,
     compile: bool,
     dtype: torch.dtype,
-    chunk_size: int | None = None,
 ) -> Work[models.Params]:
     """A step of this library: clipped sum, keyed noise, SGD with momentum."""
     loss_fn, optimizer = loss_of(dtype), optim.sgd(LR, momentum=MOMENTUM)
 
     def step(state: train.State, images: Tensor, labels: Tensor, deviation: Tensor) -> train.State:
-        clipped = per_sample.clipped_sum(
-            loss_fn, state.params, images, labels, max_norm=MAX_NORM, chunk_size=chunk_size
-        )
+        clipped = per_sample.clipped_sum(loss_fn, state.params, images, labels, max_norm=MAX_NORM, chunk_size=CHUNK)
         keys = random.split(random.fold_in(state.key, state.step), len(params)).unbind()
         draws = [random.box_muller(key, g.shape) for key, g in zip(keys, tree.leaves(clipped.grads), strict=True)]
         noises = tree.unflatten(clipped.grads, draws)
@@ -90,7 +89,7 @@ def norms_arm(
     loss_fn = loss_of(dtype)
 
     def norms(params: models.Params, images: Tensor, labels: Tensor) -> Tensor:
-        return per_sample.norms(loss_fn, params, images, labels)
+        return per_sample.norms(loss_fn, params, images, labels, chunk_size=CHUNK)
 
     run = train.compiled(norms) if compile else norms
     found: list[Tensor] = []
@@ -219,17 +218,18 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--no-peers", action="store_true", help="leave out Opacus, BackPACK and JAX")
+    parser.add_argument("--default-allocator", action="store_true", help="let the C library give freed memory back")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
         print(json.dumps(peak_memory(options.memory_of, options.batch_size)))
         return
     memory = {name: _in_own_process(name, options.batch_size) for name in MEMORY_ARMS}
-    kept, noise = allocator.keep_freed_memory(), Deviation()
+    kept, noise = not options.default_allocator and allocator.keep_freed_memory(), Deviation()
     arms, missing = arms_of(options.batch_size, noise, with_peers=not options.no_peers)
     settings = {
         "batch_size": options.batch_size, "model": "cnn without dropout", "keep_freed_memory": kept,
-        "max_norm": MAX_NORM, "noise": NOISE, "peak_extra_memory_bytes": memory, "not_installed": missing,
+        "max_norm": MAX_NORM, "noise": NOISE, "chunk_size": CHUNK, "peak_extra_memory_bytes": memory, "not_installed": missing,
     }  # fmt: skip
 
     def turn_on_noise() -> None:

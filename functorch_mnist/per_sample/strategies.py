@@ -2,8 +2,9 @@
 
 Of G matrices (H, D) at T positions, per example: building the gradient takes 2 G T H D operations and G H D numbers;
 the Gram matrices take 2 G T² (D + H) operations and 2 G T² numbers; at one position neither is needed. Fewer operations
-mean less time, so the cheaper one is taken, unless what it stores outgrows the factors themselves, T (D + H): then it
-would set the peak of memory, and the smaller one is taken.
+mean less time (as measured on a CPU, `benchmarks/results/strategies-2-cores.json`: the two take equal times where they
+take equal operations), so the cheaper one is taken, unless what it stores outgrows the factors themselves, T (D + H):
+then it would set the peak of memory, and the smaller one is taken.
 """
 
 from __future__ import annotations
@@ -13,9 +14,6 @@ from typing import NamedTuple
 from .capture import Use
 from .rules import Cost, MatrixForm, Sizes
 from .terms import Strategy
-
-GRAM_SLOWDOWN = 1.0
-"""How much longer an operation of the Gram matrices takes than one of building, as measured."""
 
 
 class Choice(NamedTuple):
@@ -62,7 +60,7 @@ def _cheapest(sizes: Sizes, costs: dict[Strategy, Cost]) -> Choice:
     if "outer product" in costs:
         return Choice("outer product", sizes, costs, "one position: |a|² |g|²")
     gram, build = costs["gram"], costs["build"]
-    gram_first = gram.arithmetic * GRAM_SLOWDOWN <= build.arithmetic
+    gram_first = gram.arithmetic <= build.arithmetic
     fast: Strategy = "gram" if gram_first else "build"
     slow: Strategy = "build" if gram_first else "gram"
     factors = sizes.groups * sizes.positions * (sizes.inputs + sizes.outputs)
