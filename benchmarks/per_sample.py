@@ -28,7 +28,7 @@ from . import measure, peers
 from .step import DEVIATION, LR, MEAN, MOMENTUM, Net, Work, functional_arm, module_arm, relative_difference
 
 MAX_NORM, NOISE = 1.0, 0.5
-CHUNK = 256
+CHUNK = 128
 """How many examples a clipped step takes at a time, at most."""
 
 
@@ -229,7 +229,8 @@ def main() -> None:
     arms, missing = arms_of(options.batch_size, noise, with_peers=not options.no_peers)
     settings = {
         "batch_size": options.batch_size, "model": "cnn without dropout", "keep_freed_memory": kept,
-        "max_norm": MAX_NORM, "noise": NOISE, "chunk_size": CHUNK, "peak_extra_memory_bytes": memory, "not_installed": missing,
+        "max_norm": MAX_NORM, "noise": NOISE, "chunk_size": CHUNK,
+        "peak_extra_memory_bytes": memory, "not_installed": missing,
     }  # fmt: skip
 
     def turn_on_noise() -> None:
