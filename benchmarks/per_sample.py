@@ -28,7 +28,7 @@ from . import measure, peers
 from .step import DEVIATION, LR, MEAN, MOMENTUM, Net, Work, functional_arm, module_arm, relative_difference
 
 MAX_NORM, NOISE = 1.0, 0.5
-CHUNK = 128
+CHUNK = 256
 """How many examples a clipped step takes at a time, at most."""
 
 

@@ -71,13 +71,24 @@ class Use(NamedTuple):
     """Whether its op scales or shifts by it: its sample gradient is then no larger than the cotangent."""
 
 
+class Call(NamedTuple):
+    """One op with a rule."""
+
+    shape: tuple[int, ...]
+    """Of its output, as are:"""
+    dtype: torch.dtype
+    device: torch.device
+    leaves: list[int]
+    """The parameters that enter it."""
+
+
 class Survey(NamedTuple):
     """What a loss does with its parameters."""
 
     uses: list[list[Use]]
     """Of each leaf."""
-    calls: list[tuple[tuple[int, ...], torch.dtype, list[int]]]
-    """Of each op with a rule that parameters entered: the output's shape and dtype, and the leaves."""
+    calls: list[Call]
+    """The ops that factored uses of parameters enter, in order."""
     writes: list[str]
     """The names of functions that write to tensors."""
 
@@ -214,7 +225,7 @@ class _Surveyor(_Follower):
                 reason = "no rule for this op" if rule is None else "used in a way its op's rule does not cover"
                 self.survey.uses[known.leaf].append(Use(_name(func), None, reason))
         if factored:
-            self.survey.calls.append((tuple(out.shape), out.dtype, factored))
+            self.survey.calls.append(Call(tuple(out.shape), out.dtype, out.device, factored))
         return out
 
 
@@ -294,9 +305,8 @@ def factor(
     dense = [i for i, strategy in enumerate(strategies) if strategy is None]
     real = {i: _alias(leaves[i]) for i in factored}
     stand_ins = {i: torch.full_like(leaves[i], torch.nan) for i in factored}
-    calls = [(shape, dtype) for shape, dtype, entered in found.calls if any(leaf in factored for leaf in entered)]
-    device = leaves[0].device if leaves else None
-    taps = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in calls]
+    calls = [call for call in found.calls if any([leaf in factored for leaf in call.leaves])]
+    taps = [torch.zeros(call.shape, dtype=call.dtype, device=call.device) for call in calls]
     factors: list[Saved] = []
 
     def run(differentiated: Differentiated, *example: Tensor) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:

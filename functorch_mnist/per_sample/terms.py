@@ -164,6 +164,8 @@ class Outer(Term):
 
 _FEW_INPUTS = 32
 """Up to so many inputs per position (kernel times channels), products were faster than a grouped convolution."""
+_AT_ONCE = 128
+"""Examples in one grouped convolution: it needs copies of its factors, channels first."""
 
 
 @tree.register
@@ -190,16 +192,21 @@ class Convolution(Term):
         inputs = math.prod(self.shape[1:])
         if self.image.device.type != "cpu" or self.image.dtype == torch.bfloat16 or inputs <= _FEW_INPUTS:
             return self.outer().grads()
-        # The examples as groups of one convolution: as fast as the ordinary weight gradient, given channels first. It
-        # is one in three dimensions, for the compiler would store what goes into one in two dimensions channels last.
-        b, n = self.image.shape[:2]
+        parts = zip(self.image.split(_AT_ONCE), self.cotangent.split(_AT_ONCE), strict=True)
+        grads = [self._grads_by_groups(image, cotangent) for image, cotangent in parts]
+        return grads[0] if len(grads) == 1 else torch.cat(grads)
+
+    def _grads_by_groups(self, image: Tensor, cotangent: Tensor) -> Tensor:
+        """The examples as groups of one convolution: as fast as the ordinary weight gradient, given channels first.
+
+        It is one in three dimensions, for the compiler would store what enters one in two dimensions channels last.
+        """
+        b, n = image.shape[:2]
         flat = (1,) * (3 - len(self.stride))
-        factors = (self.image, self.cotangent)
-        image, cotangent = (x.transpose(0, 1).reshape(n, b * x.shape[2], *flat, *x.shape[3:]) for x in factors)
         grads: Tensor = conv3d_weight(
-            image,
+            image.transpose(0, 1).reshape(n, b * image.shape[2], *flat, *image.shape[3:]),
             (b * self.shape[0], self.shape[1], *flat, *self.shape[2:]),
-            cotangent,
+            cotangent.transpose(0, 1).reshape(n, b * cotangent.shape[2], *flat, *cotangent.shape[3:]),
             flat + self.stride,
             (0,) * len(flat) + self.padding,
             flat + self.dilation,
