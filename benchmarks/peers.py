@@ -8,8 +8,10 @@ deviation `noise()` and divide by B. The harness first compares them with no noi
 import os
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -79,8 +81,8 @@ def backpack(params: models.Params, x: Tensor, labels: Tensor) -> Work[Tensor]:
 def jax(params: models.Params, x: Tensor, labels: Tensor, max_norm: float, noise: Noise) -> Work[models.Params]:
     """A step of JAX: `jit(vmap(grad))`, clip, sum, noise, SGD with momentum."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    import jax as j
-    import jax.numpy as jnp
+    j: Any = import_module("jax")
+    jnp: Any = import_module("jax.numpy")
 
     start = {name: jnp.asarray(p.numpy()) for name, p in params.items()}
     images, targets = jnp.asarray(x.numpy()), jnp.asarray(labels.numpy())
@@ -95,8 +97,7 @@ def jax(params: models.Params, x: Tensor, labels: Tensor, max_norm: float, noise
         x = j.nn.relu(p["fc1.weight"] @ x + p["fc1.bias"])
         return -j.nn.log_softmax(p["fc2.weight"] @ x + p["fc2.bias"])[y]
 
-    @j.jit
-    def step(p: Any, velocity: Any, key: Any, deviation: Any) -> Any:
+    def one_step(p: Any, velocity: Any, key: Any, deviation: Any) -> Any:
         rows = j.vmap(j.grad(loss_fn), in_axes=(None, 0, 0))(p, images, targets)
         norms = jnp.sqrt(sum(jnp.sum(g.reshape(len(g), -1) ** 2, 1) for g in rows.values()))
         factors = jnp.minimum(1, max_norm / norms)
@@ -106,16 +107,13 @@ def jax(params: models.Params, x: Tensor, labels: Tensor, max_norm: float, noise
         velocity = {n: MOMENTUM * velocity[n] + total[n] / len(images) for n in total}
         return {n: p[n] - LR * velocity[n] for n in total}, velocity
 
+    step: Any = j.jit(one_step)
     state: list[Any] = [start, {name: jnp.zeros_like(p) for name, p in start.items()}]
 
     def call() -> None:
-        state[:] = j.block_until_ready(  # type: ignore[no-untyped-call]
-            step(*state, j.random.key(0), jnp.float32(noise()))
-        )
+        state[:] = j.block_until_ready(step(*state, j.random.key(0), jnp.float32(noise())))
 
     def update() -> models.Params:
-        import numpy as np
-
         return {name: torch.from_numpy(np.array(state[0][name] - start[name])) for name in params}
 
     return call, update
