@@ -10,7 +10,7 @@ its backward pass is that of an ordinary batch, in the memory format of the forw
 parameters it is `vmap(grad(loss))`, for a product with a matrix for each example costs more.
 
 Parameters are known by identity. In the pass the loss gets stand-ins for the factored ones, filled with NaN, and an op
-with a rule is called with the parameter in its stand-in's place: a use that went unseen gives NaN, not a wrong number.
+with a rule is called with the parameter in its stand-in's place: a use that nobody saw makes the loss NaN.
 """
 
 from __future__ import annotations
