@@ -30,8 +30,14 @@ def check(where: str, batch: Sequence[Tensor], mask: Tensor | None) -> int:
     return count
 
 
+def masked(rows: Tensor, mask: Tensor) -> Tensor:
+    """(B, …) with exact zeros where the mask (B,) is `False`: a NaN there would outlive a multiplication by zero."""
+    zero = torch.zeros((), dtype=rows.dtype, device=rows.device)
+    return torch.where(mask.view(-1, *[1] * (rows.dim() - 1)), rows, zero)
+
+
 def blanked(batch: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, ...]:
-    """The batch with zeros in its masked rows: a NaN there would outlive a multiplication by zero.
+    """The batch with zeros in its masked rows.
 
     Args:
         batch: tensors (B, …).
@@ -43,4 +49,4 @@ def blanked(batch: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, ...]:
     """
     if mask is None:
         return tuple(batch)
-    return tuple(torch.where(mask.view(-1, *[1] * (rows.dim() - 1)), rows, torch.zeros_like(rows)) for rows in batch)
+    return tuple([masked(rows, mask) for rows in batch])

@@ -92,10 +92,6 @@ class Survey(NamedTuple):
     writes: list[str]
     """The names of functions that write to tensors."""
 
-    def factored(self, leaf: int) -> bool:
-        """Whether every use of a leaf has a form, and there is one."""
-        return len(self.uses[leaf]) > 0 and all([use.form is not None for use in self.uses[leaf]])
-
     def elementwise(self, leaf: int) -> bool:
         """Whether every use of a leaf scales or shifts by it, and there is one."""
         return len(self.uses[leaf]) > 0 and all([use.elementwise for use in self.uses[leaf]])
@@ -301,7 +297,7 @@ def factor(
         strategies: of each leaf; none for one that is differentiated densely.
     """
     leaves = tree.leaves(params)
-    factored = [i for i, strategy in enumerate(strategies) if strategy is not None]
+    factored = {i: strategy for i, strategy in enumerate(strategies) if strategy is not None}
     dense = [i for i, strategy in enumerate(strategies) if strategy is None]
     real = {i: _alias(leaves[i]) for i in factored}
     stand_ins = {i: torch.full_like(leaves[i], torch.nan) for i in factored}
@@ -333,11 +329,8 @@ def factor(
         terms[i].append(Dense(values))
     kept = iter(saved)
     for factor in factors:
-        strategy = strategies[factor.leaf]
-        if strategy is None:
-            continue
         a = None if factor.a is None else next(kept)
-        term: Term = factor.form.term(a, cotangents[factor.tap], strategy)
+        term: Term = factor.form.term(a, cotangents[factor.tap], factored[factor.leaf])
         for view in reversed(factor.views):
             term = Viewed(term, view)
         terms[factor.leaf].append(term)

@@ -17,7 +17,7 @@ All take `loss_fn(params, *example) -> ()`, a pure function of one example; `par
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,11 +26,12 @@ from torch.func import grad, vmap
 
 from .. import batch as batches
 from .. import tree
+from ..batch import masked
 from ..tree import Tree
 from .capture import LossFn
 from .factored import Factored, factored
 from .plan import Plan
-from .terms import Kronecker, masked
+from .terms import Kronecker
 
 
 class ClippedSum(NamedTuple):
@@ -77,7 +78,7 @@ def grads(
     sample_grads = vmap(grad(loss_fn), in_dims=(None, *[0] * len(batch)))
     parts = []
     for chunk in _chunks("grads", batch, mask, chunk_size):
-        leaves = tree.leaves(sample_grads(params, *chunk.batch))
+        leaves = tree.leaves(sample_grads(params, *batches.blanked(chunk.batch, chunk.mask)))
         if chunk.mask is not None:
             leaves = [masked(leaf, chunk.mask) for leaf in leaves]
         parts.append([chunk.unpadded(leaf) for leaf in leaves])
@@ -143,7 +144,7 @@ def weighted_sum(
     _check_rows("weighted_sum", "weights", weights, batch)
     weights = weights if mask is None else masked(weights, mask)
     parts = _factored("weighted_sum", loss_fn, params, batch, mask, chunk_size, plan)
-    return _total([part.weighted_sum(chunk.padded(weights)) for chunk, part in parts])
+    return _total(part.weighted_sum(chunk.padded(weights)) for chunk, part in parts)
 
 
 def clipped_sum(
@@ -184,24 +185,25 @@ def clipped_sum(
     if callable(max_norm) and chunk_size is not None and chunk_size < len(batch[0]):
         known = max_norm(norms(loss_fn, params, *batch, mask=mask, chunk_size=chunk_size, plan=plan))
         _check_rows("clipped_sum", "what max_norm returns", known, batch)
-    sums, columns, counts = [], [], []
+    total: Tree = None
+    columns, counts = [], []
     for chunk, part in _factored("clipped_sum", loss_fn, params, batch, mask, chunk_size, plan):
         part = part.built()
         sizes = part.norms()
-        if known is not None:
-            factors = chunk.padded(known)
-        elif callable(max_norm):
-            factors = max_norm(chunk.unpadded(sizes))
-            _check_rows("clipped_sum", "what max_norm returns", factors, batch)
-            factors = torch.cat([factors, factors.new_zeros(len(sizes) - len(factors))])
-        else:
+        if not callable(max_norm):
             factors = (max_norm / sizes).clamp(max=1)
+        else:
+            if known is None:  # this chunk is the whole batch
+                known = max_norm(chunk.unpadded(sizes))
+                _check_rows("clipped_sum", "what max_norm returns", known, batch)
+            factors = chunk.padded(known)
         finite = sizes.isfinite()
-        sums.append(part.masked(finite).weighted_sum(masked(factors, finite & (sizes > 0))))
+        clipped = part.masked(finite).weighted_sum(masked(factors, finite & (sizes > 0)))
+        total = clipped if total is None else tree.map(torch.add, total, clipped)
         columns.append((chunk.unpadded(sizes), chunk.unpadded(part.losses)))
         counts.append((~finite).sum())
     all_norms, all_losses = (torch.cat(column) for column in zip(*columns, strict=True))
-    return ClippedSum(_total(sums), all_norms, all_losses, torch.stack(counts).sum())
+    return ClippedSum(total, all_norms, all_losses, torch.stack(counts).sum())
 
 
 def dot(
@@ -282,7 +284,7 @@ def second_moment(
         tensor(10.)
     """
     parts = _factored("second_moment", loss_fn, params, batch, mask, chunk_size, plan)
-    return _total([part.second_moment() for _, part in parts])
+    return _total(part.second_moment() for _, part in parts)
 
 
 def kronecker(
@@ -305,8 +307,8 @@ def kronecker(
         2015, section 3; for convolutions Grosse and Martens, ICML 2016.
     """
     parts = _factored("kronecker", loss_fn, params, batch, mask, chunk_size, plan)
-    totals = [part.kronecker() for _, part in parts]
-    return {path: Kronecker(*map(_sum, zip(*(t[path] for t in totals), strict=True))) for path in totals[0]}
+    factors: dict[str, Kronecker] = _total(part.kronecker() for _, part in parts)
+    return factors
 
 
 def _factored(
@@ -337,17 +339,16 @@ def _chunks(where: str, batch: tuple[Tensor, ...], mask: Tensor | None, chunk_si
             keep = part[0].new_ones(rows.stop - rows.start, dtype=torch.bool) if keep is None else keep
             keep = torch.cat([keep, keep.new_zeros(missing)])
             part = tuple([torch.cat([x, x.new_zeros((missing, *x.shape[1:]))]) for x in part])
-        chunks.append(_Chunk(batches.blanked(part, keep), keep, rows))
+        chunks.append(_Chunk(part, keep, rows))
     return chunks
 
 
-def _total(trees: list[Tree]) -> Tree:
-    """The sum of trees."""
-    return trees[0] if len(trees) == 1 else tree.map(lambda *leaves: torch.stack(leaves).sum(0), *trees)
-
-
-def _sum(values: tuple[Tensor, ...]) -> Tensor:
-    return values[0] if len(values) == 1 else torch.stack(values).sum(0)
+def _total(trees: Iterable[Tree]) -> Tree:
+    """The sum of trees, added up as they come: two are held at a time."""
+    total: Tree = None
+    for part in trees:
+        total = part if total is None else tree.map(torch.add, total, part)
+    return total
 
 
 def _check_rows(where: str, name: str, values: Tensor, batch: tuple[Tensor, ...]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -233,34 +234,17 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[En
     return [matrix(weight, input), shift(bias)] if weight.dim() == 2 else []
 
 
-@rule(torch.conv1d)
-def conv1d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *options: Any, **named: Any) -> list[Entry]:
-    """`y = W ⋆ x + b`."""
-    return _convolution(1, input, weight, bias, *options, **named)
-
-
-@rule(torch.conv2d)
-def conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *options: Any, **named: Any) -> list[Entry]:
-    """`y = W ⋆ x + b`."""
-    return _convolution(2, input, weight, bias, *options, **named)
-
-
-@rule(torch.conv3d)
-def conv3d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *options: Any, **named: Any) -> list[Entry]:
-    """`y = W ⋆ x + b`."""
-    return _convolution(3, input, weight, bias, *options, **named)
-
-
 def _convolution(
     space: int,
     input: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
+    bias: Tensor | None = None,
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] | str = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> list[Entry]:
+    """`y = W ⋆ x + b` in so many dimensions of space."""
     strides, dilations = _each(stride, space), _each(dilation, space)
     image = _with_axes(input, space)
     if isinstance(padding, str):
@@ -275,46 +259,32 @@ def _convolution(
     return [Entry(weight, form, image), shift(bias, space)]
 
 
-@rule(torch.conv_transpose1d)
-def conv_transpose1d(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, *options: Any, **named: Any
-) -> list[Entry]:
-    """`x = W ⋆ y`'s adjoint, plus b."""
-    return _transposed(1, input, weight, bias, *options, **named)
-
-
-@rule(torch.conv_transpose2d)
-def conv_transpose2d(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, *options: Any, **named: Any
-) -> list[Entry]:
-    """`x = W ⋆ y`'s adjoint, plus b."""
-    return _transposed(2, input, weight, bias, *options, **named)
-
-
-@rule(torch.conv_transpose3d)
-def conv_transpose3d(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, *options: Any, **named: Any
-) -> list[Entry]:
-    """`x = W ⋆ y`'s adjoint, plus b."""
-    return _transposed(3, input, weight, bias, *options, **named)
-
-
 def _transposed(
     space: int,
     input: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
+    bias: Tensor | None = None,
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] = 0,
     output_padding: int | Sequence[int] = 0,  # noqa: ARG001 (the output's size tells)
     groups: int = 1,
     dilation: int | Sequence[int] = 1,
 ) -> list[Entry]:
+    """The adjoint of a convolution, plus b."""
     sizes = (_each(stride, space), _each(padding, space), _each(dilation, space))
     return [
         Entry(weight, ConvolutionForm(tuple(weight.shape), *sizes, groups, True), _with_axes(input, space)),
         shift(bias, space),
     ]
+
+
+for _space, _op, _adjoint in (
+    (1, torch.conv1d, torch.conv_transpose1d),
+    (2, torch.conv2d, torch.conv_transpose2d),
+    (3, torch.conv3d, torch.conv_transpose3d),
+):
+    rule(_op)(partial(_convolution, _space))
+    rule(_adjoint)(partial(_transposed, _space))
 
 
 @rule(F.embedding)

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from .. import tree
+from ..batch import masked
 from ..fusion import stored
 from .layout import Layout, View, kernel_layout
 
@@ -64,7 +65,7 @@ class Term:
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Σ_i c_i ∇_i, shaped as the parameter, for weights c (B,)."""
-        return _combine(weights, self.grads())
+        return _scaled(self.grads(), weights).sum(0)
 
     def dot(self, direction: Tensor) -> Tensor:
         """⟨∇_i, V⟩: (B,), for V shaped as the parameter."""
@@ -124,11 +125,10 @@ class Outer(Term):
         return replace(self, a=masked(self.a, keep), g=masked(self.g, keep))
 
     def built(self) -> Term:
-        small = math.prod(self.layout.shape) <= self.a[0].numel() + self.g[0].numel()
-        return Dense(self.grads()) if self.strategy == "build" and small else self
+        return _built(self, self.layout.shape, self.a, self.g)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        return self.layout.parameter(_product(self.g * weights.to(self.g.dtype)[:, None, None, None], self.a))
+        return self.layout.parameter(_product(_scaled(self.g, weights), self.a))
 
     def dot(self, direction: Tensor) -> Tensor:
         a, direction = _common(self.a, direction)
@@ -218,14 +218,13 @@ class Convolution(Term):
         return replace(self, image=masked(self.image, keep), cotangent=masked(self.cotangent, keep))
 
     def built(self) -> Term:
-        small = math.prod(self.shape) <= self.image[0].numel() + self.cotangent[0].numel()
-        return Dense(self.grads()) if self.strategy == "build" and small else self
+        return _built(self, self.shape, self.image, self.cotangent)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        scale = weights.to(self.cotangent.dtype).view(-1, *[1] * (self.cotangent.dim() - 1))
-        return self._weight_gradient(
-            self.image.flatten(0, 1), (self.cotangent * scale).flatten(0, 1), self.shape, self.groups
-        )
+        image, cotangent = self.image.flatten(0, 1), _scaled(self.cotangent, weights).flatten(0, 1)
+        gradient = _WEIGHT_GRADIENTS[len(self.stride)]
+        weight: Tensor = gradient(image, self.shape, cotangent, self.stride, self.padding, self.dilation, self.groups)
+        return weight
 
     def dot(self, direction: Tensor) -> Tensor:
         image, cotangent = self.image.flatten(0, 1), self.cotangent
@@ -287,11 +286,6 @@ class Convolution(Term):
         stop = start + self.stride[axis] * (self.cotangent.shape[3 + axis] - 1) + 1
         return image[(slice(None),) * (2 + axis) + (slice(start, stop, self.stride[axis]),)]
 
-    def _weight_gradient(self, image: Tensor, cotangent: Tensor, shape: tuple[int, ...], groups: int) -> Tensor:
-        gradient = _WEIGHT_GRADIENTS[len(self.stride)]
-        weights: Tensor = gradient(image, shape, cotangent, self.stride, self.padding, self.dilation, groups)
-        return weights
-
 
 @tree.register
 @dataclass(frozen=True)
@@ -316,8 +310,8 @@ class Lookup(Term):
         return replace(self, g=masked(self.g, keep), live=masked(self.live, keep))
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        g = self.g * weights.to(self.g.dtype)[:, None, None]
-        return self.g.new_zeros(self.shape).index_add(0, self.rows.flatten(), g.flatten(0, 1))
+        g = _scaled(self.g, weights).flatten(0, 1)
+        return self.g.new_zeros(self.shape).index_add(0, self.rows.flatten(), g)
 
     def dot(self, direction: Tensor) -> Tensor:
         return (F.embedding(self.rows, tree.wide(direction)) * self.g).sum((1, 2))
@@ -423,11 +417,6 @@ def merge(terms: list[Term]) -> Term:
     return merged if views[0] is None else Viewed(merged, views[0])
 
 
-def masked(x: Tensor, keep: Tensor) -> Tensor:
-    """Zero in the rows where `keep` is False."""
-    return torch.where(keep.view(-1, *[1] * (x.dim() - 1)), x, torch.zeros((), dtype=x.dtype, device=x.device))
-
-
 def _squares(x: Tensor, lead: int = 1) -> Tensor:
     """The sum of squares over all but the leading axes."""
     return _row_sums(tree.wide(x).square(), lead)
@@ -438,9 +427,14 @@ def _row_sums(x: Tensor, lead: int = 1) -> Tensor:
     return x.sum(list(range(lead, x.dim()))) if x.dim() > lead else x
 
 
-def _combine(weights: Tensor, values: Tensor) -> Tensor:
-    """Σ_i c_i values_i."""
-    return (values * weights.to(values.dtype).view(-1, *[1] * (values.dim() - 1))).sum(0)
+def _scaled(x: Tensor, weights: Tensor) -> Tensor:
+    """Each row of (B, …) times its weight."""
+    return x * weights.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
+def _built(term: Outer | Convolution, shape: tuple[int, ...], a: Tensor, g: Tensor) -> Term:
+    small = math.prod(shape) <= a[0].numel() + g[0].numel()
+    return Dense(term.grads()) if term.strategy == "build" and small else term
 
 
 def _common(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
