@@ -1,29 +1,56 @@
-"""The harness: arms that agree, timed in interleaved rounds, with all that a reader needs to judge the numbers.
+"""The harness: arms that agree, timed in interleaved rounds.
 
-Each arm is called once first, and that call's time, compilation and all, is kept apart. Its outputs are held against
-the reference arm's; an arm that disagrees is not timed. Then come rounds in which every arm is timed once, in an order
-that is shuffled anew, so that a machine whose speed drifts drifts for all of them.
+Each arm is made, and called once: that call's time, compilation and all, is kept apart. What it starts from must be what
+the first arm starts from, and its outputs must be those expected; an arm that disagrees is refused by name and not
+timed. Then come rounds in which every arm is timed once, in an order that is shuffled anew, so that a machine whose
+speed drifts drifts for all of them. What the compiler makes anew after an arm's first call is counted.
 """
 
-import json
-import os
-import platform
+import gc
+import hashlib
 import random
 import statistics
-import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib import metadata
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-RESULTS = Path(__file__).parent / "results"
+import numpy as np
 
 
-class DisagreementError(Exception):
-    """An arm's outputs are not the reference's, so its time would mean nothing."""
+class Setup(NamedTuple):
+    """What holds for all arms of a run."""
+
+    device: str = "cpu"
+    threads: int = 1
+    quick: bool = False
+    keep_freed_memory: bool = True
+    """Whether freed memory stays with the process, as `train` has it, or the C library hands it back at once."""
+
+
+class Start(NamedTuple):
+    """What an arm starts from, as the arm itself holds it: equal for all arms but for the precision."""
+
+    weights: str
+    """A digest."""
+    batch: str
+    """A digest."""
+    precision: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """An arm that is ready to run."""
+
+    call: Callable[[], object]
+    """Does the work once. The harness waits for the device; work elsewhere must be waited for here."""
+    outputs: Callable[[], Any]
+    """What the calls so far have computed; not timed."""
+    start: Start | None = None
+    release: Callable[[], object] = lambda: None
+    """Lets go of what the last call left behind, such as gradients."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +58,65 @@ class Arm:
     """One way to do the work."""
 
     name: str
-    call: Callable[[], object]
-    """Does the work once, and waits until it is done."""
-    outputs: Callable[[], Any]
-    """What the last call computed; not timed."""
+    make: Callable[[], Work]
+    """Raises ImportError where its package is missing."""
     tolerance: float = 0.0
-    """How far the outputs of the first call may be from the reference's, in the unit of `difference`."""
+    """How far the outputs of the first call may be from what is expected, in the unit of the case's `difference`."""
+    precision: str = "float32"
+    baseline: bool = False
+    """Whether ratios may be to this arm: the fastest such arm is the reference of ratios, so that none is a straw man."""
+    expected: Callable[[], Any] | None = None
+    """What the outputs must be; without it the first arm's."""
+
+
+class Cost(NamedTuple):
+    """What work takes at the least."""
+
+    arithmetic: int
+    """Multiplications and additions."""
+    bytes: int
+    """Read from memory or written to it."""
+
+
+class Axis(NamedTuple):
+    """What a case varies, such as the batch size: cases of one axis are points of a curve."""
+
+    name: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: arms that do the same work."""
+
+    name: str
+    arms: Sequence[Arm]
+    """The first is what others must agree with, and always a baseline."""
+    difference: Callable[[Any, Any], float]
+    """`difference(outputs, expected)`, at least 0; NaN counts as disagreement."""
+    rounds: int
+    """Timed calls of each arm."""
+    warmups: int = 1
+    """Calls of each arm between its first one and the rounds."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What the numbers depend on, kept with them."""
+    costs: Mapping[str, Cost] = field(default_factory=dict)
+    """By precision, where the distance from the machine's limit is of interest."""
+    axis: Axis | None = None
+    memory: bool = False
+    """Whether the peak memory of each arm is of interest."""
+    compared: Callable[[], object] = lambda: None
+    """Called once the arms have been compared, before they are timed."""
+
+
+class Question(NamedTuple):
+    """What a script measures."""
+
+    name: str
+    asks: str
+    cases: Callable[[Setup], Iterator[Case]]
+    conclude: Callable[[Sequence["Comparison"]], str] = lambda _: ""
+    """What all cases together show, in Markdown."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +124,19 @@ class Timing:
     """The measured times of one arm, in seconds."""
 
     name: str
+    precision: str
     first: float
     """The first call, compilation included."""
     samples: list[float]
+    """One for each round, in their order."""
     difference: float
-    """Of the first call's outputs, from the reference's."""
+    """Of the first call's outputs, from what was expected."""
     tolerance: float
+    baseline: bool
+    compilations: int = 0
+    """Graphs compiled after the first call: a step that is compiled anew does not have a steady time."""
+    memory: int | None = None
+    """Bytes taken by calls at their peak beyond what the process holds between them."""
 
     @property
     def median(self) -> float:
@@ -57,190 +144,196 @@ class Timing:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        if len(self.samples) < 2:
-            return self.median, self.median
-        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
-        return low, high
+        low, high = np.quantile(self.samples, (0.25, 0.75))
+        return float(low), float(high)
+
+
+class Missing(NamedTuple):
+    """An arm without a time."""
+
+    name: str
+    reason: str
+    refused: bool
+    """Whether it ran and was found wrong, or could not run."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The arms of one question, the reference first."""
+    """What a case has given."""
 
-    question: str
+    case: str
     timings: list[Timing]
+    missing: list[Missing]
     settings: Mapping[str, Any]
+    costs: Mapping[str, Cost]
+    axis: Axis | None = None
 
     @property
     def reference(self) -> Timing:
-        return self.timings[0]
+        """The fastest baseline, to which ratios are."""
+        return min((timing for timing in self.timings if timing.baseline), key=lambda timing: timing.median)
 
     def ratio(self, timing: Timing) -> float:
         """The arm's median time over the reference's: below 1 is faster, above 1 is slower."""
         return timing.median / self.reference.median
 
+    def interval(self, timing: Timing, draws: int = 2000) -> tuple[float, float]:
+        """The 95 % bootstrap interval of the ratio. Rounds are drawn, so what slowed a whole round stays together."""
+        ours, theirs = np.array(timing.samples), np.array(self.reference.samples)
+        rows = np.random.default_rng(0).integers(len(ours), size=(draws, len(ours)))
+        ratios = np.median(ours[rows], 1) / np.median(theirs[rows], 1)
+        low, high = np.quantile(ratios, (0.025, 0.975))
+        return float(low), float(high)
 
-def compare(
-    question: str,
-    arms: Sequence[Arm],
-    *,
-    rounds: int,
-    difference: Callable[[Any, Any], float],
-    settings: Mapping[str, Any],
-    warmups: int = 1,
-    seed: int = 0,
-    compared: Callable[[], None] = lambda: None,
-    show: Callable[[str], None] = print,
-) -> Comparison:
-    """Times the arms against the first of them.
+
+def digest(arrays: Iterable[Any]) -> str:
+    """A short name of numbers and shapes: equal arrays have equal names. Tensors must be detached and on the CPU."""
+    seen = hashlib.sha256()
+    for array in arrays:
+        values = np.ascontiguousarray(array)
+        seen.update(f"{values.dtype} {values.shape}".encode())
+        seen.update(values.tobytes())
+    return seen.hexdigest()[:16]
+
+
+def compare(case: Case, setup: Setup, *, seed: int = 0, progress: Callable[[str], object] = lambda _: None) -> Comparison:
+    """Times the arms of a case.
 
     Args:
-        question: names the result.
-        arms: the reference first; their names differ.
-        rounds: timed calls of each arm, at least 1.
-        difference: `difference(outputs, outputs of the reference)`, at least 0; NaN counts as disagreement.
-        settings: what the numbers depend on, kept with them.
-        warmups: calls of each arm between the first one and the rounds.
+        case: its arms have different names.
+        setup: of the run.
         seed: of the shuffled orders.
-        compared: called once the arms have been compared, before they are timed.
-        show: gets a line of progress.
+        progress: called after each call of an arm, `calls(case)` times at most, with what was called.
 
     Raises:
-        DisagreementError: an arm's difference is above its tolerance; nothing has been timed then.
         ValueError: no arm, two of one name, or no round.
+        RuntimeError: the first arm could not run.
     """
-    names = [arm.name for arm in arms]
-    if not arms or len(set(names)) != len(names) or rounds < 1:
-        raise ValueError(f"compare: arms with different names and at least one round. Found {names}, {rounds} rounds.")
-    first, differences, expected = {}, {}, None
-    for arm in arms:
-        start = time.perf_counter()
-        arm.call()
-        first[arm.name] = time.perf_counter() - start
-        outputs = arm.outputs()
-        expected = outputs if expected is None else expected
-        differences[arm.name] = difference(outputs, expected)
-        show(f"{arm.name}: first call {first[arm.name]:.2f} s, difference {differences[arm.name]:.2e}")
-        if not differences[arm.name] <= arm.tolerance:
-            raise DisagreementError(
-                f"{arm.name}: outputs must be within {arm.tolerance} of {names[0]}'s. Found {differences[arm.name]}."
-            )
-    compared()
-    for arm in arms:
-        for _ in range(warmups):
-            arm.call()
-    samples: dict[str, list[float]] = {name: [] for name in names}
-    order, shuffler = list(arms), random.Random(seed)
-    for number in range(rounds):
-        shuffler.shuffle(order)
-        for arm in order:
-            start = time.perf_counter()
-            arm.call()
-            samples[arm.name].append(time.perf_counter() - start)
-        if rounds <= 10:
-            show(f"round {number + 1} of {rounds}: " + ", ".join(f"{n} {samples[n][-1]:.2f} s" for n in names))
-    timings = [Timing(a.name, first[a.name], samples[a.name], differences[a.name], a.tolerance) for a in arms]
-    return Comparison(question, timings, settings)
-
-
-def table(comparison: Comparison) -> str:
-    """The comparison as a Markdown table; a slower arm shows a ratio above 1."""
-    scale, unit = (1.0, "s") if comparison.reference.median >= 1 else (1e3, "ms")
-    lines = [
-        f"| arm | first call, s | median, {unit} | quartiles, {unit} | ratio |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for t in comparison.timings:
-        low, high = t.quartiles
-        lines.append(
-            f"| {t.name} | {t.first:.2f} | {t.median * scale:.2f} | {low * scale:.2f} to {high * scale:.2f} "
-            f"| {comparison.ratio(t):.2f} |"
+    names = [arm.name for arm in case.arms]
+    if not names or len(set(names)) != len(names) or case.rounds < 1:
+        raise ValueError(
+            f"compare: arms with different names and at least one round. Found {names}, {case.rounds} rounds."
         )
-    return "\n".join(lines)
+    _forget_graphs()
+    ready: list[_Ready] = []
+    missing: list[Missing] = []
+    for arm in case.arms:
+        found = _begin(arm, case, ready[0] if ready else None, setup)
+        progress(f"{arm.name}, first call")
+        if isinstance(found, _Ready):
+            ready.append(found)
+        elif ready:
+            missing.append(found)
+        else:
+            raise RuntimeError(f"{case.name}: the first arm, {arm.name}, must run. Found: {found.reason}.")
+    case.compared()
+    for one in ready:
+        for _ in range(case.warmups):
+            one.timed(setup.device)
+            progress(f"{one.arm.name}, warm-up")
+    gc.collect()
+    order, shuffler = list(ready), random.Random(seed)
+    for number in range(case.rounds):
+        shuffler.shuffle(order)
+        for one in order:
+            one.samples.append(one.timed(setup.device))
+            progress(f"{one.arm.name}, round {number + 1} of {case.rounds}")
+    timings = [one.timing(baseline=one.arm.baseline or one is ready[0]) for one in ready]
+    return Comparison(case.name, timings, missing, case.settings, case.costs, case.axis)
 
 
-def write(comparison: Comparison, folder: Path = RESULTS) -> Path:
-    """Adds the comparison to the results, as JSON under a name that no earlier result has."""
-    now = datetime.now(UTC)
-    record = {
-        "question": comparison.question,
-        "time": now.isoformat(timespec="seconds"),
-        "machine": machine(),
-        "settings": dict(comparison.settings),
-        "reference": comparison.reference.name,
-        "arms": [
-            {
-                "name": t.name,
-                "first_s": t.first,
-                "median_s": t.median,
-                "quartiles_s": list(t.quartiles),
-                "ratio": comparison.ratio(t),
-                "difference": t.difference,
-                "tolerance": t.tolerance,
-                "samples_s": t.samples,
-            }
-            for t in comparison.timings
-        ],
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{comparison.question}-{now.strftime('%Y%m%d-%H%M%S')}"
-    for number in range(1000):
-        path = folder / f"{stem}{f'-{number}' if number else ''}.json"
-        try:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(json.dumps(record, indent=1, allow_nan=False) + "\n")
-        except FileExistsError:
-            continue
-        return path
-    raise FileExistsError(f"{folder} holds a thousand results of one second.")
+def calls(case: Case) -> int:
+    """How many calls `compare` makes."""
+    return len(case.arms) * (1 + case.warmups + case.rounds)
 
 
-def read(path: Path) -> Comparison:
-    """The comparison that `write` wrote."""
-    record = json.loads(path.read_text(encoding="utf-8"))
-    timings = [
-        Timing(arm["name"], arm["first_s"], arm["samples_s"], arm["difference"], arm["tolerance"])
-        for arm in record["arms"]
-    ]
-    return Comparison(record["question"], timings, record["settings"])
+@dataclass
+class _Ready:
+    """An arm that agreed."""
+
+    arm: Arm
+    work: Work
+    first: float
+    outputs: Any
+    difference: float
+    samples: list[float] = field(default_factory=list)
+    compilations: int = 0
+
+    def timed(self, device: str) -> float:
+        """The time of one call; what it compiles is counted."""
+        before = _graphs()
+        seconds = _seconds(self.work, device)
+        self.compilations += _graphs() - before
+        return seconds
+
+    def timing(self, *, baseline: bool) -> Timing:
+        return Timing(
+            self.arm.name, self.arm.precision, self.first, self.samples, self.difference, self.arm.tolerance, baseline,
+            self.compilations,
+        )  # fmt: skip
 
 
-def machine() -> dict[str, Any]:
-    """Processor, versions and commit: what a number cannot be read without."""
-    import torch
-
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("torch", "torchvision", "functorch-mnist")},
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "commit": _commit(),
-    }
-
-
-def _processor() -> str:
+def _begin(arm: Arm, case: Case, reference: _Ready | None, setup: Setup) -> _Ready | Missing:
+    """Makes the arm, calls it once and holds it against what is expected."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
+        work = arm.make()
+        fault = _other_start(arm, work.start, None if reference is None else reference.work.start, setup)
+        if fault:
+            return Missing(arm.name, f"refused: {fault}", True)
+        first = _seconds(work, setup.device)
+        outputs = work.outputs()
+        expected = arm.expected() if arm.expected else outputs if reference is None else reference.outputs
+        difference = case.difference(outputs, expected)
+    except ImportError as error:
+        return Missing(arm.name, f"not installed: {_line(error)}", False)
+    except Exception as error:  # others' code: whatever it raises, the other arms go on
+        return Missing(arm.name, f"failed: {type(error).__name__}: {_line(error)}", True)
+    if not difference <= arm.tolerance:
+        return Missing(
+            arm.name, f"refused: outputs {difference:.1e} from those expected, above {arm.tolerance:g}", True
+        )
+    return _Ready(arm, work, first, outputs, difference)
 
 
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+def _other_start(arm: Arm, start: Start | None, reference: Start | None, setup: Setup) -> str | None:
+    """In what an arm starts from something else than the first one, or than it should."""
+    if start is None:
+        return None if reference is None else "it does not say what it starts from"
+    if start.precision != arm.precision:
+        return f"it runs in {start.precision}, not in {arm.precision}"
+    if start.threads != setup.threads:
+        return f"it runs on {start.threads} threads, not on {setup.threads}"
+    if reference is not None and start.weights != reference.weights:
+        return "it starts from other weights"
+    if reference is not None and start.batch != reference.batch:
+        return "it takes another batch"
+    return None
 
 
-def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+def _seconds(work: Work, device: str) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    work.call()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: str) -> None:
+    if device != "cpu":
+        sys.modules["torch"].cuda.synchronize()
+
+
+def _graphs() -> int:
+    """How many graphs torch has compiled in this process; none where its compiler was never used."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo else 0
+
+
+def _forget_graphs() -> None:
+    """Drops what torch compiled for earlier cases: it keeps eight forms of a function, and runs a ninth uncompiled."""
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch"]._dynamo.reset()
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:160]

@@ -1,0 +1,118 @@
+"""A comparison as a table, for the terminal and in Markdown."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from .limits import Rates
+from .measure import Comparison, Timing
+
+
+def markdown(comparison: Comparison, rates: Rates) -> str:
+    """The table in Markdown."""
+    heads, body = _cells(comparison, rates)
+    lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body])
+
+
+def text(comparison: Comparison, rates: Rates) -> str:
+    """The table in columns."""
+    heads, body = _cells(comparison, rates)
+    widths = [max(len(row[i]) for row in (heads, *body)) for i in range(len(heads))]
+    lines = [
+        "  ".join(f"{cell:{'>' if i else '<'}{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in (heads, ["-" * w for w in widths], *body)
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cells(comparison: Comparison, rates: Rates) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows. A column that says nothing of any arm is left out; the reference of ratios is in bold letters."""
+    reference = comparison.reference
+    scale, unit = (1.0, "s") if reference.median >= 1 else (1e3, "ms")
+    heads = ["arm", "first call, s", f"median, {unit}", f"quartiles, {unit}", "ratio (95 %)", "time"]
+    heads += ["peak, MB", "of the limit", "compiled anew"]
+    body = []
+    for timing in comparison.timings:
+        (low, high), (least, most) = timing.quartiles, comparison.interval(timing)
+        ratio = comparison.ratio(timing)
+        is_reference = timing is reference
+        body.append(
+            [
+                timing.name,
+                f"{timing.first:.2f}",
+                f"{timing.median * scale:.2f}",
+                f"{low * scale:.2f} to {high * scale:.2f}",
+                "1 (reference)" if is_reference else f"{ratio:.2f} ({least:.2f} to {most:.2f})",
+                "" if is_reference else f"{100 * (ratio - 1):+.0f} %",
+                "" if timing.memory is None else f"{timing.memory / 1e6:.0f}",
+                _of_limit(comparison, timing, rates),
+                f"{timing.compilations} graphs" if timing.compilations else "",
+            ]
+        )
+    for one in comparison.missing:
+        body.append([f"{one.name}: {one.reason}", *[""] * (len(heads) - 1)])
+    kept = [i for i in range(len(heads)) if i < 6 or any(row[i] for row in body)]
+    return [heads[i] for i in kept], [[row[i] for i in kept] for row in body]
+
+
+def _of_limit(comparison: Comparison, timing: Timing, rates: Rates) -> str:
+    cost = comparison.costs.get(timing.precision)
+    return "" if cost is None else f"{100 * rates.seconds(cost, timing.precision) / timing.median:.0f} %"
+
+
+def limit_lines(comparison: Comparison, rates: Rates) -> list[str]:
+    """What the work takes at the least, for each precision."""
+    return [
+        f"{precision}: {cost.arithmetic / 1e9:.2f} GFLOP and {cost.bytes / 1e6:.1f} MB at the least, "
+        f"{1e3 * rates.seconds(cost, precision):.2f} ms here"
+        for precision, cost in comparison.costs.items()
+    ]
+
+
+def rate_line(rates: Rates) -> str:
+    """What the machine does in a second."""
+    products = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in rates.arithmetic.items())
+    return f"This machine, measured: {products}; copies {rates.bytes / 1e9:.1f} GB/s"
+
+
+class Exponent(NamedTuple):
+    """How an arm's cost grows along an axis: as the axis to this power."""
+
+    arm: str
+    axis: str
+    time: float
+    memory: float | None
+
+
+def exponents(comparisons: Sequence[Comparison]) -> list[Exponent]:
+    """The powers fitted to each arm's times and memory, by least squares of logarithms, where it has three points."""
+    points: dict[tuple[str, str], list[tuple[float, Timing]]] = {}
+    for comparison in comparisons:
+        for timing in comparison.timings if comparison.axis else ():
+            points.setdefault((timing.name, comparison.axis.name), []).append((comparison.axis.value, timing))
+    found = []
+    for (arm, axis), curve in points.items():
+        if len(curve) >= 3:
+            memory = [(value, timing.memory) for value, timing in curve if timing.memory]
+            times = [(value, timing.median) for value, timing in curve]
+            found.append(Exponent(arm, axis, _slope(times), _slope(memory) if len(memory) >= 3 else None))
+    return found
+
+
+def exponent_table(comparisons: Sequence[Comparison]) -> str:
+    """The fitted powers in Markdown; empty where nothing was varied."""
+    found = exponents(comparisons)
+    if not found:
+        return ""
+    lines = ["| arm | against | time grows as | memory grows as |", "|---|---|---:|---:|"]
+    for one in found:
+        memory = "" if one.memory is None else f"{one.axis}^{one.memory:.2f}"
+        lines.append(f"| {one.arm} | {one.axis} | {one.axis}^{one.time:.2f} | {memory} |")
+    return "\n".join(lines)
+
+
+def _slope(points: Sequence[tuple[float, float]]) -> float:
+    x, y = np.log(np.array(points)).T
+    return float(np.polyfit(x, y, 1)[0])

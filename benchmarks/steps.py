@@ -1,0 +1,71 @@
+"""An ordinary training step, as a module takes it and as this library does: SGD with momentum on the mean loss."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from functorch_mnist import losses, models, optim, random, train, tree
+
+from .measure import Work
+from .problems import Problem, start
+
+LR, MOMENTUM = 0.01, 0.9
+
+
+def module_step(
+    problem: Problem,
+    *,
+    compile: bool,
+    dtype: torch.dtype = torch.float32,
+    sgd: Literal["plain", "foreach", "fused"] = "plain",
+) -> Work:
+    """A step of `nn.Module` and `torch.optim.SGD`: in bfloat16 by autocast."""
+    net, x, labels = problem.loaded(), problem.x, problem.labels
+    form = {"foreach": sgd == "foreach", "fused": sgd == "fused"}
+    optimizer = torch.optim.SGD(net.parameters(), lr=LR, momentum=MOMENTUM, **form)
+    forward = torch.compile(net, dynamic=False) if compile else net
+
+    def call() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(x.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            loss = F.cross_entropy(forward(x), labels)
+        loss.backward()
+        optimizer.step()
+
+    weights = dict(net.named_parameters())
+    return Work(
+        call,
+        lambda: {name: p.detach() - problem.params[name] for name, p in weights.items()},
+        start(weights.values(), (x, labels), dtype),
+        optimizer.zero_grad,
+    )
+
+
+def functional_step(problem: Problem, *, compile: bool, dtype: torch.dtype = torch.float32) -> Work:
+    """A step of this library, on examples as they are stored."""
+    apply = train.in_precision(problem.apply, dtype)
+
+    def losses_fn(params: models.Params, stored: Tensor, labels: Tensor) -> Tensor:
+        return losses.cross_entropy(apply(params, problem.prepare(stored)), labels)
+
+    optimizer = optim.sgd(LR, momentum=MOMENTUM)
+    step = train.make_step(train.batch_gradient(losses_fn), optimizer)
+    step = train.compiled(step) if compile else step
+    state = train.init_state(problem.params, optimizer, random.key(0))
+
+    def call() -> None:
+        nonlocal state
+        state, _ = step(state, problem.stored, problem.labels)
+
+    return Work(
+        call,
+        lambda: tree.map(torch.sub, state.params, problem.params),
+        start(state.params.values(), (problem.x, problem.labels), dtype),
+    )
+
+
+def relative_difference(update: models.Params, expected: models.Params) -> float:
+    """How far a tree of tensors is from the expected one, relative to its norm."""
+    return float(tree.norm(tree.map(torch.sub, update, expected)) / tree.norm(expected))
