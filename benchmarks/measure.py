@@ -1,13 +1,14 @@
 """The harness: arms that agree, timed in interleaved rounds.
 
-Each arm is made, and called once: that call's time, compilation and all, is kept apart. What it starts from must be what
-the first arm starts from, and its outputs must be those expected; an arm that disagrees is refused by name and not
+Each arm is made, and called once: that call's time, compilation and all, is kept apart. What it starts from must be
+what the first arm starts from, and its outputs must be those expected; an arm that disagrees is refused by name and not
 timed. Then come rounds in which every arm is timed once, in an order that is shuffled anew, so that a machine whose
 speed drifts drifts for all of them. What the compiler makes anew after an arm's first call is counted.
 """
 
 import gc
 import hashlib
+import math
 import random
 import statistics
 import sys
@@ -64,7 +65,7 @@ class Arm:
     """How far the outputs of the first call may be from what is expected, in the unit of the case's `difference`."""
     precision: str = "float32"
     baseline: bool = False
-    """Whether ratios may be to this arm: the fastest such arm is the reference of ratios, so that none is a straw man."""
+    """Whether ratios may be to this arm: they are to the fastest such arm, so that it is no straw man."""
     expected: Callable[[], Any] | None = None
     """What the outputs must be; without it the first arm's."""
 
@@ -98,6 +99,8 @@ class Case:
     """Timed calls of each arm."""
     warmups: int = 1
     """Calls of each arm between its first one and the rounds."""
+    sample: float = 0.0
+    """The least seconds of a sample: shorter calls are timed several at a time."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What the numbers depend on, kept with them."""
     costs: Mapping[str, Cost] = field(default_factory=dict)
@@ -196,7 +199,9 @@ def digest(arrays: Iterable[Any]) -> str:
     return seen.hexdigest()[:16]
 
 
-def compare(case: Case, setup: Setup, *, seed: int = 0, progress: Callable[[str], object] = lambda _: None) -> Comparison:
+def compare(
+    case: Case, setup: Setup, *, seed: int = 0, progress: Callable[[str], object] = lambda _: None
+) -> Comparison:
     """Times the arms of a case.
 
     Args:
@@ -229,14 +234,14 @@ def compare(case: Case, setup: Setup, *, seed: int = 0, progress: Callable[[str]
     case.compared()
     for one in ready:
         for _ in range(case.warmups):
-            one.timed(setup.device)
+            one.loops = math.ceil(max(1.0, case.sample / one.timed(setup.device, 1)))
             progress(f"{one.arm.name}, warm-up")
     gc.collect()
     order, shuffler = list(ready), random.Random(seed)
     for number in range(case.rounds):
         shuffler.shuffle(order)
         for one in order:
-            one.samples.append(one.timed(setup.device))
+            one.samples.append(one.timed(setup.device, one.loops))
             progress(f"{one.arm.name}, round {number + 1} of {case.rounds}")
     timings = [one.timing(baseline=one.arm.baseline or one is ready[0]) for one in ready]
     return Comparison(case.name, timings, missing, case.settings, case.costs, case.axis)
@@ -258,11 +263,13 @@ class _Ready:
     difference: float
     samples: list[float] = field(default_factory=list)
     compilations: int = 0
+    loops: int = 1
+    """Calls in a sample."""
 
-    def timed(self, device: str) -> float:
-        """The time of one call; what it compiles is counted."""
+    def timed(self, device: str, loops: int) -> float:
+        """The time of one call, the mean of some; what they compile is counted."""
         before = _graphs()
-        seconds = _seconds(self.work, device)
+        seconds = _seconds(self.work, device, loops)
         self.compilations += _graphs() - before
         return seconds
 
@@ -280,7 +287,7 @@ def _begin(arm: Arm, case: Case, reference: _Ready | None, setup: Setup) -> _Rea
         fault = _other_start(arm, work.start, None if reference is None else reference.work.start, setup)
         if fault:
             return Missing(arm.name, f"refused: {fault}", True)
-        first = _seconds(work, setup.device)
+        first = _seconds(work, setup.device, 1)
         outputs = work.outputs()
         expected = arm.expected() if arm.expected else outputs if reference is None else reference.outputs
         difference = case.difference(outputs, expected)
@@ -310,12 +317,13 @@ def _other_start(arm: Arm, start: Start | None, reference: Start | None, setup: 
     return None
 
 
-def _seconds(work: Work, device: str) -> float:
+def _seconds(work: Work, device: str, loops: int) -> float:
     _wait(device)
     start = time.perf_counter()
-    work.call()
+    for _ in range(loops):
+        work.call()
     _wait(device)
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / loops
 
 
 def _wait(device: str) -> None:
