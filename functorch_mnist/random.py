@@ -39,6 +39,9 @@ _ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
 _SIGN = -(2**31)
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
+# Least squares at Chebyshev points of [-pi/4, pi/4], in powers of x², highest first: to 3e-8 of cos x and of sin x / x.
+_COS = (-0.00135858439, 0.0416550209, -0.499998566, 0.999999972)
+_SIN = (-0.000195039631, 0.00833203633, -0.166666507, 0.999999997)
 # Giles, single precision: in powers of w - 2.5 for w < 5, of sqrt(w) - 3 beyond, highest first.
 _CENTRAL = (
     2.81022636e-08,
@@ -250,14 +253,14 @@ def box_muller(key: Tensor, shape: Sequence[int] = ()) -> Tensor:
         shape: of one draw.
 
     Returns:
-        (*lead, *shape) float32, between -6.77 and 6.77.
+        (*lead, *shape) float32, between -6.67 and 6.67.
 
     Raises:
         TypeError, ValueError: `key` is not a key; `shape` is not a sequence of numbers from 0.
 
     Example:
         >>> box_muller(key(0), (2,))
-        tensor([-0.3329, -0.2435])
+        tensor([ 0.4830, -0.3504])
 
     Reference: Box and Muller, "A note on the generation of random normal deviates", Annals of Mathematical Statistics
         29, 1958.
@@ -266,10 +269,13 @@ def box_muller(key: Tensor, shape: Sequence[int] = ()) -> Tensor:
     _check_shape("random.box_muller", shape)
     count = math.prod(shape)
     x0, x1 = _blocks(key, (count + 1) // 2)
-    u = x0.to(torch.float32) * 2.0**-32 + (0.5 + 2.0**-33)  # in (0, 1]
-    angle = x1.to(torch.float32) * (math.pi * 2.0**-31)  # in [-pi, pi]
+    u = (x0 & 0x7FFFFFFF).to(torch.float32) * 2.0**-31 + 2.0**-32  # in (0, 1], fine where the radius is large
     radius = torch.sqrt(-2 * torch.log(u))
-    pairs = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)
+    radius = torch.where(x0 < 0, -radius, radius)
+    angle = x1.to(torch.float32) * (math.pi * 2.0**-33)  # in [-pi/4, pi/4]; a sign and a swap turn it further
+    square, swapped = angle * angle, (x1 & 1).bool()
+    cos, sin = _polynomial(_COS, square), _polynomial(_SIN, square) * angle
+    pairs = torch.cat([radius * torch.where(swapped, sin, cos), radius * torch.where(swapped, cos, sin)], dim=-1)
     return pairs[..., :count].reshape((*key.shape[:-1], *shape))
 
 

@@ -35,6 +35,7 @@ DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
     "uniform": lambda key: random.uniform(key, (5,)),
     "uniform_bounds": lambda key: random.uniform(key, (5,), 2.5, 9.1),
     "normal": lambda key: random.normal(key, (2, 3)),
+    "box_muller": lambda key: random.box_muller(key, (3, 3)),
     "randint": lambda key: random.randint(key, (5,), -3, 60_000),
     "bernoulli": lambda key: random.bernoulli(key, 0.3, (5,)),
     "bernoulli_tensor": lambda key: random.bernoulli(key, torch.tensor([[0.2], [0.9]], device=key.device), (2, 3)),
@@ -270,7 +271,7 @@ def test_draws_work_inside_grad_and_compiled_draws_equal_eager_draws() -> None:
         return (weight * draws["normal"]).sum(), draws
 
     def step(weight: Tensor, key: Tensor) -> dict[str, Tensor]:
-        names = ("normal", "split", "fold_in", "uniform", "randint", "permutation")
+        names = ("normal", "box_muller", "split", "fold_in", "uniform", "randint", "permutation")
         draws = {name: DRAWS[name](key) for name in names}
         grads, batch = vmap(grad(loss, has_aux=True), (None, 0))(weight, draws["split"])
         return {"grads": grads, "key": random.key(2**40 + 5)} | draws | {f"batch_{k}": v for k, v in batch.items()}
@@ -279,6 +280,7 @@ def test_draws_work_inside_grad_and_compiled_draws_equal_eager_draws() -> None:
     expected = step(weight, key)
     assert torch.equal(expected["grads"], random.normal(random.split(key, 3), (2, 3)))
     found = torch.compile(step, fullgraph=True, dynamic=False)(weight, key)
+    torch.testing.assert_close(found.pop("box_muller"), expected.pop("box_muller"), rtol=1e-6, atol=0)
     for name in ("normal", "batch_normal", "grads"):
         assert ulps(found.pop(name), expected.pop(name)) <= NORMAL_ULP
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -297,9 +299,30 @@ def test_normal_is_the_inverse_error_function_of_the_words() -> None:
     )
 
 
-def test_normal_has_mean_zero_and_variance_one() -> None:
+def test_box_muller_is_a_radius_and_an_angle_of_the_words() -> None:
+    n, key = 50_000, random.key(4)
+    x0, x1 = (words.to(torch.int64) for words in random._blocks(key, n))
+    radius = torch.sqrt(-2 * torch.log(((x0 & (2**31 - 1)).double() + 0.5) * 2.0**-31)) * torch.where(x0 < 0, -1, 1)
+    angle = x1.double() * (math.pi * 2.0**-33)
+    angle = torch.where((x1 & 1) != 0, math.pi / 2 - angle, angle)
+    expected = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)])
+    far = radius.abs().repeat(2) > 0.1  # nearer to zero float32 has few digits of 1 - u left
+    found = random.box_muller(key, (2 * n,)).double()
+    torch.testing.assert_close(found[far], expected[far], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+
+
+def test_the_two_halves_of_box_muller_are_independent_in_size_and_sign() -> None:
     n = 400_000
-    draws = random.normal(random.key(0), (n,)).to(torch.float64)
+    a, b = random.box_muller(random.key(1), (2, n)).to(torch.float64)
+    for x, y in ((a, b), (a.square() - 1, b.square() - 1), (a.sign(), b.sign())):
+        assert abs((x * y).mean().item()) < 4 * (x.std() * y.std()).item() / math.sqrt(n)
+
+
+@pytest.mark.parametrize("draw", [random.normal, random.box_muller])
+def test_normals_have_mean_zero_and_variance_one(draw: Callable[..., Tensor]) -> None:
+    n = 400_000
+    draws = draw(random.key(0), (n,)).to(torch.float64)
     assert abs(draws.mean().item()) < 4 / math.sqrt(n)
     assert abs(draws.var().item() - 1) < 4 * math.sqrt(2 / n)
     assert abs((draws**4).mean().item() - 3) < 4 * math.sqrt(96 / n)
