@@ -3,18 +3,19 @@
 All arms start from the same weights and take the same batch. The functional step includes casting and normalising.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
 
 from . import limits
-from .measure import Arm, Case, Question, Setup
+from .measure import Arm, Axis, Case, Comparison, Question, Setup
 from .problems import Problem, cnn, precision
-from .steps import functional_step, module_step, relative_difference
+from .steps import Form, functional_step, module_step, relative_difference
 
 BATCH_SIZES = {16: 60, 32: 60, 64: 60, 128: 40, 256: 30, 512: 20, 1024: 12}
 """And the rounds at each."""
+SGD: dict[Form, str] = {"plain": "", "foreach": ", foreach SGD", "fused": ", fused SGD"}
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
@@ -24,7 +25,7 @@ def step_arms(problem: Problem) -> list[Arm]:
     for dtype, tolerance in TOLERANCES.items():
         name = precision(dtype)
         for compile, form in ((True, "compiled"), (False, "eager")):
-            for sgd, kind in (("plain", ""), ("foreach", ", foreach SGD"), ("fused", ", fused SGD")):
+            for sgd, kind in SGD.items():
                 if kind and dtype != torch.float32:
                     continue  # the optimizer's work is float32 all the same
                 make = partial(module_step, problem, compile=compile, dtype=dtype, sgd=sgd)
@@ -48,8 +49,29 @@ def cases(setup: Setup) -> Iterator[Case]:
             warmups=5,
             settings={"model": "cnn without dropout", "batch_size": batch_size},
             costs={precision(dtype): limits.of_step(problem, dtype) for dtype in TOLERANCES},
+            axis=Axis("B", batch_size),
             memory=batch_size in (64, 512),
         )
 
 
-QUESTION = Question("step", "an ordinary training step: functional against eager and compiled nn.Module", cases)
+def conclude(comparisons: Sequence[Comparison]) -> str:
+    """The functional, compiled step over the fastest module's, by batch size and precision."""
+    lines = [
+        "| | fastest module, float32 | ours, float32, over it | ours, bfloat16, over it | over the fastest in bfloat16 |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for comparison in comparisons:
+        best = comparison.reference
+        ours = {t.precision: t for t in comparison.timings if t.name.startswith("functional, compiled")}
+        modules = [t.median for t in comparison.timings if "nn.Module" in t.name and t.precision == "bfloat16"]
+        if len(ours) == 2 and modules:
+            ratios = [comparison.ratio(ours["float32"]), comparison.ratio(ours["bfloat16"])]
+            ratios.append(ours["bfloat16"].median / min(modules))
+            cells = " | ".join(f"{ratio:.2f}" for ratio in ratios)
+            lines.append(f"| {comparison.case} | {best.name.removesuffix(', float32')} | {cells} |")
+    return "\n".join(lines)
+
+
+QUESTION = Question(
+    "step", "an ordinary training step: functional against eager and compiled nn.Module", cases, conclude
+)
