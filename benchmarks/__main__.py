@@ -37,19 +37,38 @@ def main() -> int:
             print(f"{name:<{max(map(len, wanted))}}  {questions.load(name).asks}")
         return 0
     setup = command.setup(parser, options)
+    found: list[results.Result] = []
+    try:
+        faults = _answer_all(parser, wanted, setup, options.out, found)
+    except KeyboardInterrupt:
+        written = ", ".join(str(result.path) for result in found if result.path)
+        print(f"Stopped. Results so far: {written or 'none'}", file=sys.stderr)
+        return 130
+    return 1 if faults else 0
+
+
+def _answer_all(
+    parser: argparse.ArgumentParser,
+    wanted: dict[str, list[str]],
+    setup: measure.Setup,
+    folder: Path,
+    found: list[results.Result],
+) -> int:
+    """Measures the cases that begin as wanted, by question; gives how many arms were refused, and adds to `found`."""
     rates = limits.rates(setup.device)
     print(report.rate_line(rates), flush=True)
     machine, faults = results.machine(rates), 0
     for name, starts in wanted.items():
         question = questions.load(name)
-        result = results.Result(name, setup, machine, options.out)
+        result = results.Result(name, setup, machine, folder)
+        found.append(result)
         for case in question.cases(setup):
             if case.name.startswith(tuple(starts)):
                 faults += _answer(question, case, setup, rates, result)
         if result.path is None:
             parser.error(f"no case of {name} begins with {' or '.join(map(repr, starts))}.")
-        _conclude(question, result)
-    return 1 if faults else 0
+        _conclude(question, result.comparisons, result.path)
+    return faults
 
 
 def _answer(
@@ -78,22 +97,26 @@ def _with_memory(
 ) -> measure.Comparison:
     """The comparison with the peak memory of each arm, one process after another."""
     timings = []
-    for timing in tqdm(comparison.timings, desc=f"{question.name} {comparison.case}, memory", leave=False, disable=None):
+    for timing in tqdm(
+        comparison.timings, desc=f"{question.name} {comparison.case}, memory", leave=False, disable=None
+    ):
         try:
-            timings.append(replace(timing, memory=peak.in_own_process(question.name, comparison.case, timing.name, setup)))
+            timings.append(
+                replace(timing, memory=peak.in_own_process(question.name, comparison.case, timing.name, setup))
+            )
         except RuntimeError as error:
             print(f"Peak memory is not known of {error}", file=sys.stderr)
             timings.append(timing)
     return replace(comparison, timings=timings)
 
 
-def _conclude(question: measure.Question, result: results.Result) -> None:
+def _conclude(question: measure.Question, comparisons: list[measure.Comparison], path: Path) -> None:
     """Says what all cases of a question show together, and where it was written."""
-    for table in (report.exponent_table(result.comparisons), question.conclude(result.comparisons)):
+    for table in (report.exponent_table(comparisons), question.conclude(comparisons)):
         if table:
             print(f"\n{table}")
-    for path in (result.path, *plots.draw(question.name, result.comparisons, result.path)):
-        print(f"Written to {path}")
+    for written in (path, *plots.draw(question.name, comparisons, path)):
+        print(f"Written to {written}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def of_step(problem: Problem, dtype: torch.dtype) -> Cost:
     """The cost of one training step with momentum, the forward pass in `dtype`."""
     module, x, labels = problem.loaded(), problem.x, problem.labels
     params = list(module.parameters())
-    own = {p.untyped_storage().data_ptr() for p in params}
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*params, x, labels)}
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -46,13 +46,10 @@ def of_step(problem: Problem, dtype: torch.dtype) -> Cost:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with (
-        FlopCounterMode(display=False) as counter,
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast(x.device.type, dtype=dtype, enabled=dtype != torch.float32),
-    ):
-        loss = F.cross_entropy(module(x), labels)
-    with counter:
+    autocast = torch.autocast(x.device.type, dtype=dtype, enabled=dtype != torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+            loss = F.cross_entropy(module(x), labels)
         torch.autograd.grad(loss, params)
     weights = sum(p.numel() * p.element_size() for p in params)
     return Cost(counter.get_total_flops(), 4 * weights + x.numel() * x.element_size() + 2 * sum(saved.values()))

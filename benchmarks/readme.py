@@ -2,25 +2,41 @@
 
     python -m benchmarks.readme
 
-In the README a table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME.json is in `benchmarks/results`.
+A table stands between `<!-- table FILE/CASE -->` and `<!-- end -->`: that case of `benchmarks/results/FILE.json`. For
+CASE may stand `exponents`, how costs grow along what was varied, or `conclusion`, what all cases together show.
 """
 
+import json
 import re
 from pathlib import Path
 
-from . import measure
+from . import questions, report, results
 
 README = Path(__file__).parent.parent / "README.md"
-_TABLE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- table ([^/\n]+)/([^/\n]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def with_tables(text: str) -> str:
-    """The README's text, each table made anew."""
-    return _TABLE.sub(lambda found: f"{found[1]}{_table(found[2])}\n{found[3]}", text)
+def with_tables(text: str, folder: Path = results.RESULTS) -> str:
+    """The README's text, each table made anew.
+
+    Raises:
+        ValueError: the folder has no such result, or the result no such case.
+    """
+    return _TABLE.sub(lambda found: f"{found[1]}{_table(folder / f'{found[2]}.json', found[3])}\n{found[4]}", text)
 
 
-def _table(name: str) -> str:
-    return measure.table(measure.read(measure.RESULTS / f"{name}.json"))
+def _table(path: Path, case: str) -> str:
+    if not path.is_file():
+        raise ValueError(f"README: a table must be of a committed result. Found none in {path}.")
+    comparisons, rates = results.read(path)
+    if case == "exponents":
+        return report.exponent_table(comparisons)
+    if case == "conclusion":
+        return questions.load(json.loads(path.read_text(encoding="utf-8"))["question"]).conclude(comparisons)
+    named = {comparison.case: comparison for comparison in comparisons}
+    if case not in named:
+        raise ValueError(f"README: a table must be of a case of {path}. Found {case!r}, not in {sorted(named)}.")
+    return report.markdown(named[case], rates)
 
 
 if __name__ == "__main__":

@@ -8,31 +8,35 @@ import numpy as np
 from .limits import Rates
 from .measure import Comparison, Timing
 
+UNITS = ((1.0, "s"), (1e3, "ms"), (1e6, "us"))
+"""Times are in the first of these in which the reference takes at least one."""
+
 
 def markdown(comparison: Comparison, rates: Rates) -> str:
-    """The table in Markdown."""
+    """The table in Markdown; arms that have no time are its last rows."""
     heads, body = _cells(comparison, rates)
+    rows = body + [[f"{one.name}: {one.reason}", *[""] * (len(heads) - 1)] for one in comparison.missing]
     lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body])
+    return "\n".join(lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows])
 
 
 def text(comparison: Comparison, rates: Rates) -> str:
-    """The table in columns."""
+    """The table in columns; arms that have no time are named below it."""
     heads, body = _cells(comparison, rates)
     widths = [max(len(row[i]) for row in (heads, *body)) for i in range(len(heads))]
     lines = [
         "  ".join(f"{cell:{'>' if i else '<'}{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
         for row in (heads, ["-" * w for w in widths], *body)
     ]
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join([line.rstrip() for line in lines] + [f"{one.name}: {one.reason}" for one in comparison.missing])
 
 
 def _cells(comparison: Comparison, rates: Rates) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows. A column that says nothing of any arm is left out; the reference of ratios is in bold letters."""
+    """Heads, and a row for each time. A column that says nothing of any arm is left out."""
     reference = comparison.reference
-    scale, unit = (1.0, "s") if reference.median >= 1 else (1e3, "ms")
+    scale, unit = next(one for one in UNITS if reference.median * one[0] >= 1 or one is UNITS[-1])
     heads = ["arm", "first call, s", f"median, {unit}", f"quartiles, {unit}", "ratio (95 %)", "time"]
-    heads += ["peak, MB", "of the limit", "compiled anew"]
+    heads += ["peak, MB", "of the limit", "graphs compiled anew"]
     body = []
     for timing in comparison.timings:
         (low, high), (least, most) = timing.quartiles, comparison.interval(timing)
@@ -45,16 +49,18 @@ def _cells(comparison: Comparison, rates: Rates) -> tuple[list[str], list[list[s
                 f"{timing.median * scale:.2f}",
                 f"{low * scale:.2f} to {high * scale:.2f}",
                 "1 (reference)" if is_reference else f"{ratio:.2f} ({least:.2f} to {most:.2f})",
-                "" if is_reference else f"{100 * (ratio - 1):+.0f} %",
+                "" if is_reference else _signed(100 * (ratio - 1)),
                 "" if timing.memory is None else f"{timing.memory / 1e6:.0f}",
                 _of_limit(comparison, timing, rates),
-                f"{timing.compilations} graphs" if timing.compilations else "",
+                str(timing.compilations or ""),
             ]
         )
-    for one in comparison.missing:
-        body.append([f"{one.name}: {one.reason}", *[""] * (len(heads) - 1)])
     kept = [i for i in range(len(heads)) if i < 6 or any(row[i] for row in body)]
     return [heads[i] for i in kept], [[row[i] for i in kept] for row in body]
+
+
+def _signed(percent: float) -> str:
+    return f"{percent:+.0f} %" if abs(percent) >= 10 else f"{percent:+.1f} %"
 
 
 def _of_limit(comparison: Comparison, timing: Timing, rates: Rates) -> str:
@@ -89,15 +95,14 @@ class Exponent(NamedTuple):
 def exponents(comparisons: Sequence[Comparison]) -> list[Exponent]:
     """The powers fitted to each arm's times and memory, by least squares of logarithms, where it has three points."""
     points: dict[tuple[str, str], list[tuple[float, Timing]]] = {}
-    for comparison in comparisons:
-        for timing in comparison.timings if comparison.axis else ():
-            points.setdefault((timing.name, comparison.axis.name), []).append((comparison.axis.value, timing))
+    for axis, timing in ((one.axis, timing) for one in comparisons if one.axis for timing in one.timings):
+        points.setdefault((timing.name, axis.name), []).append((axis.value, timing))
     found = []
-    for (arm, axis), curve in points.items():
+    for (arm, along), curve in points.items():
         if len(curve) >= 3:
             memory = [(value, timing.memory) for value, timing in curve if timing.memory]
             times = [(value, timing.median) for value, timing in curve]
-            found.append(Exponent(arm, axis, _slope(times), _slope(memory) if len(memory) >= 3 else None))
+            found.append(Exponent(arm, along, _slope(times), _slope(memory) if len(memory) >= 3 else None))
     return found
 
 
