@@ -4,6 +4,7 @@ matplotlib comes with the `plot` extra; without it there are no pictures.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -27,8 +28,10 @@ def draw(question: str, comparisons: Sequence[Comparison], path: Path) -> list[P
     except ImportError:
         return []
     figures = {"bars": _bars(pyplot, question, comparisons)}
-    for axis in sorted({c.axis.name for c in comparisons if c.axis}):
-        figures[axis] = _curves(pyplot, question, axis, comparisons)
+    varied = {(c.axis.name, c.axis.value) for c in comparisons if c.axis}
+    for axis, points in sorted(Counter(name for name, _ in varied).items()):
+        if points > 1:
+            figures[axis] = _curves(pyplot, question, axis, comparisons)
     drawn = []
     for name, figure in figures.items():
         drawn.append(path.with_name(f"{path.stem}-{name}.png"))
@@ -91,7 +94,7 @@ def _bar(axes: Any, place: int, comparison: Comparison, timing: Timing, *, start
         ratio, place, xerr=[[max(0, ratio - low)], [max(0, high - ratio)]], color="black", capsize=2, linewidth=1
     )
     label = kind if kind == "reference" else f"{ratio:.{2 if ratio < 10 else 1}f}"
-    axes.text(max(ratio, high, start), place, f" {label}", va="center", fontsize=7)
+    axes.text(max(ratio, high, 1), place, f" {label}", va="center", fontsize=7)
 
 
 def _curves(pyplot: Any, question: str, axis: str, comparisons: Sequence[Comparison]) -> Any:
@@ -116,7 +119,7 @@ def _curves(pyplot: Any, question: str, axis: str, comparisons: Sequence[Compari
         axes.set_xticks(values, [f"{value:g}" for value in values])
         axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
-    figure.legend(*columns[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
+    figure.legend(*columns[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=7, handlelength=4)
     figure.suptitle(f"{question} against {axis}", fontsize=10)
     return figure
 

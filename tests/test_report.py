@@ -122,6 +122,11 @@ def test_a_single_arm_and_cases_of_other_arms_are_drawn(tmp_path):
     assert size(path).all()
 
 
+def test_no_curve_is_drawn_through_a_single_point(tmp_path):
+    drawn = plots.draw("planted", curve(time=1, values=(16,)), tmp_path / "planted.json")
+    assert [path.name for path in drawn] == ["planted-bars.png"]
+
+
 def test_without_matplotlib_nothing_is_drawn(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert plots.draw("planted", curve(time=1), tmp_path / "planted.json") == []
