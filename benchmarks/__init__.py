@@ -1,11 +1,14 @@
-"""Benchmarks: one harness (`measure`), one script per question, and the README's tables.
+"""Benchmarks: one harness, one script per question, one command: `python -m benchmarks`.
 
-| command | question |
+| file | concern |
 |---|---|
-| `python -m benchmarks.step` | What does a functional step cost against eager and compiled `nn.Module`? |
-| `python -m benchmarks.epoch` | What does the whole `train` command cost against the article's program? |
-| `python -m benchmarks.normals` | What do keyed normal numbers cost against `torch.randn`? |
-| `python -m benchmarks.per_sample` | What do clipped steps and norms cost against an ordinary step and others'? |
-| `python -m benchmarks.strategies` | Which way of taking inner products is faster, Gram matrices or built gradients? |
-| `python -m benchmarks.readme` | (writes the README's tables from committed results) |
+| `measure.py` | the harness: arms that agree, timed in interleaved rounds |
+| `results.py`, `report.py`, `plots.py`, `readme.py` | files, tables, pictures, the README's tables |
+| `limits.py`, `peak.py` | the least that work takes and the most that a machine does; peak memory |
+| `command.py`, `__main__.py`, `questions.py` | the options of each command; the one command; the questions' names |
+| `networks.py`, `problems.py` | what is trained: modules, weights and batches |
+| `steps.py`, `quantities.py`, `peers.py` | the works: this library's, a module's, others' |
+| `definitions.py` | what the works must equal |
+| `article.py`, `programs.py` | whole programs as works |
+| the others | a question each, see `python -m benchmarks --list` |
 """

@@ -2,15 +2,29 @@
 
 import argparse
 import os
+from typing import NoReturn
 
 from .measure import Setup
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose help shows a module's docstring as it is, and that tells a mistake in one line."""
+
+    def __init__(self, prog: str, description: str | None) -> None:
+        super().__init__(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the command with status 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def add_setup(parser: argparse.ArgumentParser) -> None:
     """Adds the options of a setup."""
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda (default: cpu)")
     parser.add_argument("--threads", type=int, metavar="N", help="cores to run on (default: all there are)")
-    parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, few rounds: a look, not a result")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer and smaller cases, few rounds: a look, not a result"
+    )
     parser.add_argument(
         "--default-allocator", action="store_true", help="let the C library give freed memory back at once"
     )

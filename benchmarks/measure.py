@@ -129,7 +129,7 @@ class Timing:
     name: str
     precision: str
     first: float
-    """The first call, compilation included."""
+    """The first call, with all compilation that no earlier arm's call has done already."""
     samples: list[float]
     """One for each round, in their order."""
     difference: float
@@ -243,7 +243,10 @@ def compare(
         for one in order:
             one.samples.append(one.timed(setup.device, one.loops))
             progress(f"{one.arm.name}, round {number + 1} of {case.rounds}")
-    timings = [one.timing(baseline=one.arm.baseline or one is ready[0]) for one in ready]
+    if ready[0].fault:
+        raise RuntimeError(f"{case.name}: the first arm, {names[0]}, must run. Found: {ready[0].fault}.")
+    missing += [Missing(one.arm.name, one.fault, True) for one in ready if one.fault]
+    timings = [one.timing(baseline=one.arm.baseline or one is ready[0]) for one in ready if not one.fault]
     return Comparison(case.name, timings, missing, case.settings, case.costs, case.axis)
 
 
@@ -265,11 +268,19 @@ class _Ready:
     compilations: int = 0
     loops: int = 1
     """Calls in a sample."""
+    fault: str = ""
+    """Why it has no times after all."""
 
     def timed(self, device: str, loops: int) -> float:
-        """The time of one call, the mean of some; what they compile is counted."""
+        """The time of one call, the mean of some; what they compile is counted. NaN once a call has failed."""
+        if self.fault:
+            return math.nan
         before = _graphs()
-        seconds = _seconds(self.work, device, loops)
+        try:
+            seconds = _seconds(self.work, device, loops)
+        except Exception as error:
+            self.fault = _failed(error)
+            return math.nan
         self.compilations += _graphs() - before
         return seconds
 
@@ -294,7 +305,7 @@ def _begin(arm: Arm, case: Case, reference: _Ready | None, setup: Setup) -> _Rea
     except ImportError as error:
         return Missing(arm.name, f"not installed: {_line(error)}", False)
     except Exception as error:  # others' code: whatever it raises, the other arms go on
-        return Missing(arm.name, f"failed: {type(error).__name__}: {_line(error)}", True)
+        return Missing(arm.name, _failed(error), True)
     if not difference <= arm.tolerance:
         return Missing(
             arm.name, f"refused: outputs {difference:.1e} from those expected, above {arm.tolerance:g}", True
@@ -341,6 +352,10 @@ def _forget_graphs() -> None:
     """Drops what torch compiled for earlier cases: it keeps eight forms of a function, and runs a ninth uncompiled."""
     if "torch._dynamo" in sys.modules:
         sys.modules["torch"]._dynamo.reset()
+
+
+def _failed(error: Exception) -> str:
+    return f"failed: {type(error).__name__}: {_line(error)}"
 
 
 def _line(error: Exception) -> str:

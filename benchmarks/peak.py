@@ -2,11 +2,10 @@
 
     python -m benchmarks.peak step B=64 "functional, eager, float32" --device cpu --threads 2
 
-On a CPU it is the operating system's count of the pages that the process holds, on a GPU the allocator's count of bytes:
-how far they rise during calls above where they stand between calls, with gradients let go.
+On a CPU it is the operating system's count of the pages that the process holds, on a GPU the allocator's count of
+bytes: how far they rise during calls above where they stand between calls, with gradients let go.
 """
 
-import argparse
 import ctypes
 import gc
 import json
@@ -68,7 +67,7 @@ def _allocated() -> tuple[int, Callable[[], int]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.Parser("python -m benchmarks.peak", __doc__)
     parser.add_argument("question")
     parser.add_argument("case")
     parser.add_argument("arm")

@@ -313,3 +313,12 @@ def test_a_result_says_on_what_it_was_measured(tmp_path):
     assert {"processor", "cores", "threads", "versions", "commit", "python", "rates"} <= record["machine"].keys()
     assert record["setup"] == SETUP._asdict()
     assert record["cases"][0]["reference"] in ("reference", "other")
+
+
+def test_an_arm_that_fails_in_a_round_is_a_row_and_the_others_go_on():
+    calls = iter([None, None, None])
+    breaks = arm("breaks", call=lambda: next(calls))
+    result = compare(arm("reference"), breaks)
+    assert [timing.name for timing in result.timings] == ["reference"]
+    assert [(one.name, one.refused) for one in result.missing] == [("breaks", True)]
+    assert "failed: StopIteration" in result.missing[0].reason
