@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from functorch_mnist import data, models, random
 
+from . import networks
 from .measure import Start, digest
 
 MEAN, DEVIATION = 0.1307, 0.3081
@@ -57,24 +58,55 @@ def _digest(tensors: Iterable[Tensor]) -> str:
     return digest(tensor.detach().cpu() for tensor in tensors)
 
 
-class Net(nn.Module):
-    """The article's network without dropout."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(1, 32, 3), nn.Conv2d(32, 64, 3)
-        self.fc1, self.fc2 = nn.Linear(9216, 128), nn.Linear(128, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(self.conv2(F.relu(self.conv1(x))), 2)
-        return F.log_softmax(self.fc2(F.relu(self.fc1(x.flatten(1)))), dim=1)
-
-
 def cnn(batch_size: int, device: str = "cpu") -> Problem:
     """The article's network on MNIST."""
     model, (stored, labels) = models.cnn(dropout=(0, 0)), _mnist(batch_size, device)
     params = {name: w.to(device) for name, w in model.init(random.key(0)).items()}
-    return Problem(Net, model.apply, params, stored, normalized, labels)
+    return Problem(networks.Net, model.apply, params, stored, normalized, labels)
+
+
+def mlp(batch_size: int, device: str = "cpu", *, hidden: tuple[int, ...] = (512, 256)) -> Problem:
+    """Linear layers on MNIST, from flat images."""
+    widths = (784, *hidden, networks.CLASSES)
+    model, (stored, labels) = models.mlp(widths), _mnist(batch_size, device)
+    params = {name: w.to(device) for name, w in model.init(random.key(0)).items()}
+    return Problem(partial(networks.mlp, widths), model.apply, params, stored, flat, labels)
+
+
+def resnet18(batch_size: int, device: str = "cpu") -> Problem:
+    """ResNet-18 with group norms, on random images of 3x32x32."""
+    return _of_module(networks.ResNet18, _images(batch_size), device)
+
+
+def vit(batch_size: int, device: str = "cpu") -> Problem:
+    """A small vision transformer, on random images of 3x32x32."""
+    return _of_module(networks.vit, _images(batch_size), device)
+
+
+def sequence(length: int, batch_size: int, device: str = "cpu") -> Problem:
+    """A small causal transformer, on random tokens."""
+    tokens = random.randint(random.key(1), (batch_size, length), 0, 256)
+    return _of_module(partial(networks.sequence, length), tokens, device)
+
+
+def _of_module(module: Callable[[], nn.Module], x: Tensor, device: str) -> Problem:
+    """A module's problem, on examples that it takes as they are stored."""
+    _, model = models.from_module(module().to(device), example_ndim=x.dim() - 1)
+    labels = random.randint(random.key(2), (len(x),), 0, networks.CLASSES).to(device)
+    return Problem(module, model.apply, model.init(random.key(0)), x.to(device), _as_stored, labels)
+
+
+def _images(batch_size: int) -> Tensor:
+    return random.normal(random.key(1), (batch_size, 3, 32, 32))
+
+
+def _as_stored(x: Tensor) -> Tensor:
+    return x
+
+
+def flat(images: Tensor) -> Tensor:
+    """MNIST's images as a network of flat inputs takes them."""
+    return normalized(images).flatten(-3)
 
 
 def normalized(images: Tensor) -> Tensor:
