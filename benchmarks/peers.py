@@ -1,119 +1,272 @@
-"""The same quantities as others compute them: a clipped SGD step by Opacus and by JAX, norms by BackPACK.
+"""The same quantities as others compute them: clipped steps by Opacus, JAX and jax-privacy, the rest by BackPACK too.
 
-Each function returns a `Work`, or raises ImportError where its package is not installed (`pip install -e '.[bench]'`).
-All start from the same weights, take the same normalised batch, sum gradients of norm at most `max_norm`, add noise of
-deviation `noise()` and divide by B. The harness first compares them with no noise, then times them with it.
+Each function gives a `Work`, or raises ImportError where its package is missing (`pip install -e '.[bench]'`). The
+network is the tutorial CNN. All start from the same weights and take the same normalised batch; a clipped step sums
+gradients of norm at most `MAX_NORM`, adds noise of deviation `noise()`, divides by B and takes a step of SGD with
+momentum.
 """
 
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from functorch_mnist import models
 
-from .step import LR, MOMENTUM, Net, Work
+from .measure import Start, Work, digest
+from .problems import Problem, start
+from .quantities import MAX_NORM, Deviation, Name, gram_of, norms_of
+from .steps import LR, MOMENTUM
 
-Noise = Callable[[], float]
+OpacusMode: TypeAlias = Literal["hooks", "functorch", "ew", "ghost"]
+"""Opacus' own names: sample gradients by formulas, by `vmap`, by torch's ExpandedWeights; norms without gradients."""
 
 
-def opacus(
-    params: models.Params, x: Tensor, labels: Tensor, max_norm: float, noise: Noise, *, ghost: bool
-) -> Work[models.Params]:
-    """A step of Opacus: hooks that materialise every sample gradient, or ghost clipping by two backward passes."""
-    from opacus import GradSampleModule
-    from opacus.grad_sample import GradSampleModuleFastGradientClipping
-    from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
-    from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
-
-    warnings.filterwarnings("ignore", "Full backward hook is firing")
-    net = Net()
-    models.load_into(net, params)
+def opacus_step(problem: Problem, noise: Deviation, *, mode: OpacusMode) -> Work:
+    """A clipped step of Opacus; ghost clipping takes two backward passes."""
+    optimizers: Any = import_module("opacus.optimizers")
+    net, x, labels = problem.loaded(), problem.x, problem.labels
+    weights = dict(net.named_parameters())
     sgd = torch.optim.SGD(net.parameters(), lr=LR, momentum=MOMENTUM)
-    constants: dict[str, Any] = {
-        "noise_multiplier": 0.0, "max_grad_norm": max_norm, "expected_batch_size": len(x), "loss_reduction": "mean",
-    }  # fmt: skip
-    criterion: Any = nn.CrossEntropyLoss()
-    wrapped: Any
-    if ghost:
-        wrapped = GradSampleModuleFastGradientClipping(net, max_grad_norm=max_norm, use_ghost_clipping=True)
-        optimizer = DPOptimizerFastGradientClipping(sgd, **constants)
-        criterion = DPLossFastGradientClipping(wrapped, optimizer, criterion)
+    constants = {"noise_multiplier": 0.0, "max_grad_norm": MAX_NORM, "expected_batch_size": len(x)}
+    wrapped, criterion = _by_opacus(net, mode), F.cross_entropy
+    if mode == "ghost":
+        optimizer = optimizers.DPOptimizerFastGradientClipping(sgd, **constants)
+        utilities: Any = import_module("opacus.utils.fast_gradient_clipping_utils")
+        criterion = utilities.DPLossFastGradientClipping(wrapped, optimizer, nn.CrossEntropyLoss())
     else:
-        wrapped, optimizer = GradSampleModule(net), DPOptimizer(sgd, **constants)
+        optimizer = optimizers.DPOptimizer(sgd, **constants)
+
+    def release() -> None:
+        optimizer.zero_grad(set_to_none=True)
 
     def call() -> None:
-        optimizer.noise_multiplier = noise() / max_norm
-        optimizer.zero_grad()
+        optimizer.noise_multiplier = noise() / MAX_NORM
+        release()
         criterion(wrapped(x), labels).backward()
         optimizer.step()
 
-    return call, lambda: {name: p.detach() - params[name] for name, p in net.named_parameters()}
+    return Work(
+        call,
+        lambda: {name: p.detach() - problem.params[name] for name, p in weights.items()},
+        start(weights.values(), (x, labels), torch.float32),
+        release,
+    )
 
 
-def backpack(params: models.Params, x: Tensor, labels: Tensor) -> Work[Tensor]:
-    """The norms by BackPACK's `BatchL2Grad`."""
-    from backpack import backpack as context
-    from backpack import extend
-    from backpack.extensions import BatchL2Grad
+def opacus_norms(problem: Problem, *, mode: Literal["hooks", "ghost"]) -> Work:
+    """The norms of Opacus' sample gradients, or of its ghost clipping, which has no sample gradients."""
+    net, x, labels = problem.loaded(), problem.x, problem.labels
+    wrapped, found = _by_opacus(net, mode), list[Tensor]()
 
+    def release() -> None:
+        wrapped.zero_grad(set_to_none=True)
+        found.clear()
+
+    def call() -> None:
+        release()
+        F.cross_entropy(wrapped(x), labels).backward()
+        found.append(wrapped.get_norm_sample() if mode == "ghost" else norms_of(_each(net, "grad_sample")))
+
+    return Work(call, lambda: found[0], start(net.parameters(), (x, labels), torch.float32), release)
+
+
+def _by_opacus(net: nn.Module, mode: OpacusMode) -> Any:
+    """The module wrapped; Opacus multiplies the gradients of a mean loss by B."""
+    utilities: Any = import_module("opacus.grad_sample.utils")
+    warnings.filterwarnings("ignore", "Full backward hook is firing")
+    return utilities.wrap_model(net, mode, **({"max_grad_norm": MAX_NORM} if mode == "ghost" else {}))
+
+
+class Extension(NamedTuple):
+    """Of BackPACK."""
+
+    name: str
+    field: str
+    """Where at a parameter it leaves what it finds."""
+
+
+BACKPACK: dict[Name, Extension] = {
+    "norms": Extension("BatchL2Grad", "batch_l2"),
+    "gram": Extension("BatchGrad", "grad_batch"),
+    "second_moment": Extension("SumGradSquared", "sum_grad_squared"),
+}
+
+
+def backpack(problem: Problem, name: Name) -> Work:
+    """A quantity by BackPACK: of the summed loss, as it would divide a mean loss's gradients by B."""
+    package: Any = import_module("backpack")
+    field = BACKPACK[name].field
+    extension: Any = getattr(import_module("backpack.extensions"), BACKPACK[name].name)
     warnings.filterwarnings("ignore", "Full backward hook is firing")
     convolutions = (nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.MaxPool2d(2))
     net = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(9216, 128), nn.ReLU(), nn.Linear(128, 10))
-    models.load_into(net, dict(zip(dict(net.named_parameters()), params.values(), strict=True)))
-    net, criterion = extend(net), extend(nn.CrossEntropyLoss(reduction="sum"))
-    squares: list[Tensor] = []
+    net.to(problem.labels.device)
+    models.load_into(net, dict(zip(dict(net.named_parameters()), problem.params.values(), strict=True)))
+    x, labels, found = problem.x, problem.labels, list[Any]()
+    net, criterion = package.extend(net), package.extend(nn.CrossEntropyLoss(reduction="sum"))
+
+    def quantity() -> Any:
+        if name == "norms":
+            return torch.stack(_each(net, field)).sum(0).sqrt()
+        if name == "gram":
+            return gram_of(_each(net, field))
+        return dict(zip(problem.params, _each(net, field), strict=True))
+
+    def release() -> None:
+        net.zero_grad()
+        for p in net.parameters():
+            setattr(p, field, None)
+        found.clear()
 
     def call() -> None:
-        net.zero_grad()
-        with context(BatchL2Grad()):
+        release()
+        with package.backpack(extension()):
             criterion(net(x), labels).backward()
-        squares[:] = [p.batch_l2 for p in net.parameters()]
+        found.append(quantity())
 
-    return call, lambda: torch.stack(squares).sum(0).sqrt()
+    return Work(call, lambda: found[0], start(net.parameters(), (x, labels), torch.float32), release)
 
 
-def jax(params: models.Params, x: Tensor, labels: Tensor, max_norm: float, noise: Noise) -> Work[models.Params]:
-    """A step of JAX: `jit(vmap(grad))`, clip, sum, noise, SGD with momentum."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+def _each(net: nn.Module, field: str) -> list[Any]:
+    """What a package has left at each parameter."""
+    return [getattr(p, field) for p in net.parameters()]
+
+
+@dataclass(frozen=True)
+class _Jax:
+    """A problem in JAX, and its modules: untyped, so that types are checked alike with and without it."""
+
+    jax: Any
+    numpy: Any
+    params: dict[str, Any]
+    batch: tuple[Any, Any]
+    start: Start
+    device: torch.device
+
+    def loss(self, params: Any, x: Any, label: Any) -> Any:
+        """The cross-entropy of one example."""
+        j, jnp = self.jax, self.numpy
+        x = j.nn.relu(self._conv(x[None], params["conv1.weight"], params["conv1.bias"]))
+        x = self._conv(x, params["conv2.weight"], params["conv2.bias"])
+        x = j.lax.reduce_window(x, -jnp.inf, j.lax.max, (1, 1, 2, 2), (1, 1, 2, 2), "VALID").reshape(-1)
+        x = j.nn.relu(params["fc1.weight"] @ x + params["fc1.bias"])
+        return -j.nn.log_softmax(params["fc2.weight"] @ x + params["fc2.bias"])[label]
+
+    def _conv(self, x: Any, weight: Any, bias: Any) -> Any:
+        return self.jax.lax.conv(x, weight, (1, 1), "VALID") + bias[:, None, None]
+
+    def sample_grads(self, params: Any, x: Any, labels: Any) -> dict[str, Any]:
+        """Every ∇_i, flattened: (B, P) for each parameter."""
+        rows = self.jax.vmap(self.jax.grad(self.loss), in_axes=(None, 0, 0))(params, x, labels)
+        return {name: g.reshape(len(g), -1) for name, g in rows.items()}
+
+    def norms(self, rows: dict[str, Any]) -> Any:
+        """(B,)."""
+        return self.numpy.sqrt(sum(self.numpy.sum(g**2, 1) for g in rows.values()))
+
+    def shaped(self, flat: dict[str, Any]) -> dict[str, Any]:
+        """Like the parameters."""
+        return {name: value.reshape(self.params[name].shape) for name, value in flat.items()}
+
+    def tensors(self, found: Any) -> Any:
+        """Arrays as tensors; a `jit` has sorted the names."""
+        if isinstance(found, dict):
+            return {name: self.tensors(found[name]) for name in self.params}
+        return torch.from_numpy(np.array(found)).to(self.device)
+
+
+def _in_jax(problem: Problem) -> _Jax:
+    device = problem.labels.device
+    if device.type == "cpu":
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    else:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory to the other arms
     j: Any = import_module("jax")
     jnp: Any = import_module("jax.numpy")
+    if device.type != "cpu" and all(found.platform != "gpu" for found in j.devices()):
+        raise ImportError("jaxlib for this GPU")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    params = {name: jnp.asarray(p.cpu().numpy()) for name, p in problem.params.items()}
+    x, labels = problem.x.cpu().numpy(), problem.labels.cpu().numpy()
+    batch = jnp.asarray(x), jnp.asarray(labels)
+    begin = Start(digest(params.values()), digest((batch[0], labels)), "float32", cores)  # labels become int32 there
+    return _Jax(j, jnp, params, batch, begin, device)
 
-    start = {name: jnp.asarray(p.numpy()) for name, p in params.items()}
-    images, targets = jnp.asarray(x.numpy()), jnp.asarray(labels.numpy())
 
-    def conv(x: Any, weight: Any, bias: Any) -> Any:
-        return j.lax.conv(x, weight, (1, 1), "VALID") + bias[:, None, None]
-
-    def loss_fn(p: Any, x: Any, y: Any) -> Any:
-        x = j.nn.relu(conv(x[None], p["conv1.weight"], p["conv1.bias"]))
-        x = conv(x, p["conv2.weight"], p["conv2.bias"])
-        x = j.lax.reduce_window(x, -jnp.inf, j.lax.max, (1, 1, 2, 2), (1, 1, 2, 2), "VALID").reshape(-1)
-        x = j.nn.relu(p["fc1.weight"] @ x + p["fc1.bias"])
-        return -j.nn.log_softmax(p["fc2.weight"] @ x + p["fc2.bias"])[y]
-
-    def one_step(p: Any, velocity: Any, key: Any, deviation: Any) -> Any:
-        rows = j.vmap(j.grad(loss_fn), in_axes=(None, 0, 0))(p, images, targets)
-        norms = jnp.sqrt(sum(jnp.sum(g.reshape(len(g), -1) ** 2, 1) for g in rows.values()))
-        factors = jnp.minimum(1, max_norm / norms)
-        total = {name: jnp.tensordot(factors, g, 1) for name, g in rows.items()}
-        keys = dict(zip(total, j.random.split(key, len(total)), strict=True))
-        total = {n: g + deviation * j.random.normal(keys[n], g.shape) for n, g in total.items()}
-        velocity = {n: MOMENTUM * velocity[n] + total[n] / len(images) for n in total}
-        return {n: p[n] - LR * velocity[n] for n in total}, velocity
-
-    step: Any = j.jit(one_step)
-    state: list[Any] = [start, {name: jnp.zeros_like(p) for name, p in start.items()}]
+def jax(problem: Problem, name: Name) -> Work:
+    """A quantity by JAX: `jit(vmap(grad))`, and what follows in the same `jit`."""
+    p = _in_jax(problem)
+    quantities: dict[Name, Callable[[dict[str, Any]], Any]] = {
+        "norms": p.norms,
+        "gram": lambda rows: sum(g @ g.T for g in rows.values()),
+        "second_moment": lambda rows: p.shaped({n: (g**2).sum(0) for n, g in rows.items()}),
+    }
+    fn: Any = p.jax.jit(lambda params, x, labels: quantities[name](p.sample_grads(params, x, labels)))
+    found: list[Any] = []
 
     def call() -> None:
-        state[:] = j.block_until_ready(step(*state, j.random.key(0), jnp.float32(noise())))
+        found[:] = [p.jax.block_until_ready(fn(p.params, *p.batch))]
 
-    def update() -> models.Params:
-        return {name: torch.from_numpy(np.array(state[0][name] - start[name])) for name in params}
+    return Work(call, lambda: p.tensors(found[0]), p.start, found.clear)
 
-    return call, update
+
+def jax_step(problem: Problem, noise: Deviation) -> Work:
+    """A clipped step by JAX: `jit(vmap(grad))`, clip, sum, noise."""
+    p = _in_jax(problem)
+
+    def noisy_sum(params: Any, batch: Any, deviation: Any, key: Any) -> tuple[Any, Any]:
+        rows = p.sample_grads(params, *batch)
+        factors = p.numpy.minimum(1, MAX_NORM / p.norms(rows))
+        sums = p.shaped({name: factors @ g for name, g in rows.items()})
+        key, *keys = p.jax.random.split(key, 1 + len(sums))
+        draws = {name: p.jax.random.normal(k, sums[name].shape) for name, k in zip(sums, keys, strict=True)}
+        return {name: sums[name] + deviation * draws[name] for name in sums}, key
+
+    return _jax_sgd(p, noise, noisy_sum, p.jax.random.key(0))
+
+
+def jax_privacy_step(problem: Problem, noise: Deviation) -> Work:
+    """A clipped step by jax-privacy's `clipped_grad` and `gaussian_privatizer`."""
+    p = _in_jax(problem)
+    package: Any = import_module("jax_privacy")
+    # Gradients are clipped flat: in their own shapes XLA takes a hundred times as long for the convolutions on a CPU.
+    clipped = package.clipped_grad(
+        p.loss,
+        l2_clip_norm=MAX_NORM,
+        batch_argnums=(1, 2),
+        keep_batch_dim=False,
+        pre_clipping_transform=lambda grads: {name: g.reshape(-1) for name, g in grads.items()},
+    )
+
+    def privatizer(deviation: Any) -> Any:
+        return package.noise_addition.gaussian_privatizer(stddev=deviation, prng_key=0)
+
+    def noisy_sum(params: Any, batch: Any, deviation: Any, state: Any) -> Any:
+        return privatizer(deviation).update(p.shaped(clipped(params, *batch)), state)
+
+    return _jax_sgd(p, noise, noisy_sum, privatizer(0.0).init(p.params))
+
+
+def _jax_sgd(p: _Jax, noise: Deviation, noisy_sum: Callable[..., Any], noise_state: Any) -> Work:
+    """SGD with momentum on noisy sums, `noisy_sum(params, batch, deviation, noise_state) -> (sum, noise_state)`."""
+
+    def one_step(params: Any, velocity: Any, noise_state: Any, batch: Any, deviation: Any) -> Any:
+        sums, noise_state = noisy_sum(params, batch, deviation, noise_state)
+        velocity = {n: MOMENTUM * velocity[n] + sums[n] / len(batch[0]) for n in params}
+        return {n: params[n] - LR * velocity[n] for n in params}, velocity, noise_state
+
+    step: Any = p.jax.jit(one_step)
+    state: list[Any] = [p.params, p.jax.tree.map(p.numpy.zeros_like, p.params), noise_state]
+
+    def call() -> None:
+        state[:] = p.jax.block_until_ready(step(*state, p.batch, p.numpy.float32(noise())))
+
+    return Work(call, lambda: p.tensors({n: state[0][n] - p.params[n] for n in p.params}), p.start)
