@@ -1,4 +1,7 @@
-"""What arms must find: quantities of per-sample gradients by their definitions, a loop over examples."""
+"""What arms must find: quantities of per-sample gradients by their definitions, a loop over examples in float64.
+
+In float32 the convolutions of one example would be further from the definition than a batch's.
+"""
 
 from collections.abc import Iterator
 from functools import cached_property
@@ -18,8 +21,8 @@ from .steps import LR, module_step, relative_difference
 class Definitions:
     """The quantities of a problem, each computed once, when it is first asked for."""
 
-    def __init__(self, problem: Problem) -> None:
-        self._problem = problem
+    def __init__(self, problem: Problem, max_norm: float = MAX_NORM) -> None:
+        self._problem, self._max_norm = problem, max_norm
 
     @cached_property
     def ordinary_step(self) -> models.Params:
@@ -33,17 +36,17 @@ class Definitions:
     def clipped_step(self) -> models.Params:
         """The first update by clipped gradients, without noise, rounded as an update is."""
         params, batch_size = self._problem.params, len(self._problem.labels)
-        total = tree.zeros_like(params)
+        total = tree.map(lambda p: torch.zeros_like(p, dtype=torch.float64), params)
         for grads in self._sample_grads():
-            factor = (MAX_NORM / tree.norm(grads)).clamp(max=1)
+            factor = (self._max_norm / tree.norm(grads)).clamp(max=1)
             total = tree.map(lambda t, g, factor=factor: t + factor * g, total, grads)
-        stepped = tree.map(lambda p, t: torch.sub(p, t / batch_size, alpha=LR), params, total)
+        stepped = tree.map(lambda p, t: torch.sub(p, (t / batch_size).float(), alpha=LR), params, total)
         return tree.map(torch.sub, stepped, params)
 
     @cached_property
     def norms(self) -> Tensor:
         """(B,): |∇_i|."""
-        return torch.stack([tree.norm(grads) for grads in self._sample_grads()])
+        return torch.stack([tree.norm(grads) for grads in self._sample_grads()]).float()
 
     @cached_property
     def gram(self) -> Tensor:
@@ -57,17 +60,17 @@ class Definitions:
     @cached_property
     def second_moment(self) -> models.Params:
         """Σ_i ∇_i², like the parameters."""
-        total = tree.zeros_like(self._problem.params)
+        total = tree.map(lambda p: torch.zeros_like(p, dtype=torch.float64), self._problem.params)
         for grads in self._sample_grads():
             total = tree.map(lambda t, g: t + g.square(), total, grads)
-        return total
+        return tree.map(torch.Tensor.float, total)
 
     def _sample_grads(self) -> Iterator[models.Params]:
-        """∇_i, one example after another."""
-        net = self._problem.loaded()
+        """∇_i in float64, one example after another."""
+        net, x = self._problem.loaded().double(), self._problem.x
         weights = dict(net.named_parameters())
-        for image, label in zip(self._problem.x, self._problem.labels, strict=True):
-            loss = F.cross_entropy(net(image[None]), label[None])
+        for example, label in zip(x.double() if x.is_floating_point() else x, self._problem.labels, strict=True):
+            loss = F.cross_entropy(net(example[None]), label[None])
             yield dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
 
 

@@ -5,14 +5,14 @@ factored way stands beside `vmap(grad)` of the module and beside other packages.
 definition, a loop over examples; a clipped step without noise, with which it is then timed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 
 from . import limits, peers
 from .definitions import Definitions, difference
-from .measure import Arm, Case, Question, Setup, Work
+from .measure import Arm, Case, Comparison, Question, Setup, Work
 from .problems import Problem, cnn, precision
 from .quantities import CHUNK, MAX_NORM, NOISE, Deviation, Name, clipped_step, dense, factored, quantity
 from .step import TOLERANCES
@@ -123,4 +123,22 @@ def cases(setup: Setup) -> Iterator[Case]:
         )
 
 
-QUESTION = Question("per_sample", "per-sample gradients: clipped steps, norms, Gram matrices, second moments", cases)
+def conclude(comparisons: Sequence[Comparison]) -> str:
+    """How many times as long as this library's each other way takes, both in float32; a dash where it has no time."""
+    ours = "factored, compiled, float32"
+    ratios: dict[str, dict[str, float]] = {}
+    for comparison in comparisons:
+        medians = {t.name: t.median for t in comparison.timings}
+        for name, median in medians.items():
+            if not name.startswith(("factored", "ordinary")):
+                ratios.setdefault(name, {})[comparison.case] = median / medians[ours]
+    names = [comparison.case for comparison in comparisons]
+    lines = [f"| times as long as {ours} | " + " | ".join(names) + " |", "|---" + "|---:" * len(names) + "|"]
+    for name, row in ratios.items():
+        lines.append(f"| {name} | " + " | ".join(f"{row[case]:.1f}" if case in row else "-" for case in names) + " |")
+    return "\n".join(lines)
+
+
+QUESTION = Question(
+    "per_sample", "per-sample gradients: clipped steps, norms, Gram matrices, second moments", cases, conclude
+)

@@ -1,8 +1,8 @@
 """Quantities of per-sample gradients in two ways: factored, as this library has them, and dense, by `vmap(grad)`.
 
 With ∇_i the gradient of example i these are the clipped sum Σ_i min(1, max_norm / |∇_i|) ∇_i, the norms |∇_i|, the Gram
-matrix ⟨∇_i, ∇_j⟩ and the second moment Σ_i ∇_i². A clipped step adds noise to the clipped sum, divides by B and takes a
-step of SGD with momentum.
+matrix ⟨∇_i, ∇_j⟩ and the second moment Σ_i ∇_i². A clipped step divides the clipped sum, with noise or without, by B
+and takes a step of SGD with momentum.
 """
 
 from collections.abc import Callable, Iterable
@@ -60,7 +60,13 @@ class Way:
     """`normals(key, like)`: a tree of normal numbers; the key is of one step."""
 
 
-def factored(problem: Problem, *, dtype: torch.dtype = torch.float32, chunk_size: int = CHUNK) -> Way:
+def factored(
+    problem: Problem,
+    *,
+    dtype: torch.dtype = torch.float32,
+    max_norm: float = MAX_NORM,
+    chunk_size: int | None = CHUNK,
+) -> Way:
     """This library's way, on examples as they are stored."""
     apply = train.in_precision(problem.apply, dtype)
 
@@ -68,7 +74,7 @@ def factored(problem: Problem, *, dtype: torch.dtype = torch.float32, chunk_size
         return losses.cross_entropy(apply(params, problem.prepare(stored)), label)
 
     def clipped_sum(params: models.Params, stored: Tensor, labels: Tensor) -> Any:
-        return per_sample.clipped_sum(loss_fn, params, stored, labels, max_norm=MAX_NORM, chunk_size=chunk_size).grads
+        return per_sample.clipped_sum(loss_fn, params, stored, labels, max_norm=max_norm, chunk_size=chunk_size).grads
 
     def gram(params: models.Params, stored: Tensor, labels: Tensor) -> Tensor:
         return per_sample.gram(loss_fn, params, (stored, labels), chunk_size=chunk_size)
@@ -89,7 +95,7 @@ def factored(problem: Problem, *, dtype: torch.dtype = torch.float32, chunk_size
     )
 
 
-def dense(problem: Problem) -> Way:
+def dense(problem: Problem, *, max_norm: float = MAX_NORM) -> Way:
     """The way of torch's tutorial: every sample gradient of the module, by `vmap(grad)`."""
     net, batch = problem.loaded(), (problem.x, problem.labels)
     params = {name: p.detach() for name, p in net.named_parameters()}
@@ -101,7 +107,7 @@ def dense(problem: Problem) -> Way:
 
     def clipped_sum(*arguments: Any) -> models.Params:
         rows = sample_grads(*arguments)
-        factors = (MAX_NORM / norms_of(rows.values())).clamp(max=1)
+        factors = (max_norm / norms_of(rows.values())).clamp(max=1)
         return {name: torch.tensordot(factors, g, 1) for name, g in rows.items()}
 
     def normals(_: Tensor, like: models.Params) -> models.Params:  # torch's generator has a state instead of keys
@@ -144,14 +150,16 @@ def quantity(make: Callable[[], Way], name: Name, *, compile: bool) -> Work:
     return Work(call, lambda: found[0], way.start, found.clear)
 
 
-def clipped_step(make: Callable[[], Way], noise: Deviation, *, compile: bool) -> Work:
-    """A clipped, noisy step of SGD with momentum."""
+def clipped_step(make: Callable[[], Way], noise: Deviation | None = None, *, compile: bool) -> Work:
+    """A clipped step of SGD with momentum, with noise if there is a deviation."""
     way, optimizer = make(), optim.sgd(LR, momentum=MOMENTUM)
 
-    def step(state: train.State, x: Tensor, labels: Tensor, deviation: Tensor) -> train.State:
+    def step(state: train.State, x: Tensor, labels: Tensor, deviation: Tensor | None) -> train.State:
         sums = way.clipped_sum(state.params, x, labels)
-        normals = way.normals(random.fold_in(state.key, state.step), sums)
-        grads = tree.map(lambda g, z: (g + deviation * z) / len(labels), sums, normals)
+        if deviation is not None:
+            normals = way.normals(random.fold_in(state.key, state.step), sums)
+            sums = tree.map(lambda g, z: g + deviation * z, sums, normals)
+        grads = tree.map(lambda g: g / len(labels), sums)
         new, optimizer_state = optimizer.update(state.params, state.optimizer, grads)
         return train.State(new, optimizer_state, state.step + 1, state.key)
 
@@ -161,6 +169,6 @@ def clipped_step(make: Callable[[], Way], noise: Deviation, *, compile: bool) ->
 
     def call() -> None:
         nonlocal state
-        state = run(state, *way.batch, torch.tensor(noise(), device=device))
+        state = run(state, *way.batch, None if noise is None else torch.tensor(noise(), device=device))
 
     return Work(call, lambda: tree.map(torch.sub, state.params, way.params), way.start)

@@ -6,23 +6,23 @@ is a case of its own. What a step computes is held against its definition, by it
 with an empty cache of torch's compiler, `compile, warm` with one that the arm's first call has filled.
 """
 
-import argparse
-import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache, partial
+from functools import partial
 from importlib.util import find_spec
 from typing import NamedTuple
 
 from functorch_mnist import tree
 
 from . import command
+from .definitions import Definitions
 from .measure import Arm, Case, Question, Setup, Work
 from .problems import Problem, cnn
 from .programs import run
-from .steps import clipped_step, clipped_update, functional_step, module_step, norms
+from .quantities import clipped_step, factored, quantity
+from .steps import functional_step, module_step
 
-BATCH_SIZE, MAX_NORM = 64, 1.0
+BATCH_SIZE = 64
 TOLERANCE = 1e-4
 """Relative, of a norm."""
 
@@ -31,31 +31,21 @@ class First(NamedTuple):
     """A first step."""
 
     quantity: str
-    """What it computes, by its name in `defined`."""
+    """What it computes, by its name in `Definitions`."""
     work: Callable[[Problem], Work]
 
 
 EAGER: Mapping[str, First] = {
-    "eager nn.Module": First("update", partial(module_step, compile=False)),
-    "functional, eager": First("update", partial(functional_step, compile=False)),
-    "clipped, eager": First("clipped update", partial(clipped_step, compile=False, max_norm=MAX_NORM)),
+    "eager nn.Module": First("ordinary_step", partial(module_step, compile=False)),
+    "functional, eager": First("ordinary_step", partial(functional_step, compile=False)),
+    "clipped, eager": First("clipped_step", lambda problem: clipped_step(partial(factored, problem), compile=False)),
 }
 COMPILED: Mapping[str, First] = {
-    "compiled nn.Module": First("update", partial(module_step, compile=True)),
-    "functional, compiled": First("update", partial(functional_step, compile=True)),
-    "clipped, compiled": First("clipped update", partial(clipped_step, compile=True, max_norm=MAX_NORM)),
-    "norms, compiled": First("norms", partial(norms, compile=True)),
+    "compiled nn.Module": First("ordinary_step", partial(module_step, compile=True)),
+    "functional, compiled": First("ordinary_step", partial(functional_step, compile=True)),
+    "clipped, compiled": First("clipped_step", lambda problem: clipped_step(partial(factored, problem), compile=True)),
+    "norms, compiled": First("norms", lambda problem: quantity(partial(factored, problem), "norms", compile=True)),
 }
-
-
-@cache
-def defined(device: str) -> Mapping[str, float]:
-    """The norm of each quantity, from sample gradients one by one."""
-    problem = cnn(BATCH_SIZE, device)
-    update, sizes = clipped_update(problem, math.inf)
-    clipped, _ = clipped_update(problem, MAX_NORM)
-    found = {"update": update, "clipped update": clipped, "norms": sizes}
-    return {name: float(tree.norm(tensors)) for name, tensors in found.items()}
 
 
 def import_arms() -> Iterator[Arm]:
@@ -92,8 +82,9 @@ def _command(*arguments: str) -> Work:
 
 def step_arms(firsts: Mapping[str, First], setup: Setup, folder: str, *, cold: bool) -> Iterator[Arm]:
     """Processes of first steps; their compilers' caches are in the folder."""
+    definitions = Definitions(cnn(BATCH_SIZE, setup.device))
     for name, first in firsts.items():
-        expected = partial(lambda quantity: defined(setup.device)[quantity], first.quantity)
+        expected = partial(lambda quantity: float(tree.norm(getattr(definitions, quantity))), first.quantity)
         yield Arm(name, partial(_process, name, setup, folder, cold=cold), TOLERANCE, expected=expected)
 
 
@@ -140,7 +131,7 @@ QUESTION = Question(
 
 def main() -> None:
     """Does one first step, and prints the norm of what it computes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.Parser("python -m benchmarks.start_up", __doc__)
     parser.add_argument("arm", choices=(*EAGER, *COMPILED))
     command.add_setup(parser)
     options = parser.parse_args()

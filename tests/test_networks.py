@@ -1,9 +1,11 @@
 """The benchmarks' networks are what they are called, and their sample gradients are factored."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from benchmarks import networks, problems, steps
+from benchmarks import definitions, networks, problems, quantities
 from functorch_mnist import losses, models, per_sample, random, tree
 
 
@@ -79,17 +81,15 @@ def test_a_transformers_sample_gradients_are_factored_and_those_of_vmap_grad(nam
     torch.testing.assert_close(per_sample.norms(loss_fn, params, x, labels), expected, rtol=1e-10, atol=0)
 
 
-def test_clipped_steps_are_their_definition():
+def test_clipped_steps_and_norms_are_their_definitions():
     problem = problems.mlp(8)
-    update, norms = steps.clipped_update(problem, 6.0)
-    assert norms.min() < 6 < norms.max()
-    for work in (
-        steps.clipped_step(problem, compile=False, max_norm=6.0),
-        steps.clipped_step(problem, compile=False, max_norm=6.0, chunk_size=3),
-        steps.dense_clipped_step(problem, max_norm=6.0),
-    ):
+    defined = definitions.Definitions(problem, 6.0)
+    assert defined.norms.min() < 6 < defined.norms.max()
+    ours = partial(quantities.factored, problem, max_norm=6.0)
+    for way in (ours, partial(ours, chunk_size=3), partial(quantities.dense, problem, max_norm=6.0)):
+        work = quantities.clipped_step(way, compile=False)
         work.call()
-        assert steps.relative_difference(work.outputs(), update) < 1e-4
-    work = steps.norms(problem, compile=False)
-    work.call()
-    assert steps.relative_difference(work.outputs(), norms) < 1e-5
+        assert definitions.difference(work.outputs(), defined.clipped_step) < 1e-4
+        work = quantities.quantity(way, "norms", compile=False)
+        work.call()
+        assert definitions.difference(work.outputs(), defined.norms) < 1e-5

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import epoch, programs, start_up
+from benchmarks import definitions, epoch, problems, programs, start_up
+from functorch_mnist import tree
 
 
 def test_a_programs_accuracy_is_read_and_each_call_has_the_next_seed():
@@ -52,8 +53,11 @@ def test_an_accuracy_lacks_what_it_misses_the_least_one_by():
     assert epoch.lacking(98.5, 98.0) == 0
 
 
-def test_a_first_step_is_what_the_sample_gradients_define():
-    work = start_up.EAGER["eager nn.Module"].work(start_up.cnn(start_up.BATCH_SIZE))
+@pytest.mark.parametrize("name", start_up.EAGER)
+def test_a_first_step_has_the_norm_of_its_definition(name):
+    problem = problems.cnn(start_up.BATCH_SIZE)
+    first = start_up.EAGER[name]
+    work = first.work(problem)
     work.call()
-    found = float(start_up.tree.norm(work.outputs()))
-    assert start_up.relative_difference(found, start_up.defined("cpu")["update"]) < 1e-5
+    expected = tree.norm(getattr(definitions.Definitions(problem), first.quantity))
+    assert start_up.relative_difference(float(tree.norm(work.outputs())), float(expected)) < start_up.TOLERANCE
