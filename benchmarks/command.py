@@ -51,6 +51,7 @@ def setup(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Setup
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here.")
     torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, on a GPU too
     kept = not options.default_allocator and allocator.keep_freed_memory()
     return Setup(str(device), threads, options.quick, kept)
 

@@ -76,6 +76,7 @@ def main() -> None:
     setup = command.setup(parser, options)
     cases = questions.load(options.question).cases(setup)
     case = next(case for case in cases if case.name == options.case)
+    case.compared()  # what is measured is what is timed
     arm = next(arm for arm in case.arms if arm.name == options.arm)
     print(json.dumps(of(arm.make(), setup.device)))
 
