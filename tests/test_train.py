@@ -340,5 +340,13 @@ def test_in_bfloat16_parameters_gradients_and_loss_stay_float32_and_close():
     torch.testing.assert_close(low_aux, full_aux, rtol=0.01, atol=0)
 
 
+def test_a_precision_leaves_whole_numbers_whole():
+    def look_up(params, x, key=None):
+        return torch.nn.functional.embedding(x, params["table"])
+
+    found = train.in_precision(look_up, torch.bfloat16)({"table": torch.arange(600.0)[:, None]}, torch.tensor([3, 257]))
+    assert torch.equal(found, torch.tensor([[3.0], [256.0]]))  # bfloat16 has no 257
+
+
 def test_float32_precision_is_the_function_itself():
     assert train.in_precision(MODEL.apply, torch.float32) is MODEL.apply

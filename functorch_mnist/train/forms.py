@@ -14,7 +14,7 @@ R = TypeVar("R")
 
 
 def in_precision(apply: Apply, dtype: torch.dtype) -> Apply:
-    """The forward function, computed in `dtype`: parameters and inputs are cast on entry, outputs back to float32.
+    """The forward function, computed in `dtype`: parameters and float inputs are cast on entry, outputs back to float32.
 
     Args:
         apply: a model's forward function.
@@ -27,7 +27,8 @@ def in_precision(apply: Apply, dtype: torch.dtype) -> Apply:
         return apply
 
     def cast_apply(params: Params, x: Tensor, key: Tensor | None = None) -> Tensor:
-        return apply({name: p.to(dtype) for name, p in params.items()}, x.to(dtype), key).float()
+        x = x.to(dtype) if x.is_floating_point() else x  # not what is looked up, such as tokens
+        return apply({name: p.to(dtype) for name, p in params.items()}, x, key).float()
 
     return cast_apply
 
