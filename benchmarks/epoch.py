@@ -88,7 +88,7 @@ def _case(name: str, least: float, programs: Mapping[str, Program], *, rounds: i
     ]
     accuracies = {name: program.accuracies for name, program in programs.items()}
     settings = {"least_accuracy": least, "epochs_to_99": EPOCHS_TO_99, "accuracies": accuracies}
-    return Case(name, arms, lacking, rounds, warmups=0, settings=settings)
+    return Case(name, arms, lacking, rounds, warmups=0, lead=0, settings=settings)
 
 
 def conclude(comparisons: Sequence[Comparison]) -> str:

@@ -3,7 +3,8 @@
 Each arm is made, and called once: that call's time, compilation and all, is kept apart. What it starts from must be
 what the first arm starts from, and its outputs must be those expected; an arm that disagrees is refused by name and not
 timed. Then come rounds in which every arm is timed once, in an order that is shuffled anew, so that a machine whose
-speed drifts drifts for all of them. What the compiler makes anew after an arm's first call is counted.
+speed drifts drifts for all of them. A call that is timed follows one of the same arm, as a step does in training, and
+not what another arm has left in the caches. What the compiler makes anew after an arm's first call is counted.
 """
 
 import gc
@@ -99,6 +100,8 @@ class Case:
     """Timed calls of each arm."""
     warmups: int = 1
     """Calls of each arm between its first one and the rounds."""
+    lead: int = 1
+    """Calls of an arm before each that is timed."""
     sample: float = 0.0
     """The least seconds of a sample: shorter calls are timed several at a time."""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -241,6 +244,8 @@ def compare(
     for number in range(case.rounds):
         shuffler.shuffle(order)
         for one in order:
+            for _ in range(case.lead):
+                one.timed(setup.device, 1)
             one.samples.append(one.timed(setup.device, one.loops))
             progress(f"{one.arm.name}, round {number + 1} of {case.rounds}")
     if ready[0].fault:

@@ -5,15 +5,15 @@ clipped updates and the norms are compared with their definitions, a loop over e
 the examples' norms, so that some are clipped and others are not.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from . import limits, problems
+from . import limits, problems, report
 from .definitions import Definitions
-from .measure import Arm, Case, Question, Setup, Work
+from .measure import Arm, Case, Comparison, Question, Setup, Work
 from .problems import Problem, precision
 from .quantities import clipped_step, dense, factored, quantity
 from .steps import functional_step, module_step, relative_difference
@@ -88,4 +88,12 @@ def cases(setup: Setup) -> Iterator[Case]:
         )
 
 
-QUESTION = Question("models", "ordinary and clipped steps of other networks, functional against nn.Module", cases)
+def conclude(comparisons: Sequence[Comparison]) -> str:
+    """Each arm's ratio, a network a column; a dash where it was not measured."""
+    columns = {one.case: {timing.name: one.ratio(timing) for timing in one.timings} for one in comparisons}
+    return report.across("over the fastest nn.Module, float32", columns, 2)
+
+
+QUESTION = Question(
+    "models", "ordinary and clipped steps of other networks, functional against nn.Module", cases, conclude
+)

@@ -1,6 +1,6 @@
 """A comparison as a table, for the terminal and in Markdown."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -81,6 +81,15 @@ def rate_line(rates: Rates) -> str:
     """What the machine does in a second."""
     products = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in rates.arithmetic.items())
     return f"This machine, measured: {products}; copies {rates.bytes / 1e9:.1f} GB/s"
+
+
+def across(head: str, columns: Mapping[str, Mapping[str, float]], digits: int) -> str:
+    """Numbers of arms, a case a column, in Markdown; a dash where an arm has none."""
+    lines = [f"| {head} | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
+    for arm in dict.fromkeys(arm for column in columns.values() for arm in column):
+        cells = [f"{column[arm]:.{digits}f}" if arm in column else "-" for column in columns.values()]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 class Exponent(NamedTuple):

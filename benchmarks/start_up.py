@@ -110,7 +110,7 @@ def relative_difference(found: float, expected: float) -> float:
 def cases(setup: Setup) -> Iterator[Case]:
     """Imports, then first steps."""
     rounds = 3 if setup.quick else 7
-    yield Case("import", list(import_arms()), lambda found, expected: abs(found - expected), rounds)
+    yield Case("import", list(import_arms()), lambda found, expected: abs(found - expected), rounds, lead=0)
     if setup.quick:
         return
     settings = {"model": "cnn without dropout", "batch_size": BATCH_SIZE}
@@ -121,7 +121,7 @@ def cases(setup: Setup) -> Iterator[Case]:
     ):
         with tempfile.TemporaryDirectory() as folder:
             arms = list(step_arms(firsts, setup, folder, cold=cold))
-            yield Case(name, arms, relative_difference, rounds, warmups=0 if cold else 1, settings=settings)
+            yield Case(name, arms, relative_difference, rounds, warmups=0 if cold else 1, lead=0, settings=settings)
 
 
 QUESTION = Question(

@@ -13,7 +13,7 @@ from .measure import Arm, Axis, Case, Comparison, Question, Setup
 from .problems import Problem, cnn, precision
 from .steps import Form, functional_step, module_step, relative_difference
 
-BATCH_SIZES = {16: 60, 32: 60, 64: 60, 128: 40, 256: 30, 512: 20, 1024: 12}
+BATCH_SIZES = {16: 50, 32: 50, 64: 50, 128: 30, 256: 20, 512: 12, 1024: 10}
 """And the rounds at each."""
 SGD: dict[Form, str] = {"plain": "", "foreach": ", foreach SGD", "fused": ", fused SGD"}
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}

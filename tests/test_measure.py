@@ -20,8 +20,8 @@ def arm(name, call=lambda: None, output=1.0, *, seconds=None, start=START, **set
     return measure.Arm(name, lambda: work, **settings)
 
 
-def case(*arms, rounds=5, **settings):
-    return measure.Case("planted", arms, lambda a, b: abs(a - b), rounds, **settings)
+def case(*arms, rounds=5, lead=0, **settings):
+    return measure.Case("planted", arms, lambda a, b: abs(a - b), rounds, lead=lead, **settings)
 
 
 def compare(*arms, **settings):
@@ -322,3 +322,12 @@ def test_an_arm_that_fails_in_a_round_is_a_row_and_the_others_go_on():
     assert [timing.name for timing in result.timings] == ["reference"]
     assert [(one.name, one.refused) for one in result.missing] == [("breaks", True)]
     assert "failed: StopIteration" in result.missing[0].reason
+
+
+def test_a_timed_call_follows_one_of_its_own_arm():
+    order = []
+    arms = [arm(name, call=lambda name=name: order.append(name)) for name in "abc"]
+    compare(*arms, rounds=6, warmups=0, lead=1)
+    calls = order[3:]
+    assert len(calls) == 6 * 3 * 2
+    assert all(first == second for first, second in zip(calls[::2], calls[1::2], strict=True))

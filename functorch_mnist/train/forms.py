@@ -14,7 +14,7 @@ R = TypeVar("R")
 
 
 def in_precision(apply: Apply, dtype: torch.dtype) -> Apply:
-    """The forward function, computed in `dtype`: parameters and float inputs are cast on entry, outputs back to float32.
+    """The forward function, computed in `dtype`: float parameters and inputs are cast on entry, outputs to float32.
 
     Args:
         apply: a model's forward function.
