@@ -240,6 +240,7 @@ def compare(
             one.loops = math.ceil(max(1.0, case.sample / one.timed(setup.device, 1)))
             progress(f"{one.arm.name}, warm-up")
     gc.collect()
+    gc.freeze()  # else its walks over all that other arms' packages hold would be counted as an arm's time
     order, shuffler = list(ready), random.Random(seed)
     for number in range(case.rounds):
         shuffler.shuffle(order)
@@ -248,6 +249,7 @@ def compare(
                 one.timed(setup.device, 1)
             one.samples.append(one.timed(setup.device, one.loops))
             progress(f"{one.arm.name}, round {number + 1} of {case.rounds}")
+    gc.unfreeze()
     if ready[0].fault:
         raise RuntimeError(f"{case.name}: the first arm, {names[0]}, must run. Found: {ready[0].fault}.")
     missing += [Missing(one.arm.name, one.fault, True) for one in ready if one.fault]

@@ -23,7 +23,7 @@ from .problems import start
 
 LINEAR = [(64, 64), (784, 128)]
 """Inputs and outputs."""
-CONVOLUTIONS = [(1, 32, 3), (32, 64, 3), (64, 128, 1)]
+CONVOLUTIONS = [(1, 32, 3), (32, 64, 3)]
 """Channels in and out, and the kernel's width; padded so that T is the image's size."""
 POSITIONS, BATCH_SIZES = (1, 4, 16, 64, 256, 1024), (16, 64, 512)
 MOST = 2**30

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, vmap
 
 from functorch_mnist import losses, models, per_sample, random, tree
-from functorch_mnist.train import in_precision
+from functorch_mnist.train import compiled, in_precision
 
 EXACT = 1e-10
 D = torch.float64
@@ -832,6 +832,21 @@ def test_a_registered_rule_is_followed():
 
     assert "dense" not in ways(loss_fn, params, batch).values()
     assert_exact(loss_fn, params, batch)
+
+
+def test_a_compiled_function_follows_a_rule_that_is_mended():
+    norms = compiled(lambda w, x: per_sample.norms(lambda w, x: torch.inner(x, w).sin().sum(), w, x))
+    w, x = normals(3, 4, seed=1), normals(B, 4)
+
+    def register(factor):
+        @per_sample.rule(torch.inner)
+        def inner(input, other):
+            return [per_sample.matrix(other, factor * input)] if other.dim() == 2 else []
+
+    register(2)
+    wrong = norms(w, x)
+    register(1)
+    assert torch.allclose(norms(w, x), wrong / 2)
 
 
 def relu_in_place(h):

@@ -340,6 +340,16 @@ def test_in_bfloat16_parameters_gradients_and_loss_stay_float32_and_close():
     torch.testing.assert_close(low_aux, full_aux, rtol=0.01, atol=0)
 
 
+SCALE = 2.0
+
+
+def test_a_compiled_function_follows_a_global_of_its_caller(monkeypatch):
+    scaled = train.compiled(lambda x: SCALE * x)
+    assert scaled(torch.ones(())) == 2
+    monkeypatch.setitem(globals(), "SCALE", 3.0)
+    assert scaled(torch.ones(())) == 3
+
+
 def test_a_precision_leaves_whole_numbers_whole():
     def look_up(params, x, key=None):
         return torch.nn.functional.embedding(x, params["table"])

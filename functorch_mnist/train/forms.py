@@ -1,8 +1,8 @@
 """The forms a pure function can be run in: another precision, or compiled."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FunctionType
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,12 +39,22 @@ def compiled(fn: Callable[P, R]) -> Callable[P, R]:
     Args:
         fn: a pure function, or any callable that is pure. Transforms such as `grad` belong inside it.
 
-    Guarantees: equal to `fn` up to rounding. Each call of `compiled` has a cache of its own; without it the copies of
+    Guarantees: equal to `fn` up to rounding, also after what it reads has changed: other shapes, another global of the
+        caller's, another rule of `per_sample`. Each call of `compiled` has a cache of its own; without it the copies of
         one function, such as the steps of several runs, would share torch's limit of eight.
+
+    Cost: torch checks at each call whether all that the function has read is as it was. The functions of torch and of
+        this library are taken to be so, which leaves out most of the checks.
     """
 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         return fn(*args, **kwargs)
 
     own = FunctionType(call.__code__.replace(), globals(), closure=call.__closure__)  # torch's caches hang on the code
-    return torch.compile(own, fullgraph=True, dynamic=False)
+    return torch.compile(own, fullgraph=True, dynamic=False, options={"guard_filter_fn": _may_change})
+
+
+def _may_change(guards: Sequence[Any]) -> list[bool]:
+    """Which guards are of what may change: all but those of the globals of torch and of this library."""
+    settled = ("G['__import_torch", f"G['__import_{__name__.split('.')[0]}")
+    return [not guard.name.startswith(settled) or "_RULES" in guard.name for guard in guards]
