@@ -3,6 +3,8 @@
 import argparse
 import json
 import os
+import re
+import shlex
 import shutil
 import sys
 
@@ -12,12 +14,13 @@ import torch
 from torch import nn
 
 from benchmarks import __main__ as main
-from benchmarks import command, limits, measure, peak, problems, questions, results
+from benchmarks import command, limits, measure, peak, problems, questions, readme, results
 from functorch_mnist import allocator
 
 MB = 10**6
 RATES = limits.Rates({"float32": 2e9, "bfloat16": 4e9}, 1e9)
 CUDA = torch.cuda.is_available()
+README_COMMANDS = re.findall(r"^\S*python -m benchmarks (.*?) +#", readme.README.read_text(encoding="utf-8"), re.MULTILINE)
 
 
 @pytest.fixture
@@ -55,6 +58,12 @@ def run(monkeypatch, *options):
         return main.main()
     except SystemExit as stop:
         return stop.code
+
+
+@pytest.mark.parametrize("line", README_COMMANDS)
+def test_a_command_of_the_readme_names_questions_that_there_are(line, monkeypatch, capsys):
+    assert run(monkeypatch, *shlex.split(line), "--list") == 0
+    assert capsys.readouterr().out
 
 
 def test_the_list_names_every_question_with_its_line(monkeypatch, capsys):
