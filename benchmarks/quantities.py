@@ -43,6 +43,9 @@ class Deviation:
     def turn_on(self) -> None:
         self._value = NOISE
 
+    def turn_off(self) -> None:
+        self._value = 0.0
+
 
 @dataclass(frozen=True)
 class Way:
