@@ -69,7 +69,7 @@ def cases(setup: Setup) -> Iterator[Case]:
         if setup.quick:
             yield _case("to 98 %", 98.0, dict(list(programs.items())[:2]), rounds=1)
             return
-        yield _case("to 98 %", 98.0, programs, rounds=3)
+        yield _case("to 98 %", 98.0, programs, rounds=2)
         epochs = ("--epochs", str(EPOCHS_TO_99))
         programs = {
             "article's program, float32": article(root, EPOCHS_TO_99, setup),

@@ -39,7 +39,7 @@ class Network(NamedTuple):
 NETWORKS = {
     "cnn": Network(problems.cnn, 64, 11.0, 30, tuple(TOLERANCES)),
     "mlp": Network(problems.mlp, 64, 6.0, 60, tuple(TOLERANCES)),
-    "resnet18": Network(problems.resnet18, 16, 66.0, 6),
+    "resnet18": Network(problems.resnet18, 16, 66.0, 5),
     "vit": Network(problems.vit, 16, 15.9, 10),
 }
 
@@ -84,7 +84,6 @@ def cases(setup: Setup) -> Iterator[Case]:
             warmups=2,
             settings={"model": name, "batch_size": network.batch_size, "max_norm": network.max_norm},
             costs=costs,
-            memory=True,
         )
 
 

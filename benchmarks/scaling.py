@@ -50,7 +50,7 @@ def cases(setup: Setup) -> Iterator[Case]:
             f"{point.axis}={point.value}",
             [arm for arm in arms(point.problem(setup.device), point.max_norm) if arm.name in ARMS],
             relative_difference,
-            5 if setup.quick else 10,
+            6,
             warmups=2,
             settings={"max_norm": point.max_norm},
             axis=Axis(point.axis, point.value),
