@@ -70,10 +70,8 @@ def cases(setup: Setup) -> Iterator[Case]:
             yield _case("to 98 %", 98.0, dict(list(programs.items())[:2]), rounds=1)
             return
         yield _case("to 98 %", 98.0, programs, rounds=2)
-        epochs = ("--epochs", str(EPOCHS_TO_99))
         programs = {
             "article's program, float32": article(root, EPOCHS_TO_99, setup),
-            "train, compiled, bfloat16": train(setup, *epochs, *half, *compiled),
             "train, fast recipe, bfloat16": train(setup, "--recipe", "fast"),
         }
         yield _case("to 99 %", 99.0, programs, rounds=1)

@@ -116,7 +116,7 @@ def cases(setup: Setup) -> Iterator[Case]:
     settings = {"model": "cnn without dropout", "batch_size": BATCH_SIZE}
     for name, firsts, cold, rounds in (
         ("first step", EAGER, False, 5),
-        ("compile, cold", COMPILED, True, 2),
+        ("compile, cold", COMPILED, True, 1),
         ("compile, warm", COMPILED, False, 5),
     ):
         with tempfile.TemporaryDirectory() as folder:

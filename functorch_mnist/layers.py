@@ -14,6 +14,7 @@ Images are fastest on a CPU in the channels-last memory format. A layer keeps th
 `max_pool2d` also keep it in their gradients, which torch's own do not.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -24,6 +25,8 @@ from torch import Tensor
 from . import random
 from .fusion import stored
 
+_MANY_IMAGES = 48
+"""From here on a convolution that covers whole images is faster than a product, though it reorders its kernel."""
 _ONEDNN = torch.backends.mkldnn.is_available()
 
 
@@ -140,11 +143,12 @@ def image_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     Returns:
         (..., H).
 
-    Cost: one matrix product. In float32 on a CPU it is a convolution whose kernel covers the image: torch
-        gives convolutions to oneDNN and products to MKL, and the former was twice as fast and needs no other order of
-        the numbers.
+    Cost: one matrix product. In float32 on a CPU, for one image (to which `vmap` adds others) or at least 48, it is a
+        convolution whose kernel covers the image: torch gives convolutions to oneDNN and products to MKL, and the
+        former was twice as fast and needs no other order of the images' numbers, but of the kernel's.
     """
-    if x.dtype == torch.float32 and x.device.type == "cpu" and _ONEDNN:
+    worth = x.dim() == 3 or math.prod(x.shape[:-3]) >= _MANY_IMAGES
+    if worth and x.dtype == torch.float32 and x.device.type == "cpu" and _ONEDNN:
         kernel = weight.unflatten(-1, x.shape[-3:])
         return conv2d(x, kernel, bias).flatten(-3)
     return linear(flatten(x), weight, bias)

@@ -20,7 +20,9 @@ from functorch_mnist import allocator
 MB = 10**6
 RATES = limits.Rates({"float32": 2e9, "bfloat16": 4e9}, 1e9)
 CUDA = torch.cuda.is_available()
-README_COMMANDS = re.findall(r"^\S*python -m benchmarks (.*?) +#", readme.README.read_text(encoding="utf-8"), re.MULTILINE)
+README_COMMANDS = re.findall(
+    r"^\S*python -m benchmarks (.*?) +#", readme.README.read_text(encoding="utf-8"), re.MULTILINE
+)
 
 
 @pytest.fixture

@@ -50,6 +50,13 @@ def test_image_linear_is_linear_of_the_flat_images_in_either_precision(lead):
     torch.testing.assert_close(low.double(), expected, rtol=0, atol=1e-5)  # 60 products of numbers near 1
 
 
+@pytest.mark.parametrize("lead", [(47,), (48,), (7, 7)])
+def test_image_linear_of_few_and_of_many_images_is_linear(lead):
+    x, w, b = draw(*lead, 2, 5, 6).float(), draw(4, 60).float(), draw(4).float()
+    expected = F.linear(x.reshape(*lead, 60), w, b)
+    torch.testing.assert_close(layers.image_linear(x, w, b), expected, rtol=0, atol=1e-5)
+
+
 @given(leads, st.integers(1, 2), st.integers(0, 2))
 def test_conv2d_equals_torch(lead, stride, padding):
     x, w, b = draw(*lead, 2, 6, 7), draw(3, 2, 3, 3), draw(3)

@@ -184,7 +184,7 @@ def test_every_committed_result_holds_its_samples(name):
     assert comparisons
     for one in comparisons:
         assert len({len(timing.samples) for timing in one.timings}) == 1
-        assert len(one.reference.samples) >= 2
+        assert one.reference.samples
         assert one.reference.name in report.markdown(one, rates)
 
 
