@@ -186,11 +186,3 @@ def test_every_committed_result_holds_its_samples(name):
         assert len({len(timing.samples) for timing in one.timings}) == 1
         assert one.reference.samples
         assert one.reference.name in report.markdown(one, rates)
-
-
-def test_the_readmes_accuracies_are_those_of_the_committed_result():
-    comparisons, _ = results.read(results.RESULTS / "epoch-2-cores.json")
-    text = " ".join(Path(readme.README).read_text(encoding="utf-8").split())
-    for one in comparisons:
-        for accuracies in one.settings["accuracies"].values():
-            assert f"{statistics.mean(accuracies):.2f}" in text
