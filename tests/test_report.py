@@ -1,9 +1,7 @@
 """What becomes of results: tables, fitted powers, pictures, and the README's tables."""
 
 import re
-import statistics
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
