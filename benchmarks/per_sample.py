@@ -145,7 +145,7 @@ def conclude(comparisons: Sequence[Comparison]) -> str:
         }
         if others:
             columns[comparison.case] = others
-    return report.across(f"times as long as {ours}", columns, 1)
+    return report.across(f"times as long as {ours}", columns, 1) if columns else ""
 
 
 QUESTION = Question(
