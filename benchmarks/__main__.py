@@ -76,7 +76,11 @@ def _answer(
             bar.set_postfix_str(line[:60], refresh=False)
             bar.update()
 
-        comparison = measure.compare(case, setup, progress=progress)
+        try:
+            comparison = measure.compare(case, setup, progress=progress)
+        except RuntimeError as error:  # nothing to compare with; the other cases go on
+            print(f"{question.name}, {error}", file=sys.stderr)
+            return 1
     if case.memory and not setup.quick:
         comparison = _with_memory(question, comparison, setup)
     result.add(comparison)

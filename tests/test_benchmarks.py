@@ -140,6 +140,14 @@ def test_a_refused_arm_makes_the_status_1(monkeypatch, bound, capsys, tmp_path):
     assert "wrong: refused" in capsys.readouterr().out
 
 
+def test_a_case_without_its_first_arm_is_one_line_and_the_other_cases_go_on(monkeypatch, bound, capsys, tmp_path):
+    plant(monkeypatch, case("A", arm("one", output=float("nan"))), case("B", arm("one")))
+    assert run(monkeypatch, "--out", tmp_path) == 1
+    assert capsys.readouterr().err.startswith("planted, A: the first arm, one, must run. Found: refused")
+    (path,) = tmp_path.glob("*.json")
+    assert [comparison.case for comparison in results.read(path)[0]] == ["B"]
+
+
 def test_an_arm_whose_package_is_missing_leaves_the_status_0(monkeypatch, bound, tmp_path):
     def make():
         raise ModuleNotFoundError("No module named 'theirs'")
