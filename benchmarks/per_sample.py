@@ -120,6 +120,7 @@ def cases(setup: Setup) -> Iterator[Case]:
     batch_size = min(BATCH_SIZES)
     problem = cnn(batch_size, setup.device)
     definitions = Definitions(problem)
+    costs = {precision(dtype): limits.of_step(problem, dtype) for dtype in TOLERANCES}
     for name, attribute in QUANTITIES.items():
         if setup.quick and name != "norms":
             continue
@@ -130,7 +131,7 @@ def cases(setup: Setup) -> Iterator[Case]:
             5 if setup.quick else BATCH_SIZES[batch_size],
             warmups=3,
             settings=settings(batch_size),
-            costs={precision(dtype): limits.of_step(problem, dtype) for dtype in TOLERANCES},
+            costs=costs,
         )
 
 
