@@ -1,6 +1,7 @@
 """A batch: tensors with one leading size B, and a mask (B,) bool, `False` in rows that do not count."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,3 +51,64 @@ def blanked(batch: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, ...]:
     if mask is None:
         return tuple(batch)
     return tuple([masked(rows, mask) for rows in batch])
+
+
+class Chunk(NamedTuple):
+    """Some rows of a batch, padded to the size of a chunk."""
+
+    batch: tuple[Tensor, ...]
+    mask: Tensor | None
+    rows: slice
+    """Which of the batch's rows they are."""
+
+    @property
+    def size(self) -> int:
+        """Rows with the padding."""
+        return len(self.batch[0])
+
+    def keep(self) -> Tensor:
+        """The mask, or ones: (size,) bool."""
+        return torch.ones(self.size, dtype=torch.bool, device=self.batch[0].device) if self.mask is None else self.mask
+
+    def unpadded(self, values: Tensor) -> Tensor:
+        """(size, …) without the rows of the padding."""
+        return values[: self.rows.stop - self.rows.start]
+
+    def padded(self, values: Tensor) -> Tensor:
+        """This chunk's rows of (B, …), with zeros in the padding."""
+        part = values[self.rows]
+        missing = self.size - len(part)
+        return torch.cat([part, part.new_zeros((missing, *part.shape[1:]))]) if missing else part
+
+
+def chunks(where: str, batch: Sequence[Tensor], mask: Tensor | None, chunk_size: int | None) -> list[Chunk]:
+    """The batch in chunks of one size, the last padded; an empty batch is one chunk of padding.
+
+    Args:
+        where: the function that an error names.
+        batch: tensors (B, …).
+        mask: (B,) bool, or none.
+        chunk_size: rows in a chunk, at least 1; by default B.
+
+    Raises:
+        ValueError: the batch does not fit, see `check`, or `chunk_size` is not a whole number, at least 1.
+
+    Example:
+        >>> [chunk.mask for chunk in chunks("here", (torch.zeros(3),), None, 2)]
+        [None, tensor([ True, False])]
+    """
+    total = check(where, batch, mask)
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"{where}: chunk_size must be a whole number, at least 1. Found {chunk_size}.")
+    size = max(1, total if chunk_size is None else min(chunk_size, total))
+    found = []
+    for start in range(0, max(1, total), size):
+        rows = slice(start, min(start + size, total))
+        part, keep = tuple([x[rows] for x in batch]), None if mask is None else mask[rows]
+        missing = size - (rows.stop - rows.start)
+        if missing:
+            keep = part[0].new_ones(rows.stop - rows.start, dtype=torch.bool) if keep is None else keep
+            keep = torch.cat([keep, keep.new_zeros(missing)])
+            part = tuple([torch.cat([x, x.new_zeros((missing, *x.shape[1:]))]) for x in part])
+        found.append(Chunk(part, keep, rows))
+    return found

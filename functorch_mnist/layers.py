@@ -61,6 +61,8 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int
     Returns:
         (..., O, height', width').
     """
+    if weight.shape[-3] == 1 and x.dim() == 3 and not torch.compiler.is_compiling():
+        weight = channels_last(weight)  # `vmap` forgets how one channel is stored, and torch asks the weight as well
     return _over_leading_axes(lambda images: F.conv2d(images, weight, bias, stride, padding), x)
 
 

@@ -31,9 +31,12 @@ from .layout import View, permuting_view, reshaping_view
 from .rules import Form, Sizes
 from .terms import Dense, Strategy, Term, Viewed, merge
 
-LossFn = Callable[..., Tensor]
+LossFn = Callable[..., Any]
+"""`loss_fn(params, *example)`, the loss () of one example; where it says so, with something else beside it."""
 Differentiated = tuple[list[Tensor], list[Tensor]]
 """What the pass differentiates by: the taps, and the parameters that are not factored."""
+Beside = tuple[Tensor, Tree, list[Tensor]]
+"""What comes out of the pass beside the gradients: the loss, its aux, and the ops' inputs."""
 
 _PERMUTING = (
     Tensor.t, Tensor.transpose, Tensor.permute, Tensor.movedim, Tensor.swapaxes, Tensor.swapdims, Tensor.moveaxis,
@@ -260,13 +263,14 @@ class _Tapper(_Follower):
         return value if known is None else known.real
 
 
-def survey(loss_fn: LossFn, params: Tree, batch: Sequence[Tensor]) -> Survey:
+def survey(loss_fn: LossFn, params: Tree, batch: Sequence[Tensor], *, has_aux: bool = False) -> Survey:
     """What the loss of one example does with its parameters.
 
     Args:
         loss_fn: `loss_fn(params, *example) -> ()`.
         params: a pytree of float tensors.
         batch: (B, …); the first example is run, or zeros where there is none.
+        has_aux: it returns `(loss, aux)`.
     """
     leaves = [_alias(leaf) for leaf in tree.leaves(params)]
     found = Survey([[] for _ in leaves], [], [])
@@ -274,8 +278,7 @@ def survey(loss_fn: LossFn, params: Tree, batch: Sequence[Tensor]) -> Survey:
     def run(*example: Tensor) -> Tensor:
         known = [Known(leaf, i, (), leaf) for i, leaf in enumerate(leaves)]
         with torch.enable_grad(), _Surveyor(known, _level(), found):
-            loss = loss_fn(tree.unflatten(params, leaves), *example)
-        _check_loss(loss)
+            loss, _ = _with_aux(loss_fn(tree.unflatten(params, leaves), *example), has_aux)
         return loss
 
     vmap(run)(*(rows[:1] if len(rows) else rows.new_zeros((1, *rows.shape[1:])) for rows in batch))
@@ -288,13 +291,16 @@ def factor(
     batch: Sequence[Tensor],
     found: Survey,
     strategies: Sequence[Strategy | None],
-) -> tuple[Tensor, tuple[Term, ...]]:
-    """The losses (B,) and the term of each leaf.
+    *,
+    has_aux: bool = False,
+) -> tuple[Tensor, tuple[Term, ...], Tree]:
+    """The losses (B,), the term of each leaf, and what the loss returned beside it, (B, …).
 
     Args:
         loss_fn, params, batch: as in `survey`; B is at least 1.
         found: the survey.
         strategies: of each leaf; none for one that is differentiated densely.
+        has_aux: the loss returns `(loss, aux)`.
     """
     leaves = tree.leaves(params)
     factored = {i: strategy for i, strategy in enumerate(strategies) if strategy is not None}
@@ -305,25 +311,26 @@ def factor(
     taps = [torch.zeros(call.shape, dtype=call.dtype, device=call.device) for call in calls]
     factors: list[Saved] = []
 
-    def run(differentiated: Differentiated, *example: Tensor) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
+    def run(differentiated: Differentiated, *example: Tensor) -> tuple[Tensor, Beside]:
         taps, others = differentiated
         given = {**stand_ins, **dict(zip(dense, others, strict=True))}
         known = [Known(stand_ins[i], i, (), real[i]) for i in factored]
         with _Tapper(known, _level(), taps, len(found.writes) > 0, factors):
-            loss = loss_fn(tree.unflatten(params, [given[i] for i in range(len(leaves))]), *example)
-        return loss, (loss, [factor.a for factor in factors if factor.a is not None])
+            out = loss_fn(tree.unflatten(params, [given[i] for i in range(len(leaves))]), *example)
+        loss, aux = _with_aux(out, has_aux)
+        return loss, (loss, aux, [factor.a for factor in factors if factor.a is not None])
 
-    def total(differentiated: Differentiated) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
-        losses, aux = vmap(run)(differentiated, *batch)
-        return losses.sum(), aux
+    def total(differentiated: Differentiated) -> tuple[Tensor, Beside]:
+        losses, beside = vmap(run)(differentiated, *batch)
+        return losses.sum(), beside
 
     others = [leaves[i] for i in dense]
     if all([found.elementwise(i) for i in dense]):
         copies = [[x.expand(len(batch[0]), *x.shape) for x in xs] for xs in (taps, others)]
-        (cotangents, grads), (losses, saved) = grad(total, has_aux=True)((copies[0], copies[1]))
+        (cotangents, grads), (losses, aux, saved) = grad(total, has_aux=True)((copies[0], copies[1]))
     else:
         sample_grads = vmap(grad(run, has_aux=True), in_dims=(None, *[0] * len(batch)))
-        (cotangents, grads), (losses, saved) = sample_grads((taps, others), *batch)
+        (cotangents, grads), (losses, aux, saved) = sample_grads((taps, others), *batch)
     terms: list[list[Term]] = [[] for _ in leaves]
     for i, values in zip(dense, grads, strict=True):
         terms[i].append(Dense(values))
@@ -334,7 +341,7 @@ def factor(
         for view in reversed(factor.views):
             term = Viewed(term, view)
         terms[factor.leaf].append(term)
-    return losses, tuple(merge(uses) for uses in terms)
+    return losses, tuple(merge(uses) for uses in terms), aux
 
 
 def _alias(leaf: Tensor) -> Tensor:
@@ -342,10 +349,15 @@ def _alias(leaf: Tensor) -> Tensor:
     return leaf.view_as(leaf)
 
 
-def _check_loss(loss: Any) -> None:
+def _with_aux(out: Any, has_aux: bool) -> tuple[Tensor, Tree]:
+    """The loss, checked, and its aux: nothing where it has none."""
+    if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+        raise ValueError(f"per_sample: with has_aux the loss must return (loss, aux). Found {type(out).__name__}.")
+    loss, aux = out if has_aux else (out, ())
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"per_sample: the loss of one example must be a 0-d tensor. Found {shape}.")
+    return loss, aux
 
 
 def _level() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from .. import batch as batches
 from .. import tree
+from ..batch import masked
 from ..tree import Tree
 from .capture import LossFn, factor, survey
 from .plan import Plan, strategies
@@ -29,15 +31,17 @@ class Factored:
     """Of each parameter, in the order of `tree.leaves`."""
     params: Tree
     """The parameters at which they were taken."""
+    aux: Tree = ()
+    """What the loss returned beside it, of each example: tensors (B, …)."""
 
     def masked(self, keep: Tensor) -> Factored:
-        """Exactly zero, losses too, where `keep` (B,) bool is False, NaN or not."""
-        losses = torch.where(keep, self.losses, torch.zeros_like(self.losses))
-        return Factored(losses, tuple([term.masked(keep) for term in self.terms]), self.params)
+        """Exactly zero, losses and aux too, where `keep` (B,) bool is False, NaN or not."""
+        aux = tree.map(lambda rows: masked(rows, keep), self.aux)
+        return Factored(masked(self.losses, keep), tuple([term.masked(keep) for term in self.terms]), self.params, aux)
 
     def built(self) -> Factored:
         """The same, with gradients that inner products build anyway built once, where they are small."""
-        return Factored(self.losses, tuple([term.built() for term in self.terms]), self.params)
+        return Factored(self.losses, tuple([term.built() for term in self.terms]), self.params, self.aux)
 
     def grads(self) -> Tree:
         """The dense gradients: a tree with leaves (B, *w)."""
@@ -75,13 +79,30 @@ class Factored:
         factors = {path: term.kronecker() for path, term in zip(tree.paths(self.params), self.terms, strict=True)}
         return {path: pair for path, pair in factors.items() if pair is not None}
 
+    def project(self, maps: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """`L ∇_i Rᵀ` of each parameter, read as a matrix from its last axes to its first.
+
+        Args:
+            maps: `(L (h, H), R (d, D))` of each parameter, in the order of `tree.leaves`. H is its first size, 1 for
+                a 0-d one, and D the number of all numbers of a row.
+
+        Returns:
+            For each parameter (B, h, d).
+        """
+        return [term.project(left, right) for term, (left, right) in zip(self.terms, maps, strict=True)]
+
     def _like_params(self, values: list[Tensor]) -> Tree:
         leaves = tree.leaves(self.params)
         return tree.unflatten(self.params, [v.to(leaf.dtype) for v, leaf in zip(values, leaves, strict=True)])
 
 
 def factored(
-    loss_fn: LossFn, params: Tree, *batch: Tensor, mask: Tensor | None = None, plan: Plan | None = None
+    loss_fn: LossFn,
+    params: Tree,
+    *batch: Tensor,
+    mask: Tensor | None = None,
+    plan: Plan | None = None,
+    has_aux: bool = False,
 ) -> Factored:
     """The factored gradients of each example of a batch, by one backward pass.
 
@@ -91,6 +112,7 @@ def factored(
         batch: tensors (B, …), B at least 1.
         mask: (B,) bool; the gradient of an example with False is exactly zero.
         plan: strategies to take instead of those that would be chosen.
+        has_aux: the loss returns `(loss, aux)`, aux a pytree of tensors that is kept beside the losses.
 
     Raises:
         TypeError: a parameter is not a float tensor.
@@ -103,9 +125,9 @@ def factored(
         raise ValueError("per_sample.factored: at least one example. Found an empty batch.")
     _check_params(params)
     batch = batches.blanked(batch, mask)
-    found = survey(loss_fn, params, batch)
-    losses, terms = factor(loss_fn, params, batch, found, strategies(params, found, plan))
-    result = Factored(losses, terms, params)
+    found = survey(loss_fn, params, batch, has_aux=has_aux)
+    losses, terms, aux = factor(loss_fn, params, batch, found, strategies(params, found, plan), has_aux=has_aux)
+    result = Factored(losses, terms, params, aux)
     return result if mask is None else result.masked(mask)
 
 

@@ -26,7 +26,7 @@ from torch.func import grad, vmap
 
 from .. import batch as batches
 from .. import tree
-from ..batch import masked
+from ..batch import Chunk, masked
 from ..tree import Tree
 from .capture import LossFn
 from .factored import Factored, factored
@@ -47,23 +47,6 @@ class ClippedSum(NamedTuple):
     """0-d int64: how many examples were left out because their gradient's norm is inf or NaN."""
 
 
-class _Chunk(NamedTuple):
-    """Some examples, padded to the size of a chunk."""
-
-    batch: tuple[Tensor, ...]
-    mask: Tensor | None
-    rows: slice
-    """Which of the batch's examples they are."""
-
-    def unpadded(self, values: Tensor) -> Tensor:
-        return values[: self.rows.stop - self.rows.start]
-
-    def padded(self, values: Tensor) -> Tensor:
-        part = values[self.rows]
-        missing = len(self.batch[0]) - len(part)
-        return torch.cat([part, part.new_zeros(missing)]) if missing else part
-
-
 def grads(
     loss_fn: LossFn, params: Tree, *batch: Tensor, mask: Tensor | None = None, chunk_size: int | None = None
 ) -> Tree:
@@ -77,7 +60,7 @@ def grads(
     """
     sample_grads = vmap(grad(loss_fn), in_dims=(None, *[0] * len(batch)))
     parts = []
-    for chunk in _chunks("grads", batch, mask, chunk_size):
+    for chunk in batches.chunks("per_sample.grads", batch, mask, chunk_size):
         leaves = tree.leaves(sample_grads(params, *batches.blanked(chunk.batch, chunk.mask)))
         if chunk.mask is not None:
             leaves = [masked(leaf, chunk.mask) for leaf in leaves]
@@ -246,7 +229,8 @@ def gram(
         batch_a, batch_b: tensors (B, …) and (B', …); without `batch_b` all pairs of `batch_a`.
         mask, mask_b: of the two; without `batch_b`, `mask` holds for both.
 
-    Cost: with chunks, `batch_b`'s factors are taken anew for each chunk of `batch_a`.
+    Cost: one backward pass over each batch. With chunks, the factors of `batch_b` (of `batch_a`, where it stands for
+        both) are kept, gradients that are smaller than their factors in place of these.
 
     Example:
         >>> gram(lambda w, x: w @ x, torch.zeros(2), (torch.tensor([[1.0, 2.0], [0.0, 1.0]]),))
@@ -257,16 +241,29 @@ def gram(
         raise TypeError("gram: a batch must be a tuple of tensors, such as (x, y). Found a tensor.")
     if batch_b is None and mask_b is not None:
         raise ValueError("gram: mask_b belongs to batch_b. Found no batch_b.")
-    other, other_mask = (batch_a, mask) if batch_b is None else (batch_b, mask_b)
+    mine = _factored("gram", loss_fn, params, tuple(batch_a), mask, chunk_size, plan)
+    if batch_b is None:
+        return _symmetric([(chunk, part.built()) for chunk, part in mine])
+    theirs = _factored("gram", loss_fn, params, tuple(batch_b), mask_b, chunk_size, plan)
+    kept = [(chunk, part.built()) for chunk, part in theirs]
     bands = []
-    for chunk, part in _factored("gram", loss_fn, params, tuple(batch_a), mask, chunk_size, plan):
-        if batch_b is None and len(chunk.batch[0]) >= len(batch_a[0]):
-            pairs = [(chunk, part)]
-        else:
-            pairs = list(_factored("gram", loss_fn, params, tuple(other), other_mask, chunk_size, plan))
-        band = [other_chunk.unpadded(part.gram(theirs).T).T for other_chunk, theirs in pairs]
-        bands.append(chunk.unpadded(torch.cat(band, 1)))
+    for chunk, part in mine:
+        part = part.built()
+        band = torch.cat([other.unpadded(part.gram(factors).T) for other, factors in kept]).T
+        bands.append(chunk.unpadded(band))
     return torch.cat(bands)
+
+
+def _symmetric(parts: list[tuple[Chunk, Factored]]) -> Tensor:
+    """The inner products of all pairs, each block of two chunks taken once."""
+    rows: list[list[Tensor]] = [[] for _ in parts]
+    for i, (mine, part) in enumerate(parts):
+        for j, (other, factors) in enumerate(parts[: i + 1]):
+            block = other.unpadded(mine.unpadded(part.gram(factors)).T).T
+            rows[i].append(block)
+            if j < i:
+                rows[j].append(block.T)
+    return torch.cat([torch.cat(row, 1) for row in rows])
 
 
 def second_moment(
@@ -319,28 +316,9 @@ def _factored(
     mask: Tensor | None,
     chunk_size: int | None,
     plan: Plan | None,
-) -> Iterator[tuple[_Chunk, Factored]]:
-    for chunk in _chunks(where, batch, mask, chunk_size):
+) -> Iterator[tuple[Chunk, Factored]]:
+    for chunk in batches.chunks(f"per_sample.{where}", batch, mask, chunk_size):
         yield chunk, factored(loss_fn, params, *chunk.batch, mask=chunk.mask, plan=plan)
-
-
-def _chunks(where: str, batch: tuple[Tensor, ...], mask: Tensor | None, chunk_size: int | None) -> list[_Chunk]:
-    """The batch in chunks of one size, the last padded; an empty batch is one chunk of padding."""
-    total = batches.check(f"per_sample.{where}", batch, mask)
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"per_sample.{where}: chunk_size must be a whole number, at least 1. Found {chunk_size}.")
-    size = max(1, total if chunk_size is None else min(chunk_size, total))
-    chunks = []
-    for start in range(0, max(1, total), size):
-        rows = slice(start, min(start + size, total))
-        part, keep = tuple([x[rows] for x in batch]), None if mask is None else mask[rows]
-        missing = size - (rows.stop - rows.start)
-        if missing:
-            keep = part[0].new_ones(rows.stop - rows.start, dtype=torch.bool) if keep is None else keep
-            keep = torch.cat([keep, keep.new_zeros(missing)])
-            part = tuple([torch.cat([x, x.new_zeros((missing, *x.shape[1:]))]) for x in part])
-        chunks.append(_Chunk(part, keep, rows))
-    return chunks
 
 
 def _total(trees: Iterable[Tree]) -> Tree:

@@ -88,6 +88,11 @@ class Term:
         """The Kronecker factors, or none where the parameter has none."""
         return None
 
+    def project(self, left: Tensor, right: Tensor) -> Tensor:
+        """`L ∇_i Rᵀ`, (B, h, d), of the gradient as a matrix (H, D) whose rows are the first axis; L (h, H), R (d, D)."""
+        grads = tree.wide(self.grads())
+        return left @ grads.reshape(len(grads), left.shape[1], right.shape[1]) @ right.T
+
 
 @tree.register
 @dataclass(frozen=True)
@@ -160,6 +165,12 @@ class Outer(Term):
     def kronecker(self) -> Kronecker:
         a, g = tree.wide(self.a), tree.wide(self.g)
         return Kronecker(_product(a, a), _product(g, g))
+
+    def project(self, left: Tensor, right: Tensor) -> Tensor:
+        if self.a.shape[1] > 1 or self.layout.order != (0, 1):
+            return super().project(left, right)
+        a, g = tree.wide(self.a)[:, 0] @ right.T, tree.wide(self.g)[:, 0] @ left.T
+        return g.transpose(-2, -1) @ a
 
 
 _FEW_INPUTS = 32
@@ -246,6 +257,16 @@ class Convolution(Term):
 
     def kronecker(self) -> Kronecker:
         return self.outer().kronecker()
+
+    def project(self, left: Tensor, right: Tensor) -> Tensor:
+        if self.groups > 1:
+            return super().project(left, right)
+        kernels = right.view(-1, *self.shape[1:])  # patches need not be formed: an ordinary convolution projects them
+        image = tree.wide(self.image).flatten(0, 1)
+        a = _CONVOLUTIONS[len(self.stride)](image, kernels, None, self.stride, self.padding, self.dilation)
+        a = a.unflatten(0, self.image.shape[:2]).movedim(2, -1).flatten(1, -2)  # (B, N positions, d)
+        g = tree.wide(self.cotangent).movedim(2, -1).flatten(1, -2) @ left.T
+        return g.transpose(-2, -1) @ a
 
     def outer(self) -> Outer:
         """The same as a linear map of patches: T is N times the positions, D is kernel times channels."""
