@@ -23,12 +23,25 @@ if TYPE_CHECKING:
     from . import optim as optim
     from . import per_sample as per_sample
     from . import random as random
+    from . import statistics as statistics
     from . import train as train
     from . import tree as tree
 
 __version__ = version("functorch-mnist")
 
-_NAMESPACES = ("checkpoint", "data", "layers", "losses", "models", "optim", "per_sample", "random", "train", "tree")
+_NAMESPACES = (
+    "checkpoint",
+    "data",
+    "layers",
+    "losses",
+    "models",
+    "optim",
+    "per_sample",
+    "random",
+    "statistics",
+    "train",
+    "tree",
+)
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -14,6 +14,7 @@ ROWS = [
     {"layers", "losses", "optim", "data"},
     {"models"},
     {"per_sample"},
+    {"statistics", "attribution"},
     {"train", "checkpoint"},
     {"run_folder", "plots"},
     {"commands"},

@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,45 +11,25 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, vmap
+from zoo import (
+    CASES,
+    EXACT,
+    B,
+    D,
+    combine,
+    dense,
+    difference,
+    labels,
+    linear,
+    mlp,
+    normals,
+    sequence_linear,
+    tied_linear_and_embedding,
+    tutorial_cnn,
+)
 
-from functorch_mnist import losses, models, per_sample, random, tree
+from functorch_mnist import losses, models, per_sample, tree
 from functorch_mnist.train import compiled, in_precision
-
-EXACT = 1e-10
-D = torch.float64
-B = 4
-
-
-def normals(*shape, seed=0):
-    return torch.randn(shape, dtype=D, generator=torch.Generator().manual_seed(seed))
-
-
-def labels(count=B, classes=3):
-    return torch.arange(count) % classes
-
-
-def difference(found, expected):
-    """The largest difference of two trees' numbers, relative to the largest of the leaf, or of all where it is 0."""
-    a, b = tree.leaves(found), tree.leaves(expected)
-    assert [x.shape for x in a] == [x.shape for x in b]
-    scale = max([float(y.abs().max()) for y in b if y.numel()], default=1.0) or 1.0
-    worst = 0.0
-    for x, y in zip(a, b, strict=True):
-        if y.numel():
-            assert x.isfinite().all()
-            worst = max(worst, float((x - y).abs().max()) / max(float(y.abs().max()), 1e-6 * scale))
-    return worst
-
-
-def dense(loss_fn, params, batch, mask=None):
-    """The leaves (B, *w) of the sample gradients, zero where masked."""
-    rows = vmap(grad(loss_fn), in_dims=(None, *[0] * len(batch)))(params, *batch)
-    keep = torch.ones(len(batch[0]), dtype=torch.bool) if mask is None else mask
-    return tree.map(lambda g: torch.where(keep.view(-1, *[1] * (g.dim() - 1)), g, torch.zeros_like(g)), rows)
-
-
-def combine(weights, rows):
-    return tree.map(lambda g: torch.einsum("b,b...->...", weights, g), rows)
 
 
 def quantities(loss_fn, params, batch, **options):
@@ -105,318 +84,6 @@ def ways(loss_fn, params, batch):
     """The way each parameter is taken, by its path."""
     plan = per_sample.plan(loss_fn, params, *[rows[0] for rows in batch], batch_size=len(batch[0]))
     return {row.path: row.way for row in plan.rows}
-
-
-class Case(NamedTuple):
-    loss_fn: object
-    params: object
-    batch: tuple
-    dense: frozenset = frozenset()
-    """The parameters that have no factored form."""
-
-
-def of_model(apply, params, x):
-    def loss_fn(params, x, y):
-        return losses.cross_entropy(apply(params, x), y)
-
-    classes = apply(params, x[0]).shape[-1]
-    return Case(loss_fn, params, (x, labels(len(x), classes)))
-
-
-def tutorial_cnn():
-    model = models.cnn(dropout=(0, 0))
-    params = {name: p.to(D) for name, p in model.init(random.key(0)).items()}
-    return of_model(model.apply, params, normals(B, 1, 28, 28))
-
-
-def linear():
-    model = models.linear(5, 3)
-    return of_model(model.apply, {name: p.to(D) for name, p in model.init(random.key(0)).items()}, normals(B, 5))
-
-
-def mlp():
-    model = models.mlp([6, 8, 8, 3])
-    return of_model(model.apply, {name: p.to(D) for name, p in model.init(random.key(0)).items()}, normals(B, 6))
-
-
-def of_module(module, x, *, dense=()):
-    params, model = models.from_module(module.to(D))
-    return of_model(model.apply, params, x)._replace(dense=frozenset(dense))
-
-
-def sequence_linear():
-    params = {"u": normals(7, 5, seed=1), "b": normals(7, seed=2), "v": normals(3, 7, seed=3)}
-
-    def apply(p, x):  # (T, 5)
-        return F.linear(torch.tanh(F.linear(x, p["u"], p["b"])), p["v"]).mean(0)
-
-    return of_model(apply, params, normals(B, 9, 5))
-
-
-def tied_linear_and_embedding():
-    params = {"table": normals(11, 6, seed=1), "w": normals(6, 6, seed=2)}
-
-    def loss_fn(p, tokens, y):
-        h = torch.tanh(F.linear(F.embedding(tokens, p["table"], padding_idx=0), p["w"]))
-        return losses.cross_entropy(F.linear(h.mean(0), p["table"]), y)
-
-    return Case(loss_fn, params, (torch.arange(B * 5).view(B, 5) % 11, labels(B, 11)))
-
-
-def one_linear_used_twice():
-    params = {"w": normals(5, 5, seed=1), "b": normals(5, seed=2)}
-
-    def apply(p, x):
-        return F.linear(torch.tanh(F.linear(x, p["w"], p["b"])), p["w"], p["b"])
-
-    return of_model(apply, params, normals(B, 5))
-
-
-def one_convolution_on_two_inputs():
-    params = {"w": normals(4, 2, 3, 3, seed=1), "b": normals(4, seed=2)}
-
-    def apply(p, x):
-        halves = [F.conv2d(part, p["w"], p["b"], padding=1) for part in (x, x.flip(-1).square())]
-        return (halves[0] * halves[1]).sum((1, 2))
-
-    return of_model(apply, params, normals(B, 2, 6, 6))
-
-
-def one_leaf_at_two_places():
-    shared = normals(5, 5, seed=1)
-
-    def apply(p, x):
-        return F.linear(torch.tanh(F.linear(x, p["a"])), p["b"])
-
-    return of_model(apply, {"a": shared, "b": shared}, normals(B, 5))
-
-
-def views_of_parameters():
-    params = {"w": normals(5, 4, seed=1), "flat": normals(20, seed=2), "t": normals(4, 3, seed=3)}
-
-    def apply(p, x):
-        h = torch.tanh(F.linear(x, p["w"].t(), None))
-        h = torch.tanh(F.linear(h, p["flat"].view(5, 4)))
-        return h @ p["w"] @ p["t"]
-
-    return of_model(apply, params, normals(B, 5))
-
-
-def products():
-    params = {
-        "right": normals(5, 4, seed=1),
-        "left": normals(4, 4, seed=2),
-        "heads": normals(2, 4, 3, seed=3),
-        "low": normals(3, 2, seed=4),
-        "rank": normals(2, 3, seed=5),
-    }
-
-    def apply(p, x):
-        h = torch.tanh(x @ p["right"])
-        h = torch.tanh(torch.matmul(p["left"], h))
-        h = torch.einsum("d,hdk->hk", h, p["heads"])
-        return torch.einsum("hk,kj->j", h, p["low"] @ p["rank"])
-
-    return of_model(apply, params, normals(B, 5))
-
-
-def shifts_outside_ops():
-    params = {"b": normals(5, seed=1), "c": normals(3, 1, seed=2), "d": normals(1)[0]}
-
-    def loss_fn(p, x):  # (3, 5)
-        y = torch.tanh(x + p["b"]) + p["c"]
-        return (p["d"] + y).square().sum()
-
-    return Case(loss_fn, params, (normals(B, 3, 5),))
-
-
-def regularised():
-    params = {"w": normals(3, 5, seed=1), "b": normals(3, seed=2)}
-
-    def loss_fn(p, x, y):
-        return losses.cross_entropy(F.linear(x, p["w"], p["b"]), y) + 0.1 * p["w"].square().sum()
-
-    return Case(loss_fn, params, (normals(B, 5), labels()), frozenset({"w"}))
-
-
-def transformed_first():
-    params = {"w": normals(3, 5, seed=1), "g": normals(3, 1, seed=2), "mask": normals(3, 5, seed=3)}
-
-    def apply(p, x):
-        direction = p["w"] / p["w"].norm(dim=1, keepdim=True)
-        return F.linear(x, direction * p["g"]) + F.linear(x, torch.sigmoid(p["mask"]))
-
-    return of_model(apply, params, normals(B, 5))._replace(dense=frozenset({"w", "g", "mask"}))
-
-
-def slices():
-    params = {"qkv": normals(9, 5, seed=1)}
-
-    def apply(p, x):
-        q, k, v = p["qkv"].chunk(3)
-        return F.linear(x, q) * F.linear(x, k) + F.linear(x, v)
-
-    return of_model(apply, params, normals(B, 5))._replace(dense=frozenset({"qkv"}))
-
-
-def unused():
-    params = {"w": normals(3, 5, seed=1), "unused": normals(2, seed=2), "empty": normals(0, 3)}
-    return of_model(lambda p, x: F.linear(x, p["w"]), params, normals(B, 5))._replace(
-        dense=frozenset({"unused", "empty"})
-    )
-
-
-class Layer(NamedTuple):
-    weight: torch.Tensor
-    bias: torch.Tensor
-
-
-def nested():
-    params = {"layers": [Layer(normals(6, 5, seed=1), normals(6, seed=2)), Layer(normals(3, 6, seed=3), normals(3))]}
-
-    def apply(p, x):
-        for layer in p["layers"]:
-            x = torch.tanh(F.linear(x, layer.weight, layer.bias))
-        return x
-
-    return of_model(apply, params, normals(B, 5))
-
-
-def inner_transform():
-    params = {"w": normals(5, 5, seed=1)}
-
-    def loss_fn(p, x):
-        return (
-            vmap(lambda row: torch.tanh(F.linear(row, p["w"])))(x).sum()
-            + grad(lambda w: F.linear(x, w).sin().sum())(p["w"]).sum()
-        )
-
-    return Case(loss_fn, params, (normals(B, 2, 5),), frozenset({"w"}))
-
-
-def stop_gradient(change):
-    """A parameter used as it is and, changed without a gradient, once more."""
-
-    def make():
-        def loss_fn(p, x):
-            y = F.linear(x, p["w"])
-            return (y * change(p["w"], x)).sin().sum()
-
-        return Case(loss_fn, {"w": normals(3, 5, seed=1)}, (normals(B, 5),), frozenset({"w"}))
-
-    return make
-
-
-def without_grad(view):
-    def change(w, x):
-        with torch.no_grad():
-            fixed = view(w)
-        return F.linear(x, fixed)
-
-    return change
-
-
-STOPPED = {
-    "cloned without grad": without_grad(lambda w: w.clone()),
-    "viewed without grad": without_grad(lambda w: w.t().t()),
-    "cast to integers": lambda w, x: w.to(torch.int64).sum(),
-    "cast to bool": lambda w, x: w.to(torch.bool).sum(),
-    "cast to complex": lambda w, x: w.to(torch.complex128).abs().sum(),
-    "seen as another type": lambda w, x: F.linear(x, w.view(D)),
-    "detached": lambda w, x: F.linear(x, w.detach()),
-}
-
-
-def keywords():
-    params = {"a": normals(5, 4, seed=1), "b": normals(3, 4, seed=2), "c": normals(4, seed=3), "d": normals(4, seed=4)}
-
-    def apply(p, x):
-        h = torch.tanh(torch.mm(x[None], mat2=p["a"]))
-        h = F.layer_norm(h, normalized_shape=(4,), weight=p["c"], bias=p["d"])
-        return F.linear(weight=p["b"], input=torch.mv(h.T @ h, vec=p["c"]))
-
-    return of_model(apply, params, normals(B, 5))._replace(dense=frozenset({"c", "d"}))
-
-
-def degenerate_shapes():
-    params = {
-        "scalar": normals(1, seed=1)[0],
-        "none": normals(3, 0),
-        "b": normals(3, seed=2),
-        "one": normals(1, 3, seed=3),
-    }
-
-    def loss_fn(p, x):
-        y = torch.einsum("td,->td", x, p["scalar"]) + F.linear(x[:, :0], p["none"], p["b"])
-        return torch.einsum("td,dh->th", y, p["one"]).sin().sum() + (y * p["scalar"]).sum()
-
-    return Case(loss_fn, params, (normals(B, 2, 3),), frozenset({"scalar", "one"}))
-
-
-class Squared(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(w):
-        return w * w
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, g):
-        return 2 * ctx.saved_tensors[0] * g
-
-
-def custom_function():
-    params = {"w": normals(3, 5, seed=1)}
-    return of_model(
-        lambda p, x: F.linear(x, p["w"]) + F.linear(x, Squared.apply(p["w"])), params, normals(B, 5)
-    )._replace(dense=frozenset({"w"}))
-
-
-def norms_net():
-    net = nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3, bias=False),
-        nn.InstanceNorm2d(4, affine=True), nn.Flatten(), nn.LayerNorm(16), nn.Linear(16, 8), nn.RMSNorm(8),
-        nn.Linear(8, 3),
-    )  # fmt: skip
-    for p in net.parameters():
-        nn.init.normal_(p, generator=torch.Generator().manual_seed(p.numel()))
-    elementwise = {"1.weight", "1.bias", "4.weight", "4.bias", "6.weight", "6.bias", "8.weight"}
-    return of_module(net, normals(B, 2, 6, 6), dense=elementwise)
-
-
-def frozen_batch_norm():
-    net = nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).eval()
-    return of_module(net, normals(B, 2, 6), dense={"1.weight", "1.bias"})
-
-
-def attention():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-            self.head = nn.Linear(8, 3)
-
-        def forward(self, x):
-            return self.head(self.attention(x, x, x)[0].mean(1))
-
-    packed = {"attention." + name for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")}
-    return of_module(Net(), normals(B, 5, 8), dense=packed)
-
-
-CASES = {
-    fn.__name__: fn
-    for fn in (
-        tutorial_cnn, linear, mlp, sequence_linear, tied_linear_and_embedding, one_linear_used_twice,
-        one_convolution_on_two_inputs, one_leaf_at_two_places, views_of_parameters, products, shifts_outside_ops,
-        regularised, transformed_first, slices, unused, nested, inner_transform, custom_function,
-        norms_net, frozen_batch_norm, attention, keywords, degenerate_shapes,
-    )
-}  # fmt: skip
-CASES |= {name: stop_gradient(change) for name, change in STOPPED.items()}
 
 
 @pytest.mark.parametrize("name", CASES)

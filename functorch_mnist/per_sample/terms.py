@@ -89,7 +89,7 @@ class Term:
         return None
 
     def project(self, left: Tensor, right: Tensor) -> Tensor:
-        """`L ∇_i Rᵀ`, (B, h, d), of the gradient as a matrix (H, D) whose rows are the first axis; L (h, H), R (d, D)."""
+        """`L ∇_i Rᵀ`, (B, h, d), of the gradient as a matrix (H, D) with its first axis as rows; L (h, H), R (d, D)."""
         grads = tree.wide(self.grads())
         return left @ grads.reshape(len(grads), left.shape[1], right.shape[1]) @ right.T
 
@@ -263,7 +263,7 @@ class Convolution(Term):
             return super().project(left, right)
         kernels = right.view(-1, *self.shape[1:])  # patches need not be formed: an ordinary convolution projects them
         image = tree.wide(self.image).flatten(0, 1)
-        a = _CONVOLUTIONS[len(self.stride)](image, kernels, None, self.stride, self.padding, self.dilation)
+        a: Tensor = _CONVOLUTIONS[len(self.stride)](image, kernels, None, self.stride, self.padding, self.dilation)
         a = a.unflatten(0, self.image.shape[:2]).movedim(2, -1).flatten(1, -2)  # (B, N positions, d)
         g = tree.wide(self.cotangent).movedim(2, -1).flatten(1, -2) @ left.T
         return g.transpose(-2, -1) @ a

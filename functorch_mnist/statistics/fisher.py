@@ -1,0 +1,119 @@
+"""The Fisher information of a classifier: the second moment of gradients of log-probabilities, its own labels drawn.
+
+    F = (1 / N) Σ_i Σ_k p_ik ∇log p_ik ∇log p_ikᵀ,   p_i = softmax(outputs_i)
+
+exactly, with one backward pass for each class k, or with labels drawn from p_i, with one backward pass for each draw.
+The empirical Fisher information, of the labels of the data, is `Moments.fisher`.
+
+Reference: Martens, "New insights and perspectives on the natural gradient method", JMLR 21, 2020, sections 5 and 11.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import layers, random, tree
+from ..batch import check
+from ..per_sample import Kronecker, Plan
+from ..tree import Tree
+from .folds import Gradients, fold, merge
+from .gradients import KroneckerFactors, Moments
+
+S = TypeVar("S")
+
+
+def fisher_diagonal(
+    outputs_fn: Callable[..., Tensor],
+    params: Tree,
+    *inputs: Tensor,
+    key: Tensor | None = None,
+    draws: int = 1,
+    mask: Tensor | None = None,
+    chunk_size: int | None = None,
+    plan: Plan | None = None,
+) -> Tree:
+    """The diagonal of the Fisher information: a tree like `params`, in float64.
+
+    Args:
+        outputs_fn: `outputs_fn(params, *input) -> (K,)`, of one example, whose softmax are the probabilities.
+        params: a pytree of float tensors.
+        inputs: tensors (N, …), at least one example.
+        key: (2,), to draw labels with, those of an example by its position. Without it the expectation is exact.
+        draws: labels drawn for each example, at least 1.
+        mask, chunk_size, plan: as in `fold`.
+
+    Raises:
+        ValueError: `draws` is below 1 or the inputs do not fit.
+
+    Cost: K backward passes, or `draws` with a key.
+    """
+    found, passes = _over_labels(Moments.of, outputs_fn, params, inputs, key, draws, mask, chunk_size, plan)
+    return tree.map(lambda squares: squares * passes / found.count, found.squares)
+
+
+def fisher_kronecker(
+    outputs_fn: Callable[..., Tensor],
+    params: Tree,
+    *inputs: Tensor,
+    key: Tensor | None = None,
+    draws: int = 1,
+    mask: Tensor | None = None,
+    chunk_size: int | None = None,
+    plan: Plan | None = None,
+) -> dict[str, Kronecker]:
+    """The Kronecker factors of the Fisher information, per example, of each parameter that has them, in float64.
+
+    Args:
+        outputs_fn, params, inputs, key, draws, mask, chunk_size, plan: as in `fisher_diagonal`.
+
+    Cost: K backward passes, or `draws` with a key.
+
+    Reference: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", ICML
+        2015; for convolutions Grosse and Martens, ICML 2016, whose factors of the inputs are sums over positions.
+    """
+    found, passes = _over_labels(KroneckerFactors.of, outputs_fn, params, inputs, key, draws, mask, chunk_size, plan)
+    return {
+        path: Kronecker(pair.inputs / found.count, pair.cotangents * passes / found.count)
+        for path, pair in found.sums.items()
+    }
+
+
+def _over_labels(
+    of: Callable[[Gradients], S],
+    outputs_fn: Callable[..., Tensor],
+    params: Tree,
+    inputs: tuple[Tensor, ...],
+    key: Tensor | None,
+    draws: int,
+    mask: Tensor | None,
+    chunk_size: int | None,
+    plan: Plan | None,
+) -> tuple[S, int]:
+    """The statistic over all passes, whose gradients are so weighted that their second moments add up, and how many."""
+    if check("statistics.fisher", inputs, mask) < 1 or draws < 1:
+        raise ValueError(f"fisher: at least one example and one draw. Found {len(inputs[0])} and {draws}.")
+    count, device = len(inputs[0]), inputs[0].device
+    columns: list[Tensor]
+    if key is None:
+        classes = outputs_fn(params, *[x[0] for x in inputs]).shape[-1]
+        columns = [torch.full((count,), label, device=device) for label in range(classes)]
+    else:
+        columns = list(random.uniform(key, (draws, count)).unbind())
+
+    def loss_fn(params: Tree, *example: Tensor) -> Tensor:
+        *given, chosen = example
+        log_probs = layers.log_softmax(outputs_fn(params, *given))
+        probs = log_probs.detach().exp()
+        label = chosen if key is None else (probs.cumsum(-1) <= chosen).sum(-1).clamp(max=len(probs) - 1)
+        weight = probs.gather(-1, label[None]).squeeze(-1) if key is None else 1 / draws
+        return -(weight**0.5) * log_probs.gather(-1, label[None]).squeeze(-1)
+
+    parts = [
+        fold(loss_fn, params, *inputs, column, of=of, mask=mask, chunk_size=chunk_size, plan=plan) for column in columns
+    ]
+    return reduce(merge, parts), len(parts)

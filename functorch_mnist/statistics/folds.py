@@ -1,0 +1,135 @@
+"""Sums over examples, how they merge, and the fold that takes them in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import reduce
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import batch as batches
+from .. import tree
+from ..per_sample import Factored, Plan, factored
+from ..tree import Tree
+
+S = TypeVar("S")
+Self = TypeVar("Self", bound="Sums")
+
+
+class Sums:
+    """Sums over examples: a registered dataclass of tensors. Those that are not merged by addition say how."""
+
+    def merge(self: Self, other: Self) -> Self:
+        """The sums over the examples of both."""
+        return tree.map(torch.add, self, other)
+
+
+class Gradients:
+    """The gradients of some examples, as a statistic takes them. What several statistics need is computed once."""
+
+    def __init__(self, factored: Factored, keep: Tensor) -> None:
+        self.factored = factored
+        """Exactly zero where masked."""
+        self.keep = keep
+        """(B,) bool: which examples count."""
+        self._square_norms: list[Tensor] | None = None
+        self._total: Tree = None
+
+    @property
+    def count(self) -> Tensor:
+        """0-d float64: how many examples count."""
+        return self.keep.sum().double()
+
+    @property
+    def square_norms(self) -> list[Tensor]:
+        """The squared norm of each parameter's part of ∇_i, (B,) each, in the order of `tree.leaves`."""
+        if self._square_norms is None:
+            self._square_norms = [term.square_norms() for term in self.factored.terms]
+        return self._square_norms
+
+    @property
+    def norms(self) -> Tensor:
+        """|∇_i|: (B,)."""
+        squares = self.square_norms
+        return torch.stack(squares).sum(0).sqrt() if squares else torch.zeros_like(self.factored.losses)
+
+    @property
+    def total(self) -> Tree:
+        """Σ_i ∇_i: a tree like `params`."""
+        if self._total is None:
+            self._total = self.factored.weighted_sum(torch.ones_like(self.factored.losses))
+        return self._total
+
+
+def fold(
+    loss_fn: Callable[..., Tensor],
+    params: Tree,
+    *batch: Tensor,
+    of: Callable[[Gradients], S],
+    mask: Tensor | None = None,
+    chunk_size: int | None = None,
+    plan: Plan | None = None,
+) -> S:
+    """A statistic of the sample gradients of all examples.
+
+    Args:
+        loss_fn: `loss_fn(params, *example) -> ()`, pure.
+        params: a pytree of float tensors.
+        batch: tensors (N, …), such as a whole data set.
+        of: the statistic: from the gradients of some examples to `Sums`, or to a tuple or dict of them for several
+            statistics in one pass.
+        mask: (N,) bool; an example with False, whatever it holds, is left out.
+        chunk_size: examples taken at a time. Memory is that of one chunk.
+        plan: of `per_sample`.
+
+    Returns:
+        What `of` returns, of all examples.
+
+    Guarantees: equal, up to the rounding of float64 sums, for every chunk size and order of the examples.
+
+    Example:
+        >>> from functorch_mnist.statistics import Moments
+        >>> found = fold(lambda w, x: w * x, torch.tensor(0.0), torch.tensor([1.0, 3.0]), of=Moments.of, chunk_size=1)
+        >>> found.mean, found.variance
+        (tensor(2., dtype=torch.float64), tensor(2., dtype=torch.float64))
+    """
+    parts = gradients("fold", loss_fn, params, batch, mask, chunk_size, plan)
+    return reduce(merge, (of(part) for part in parts))
+
+
+def gradients(
+    where: str,
+    loss_fn: Callable[..., Tensor],
+    params: Tree,
+    batch: tuple[Tensor, ...],
+    mask: Tensor | None,
+    chunk_size: int | None,
+    plan: Plan | None,
+) -> Iterator[Gradients]:
+    """The gradients of the examples, chunk by chunk."""
+    for chunk in batches.chunks(f"statistics.{where}", batch, mask, chunk_size):
+        part = factored(loss_fn, params, *chunk.batch, mask=chunk.mask, plan=plan)
+        yield Gradients(part.built(), chunk.keep())
+
+
+def merge(a: S, b: S) -> S:
+    """The sums over the examples of two folds: of `Sums`, or of tuples or dicts of them.
+
+    Guarantees: associative and commutative, up to the rounding of float64; the fold of no example is neutral.
+    """
+    first: Any = a
+    second: Any = b
+    if isinstance(first, Sums):
+        return first.merge(second)  # type: ignore[return-value]
+    if isinstance(first, dict):
+        return {name: merge(first[name], second[name]) for name in first}  # type: ignore[return-value]
+    if isinstance(first, tuple):
+        return tuple([merge(x, y) for x, y in zip(first, second, strict=True)])  # type: ignore[return-value]
+    raise TypeError(f"merge: statistics must be Sums, or tuples or dicts of them. Found {type(first).__name__}.")
+
+
+def wide_sums(values: Tree) -> Tree:
+    """The tree in float64, as sums are kept."""
+    return tree.map(lambda leaf: leaf.double(), values)

@@ -1,0 +1,170 @@
+"""What a fold can take of sample gradients. With ∇_i the gradient of example i, of N, and G = (1 / N) Σ_i ∇_i:
+
+Norms               how |∇_i| is distributed, whole and of each parameter
+Moments             Σ ∇_i and Σ ∇_i², elementwise: mean, variance, signal-to-noise ratio, diagonal empirical Fisher
+Alignment           how the cosine of ∇_i with a direction, such as G, is distributed
+KroneckerFactors    Σ Σ_t a aᵀ and Σ Σ_t g gᵀ
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import tree
+from ..per_sample import Kronecker, Plan, dot, norms
+from ..tree import Tree
+from .distribution import Distribution
+from .folds import Gradients, Sums, wide_sums
+
+
+@tree.register
+@dataclass(frozen=True)
+class Norms(Sums):
+    """How the norms of sample gradients are distributed."""
+
+    whole: Distribution
+    """Of |∇_i|."""
+    leaves: dict[str, Distribution]
+    """Of the norm of each parameter's part, by its path."""
+
+    @classmethod
+    def of(cls, gradients: Gradients) -> Norms:
+        """The distribution over some examples."""
+        paths = tree.paths(gradients.factored.params)
+        leaves = {
+            path: Distribution.of(squares.sqrt(), gradients.keep)
+            for path, squares in zip(paths, gradients.square_norms, strict=True)
+        }
+        return cls(Distribution.of(gradients.norms, gradients.keep), leaves)
+
+    def merge(self, other: Norms) -> Norms:
+        leaves = {path: mine.merge(other.leaves[path]) for path, mine in self.leaves.items()}
+        return Norms(self.whole.merge(other.whole), leaves)
+
+
+@tree.register
+@dataclass(frozen=True)
+class Moments(Sums):
+    """The first two moments of sample gradients, elementwise. Properties are trees like `params`, in float64."""
+
+    count: Tensor
+    """0-d float64: N."""
+    total: Tree
+    """Σ ∇_i."""
+    squares: Tree
+    """Σ ∇_i²."""
+
+    @classmethod
+    def of(cls, gradients: Gradients) -> Moments:
+        """The sums over some examples."""
+        return cls(gradients.count, wide_sums(gradients.total), wide_sums(gradients.factored.second_moment()))
+
+    @property
+    def mean(self) -> Tree:
+        """G; NaN without an example."""
+        return tree.map(lambda total: total / self.count, self.total)
+
+    @property
+    def variance(self) -> Tree:
+        """`Σ (∇_i - G)² / (N - 1)`, unbiased; NaN for fewer than two examples."""
+
+        def one(total: Tensor, squares: Tensor) -> Tensor:
+            variance = (squares - total.square() / self.count).clamp(min=0) / (self.count - 1)
+            return torch.where(self.count > 1, variance, torch.nan)
+
+        return tree.map(one, self.total, self.squares)
+
+    @property
+    def signal_to_noise(self) -> Tree:
+        """`G² / variance`; 0 where both are 0, infinite where only the variance is.
+
+        Reference: Liu et al., "Understanding why neural networks generalize well through GSNR of parameters", ICLR
+            2020, equation 1.
+        """
+
+        def one(mean: Tensor, variance: Tensor) -> Tensor:
+            return torch.where(mean == 0, 0.0, mean.square() / variance)
+
+        return tree.map(one, self.mean, self.variance)
+
+    @property
+    def fisher(self) -> Tree:
+        """The diagonal of the empirical Fisher information, `Σ ∇_i² / N`: of the labels as they are, for a loss that
+        is a negative log-likelihood.
+
+        Reference: Kunstner et al., "Limitations of the empirical Fisher approximation", NeurIPS 2019, equation 3.
+        """
+        return tree.map(lambda squares: squares / self.count, self.squares)
+
+
+@tree.register
+@dataclass(frozen=True)
+class Alignment(Sums):
+    """How sample gradients point along a direction. An example without a gradient has the cosine 0."""
+
+    cosines: Distribution
+
+    @classmethod
+    def of(cls, gradients: Gradients, *, direction: Tree) -> Alignment:
+        """The distribution over some examples, for a direction like `params`: `partial(Alignment.of, direction=…)`."""
+        found = _cosines(gradients.factored.dot(direction), gradients.norms, direction)
+        return cls(Distribution.of(found, gradients.keep))
+
+    def merge(self, other: Alignment) -> Alignment:
+        return Alignment(self.cosines.merge(other.cosines))
+
+
+@tree.register
+@dataclass(frozen=True)
+class KroneckerFactors(Sums):
+    """Kronecker factors of the sample gradients' second moment."""
+
+    count: Tensor
+    """0-d float64: N."""
+    sums: dict[str, Kronecker]
+    """Of each parameter that has them, by its path: sums over examples and positions, in float64."""
+
+    @classmethod
+    def of(cls, gradients: Gradients) -> KroneckerFactors:
+        """The sums over some examples."""
+        return cls(gradients.count, wide_sums(gradients.factored.kronecker()))
+
+    @property
+    def mean(self) -> dict[str, Kronecker]:
+        """The factors per example."""
+        return tree.map(lambda factor: factor / self.count, self.sums)
+
+
+def cosines(
+    loss_fn: Callable[..., Tensor],
+    params: Tree,
+    *batch: Tensor,
+    direction: Tree,
+    mask: Tensor | None = None,
+    chunk_size: int | None = None,
+    plan: Plan | None = None,
+) -> Tensor:
+    """The cosine of each ∇_i with a direction, such as the mean gradient: (B,), 0 where either is zero.
+
+    Args:
+        loss_fn, params, batch, mask, chunk_size, plan: as in `per_sample.dot`.
+        direction: a tree like `params`.
+
+    Cost: two backward passes.
+
+    Example:
+        >>> cosines(lambda w, x: w @ x, torch.zeros(2), torch.eye(2), direction=torch.tensor([3.0, 4.0]))
+        tensor([0.6000, 0.8000])
+    """
+    products = dot(loss_fn, params, *batch, direction=direction, mask=mask, chunk_size=chunk_size, plan=plan)
+    sizes = norms(loss_fn, params, *batch, mask=mask, chunk_size=chunk_size, plan=plan)
+    return _cosines(products, sizes, direction)
+
+
+def _cosines(products: Tensor, sizes: Tensor, direction: Tree) -> Tensor:
+    lengths = sizes * tree.norm(direction).to(sizes.dtype)
+    return torch.where(lengths > 0, products / lengths, torch.zeros_like(products))

@@ -1,0 +1,263 @@
+"""The gradient noise scale: how many examples a batch needs until its gradient is more signal than noise.
+
+    B_simple = tr Σ / |E ∇|²
+
+with Σ the covariance of the gradients of single examples. Of N examples with gradients ∇_i and mean G
+
+    tr Σ    estimated by  (Σ_i |∇_i|² - N |G|²) / (N - 1)
+    |E ∇|²  estimated by  |G|² - tr Σ / N
+
+both without bias. Error bars are those of the jackknife: the standard deviation of the estimates that leave one
+example (or one step) out, times (N - 1) / √N.
+
+Reference: McCandlish et al., "An empirical model of large-batch training", 2018, section 2.2 and appendix A.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import batch as batches
+from .. import tree
+from ..per_sample import Plan
+from ..tree import Tree
+from .folds import Gradients, Sums, gradients, merge, wide_sums
+
+
+@tree.register
+@dataclass(frozen=True)
+class Noise(Sums):
+    """What the noise of sample gradients follows from. Properties are 0-d float64."""
+
+    count: Tensor
+    """0-d float64: N."""
+    total: Tree
+    """Σ ∇_i, in float64."""
+    squares: Tensor
+    """0-d float64: Σ |∇_i|²."""
+
+    @classmethod
+    def of(cls, gradients: Gradients) -> Noise:
+        """The sums over some examples."""
+        return cls(gradients.count, wide_sums(gradients.total), gradients.norms.double().square().sum())
+
+    @property
+    def square_of_sum(self) -> Tensor:
+        """|Σ ∇_i|²."""
+        return tree.dot(self.total, self.total)
+
+    @property
+    def trace(self) -> Tensor:
+        """tr Σ, the trace of the covariance of ∇_i, unbiased; NaN for fewer than two examples."""
+        return _estimates(self.count, self.square_of_sum, self.squares)[0]
+
+    @property
+    def square_norm(self) -> Tensor:
+        """|E ∇|², unbiased, so that it can be below zero: `|G|² - tr Σ / N`. NaN for fewer than two examples."""
+        return _estimates(self.count, self.square_of_sum, self.squares)[1]
+
+    @property
+    def scale(self) -> Tensor:
+        """The simple noise scale `tr Σ / |E ∇|²`, in examples; `noise_scale` gives it with an error bar."""
+        return self.trace / self.square_norm
+
+    @property
+    def diversity(self) -> Tensor:
+        """The gradient diversity `Σ |∇_i|² / |Σ ∇_i|²`, at least 1 / N.
+
+        Reference: Yin et al., "Gradient diversity: a key ingredient for scalable distributed learning", AISTATS 2018,
+            definition 1.
+        """
+        return self.squares / self.square_of_sum
+
+
+class NoiseScale(NamedTuple):
+    """A noise scale and what it is made of, with standard errors."""
+
+    scale: float
+    """B_simple, in examples; infinite where the gradient cannot be told from zero."""
+    error: float
+    trace: float
+    """tr Σ."""
+    trace_error: float
+    square_norm: float
+    """|E ∇|², which can be below zero."""
+    square_norm_error: float
+    samples: int
+    """How many examples, or steps, it was estimated from."""
+
+    def __str__(self) -> str:
+        return f"{self.scale:.4g} ± {self.error:.2g} examples"
+
+
+class Efficiency(NamedTuple):
+    """What a batch size costs against the two extremes, by the model of the reference, equation 2.11."""
+
+    steps: float
+    """Steps to a given loss, over those with the full gradient."""
+    examples: float
+    """Examples to a given loss, over those with batches of one."""
+
+
+def efficiency(scale: float, batch_size: int) -> Efficiency:
+    """What training with a batch size costs, for a noise scale.
+
+    Batches well below the scale waste no example, batches well above it save no step; at the scale, the critical batch
+    size, both take twice their least.
+
+    Raises:
+        ValueError: the scale or the batch size is not above 0.
+
+    Example:
+        >>> efficiency(900.0, 900)
+        Efficiency(steps=2.0, examples=2.0)
+    """
+    if not scale > 0 or batch_size < 1:
+        raise ValueError(f"efficiency: scale and batch size must be above 0. Found {scale} and {batch_size}.")
+    return Efficiency(1 + scale / batch_size, 1 + batch_size / scale)
+
+
+def _estimates(count: Tensor, square_of_sum: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    """The unbiased tr Σ and |E ∇|², from N, |Σ ∇_i|² and Σ |∇_i|²; NaN for N below 2."""
+    trace = (squares - square_of_sum / count) / torch.where(count > 1, count - 1, math.nan)
+    return trace, square_of_sum / count.square() - trace / count
+
+
+def of_batch(norms: Tensor, mean_grads: Tree) -> tuple[Tensor, Tensor]:
+    """The unbiased tr Σ and |E ∇|² of one batch, 0-d float64, as a step sees them.
+
+    Args:
+        norms: (B,), of all its examples, at least two.
+        mean_grads: the mean gradient of the batch.
+    """
+    count = torch.tensor(float(len(norms)), dtype=torch.float64, device=norms.device)
+    square = tree.dot(mean_grads, mean_grads).double() * count.square()
+    return _estimates(count, square, norms.double().square().sum())
+
+
+def noise_scale(
+    loss_fn: Callable[..., Tensor],
+    params: Tree,
+    *batch: Tensor,
+    mask: Tensor | None = None,
+    chunk_size: int | None = None,
+    plan: Plan | None = None,
+) -> NoiseScale:
+    """The noise scale at one point, from the gradients of single examples.
+
+    Args:
+        loss_fn, params, batch, mask, chunk_size, plan: as in `fold`; at least three examples that count.
+
+    Raises:
+        ValueError: there are fewer than three examples.
+
+    Cost: two backward passes over the data: one for the sum, one for what leaving an example out would change. One
+        where there is one chunk.
+
+    Example:
+        >>> found = noise_scale(lambda w, x: w * x, torch.tensor(0.0), torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        >>> round(found.trace, 4), round(found.square_norm, 4)
+        (1.6667, 5.8333)
+    """
+
+    def read() -> Iterable[Gradients]:
+        return gradients("noise_scale", loss_fn, params, batch, mask, chunk_size, plan)
+
+    alone = len(batches.chunks("statistics.noise_scale", batch, mask, chunk_size)) == 1
+    kept = list(read()) if alone else None
+    whole = reduce(merge, (Noise.of(part) for part in kept or read()))
+    if whole.count < 3:
+        raise ValueError(f"noise_scale: at least three examples that count. Found {int(whole.count)}.")
+    return reduce(merge, (_LeftOut.of(part, whole) for part in kept or read())).noise_scale(whole)
+
+
+def averaged(traces: Tensor, square_norms: Tensor) -> NoiseScale:
+    """The noise scale of several steps: the mean of tr Σ over the mean of |E ∇|².
+
+    Args:
+        traces, square_norms: (T,) unbiased estimates of single steps, such as `of_batch` or `two_batch_sizes` give, at
+            least three, independent of each other.
+
+    Raises:
+        ValueError: they are not (T,) both, or fewer than three.
+
+    Reference: McCandlish et al., 2018, appendix A.1: a mean of ratios would be biased.
+    """
+    if traces.dim() != 1 or traces.shape != square_norms.shape or len(traces) < 3:
+        raise ValueError(
+            f"averaged: traces and square_norms must be (T,), T at least 3. "
+            f"Found {tuple(traces.shape)} and {tuple(square_norms.shape)}."
+        )
+    rows = torch.stack([traces.double(), square_norms.double()])  # (2, T)
+    count = rows.shape[1]
+    trace, square = rows.mean(1).unbind()
+    left_out = (rows.sum(1, keepdim=True) - rows) / (count - 1)
+    deviations = _deviations(left_out[0], left_out[1], trace, square)
+    return _result(trace, square, deviations.sum(1), deviations.square().sum(1), count)
+
+
+def two_batch_sizes(small: Tensor, large: Tensor, *, small_size: int, large_size: int) -> tuple[Tensor, Tensor]:
+    """Unbiased tr Σ and |E ∇|² from the squared norms of mean gradients of two batch sizes.
+
+    Args:
+        small, large: (T,) squared norms of the mean gradients of independent pairs of batches.
+        small_size, large_size: how many examples a batch has.
+
+    Returns:
+        `(traces, square_norms)`, (T,) each, for `averaged`.
+
+    Raises:
+        ValueError: the sizes are not in order.
+
+    Reference: McCandlish et al., 2018, equations A.2 and A.3.
+    """
+    if not 1 <= small_size < large_size:
+        raise ValueError(f"two_batch_sizes: small_size must be below large_size. Found {small_size}, {large_size}.")
+    small, large = small.double(), large.double()
+    square_norms = (large_size * large - small_size * small) / (large_size - small_size)
+    return (small - large) / (1 / small_size - 1 / large_size), square_norms
+
+
+@tree.register
+@dataclass(frozen=True)
+class _LeftOut(Sums):
+    """How the estimates change where one example is left out, of tr Σ, |E ∇|² and their ratio."""
+
+    deviations: Tensor
+    """(3,): their sums over the examples."""
+    squares: Tensor
+    """(3,): the sums of their squares."""
+
+    @classmethod
+    def of(cls, part: Gradients, whole: Noise) -> _LeftOut:
+        # |S - ∇_i|² = |S|² - 2 ⟨∇_i, S⟩ + |∇_i|²
+        own = part.norms.double().square()
+        products = part.factored.dot(whole.total).double()
+        rest = _estimates(whole.count - 1, whole.square_of_sum - 2 * products + own, whole.squares - own)
+        deviations = torch.where(part.keep, _deviations(*rest, whole.trace, whole.square_norm), 0.0)
+        return cls(deviations.sum(1), deviations.square().sum(1))
+
+    def noise_scale(self, whole: Noise) -> NoiseScale:
+        return _result(whole.trace, whole.square_norm, self.deviations, self.squares, int(whole.count))
+
+
+def _deviations(traces: Tensor, square_norms: Tensor, trace: Tensor, square_norm: Tensor) -> Tensor:
+    """(3, N): of estimates that leave one out from those that do not, of tr Σ, |E ∇|² and their ratio."""
+    return torch.stack([traces - trace, square_norms - square_norm, traces / square_norms - trace / square_norm])
+
+
+def _result(trace: Tensor, square_norm: Tensor, sums: Tensor, squares: Tensor, count: int) -> NoiseScale:
+    """The estimates with the jackknife's standard errors."""
+    variances = (squares - sums.square() / count).clamp(min=0) * (count - 1) / count
+    trace_error, square_norm_error, error = variances.sqrt().tolist()
+    if float(square_norm) <= 0:  # the gradient is lost in the noise
+        return NoiseScale(math.inf, math.inf, float(trace), trace_error, float(square_norm), square_norm_error, count)
+    scale = float(trace / square_norm)
+    return NoiseScale(scale, error, float(trace), trace_error, float(square_norm), square_norm_error, count)
