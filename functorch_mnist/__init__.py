@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from . import attribution as attribution
     from . import checkpoint as checkpoint
     from . import data as data
     from . import layers as layers
@@ -30,18 +31,9 @@ if TYPE_CHECKING:
 __version__ = version("functorch-mnist")
 
 _NAMESPACES = (
-    "checkpoint",
-    "data",
-    "layers",
-    "losses",
-    "models",
-    "optim",
-    "per_sample",
-    "random",
-    "statistics",
-    "train",
-    "tree",
-)
+    "attribution", "checkpoint", "data", "layers", "losses", "models", "optim", "per_sample", "random", "statistics",
+    "train", "tree",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -160,6 +160,15 @@ def test_the_signal_to_noise_ratio_is_zero_without_a_signal_and_infinite_without
     assert found.signal_to_noise.tolist() == [math.inf, 0.0, 0.0, 2.0]
 
 
+@pytest.mark.parametrize("name", ["tutorial_cnn", "sequence_linear", "tied_linear_and_embedding"])
+def test_the_kronecker_factors_of_a_fold_are_those_of_per_sample(name):
+    case = CASES[name]()
+    found = statistics.fold(case.loss_fn, case.params, *case.batch, of=KroneckerFactors.of, chunk_size=3).sums
+    expected = per_sample.kronecker(case.loss_fn, case.params, *case.batch)
+    assert found.keys() == expected.keys()
+    assert difference(found, expected) <= EXACT
+
+
 def test_cosines_are_those_of_the_gradients_and_zero_for_none():
     case = tutorial_cnn()
     rows = flat(dense(case.loss_fn, case.params, case.batch))

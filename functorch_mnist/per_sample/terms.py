@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 from .. import tree
 from ..batch import masked
 from ..fusion import stored
-from .layout import Layout, View, kernel_layout
+from .layout import Layout, View, kernel_layout, layout
 
 Strategy: TypeAlias = Literal["outer product", "gram", "build", "sum"]
 """How inner products are taken."""
@@ -39,13 +39,36 @@ _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _WEIGHT_GRADIENTS: dict[int, Any] = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
 
-class Kronecker(NamedTuple):
+@tree.register
+@dataclass(frozen=True)
+class Kronecker:
     """The factors of one parameter's Kronecker-factored second moment, summed over examples and positions."""
 
     inputs: Tensor
     """`Σ a aᵀ`, (G, D, D); for an embedding its diagonal (V,), the counts of the rows."""
     cotangents: Tensor
     """`Σ g gᵀ`, (G, H, H)."""
+    layout: Layout = tree.static()
+    """How the parameter, or the last of its views, reads as matrices (G, H, D)."""
+    views: tuple[View, ...] = tree.static()
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether `inputs` is a diagonal."""
+        return self.inputs.dim() == 1
+
+    def matrices(self, v: Tensor) -> Tensor:
+        """What is shaped as the parameter, as matrices (G, H, D)."""
+        for view in self.views:
+            v = view.forward(v)
+        return self.layout.matrices(v)
+
+    def parameter(self, m: Tensor) -> Tensor:
+        """The way back."""
+        v = self.layout.parameter(m)
+        for view in reversed(self.views):
+            v = view.backward(v)
+        return v
 
 
 class Term:
@@ -164,7 +187,7 @@ class Outer(Term):
 
     def kronecker(self) -> Kronecker:
         a, g = tree.wide(self.a), tree.wide(self.g)
-        return Kronecker(_product(a, a), _product(g, g))
+        return Kronecker(_product(a, a), _product(g, g), self.layout, ())
 
     def project(self, left: Tensor, right: Tensor) -> Tensor:
         if self.a.shape[1] > 1 or self.layout.order != (0, 1):
@@ -357,7 +380,7 @@ class Lookup(Term):
     def kronecker(self) -> Kronecker:
         g = tree.wide(self.g).flatten(0, 1)
         counts = g.new_zeros(self.shape[0]).index_add(0, self.rows.flatten(), self.live.flatten().to(g.dtype))
-        return Kronecker(counts, (g.T @ g)[None])
+        return Kronecker(counts, (g.T @ g)[None], layout(self.shape, outputs=(1,)), ())
 
     def _row_sums(self) -> Tensor:
         """At each position the sum of g over the positions of the same row: (B, T, H)."""
@@ -400,7 +423,8 @@ class Viewed(Term):
         return self.view.backward(self.term.second_moment())
 
     def kronecker(self) -> Kronecker | None:
-        return self.term.kronecker()
+        pair = self.term.kronecker()
+        return None if pair is None else replace(pair, views=(self.view, *pair.views))
 
 
 @tree.register

@@ -11,6 +11,7 @@ Reference: Martens, "New insights and perspectives on the natural gradient metho
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import reduce
 from typing import TypeVar
 
@@ -74,11 +75,12 @@ def fisher_kronecker(
     Cost: K backward passes, or `draws` with a key.
 
     Reference: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", ICML
-        2015; for convolutions Grosse and Martens, ICML 2016, whose factors of the inputs are sums over positions.
+        2015; for convolutions Grosse and Martens, ICML 2016. Both factors are sums over positions here; there that of
+        the cotangents is a mean.
     """
     found, passes = _over_labels(KroneckerFactors.of, outputs_fn, params, inputs, key, draws, mask, chunk_size, plan)
     return {
-        path: Kronecker(pair.inputs / found.count, pair.cotangents * passes / found.count)
+        path: replace(pair, inputs=pair.inputs / found.count, cotangents=pair.cotangents * passes / found.count)
         for path, pair in found.sums.items()
     }
 

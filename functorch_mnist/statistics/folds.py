@@ -30,8 +30,10 @@ class Gradients:
     """The gradients of some examples, as a statistic takes them. What several statistics need is computed once."""
 
     def __init__(self, factored: Factored, keep: Tensor) -> None:
-        self.factored = factored
-        """Exactly zero where masked."""
+        self.factors = factored
+        """As they were taken. Exactly zero where masked."""
+        self.factored = factored.built()
+        """The same, in the form in which inner products are cheapest."""
         self.keep = keep
         """(B,) bool: which examples count."""
         self._square_norms: list[Tensor] | None = None
@@ -111,7 +113,7 @@ def gradients(
     """The gradients of the examples, chunk by chunk."""
     for chunk in batches.chunks(f"statistics.{where}", batch, mask, chunk_size):
         part = factored(loss_fn, params, *chunk.batch, mask=chunk.mask, plan=plan)
-        yield Gradients(part.built(), chunk.keep())
+        yield Gradients(part, chunk.keep())
 
 
 def merge(a: S, b: S) -> S:

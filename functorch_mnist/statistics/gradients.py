@@ -131,7 +131,7 @@ class KroneckerFactors(Sums):
     @classmethod
     def of(cls, gradients: Gradients) -> KroneckerFactors:
         """The sums over some examples."""
-        return cls(gradients.count, wide_sums(gradients.factored.kronecker()))
+        return cls(gradients.count, wide_sums(gradients.factors.kronecker()))
 
     @property
     def mean(self) -> dict[str, Kronecker]:

@@ -1,0 +1,41 @@
+"""Which training examples matter: scores of each, influence of each on others, and the ground truth to grade both by.
+
+A score says how a training example stands to the model. An influence says what a training example does to a test
+example, and has one sign everywhere: above zero, training on it lowers the test example's loss.
+
+    scores.py      loss, EL2N, GraNd and margin; over checkpoints self-influence and forgetting
+    influence.py   gradient dot and cosine, TracIn
+    features.py    random projections of sample gradients from their factors, and TRAK
+    curvature.py   influence functions: the damped Fisher information, exact by the Gram matrix or Kronecker-factored
+    kernel.py      the empirical neural tangent kernel, and regression with it
+    truth.py       leave-one-out retraining, and the derivative of a whole training run by an example's weight
+    grading.py     planted label noise, AUC, rank correlation
+"""
+
+from .curvature import Curvature as Curvature
+from .curvature import curvature as curvature
+from .curvature import fisher_influence as fisher_influence
+from .features import Projection as Projection
+from .features import features as features
+from .features import log_odds as log_odds
+from .features import projection as projection
+from .features import trak as trak
+from .grading import auc as auc
+from .grading import found as found
+from .grading import planted as planted
+from .grading import rank_correlation as rank_correlation
+from .influence import gradient_cosine as gradient_cosine
+from .influence import tracin as tracin
+from .kernel import kernel_regression as kernel_regression
+from .kernel import tangent_kernel as tangent_kernel
+from .scores import OutputScores as OutputScores
+from .scores import Scores as Scores
+from .scores import forgetting_events as forgetting_events
+from .scores import of_outputs as of_outputs
+from .scores import scores as scores
+from .scores import self_influence as self_influence
+from .truth import Run as Run
+from .truth import leave_one_out as leave_one_out
+from .truth import retrained as retrained
+from .truth import trained as trained
+from .truth import unrolled as unrolled

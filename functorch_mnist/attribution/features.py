@@ -1,0 +1,154 @@
+"""Random projections of sample gradients, from their factors.
+
+A parameter is read as a matrix (H, D), its first axis by the others. Its gradient `Σ_t g_t a_tᵀ` is projected from both
+sides,
+
+    L (Σ_t g_t a_tᵀ) Rᵀ = Σ_t (L g_t) (R a_t)ᵀ,
+
+so only the factors are multiplied by random matrices, and a convolution's input is projected by convolving it. With
+independent normal entries of variances 1 / h and 1 / d in L (h, H) and R (d, D), inner products of projections are
+those of gradients on average. TRAK is the influence function of a linear model on such features:
+
+    τ_ij = φ'_jᵀ (Φᵀ Φ + λ)⁻¹ φ_i (1 - p_i)
+
+Reference: Park et al., "TRAK: attributing model behavior at scale", ICML 2023, equations 13 to 17. Projections from
+both sides: Choe et al., "What is your data worth to GPT?", 2024, section 3.1.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import batch as batches
+from .. import random, tree
+from ..per_sample import Plan, factored
+from ..tree import Tree
+
+
+class Projection(NamedTuple):
+    """Random maps of a model's gradients to features: a pytree."""
+
+    maps: list[tuple[Tensor, Tensor]]
+    """`(L (h, H), R (d, D))` of each parameter, in the order of `tree.leaves`."""
+
+    @property
+    def size(self) -> int:
+        """How many features an example has."""
+        return sum([len(left) * len(right) for left, right in self.maps])
+
+
+def projection(params: Tree, *, key: Tensor, size: int) -> Projection:
+    """The random maps that a key names.
+
+    Args:
+        params: a pytree of float tensors.
+        key: (2,).
+        size: how many features a parameter has at most, at least 1. One that is no larger is kept as it is.
+
+    Raises:
+        ValueError: the size is below 1.
+
+    Example:
+        >>> projection({"w": torch.zeros(100, 50), "b": torch.zeros(4)}, key=random.key(0), size=64).size
+        68
+    """
+    if size < 1:
+        raise ValueError(f"projection: size must be at least 1. Found {size}.")
+    maps = []
+    leaves = tree.leaves(params)
+    for leaf, leaf_key in zip(leaves, random.split(key, max(1, len(leaves))), strict=False):
+        rows = leaf.shape[0] if leaf.dim() else 1
+        columns = leaf.numel() // max(1, rows)
+        # Both sides are shortened alike, unless one is shorter than the square root.
+        h = min(rows, max(math.isqrt(size), size // max(1, columns)))
+        d = min(columns, max(1, size // max(1, h)))
+        left_key, right_key = random.split(leaf_key)
+        maps.append((_map(left_key, h, rows, leaf), _map(right_key, d, columns, leaf)))
+    return Projection(maps)
+
+
+def _map(key: Tensor, small: int, large: int, like: Tensor) -> Tensor:
+    """(small, large): random, or the identity where nothing is shortened."""
+    dtype = tree.wide(like).dtype
+    if small == large:
+        return torch.eye(large, dtype=dtype, device=like.device)
+    entries: Tensor = random.normal(key, (small, large)).to(device=like.device, dtype=dtype) / small**0.5
+    return entries
+
+
+def features(
+    loss_fn: Callable[..., Tensor],
+    params: Tree,
+    *batch: Tensor,
+    projection: Projection,
+    mask: Tensor | None = None,
+    chunk_size: int | None = None,
+    plan: Plan | None = None,
+) -> Tensor:
+    """The projected gradients of each example: (N, F), whose inner products are those of the gradients on average.
+
+    Args:
+        loss_fn: `loss_fn(params, *example) -> ()`, pure; for TRAK the log-odds of the label, see `log_odds`.
+        params: a pytree of float tensors.
+        batch: tensors (N, …).
+        projection: of these parameters.
+        mask, chunk_size, plan: as in `per_sample.norms`.
+
+    Cost: one backward pass, and F numbers for each example.
+    """
+    rows = []
+    for chunk in batches.chunks("attribution.features", batch, mask, chunk_size):
+        part = factored(loss_fn, params, *chunk.batch, mask=chunk.mask, plan=plan)
+        columns = [projected.flatten(1) for projected in part.project(projection.maps)]
+        rows.append(chunk.unpadded(torch.cat(columns, 1)))
+    return torch.cat(rows)
+
+
+def log_odds(outputs: Tensor, labels: Tensor) -> Tensor:
+    """`log(p / (1 - p))` of the label's probability p: what TRAK differentiates in place of the loss.
+
+    Args:
+        outputs: (..., K) logits or log-probabilities.
+        labels: (...) integers in [0, K).
+
+    Returns:
+        (...).
+
+    Example:
+        >>> log_odds(torch.zeros(2), torch.tensor(0))
+        tensor(0.)
+    """
+    own = labels[..., None] == torch.arange(outputs.shape[-1], device=outputs.device)
+    wide = tree.wide(outputs)
+    others = wide.masked_fill(own, -torch.inf).logsumexp(-1)
+    return wide.gather(-1, labels[..., None].long()).squeeze(-1) - others
+
+
+def trak(train: Tensor, test: Tensor, probabilities: Tensor, *, damping: float = 0.0) -> Tensor:
+    """TRAK of each training on each test example, of one model.
+
+    Args:
+        train, test: (N, F) and (M, F) features of log-odds.
+        probabilities: (N,), which the model gives the training examples' labels.
+        damping: λ, at least 0; above 0 where N is below F.
+
+    Returns:
+        (N, M): the mean over several models, trained on parts of the data, is the method of the reference.
+
+    Raises:
+        ValueError: shapes do not fit, or the damping is below 0.
+    """
+    if train.dim() != 2 or test.shape[1:] != train.shape[1:] or probabilities.shape != train.shape[:1]:
+        raise ValueError(
+            f"trak: features must be (N, F) and (M, F), probabilities (N,). "
+            f"Found {tuple(train.shape)}, {tuple(test.shape)}, {tuple(probabilities.shape)}."
+        )
+    if not damping >= 0:
+        raise ValueError(f"trak: damping must be at least 0. Found {damping}.")
+    train, test = train.double(), test.double()
+    moment = train.T @ train + damping * torch.eye(train.shape[1], dtype=train.dtype, device=train.device)
+    found: Tensor = train @ torch.linalg.solve(moment, test.T)
+    return found * (1 - probabilities.double())[:, None]

@@ -1,0 +1,124 @@
+"""How good a ranking is: planted label noise, and the measures of what a ranking finds of it."""
+
+import torch
+from torch import Tensor
+
+from .. import random
+
+
+def planted(labels: Tensor, classes: int, *, key: Tensor, part: float) -> tuple[Tensor, Tensor]:
+    """The labels with a part of them flipped, each to another class, all of which are equally likely.
+
+    Args:
+        labels: (N,) integers in [0, classes).
+        classes: at least 2.
+        key: (2,).
+        part: from 0 to 1: `round(part N)` labels are flipped, drawn without replacement.
+
+    Returns:
+        The new labels (N,), and which are flipped, (N,) bool.
+
+    Raises:
+        ValueError: `part` or `classes` is out of its range.
+
+    Example:
+        >>> labels, flipped = planted(torch.zeros(10, dtype=torch.int64), 2, key=random.key(0), part=0.3)
+        >>> int(labels.sum()), bool((flipped == (labels == 1)).all())
+        (3, True)
+    """
+    if not 0 <= part <= 1 or classes < 2:
+        raise ValueError(f"planted: part must be from 0 to 1, classes at least 2. Found {part} and {classes}.")
+    which_key, shift_key = random.split(key)
+    chosen = random.permutation(which_key, len(labels))[: round(part * len(labels))]
+    flipped = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
+    flipped[chosen] = True
+    shift = random.randint(shift_key, (len(labels),), 1, classes)
+    return torch.where(flipped, (labels + shift) % classes, labels), flipped
+
+
+def auc(scores: Tensor, positive: Tensor) -> float:
+    """The area under the ROC curve: how likely a positive example has a higher score than another, ties as half.
+
+    Args:
+        scores: (N,).
+        positive: (N,) bool.
+
+    Raises:
+        ValueError: shapes differ, a score is NaN, or all examples are of one kind.
+
+    Example:
+        >>> auc(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([True, False, False]))
+        1.0
+    """
+    _check("auc", scores, positive)
+    positives = int(positive.sum())
+    others = len(positive) - positives
+    if not positives or not others:
+        raise ValueError(f"auc: examples of both kinds are needed. Found {positives} and {others}.")
+    wins = float(_ranks(scores)[positive].sum()) - positives * (positives + 1) / 2
+    return wins / (positives * others)
+
+
+def found(scores: Tensor, positive: Tensor, checked: float) -> float:
+    """The part of the positive examples among those of the highest scores.
+
+    Args:
+        scores: (N,).
+        positive: (N,) bool, at least one True.
+        checked: from 0 to 1: the part of all examples that is checked.
+
+    Raises:
+        ValueError: shapes differ, a score is NaN, nothing is positive, or `checked` is out of its range.
+
+    Example:
+        >>> found(torch.tensor([3.0, 1.0, 2.0, 0.0]), torch.tensor([True, True, False, False]), 0.5)
+        0.5
+    """
+    _check("found", scores, positive)
+    if not 0 <= checked <= 1 or not positive.any():
+        raise ValueError(f"found: checked must be from 0 to 1, and something positive. Found {checked}.")
+    first = scores.argsort(descending=True, stable=True)[: round(checked * len(scores))]
+    return float(positive[first].sum() / positive.sum())
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Spearman's rank correlation along the first axis, ties with their mean rank; 0 where all numbers are equal.
+
+    Args:
+        a, b: (N, …).
+
+    Returns:
+        (…), float64.
+
+    Example:
+        >>> rank_correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 5.0, 0.0])).round(decimals=9)
+        tensor(-1., dtype=torch.float64)
+    """
+    if a.shape != b.shape or a.dim() < 1 or len(a) < 2:
+        raise ValueError(
+            f"rank_correlation: two tensors (N, …) of one shape, N at least 2. "
+            f"Found {tuple(a.shape)} and {tuple(b.shape)}."
+        )
+    columns = []
+    for x, y in zip(a.reshape(len(a), -1).T, b.reshape(len(b), -1).T, strict=True):
+        x, y = (_ranks(values) for values in (x, y))
+        x, y = x - x.mean(), y - y.mean()
+        size = x.norm() * y.norm()
+        columns.append(torch.where(size > 0, x @ y / size, 0.0))
+    return torch.stack(columns).reshape(a.shape[1:])
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """(N,) float64: from 1, equal values with the mean of theirs."""
+    _, place, counts = values.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    ranks: Tensor = (last - (counts - 1) / 2)[place]
+    return ranks
+
+
+def _check(where: str, scores: Tensor, positive: Tensor) -> None:
+    if scores.dim() != 1 or positive.shape != scores.shape or positive.dtype != torch.bool or scores.isnan().any():
+        raise ValueError(
+            f"{where}: scores (N,) without NaN, and positive (N,) bool. "
+            f"Found {tuple(scores.shape)}, {positive.dtype} {tuple(positive.shape)}."
+        )

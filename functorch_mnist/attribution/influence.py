@@ -1,0 +1,79 @@
+"""Influence by inner products of gradients. With ∇_i of a training and ∇'_j of a test example:
+
+    gradient dot       ⟨∇_i, ∇'_j⟩, which is `per_sample.gram`
+    gradient cosine    ⟨∇_i, ∇'_j⟩ / (|∇_i| |∇'_j|)
+    TracIn             Σ_t lr_t ⟨∇_i, ∇'_j⟩ at checkpoints t
+
+A step of SGD on example i lowers the loss of example j by lr ⟨∇_i, ∇'_j⟩, to first order.
+
+Reference: Pruthi et al., "Estimating training data influence by tracing gradient descent", NeurIPS 2020, equation 1 and
+section 3.3.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import tree
+from ..per_sample import Plan, gram, norms
+from ..tree import Tree
+
+
+def gradient_cosine(
+    loss_fn: Callable[..., Tensor],
+    params: Tree,
+    train: Sequence[Tensor],
+    test: Sequence[Tensor],
+    *,
+    chunk_size: int | None = None,
+    plan: Plan | None = None,
+) -> Tensor:
+    """The cosine of the gradients of each training and each test example: (N, M), 0 where one is zero.
+
+    Args:
+        loss_fn: `loss_fn(params, *example) -> ()`, pure.
+        params: a pytree of float tensors.
+        train, test: tensors (N, …) and (M, …).
+        chunk_size, plan: as in `per_sample.gram`.
+    """
+    products = gram(loss_fn, params, train, test, chunk_size=chunk_size, plan=plan)
+    sizes = [norms(loss_fn, params, *batch, chunk_size=chunk_size, plan=plan) for batch in (train, test)]
+    lengths = sizes[0][:, None] * sizes[1]
+    return torch.where(lengths > 0, products / lengths, torch.zeros_like(products))
+
+
+def tracin(
+    loss_fn: Callable[..., Tensor],
+    checkpoints: Sequence[Tree],
+    train: Sequence[Tensor],
+    test: Sequence[Tensor],
+    *,
+    lrs: Sequence[float] | Tensor,
+    chunk_size: int | None = None,
+    plan: Plan | None = None,
+) -> Tensor:
+    """TracIn of each training on each test example: (N, M).
+
+    Args:
+        loss_fn: `loss_fn(params, *example) -> ()`, pure.
+        checkpoints: the parameters at T moments of training, at least one.
+        train, test: tensors (N, …) and (M, …).
+        lrs: the learning rate at each checkpoint.
+        chunk_size, plan: as in `per_sample.gram`.
+
+    Raises:
+        ValueError: there is no checkpoint, or there are not as many learning rates.
+
+    Cost: for each checkpoint one backward pass over each set.
+    """
+    if len(checkpoints) < 1 or len(lrs) != len(checkpoints):
+        raise ValueError(
+            f"tracin: at least one checkpoint, and a learning rate for each. Found {len(checkpoints)} and {len(lrs)}."
+        )
+    total: Tree = None
+    for params, lr in zip(checkpoints, lrs, strict=True):
+        part = lr * gram(loss_fn, params, train, test, chunk_size=chunk_size, plan=plan)
+        total = part if total is None else tree.map(torch.add, total, part)
+    found: Tensor = total
+    return found

@@ -1,0 +1,73 @@
+"""The empirical neural tangent kernel of a model at its parameters, and regression with it.
+
+    K_ij = (1 / C) Σ_c ⟨∇f_c(x_i), ∇f_c(x_j)⟩
+
+over the C outputs: the trace form. In it the model linearised at its parameters predicts, with ridge λ,
+
+    f(x) + K(x, X) (K(X, X) + λ)⁻¹ (Y - f(X))
+
+Reference: Jacot et al., "Neural tangent kernel: convergence and generalization in neural networks", NeurIPS 2018; the
+trace form: Novak et al., "Fast finite width neural tangent kernel", ICML 2022, section 2.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..per_sample import Plan, gram
+from ..tree import Tree
+
+
+def tangent_kernel(
+    outputs_fn: Callable[..., Tensor],
+    params: Tree,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor] | None = None,
+    *,
+    chunk_size: int | None = None,
+    plan: Plan | None = None,
+) -> Tensor:
+    """The trace form of the empirical neural tangent kernel: (N, M).
+
+    Args:
+        outputs_fn: `outputs_fn(params, *input) -> (C,)`, of one example.
+        params: a pytree of float tensors.
+        a, b: tuples of inputs (N, …) and (M, …); without `b` all pairs of `a`.
+        chunk_size, plan: as in `per_sample.gram`.
+
+    Cost: C backward passes over each set.
+    """
+    count = outputs_fn(params, *[x[0] for x in a]).shape[-1]
+
+    def output_fn(params: Tree, *example: Tensor) -> Tensor:  # one of the outputs, that which the last tensor marks
+        return (outputs_fn(params, *example[:-1]) * example[-1]).sum(-1)
+
+    parts = []
+    for unit in torch.eye(count, device=a[0].device):
+        first, second = (None if x is None else (*x, unit.expand(len(x[0]), count)) for x in (a, b))
+        parts.append(gram(output_fn, params, first or (), second, chunk_size=chunk_size, plan=plan))
+    return torch.stack(parts).mean(0)
+
+
+def kernel_regression(kernel: Tensor, residuals: Tensor, cross: Tensor, *, ridge: float) -> Tensor:
+    """What the regression adds to the outputs of new examples: `cross (kernel + λ)⁻¹ residuals`, (M, C) in float64.
+
+    Args:
+        kernel: (N, N), of the training examples.
+        residuals: (N, C), their targets less the model's outputs.
+        cross: (M, N), of new and training examples.
+        ridge: λ, at least 0.
+
+    Raises:
+        ValueError: shapes do not fit, or the ridge is below 0.
+    """
+    count = len(kernel)
+    if kernel.shape != (count, count) or len(residuals) != count or cross.shape[1:] != (count,) or not ridge >= 0:
+        raise ValueError(
+            f"kernel_regression: kernel (N, N), residuals (N, C), cross (M, N), ridge at least 0. "
+            f"Found {tuple(kernel.shape)}, {tuple(residuals.shape)}, {tuple(cross.shape)}, {ridge}."
+        )
+    damped = kernel.double() + ridge * torch.eye(count, dtype=torch.float64, device=kernel.device)
+    found: Tensor = cross.double() @ torch.linalg.solve(damped, residuals.double())
+    return found

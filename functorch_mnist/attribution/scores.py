@@ -1,0 +1,153 @@
+"""Scores of single examples. With p = softmax(outputs) and ∇ the gradient of the example's loss:
+
+    loss             the example's loss
+    EL2N             |p - onehot(label)|
+    GraNd            |∇|
+    margin           outputs[label] - the largest other output
+    self-influence   Σ_t lr_t |∇_t|², over checkpoints t: TracIn of an example on itself
+    forgetting       how often an example that was right at one checkpoint is wrong at the next
+
+Reference: EL2N and GraNd: Paul et al., "Deep learning on a data diet", NeurIPS 2021. Self-influence: Pruthi et al.,
+"Estimating training data influence by tracing gradient descent", NeurIPS 2020. Forgetting: Toneva et al., "An empirical
+study of example forgetting during deep neural network learning", ICLR 2019. Margin: Pleiss et al., "Identifying
+mislabeled data using the area under the margin ranking", NeurIPS 2020.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import batch as batches
+from .. import tree
+from ..losses import check_labels, cross_entropy
+from ..per_sample import Plan, factored
+from ..tree import Tree
+
+
+class OutputScores(NamedTuple):
+    """What outputs and labels alone say, (N,) each."""
+
+    prediction: Tensor
+    """int64: the class of the largest output."""
+    el2n: Tensor
+    margin: Tensor
+
+
+class Scores(NamedTuple):
+    """The scores of examples at one checkpoint, (N,) each, float32 or wider."""
+
+    loss: Tensor
+    grand: Tensor
+    """|∇|."""
+    prediction: Tensor
+    """int64: the class of the largest output."""
+    el2n: Tensor
+    margin: Tensor
+
+
+def scores(
+    outputs_fn: Callable[..., Tensor],
+    params: Tree,
+    *inputs: Tensor,
+    labels: Tensor,
+    loss_fn: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+    mask: Tensor | None = None,
+    chunk_size: int | None = None,
+    plan: Plan | None = None,
+) -> Scores:
+    """All scores of each example at one checkpoint, in one backward pass.
+
+    Args:
+        outputs_fn: `outputs_fn(params, *input) -> (K,)`, of one example, without dropout.
+        params: the checkpoint, a pytree of float tensors.
+        inputs: tensors (N, …).
+        labels: (N,) integers in [0, K).
+        loss_fn: `loss_fn(outputs (K,), label ()) -> ()`.
+        mask: (N,) bool; the numbers of an example with False are zero.
+        chunk_size: examples taken at a time.
+        plan: of `per_sample`.
+
+    Raises:
+        ValueError: tensors differ in N, or the chunk size or the plan does not fit.
+        TypeError: the labels are not integers.
+
+    Cost: that of `per_sample.norms`.
+    """
+
+    def both_fn(params: Tree, *example: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = outputs_fn(params, *example[:-1])
+        return loss_fn(outputs, example[-1]), outputs
+
+    rows = []
+    for chunk in batches.chunks("attribution.scores", (*inputs, labels), mask, chunk_size):
+        part = factored(both_fn, params, *chunk.batch, mask=chunk.mask, plan=plan, has_aux=True)
+        found = Scores(tree.wide(part.losses), part.norms(), *of_outputs(part.aux, chunk.batch[-1]))
+        rows.append([chunk.unpadded(batches.masked(column, chunk.keep())) for column in found])
+    return Scores(*[torch.cat(column) for column in zip(*rows, strict=True)])
+
+
+def of_outputs(outputs: Tensor, labels: Tensor) -> OutputScores:
+    """The scores that need no gradient.
+
+    Args:
+        outputs: (N, K) logits or log-probabilities, K at least 2.
+        labels: (N,) integers in [0, K).
+
+    Example:
+        >>> of_outputs(torch.tensor([[2.0, 0.0]]), torch.tensor([1])).margin
+        tensor([-2.])
+    """
+    check_labels("of_outputs", outputs, labels)
+    if outputs.shape[-1] < 2:
+        raise ValueError(f"of_outputs: a margin needs at least two classes. Found {outputs.shape[-1]}.")
+    own = labels[..., None] == torch.arange(outputs.shape[-1], device=outputs.device)
+    wide = tree.wide(outputs)
+    el2n = torch.linalg.vector_norm(wide.softmax(-1) - own.to(wide.dtype), dim=-1)
+    others = wide.masked_fill(own, -torch.inf).amax(-1)
+    margin = wide.gather(-1, labels[..., None].long()).squeeze(-1) - others
+    return OutputScores(outputs.argmax(-1), el2n, margin)
+
+
+def self_influence(grand: Tensor, lrs: Tensor) -> Tensor:
+    """`Σ_t lr_t |∇_t|²`: TracIn of each example on itself.
+
+    Args:
+        grand: (T, N), the gradient norms at T checkpoints.
+        lrs: (T,), the learning rate at each.
+
+    Returns:
+        (N,).
+
+    Example:
+        >>> self_influence(torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.tensor([1.0, 0.5]))
+        tensor([1.0000, 8.5000])
+    """
+    if grand.dim() != 2 or lrs.shape != grand.shape[:1]:
+        raise ValueError(
+            f"self_influence: grand must be (T, N) and lrs (T,). Found {tuple(grand.shape)} and {tuple(lrs.shape)}."
+        )
+    return lrs.to(grand.dtype) @ grand.square()
+
+
+def forgetting_events(correct: Tensor) -> Tensor:
+    """How often each example was forgotten: right at one checkpoint, wrong at the next.
+
+    Args:
+        correct: (T, N) bool, in the order of training.
+
+    Returns:
+        (N,) int64; T for an example that was never right, more than any other can have.
+
+    Example:
+        >>> right = torch.tensor([[True, True, False], [False, True, False], [True, True, False]])
+        >>> forgetting_events(right)
+        tensor([1, 0, 3])
+    """
+    if correct.dim() != 2 or correct.dtype != torch.bool:
+        raise ValueError(
+            f"forgetting_events: correct must be bool (T, N). Found {correct.dtype} {tuple(correct.shape)}."
+        )
+    events = (correct[:-1] & ~correct[1:]).sum(0)
+    return torch.where(correct.any(0), events, len(correct))

@@ -1,0 +1,125 @@
+"""What attribution is graded by: the training run itself, as a pure function of the weights of its examples.
+
+    w_T(c):  w ← optimizer(w, (1 / B) Σ_{i in batch} c_i ∇_i(w)),   T steps
+
+With all weights one it is ordinary training. A weight of zero leaves an example out: retraining. Its derivative at one
+is what the example contributes, through every step: unrolled differentiation. Both keep batches, order and divisor.
+
+Reference: leave-one-out: Cook and Weisberg, "Residuals and influence in regression", 1982. Through training: Hara et
+al., "Data cleansing for models trained with SGD", NeurIPS 2019; Bae et al., "Training data attribution via approximate
+unrolled differentiation", NeurIPS 2024.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import grad, vjp, vmap
+
+from .. import tree
+from ..batch import check
+from ..optim import Optimizer
+from ..tree import Tree
+
+
+class Run(NamedTuple):
+    """A training run: all that its result hangs on, but the weights of its examples."""
+
+    loss_fn: Callable[..., Tensor]
+    """`loss_fn(params, *example) -> ()`, pure."""
+    optimizer: Optimizer
+    params: Tree
+    """Where it starts."""
+    examples: tuple[Tensor, ...]
+    """Tensors (N, …)."""
+    order: Tensor
+    """(T, B) int64: which examples each step sees."""
+
+
+def trained(run: Run, weights: Tensor) -> Tree:
+    """The parameters after the run with these weights (N,) of its examples. Differentiable by them.
+
+    Raises:
+        ValueError: the weights are not (N,), or the order is not (T, B).
+    """
+    count = check("trained", run.examples, None)
+    if weights.shape != (count,) or run.order.dim() != 2:
+        raise ValueError(
+            f"trained: weights must be ({count},) and the order (T, B). "
+            f"Found {tuple(weights.shape)} and {tuple(run.order.shape)}."
+        )
+    losses_fn = vmap(run.loss_fn, in_dims=(None, *[0] * len(run.examples)))
+    params, state = run.params, run.optimizer.init(run.params)
+    for index in run.order:
+        rows, factors = [x[index] for x in run.examples], weights[index]
+
+        def mean(params: Tree, rows: list[Tensor] = rows, factors: Tensor = factors) -> Tensor:
+            return (losses_fn(params, *rows) * factors).sum() / len(factors)
+
+        params, state = run.optimizer.update(params, state, grad(mean)(params))
+    return params
+
+
+def retrained(run: Run, test: tuple[Tensor, ...], weights: Tensor, *, at_once: int = 32) -> Tensor:
+    """The losses of test examples after runs with other weights.
+
+    Args:
+        run: the run.
+        test: tensors (M, …), as the loss takes them.
+        weights: (R, N), those of each run.
+        at_once: runs made side by side, at least 1: so many copies of the parameters are held.
+
+    Returns:
+        (R, M).
+    """
+    if at_once < 1:
+        raise ValueError(f"retrained: at_once must be at least 1. Found {at_once}.")
+    return torch.cat([vmap(lambda row: _test_losses(run, test, row))(part) for part in weights.split(at_once)])
+
+
+def leave_one_out(run: Run, test: tuple[Tensor, ...], which: Tensor, *, at_once: int = 32) -> Tensor:
+    """What leaving single examples out adds to the losses of test examples, by training anew without each.
+
+    Args:
+        run, test, at_once: as in `retrained`.
+        which: (R,) int64, numbers of training examples.
+
+    Returns:
+        (R, M): above zero where the example helped.
+
+    Cost: R + 1 training runs.
+    """
+    ones = _ones(run)
+    without = ones.repeat(len(which), 1).scatter(1, which[:, None], 0.0)
+    losses = retrained(run, test, torch.cat([ones[None], without]), at_once=at_once)
+    return losses[1:] - losses[0]
+
+
+def unrolled(run: Run, test: tuple[Tensor, ...], *, at_once: int = 8) -> Tensor:
+    """What each training example's weight takes from the losses of test examples, by differentiating the whole run.
+
+    Args:
+        run: the run.
+        test: tensors (M, …), as the loss takes them.
+        at_once: test examples differentiated side by side.
+
+    Returns:
+        (N, M): `-d loss_j / d c_i` at all weights one; above zero where the example helped.
+
+    Cost: all steps' activations are held: meant for small models. One backward pass through the run for each test
+        example.
+    """
+    losses, pull, *_ = vjp(lambda weights: _test_losses(run, test, weights), _ones(run))
+    units = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
+    rows = [vmap(lambda unit: pull(unit)[0])(part) for part in units.split(at_once)]
+    return -torch.cat(rows).T
+
+
+def _test_losses(run: Run, test: tuple[Tensor, ...], weights: Tensor) -> Tensor:
+    return vmap(run.loss_fn, in_dims=(None, *[0] * len(test)))(trained(run, weights), *test)
+
+
+def _ones(run: Run) -> Tensor:
+    like = tree.leaves(run.params)[0]
+    return torch.ones(len(run.examples[0]), dtype=like.dtype, device=like.device)
