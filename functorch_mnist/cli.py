@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = _run(arguments)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        return _fail("Interrupted.", opt.INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        return _fail(str(stop) or "Interrupted.", opt.INTERRUPTED)
     except opt.UsageError as error:
         return _fail(str(error), 2)
     except OSError as error:
@@ -54,13 +54,7 @@ def _run(arguments: list[str]) -> int:
     with _held_signals():
         from . import commands  # imports torch
     try:
-        if isinstance(options, opt.Train):
-            return commands.train(options)
-        if isinstance(options, opt.Evaluate):
-            return commands.evaluate(options)
-        if isinstance(options, opt.Plan):
-            return commands.plan(options)
-        return commands.predict(options)
+        return commands.COMMANDS[type(options)](options)
     except commands.FAULTS as error:
         return _fail(str(error), 1)
 
@@ -78,6 +72,8 @@ def _parse(arguments: list[str]) -> Any:
         opt.check(options)
     elif isinstance(options, opt.Plan):
         opt.check(options.training)
+    elif isinstance(options, opt.Analysis):
+        opt.check_analysis(options)
     return options
 
 
@@ -88,6 +84,10 @@ def _read(arguments: list[str], defaults: opt.Train) -> Any:
         Annotated[opt.Evaluate, tyro.conf.subcommand("evaluate")],
         Annotated[opt.Predict, tyro.conf.subcommand("predict")],
         Annotated[opt.Plan, tyro.conf.subcommand("plan")],
+        Annotated[opt.Scores, tyro.conf.subcommand("scores")],
+        Annotated[opt.Mislabelled, tyro.conf.subcommand("mislabelled")],
+        Annotated[opt.Influence, tyro.conf.subcommand("influence")],
+        Annotated[opt.NoiseScale, tyro.conf.subcommand("noise-scale")],
     ]
     return tyro.cli(command, args=arguments, prog="functorch-mnist", description="Train on MNIST, purely functionally.")
 

@@ -1,6 +1,6 @@
 """The command line's options: one dataclass per command. Read before torch is imported, so nothing here imports it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import MappingProxyType, NoneType
@@ -10,6 +10,10 @@ import tyro
 
 INTERRUPTED = 130
 """The exit status after Ctrl-C, as shells have it."""
+
+
+WATCHES = ("noise-scale", "norms")
+"""What a training run can record of sample gradients."""
 
 
 class UsageError(Exception):
@@ -68,6 +72,10 @@ class Train:
     """Where to train."""
     threads: int | None = None
     """Number of CPU threads; torch's own choice by default."""
+    watch: str | None = None
+    """Record what sample gradients are like: noise-scale, norms, or both with a comma."""
+    watch_every: int = 1
+    """Steps from one record to the next."""
     out: Path | None = None
     """The run's folder, which must not hold a run yet; by default runs/ and the date and time."""
     resume: Path | None = None
@@ -129,6 +137,76 @@ class Predict:
     """First and last (not included) of a range of test images."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to compute."""
+
+
+SCORES = ("loss", "el2n", "grand", "margin", "self-influence", "forgetting")
+"""The scores of a training example, in the order in which they are shown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """What the commands that go over the training images have in common."""
+
+    run: tyro.conf.Positional[Path]
+    """The run's folder."""
+    images: int | None = None
+    """Take only so many of the first training images."""
+    data_dir: Path | None = None
+    """Read the data set's four IDX files from this folder instead."""
+    out: Path | None = None
+    """Where the results go; by default into the run's folder."""
+    compile: Literal["on", "off"] = "off"
+    """Compile the passes: worth its start-up time for many checkpoints."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to compute."""
+    threads: int | None = None
+    """Number of CPU threads; torch's own choice by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores(Analysis):
+    """Score every training image: a table, histograms and the images with the highest and lowest scores."""
+
+    scores: str = "loss,el2n,grand,margin"
+    """Which, with commas: loss, el2n, grand, margin, self-influence, forgetting."""
+    checkpoints: Literal["newest", "all"] = "newest"
+    """Score at the newest checkpoint, or at all that the run keeps: scores are then means over them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mislabelled(Analysis):
+    """Rank the training images by how likely their label is wrong; with --flip, plant wrong labels and find them."""
+
+    flip: float | None = None
+    """Train anew with this part of the labels flipped, and say how many of the flips each score finds."""
+    seed: int = 0
+    """Names which labels are flipped."""
+    scores: str = "loss,el2n,grand,margin,self-influence"
+    """Rank by these, with commas: loss, el2n, grand, margin, self-influence, forgetting."""
+    top: int = 20
+    """How many of the most suspicious images are listed and shown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Influence(Analysis):
+    """Find the training images that helped and hurt most on a test image."""
+
+    test: int
+    """The number of the test image."""
+    method: Literal["tracin", "dot", "cosine"] = "tracin"
+    """TracIn over all checkpoints that the run keeps, or the dot or cosine of gradients at the newest."""
+    top: int = 10
+    """How many images of each kind are listed and shown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseScale(Analysis):
+    """Print the gradient noise scale during training, with error bars, and what it says of the batch size."""
+
+    images: int | None = 4096
+    """Estimate it at each checkpoint from so many of the first training images."""
+    windows: int = 20
+    """Parts of the training over which the records of train --watch noise-scale are averaged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +289,11 @@ def _restored(name: str, value: Any, kind: Any) -> Any:
 
 _RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ("at least 0 and below 2**31", lambda v: 0 <= v < 2**31, ("epochs",)),
-    ("at least 1 and below 2**31", lambda v: 1 <= v < 2**31, ("hidden", "batch_size", "save_every", "keep")),
+    (
+        "at least 1 and below 2**31",
+        lambda v: 1 <= v < 2**31,
+        ("hidden", "batch_size", "save_every", "keep", "watch_every"),
+    ),
     ("at least 0 and below 2**63", lambda v: 0 <= v < 2**63, ("seed",)),
     ("from 1 to 1024", lambda v: 1 <= v <= 1024, ("threads",)),  # torch crashes at some number above
     ("from 0 to 1", lambda v: 0 <= v <= 1, ("label_smoothing", "dampening")),
@@ -233,6 +315,31 @@ _ONLY_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
 )
 
 
+_ANALYSIS_RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
+    ("at least 1", lambda v: v >= 1, ("images", "top", "windows")),
+    ("at least 0", lambda v: v >= 0, ("test",)),
+    ("at least 0 and below 2**63", lambda v: 0 <= v < 2**63, ("seed",)),
+    ("above 0 and below 1", lambda v: 0 < v < 1, ("flip",)),
+    ("from 1 to 1024", lambda v: 1 <= v <= 1024, ("threads",)),
+)
+
+
+def check_analysis(options: Analysis) -> None:
+    """Refuses what can be refused before torch is imported.
+
+    Raises:
+        UsageError: a number is out of its range, or a score is unknown.
+    """
+    for rule, holds, limited in _ANALYSIS_RULES:
+        for name in limited:
+            value = getattr(options, name, None)
+            if value is not None and not holds(value):
+                raise UsageError(f"--{name} must be {rule}. Found {value!s:.80}.")
+    scores = getattr(options, "scores", None)
+    if scores is not None and not listed("--scores", scores, SCORES):
+        raise UsageError(f"--scores must name one of {', '.join(SCORES)} at least. Found none.")
+
+
 def check(options: Train) -> None:
     """Refuses what can be refused before torch is imported.
 
@@ -250,6 +357,23 @@ def check(options: Train) -> None:
         chosen = all(getattr(options, name) != getattr(one, name) for one in defaults)
         if chosen and getattr(options, other) not in values:
             raise UsageError(f"--{name.replace('_', '-')} has no effect with --{other} {getattr(options, other)}.")
+
+    if options.watch is None and options.watch_every != 1:
+        raise UsageError("--watch-every has no effect without --watch.")
+    listed("--watch", options.watch or "", WATCHES)
+
+
+def listed(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """The names in a list with commas, each once.
+
+    Raises:
+        UsageError: one is unknown.
+    """
+    found = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    for name in found:
+        if name not in known:
+            raise UsageError(f"{option} must be of {', '.join(known)}. Found {name!r:.80}.")
+    return found
 
 
 def check_resumed(options: Train, saved: Train) -> None:

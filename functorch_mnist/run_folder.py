@@ -17,6 +17,11 @@ _METRICS = "metrics.jsonl"
 _MAX_CONFIG_BYTES = 1 << 20
 
 
+def exists(folder: Path) -> bool:
+    """Whether a folder holds a run."""
+    return (folder / _CONFIG).exists()
+
+
 def create(folder: Path, options: opt.Train) -> None:
     """Makes the folder of a new run and writes its options.
 

@@ -260,15 +260,18 @@ def test_the_estimate_of_two_batch_sizes_agrees_with_that_of_single_examples_wit
     assert single.error < pair.error
 
 
-def test_the_estimate_of_a_batch_is_without_bias_and_that_of_its_norms_and_mean():
+def test_the_estimate_of_a_batch_is_that_of_its_norms_and_sum():
     loss_fn, w, x = quadratic(64)
     norms = per_sample.norms(loss_fn, w, x)
-    trace, square = statistics.of_batch(
-        norms, torch.func.vmap(torch.func.grad(loss_fn), in_dims=(None, 0))(w, x).mean(0)
-    )
+    total = torch.func.vmap(torch.func.grad(loss_fn), in_dims=(None, 0))(w, x).sum(0)
+    trace, square = statistics.of_batch(norms, total)
     noise = statistics.fold(loss_fn, w, x, of=Noise.of)
     assert torch.allclose(trace, noise.trace, rtol=1e-12)
     assert torch.allclose(square, noise.square_norm, rtol=1e-12)
+    padded = torch.cat([norms, torch.zeros(3, dtype=D)])
+    masked = statistics.of_batch(padded, total, torch.arange(67) < 64)
+    assert torch.allclose(torch.stack(masked), torch.stack([trace, square]), rtol=1e-12)
+    assert statistics.of_batch(norms[:1], total)[0].isnan()
 
 
 def test_the_average_over_steps_is_a_ratio_of_means_with_its_jackknife():

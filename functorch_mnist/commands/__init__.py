@@ -1,12 +1,35 @@
 """The commands: each takes its options and returns an exit status."""
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from .. import options
 from ..checkpoint import CheckpointError
 from ..data import DataError
-from .evaluate import evaluate as evaluate
+from .evaluate import evaluate
 from .faults import DivergedError
-from .plan import plan as plan
-from .predict import predict as predict
-from .train import train as train
+from .influence import influence
+from .mislabelled import mislabelled
+from .noise_scale import noise_scale
+from .plan import plan
+from .predict import predict
+from .scores import scores
+from .train import train
+
+COMMANDS: Mapping[type, Callable[[Any], int]] = MappingProxyType(
+    {
+        options.Train: train,
+        options.Evaluate: evaluate,
+        options.Predict: predict,
+        options.Plan: plan,
+        options.Scores: scores,
+        options.Mislabelled: mislabelled,
+        options.Influence: influence,
+        options.NoiseScale: noise_scale,
+    }
+)
+"""By the type of their options."""
 
 FAULTS = (CheckpointError, DataError, DivergedError)
 """What a command raises for a fault that one line can tell, besides `UsageError`."""

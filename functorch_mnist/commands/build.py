@@ -103,22 +103,32 @@ def _model(options: Train, classes: int) -> Model:
     return Model(flat.init, lambda params, x, key=None: flat.apply(params, x.flatten(-3), key))
 
 
+def schedule(options: Train, steps_per_epoch: int) -> optim.Schedule:
+    """The run's learning rate over all epochs, as a function of the step.
+
+    Raises:
+        UsageError: numbers that do not go together.
+    """
+    steps = max(1, options.epochs * steps_per_epoch)
+    schedules: dict[str, Callable[[], optim.Schedule]] = {
+        "constant": lambda: optim.constant(options.lr),
+        "cosine": lambda: optim.cosine(options.lr, steps=steps),
+        "one-cycle": lambda: optim.one_cycle(options.lr, steps=steps, warmup=options.warmup),
+        "step-decay": lambda: optim.step_decay(options.lr, every=steps_per_epoch),
+    }
+    with refusing(ValueError):
+        return schedules[options.schedule]()
+
+
 def optimizer(options: Train, steps_per_epoch: int) -> optim.Optimizer:
     """The run's optimizer, with its schedule over all epochs.
 
     Raises:
         UsageError: numbers that do not go together.
     """
-    steps = max(1, options.epochs * steps_per_epoch)
-    schedules: dict[str, Callable[[], float | optim.Schedule]] = {
-        "constant": lambda: options.lr,
-        "cosine": lambda: optim.cosine(options.lr, steps=steps),
-        "one-cycle": lambda: optim.one_cycle(options.lr, steps=steps, warmup=options.warmup),
-        "step-decay": lambda: optim.step_decay(options.lr, every=steps_per_epoch),
-    }
     with refusing(ValueError):
         chosen = optim.sgd(
-            schedules[options.schedule](),
+            options.lr if options.schedule == "constant" else schedule(options, steps_per_epoch),
             momentum=options.momentum,
             dampening=options.dampening,
             weight_decay=options.weight_decay,

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from .. import checkpoint, run_folder
+from .. import checkpoint, data, run_folder
 from ..models import Params
 from ..options import Train, UsageError, from_json, to_json
 from . import build
@@ -20,6 +21,18 @@ class Trained(NamedTuple):
     params: Params
     """The newest good ones."""
     options: Train
+    begun: Origin
+
+
+class Point(NamedTuple):
+    """A run's parameters at one moment of its training."""
+
+    step: int
+    params: Params
+    key: Tensor
+    """(2,): the root of the run's random streams."""
+    lr: float
+    """The learning rate of the step before."""
 
 
 def to_config(begun: Origin) -> dict[str, Any]:
@@ -83,4 +96,44 @@ def trained(run: Path, where: torch.device) -> Trained:
     made = build.classifier(begun)
     optimizer = build.optimizer(begun.options, steps_per_epoch=1)
     template = build.start(begun.options, made, optimizer, where)
-    return Trained(made, newest(run, template).state.state.params, options)
+    return Trained(made, newest(run, template).state.state.params, options, begun)
+
+
+def points(run: Path, found: Trained, where: torch.device) -> list[Point]:
+    """All checkpoints of a run that are good, in order; says which ones it passes over.
+
+    Args:
+        run: its folder.
+        found: the run.
+        where: the device.
+    """
+    options = found.begun.options
+    per_epoch = data.steps_per_epoch(found.begun.examples, min(options.batch_size, found.begun.examples))
+    rate = build.schedule(options, per_epoch)
+    template = build.start(options, found.made, build.optimizer(options, per_epoch), where)
+    good = []
+    for path in checkpoint.steps(run / run_folder.CHECKPOINTS):
+        try:
+            one = checkpoint.load(path, template)
+        except checkpoint.CheckpointError as error:
+            print(f"Passed over a damaged checkpoint: {error}")
+            continue
+        lr = float(rate(torch.tensor(max(0, one.step - 1))))
+        good.append(Point(one.step, one.state.state.params, one.state.state.key, lr))
+    return good
+
+
+def training_images(found: Trained, folder: Path | None, where: torch.device) -> data.Dataset:
+    """The data set that a run was trained on, on a device.
+
+    Raises:
+        UsageError: the one found has other training images.
+    """
+    dataset = build.load(found.options.dataset, folder or found.options.data_dir, where)
+    begun = build.origin(found.begun.options, dataset)
+    if begun[1:] != found.begun[1:]:
+        raise UsageError(
+            f"The run's {found.begun.examples} training images are needed. Found other {begun.examples}. "
+            "Is --data-dir the right one?"
+        )
+    return dataset

@@ -14,20 +14,38 @@ from torch import Tensor
 from .. import allocator, checkpoint, data, run_folder
 from .. import train as training
 from ..models import Params
-from ..options import INTERRUPTED, Train, UsageError, check_resumed
+from ..options import INTERRUPTED, WATCHES, Train, UsageError, check_resumed, listed
 from . import build, restore
 from .build import Origin, Saved
-from .callbacks import Reporter, Saver
+from .callbacks import Reporter, Saver, Watcher
 from .faults import check_finite, first_line
 
 
 def train(options: Train) -> int:
     """Trains as the options say, or goes on; prints the accuracy on the test images."""
+    prepare(options.threads)
+    dataset = build.load(options.dataset, options.data_dir, build.device(options.device))
+    folder = options.resume or options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    return run(options, dataset, folder, again=f"functorch-mnist train --resume {shlex.quote(str(folder))}")
+
+
+def prepare(threads: int | None) -> None:
+    """What every long command does before it starts."""
     allocator.keep_freed_memory()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    where = build.device(options.device)
-    dataset = build.load(options.dataset, options.data_dir, where)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def run(options: Train, dataset: data.Dataset, folder: Path, *, again: str) -> int:
+    """Trains on a data set in a folder, or goes on there if `options.resume` is set; the exit status.
+
+    Args:
+        options: of the run.
+        dataset: what it is trained and tested on, on the run's device.
+        folder: the run's.
+        again: the command that goes on with it, for whoever breaks it off.
+    """
+    where = dataset.train.images.device
     begun = build.origin(options, dataset)
     batch_size = min(options.batch_size, begun.examples)
     per_epoch = data.steps_per_epoch(begun.examples, batch_size)
@@ -35,8 +53,6 @@ def train(options: Train) -> int:
     made = build.classifier(begun)
     optimizer = build.optimizer(options, per_epoch)
     saved, saved_step = build.start(options, made, optimizer, where), -1
-
-    folder = options.resume or options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
     if options.resume is None:
         run_folder.create(folder, options)
     else:
@@ -47,8 +63,15 @@ def train(options: Train) -> int:
     def losses_fn(params: Params, images: Tensor, labels: Tensor, keys: Tensor) -> Tensor:
         return made.loss(made.outputs(params, images, keys), labels)
 
-    step = training.make_step(training.batch_gradient(losses_fn), optimizer)
     compiled = options.compile == "on"
+
+    def step_of(estimator: training.Estimator) -> training.Step:
+        step = training.make_step(estimator, optimizer)
+        return training.compiled(step) if compiled else step
+
+    watch, watcher = None, Watcher(folder, listed("--watch", options.watch or "", WATCHES))
+    if options.watch:  # a batch's loss of one example is that example's loss
+        watch = training.Watch(step_of(training.watching(losses_fn)), options.watch_every)
     config = restore.to_config(begun)
     done = int(saved.state.step)
     reporter = Reporter(folder, epochs=options.epochs, total=total, done=done, seen=done % per_epoch * batch_size)
@@ -56,14 +79,15 @@ def train(options: Train) -> int:
     try:
         with closing(reporter):
             state = training.fit(
-                training.compiled(step) if compiled else step,
+                step_of(training.batch_gradient(losses_fn)),
                 saved.state,
                 dataset.train,
                 epochs=options.epochs,
                 batch_size=batch_size,
                 pad=compiled,
                 loss=saved.loss,
-                callbacks=(reporter, saver),  # a checkpoint never comes before the records of its steps
+                watch=watch,
+                callbacks=(reporter, watcher, saver),  # a checkpoint never comes before the records of its steps
             )
         saver.save()
         result = training.evaluate(made.outputs, made.loss, state.params, *dataset.test)
@@ -76,7 +100,6 @@ def train(options: Train) -> int:
             last = saver.save()
         if isinstance(stop, OSError):
             raise
-        again = f"functorch-mnist train --resume {shlex.quote(str(folder))}"
         print(f"Interrupted after step {last}. Go on with: {again}", file=sys.stderr)
         return INTERRUPTED
     except RuntimeError as error:

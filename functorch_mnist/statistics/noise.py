@@ -130,16 +130,16 @@ def _estimates(count: Tensor, square_of_sum: Tensor, squares: Tensor) -> tuple[T
     return trace, square_of_sum / count.square() - trace / count
 
 
-def of_batch(norms: Tensor, mean_grads: Tree) -> tuple[Tensor, Tensor]:
-    """The unbiased tr Σ and |E ∇|² of one batch, 0-d float64, as a step sees them.
+def of_batch(norms: Tensor, sums: Tree, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The unbiased tr Σ and |E ∇|² of one batch, as a training step sees them: 0-d float64, NaN of fewer than two.
 
     Args:
-        norms: (B,), of all its examples, at least two.
-        mean_grads: the mean gradient of the batch.
+        norms: (B,), of the sample gradients, zero where masked.
+        sums: the sum of the gradients, like `params`.
+        mask: (B,) bool.
     """
-    count = torch.tensor(float(len(norms)), dtype=torch.float64, device=norms.device)
-    square = tree.dot(mean_grads, mean_grads).double() * count.square()
-    return _estimates(count, square, norms.double().square().sum())
+    count = torch.ones_like(norms).sum() if mask is None else mask.sum()
+    return _estimates(count.double(), tree.dot(sums, sums).double(), norms.double().square().sum())
 
 
 def noise_scale(

@@ -4,13 +4,14 @@
     step(state, *batch, mask, divisor) -> (state, aux)              one division, then the optimizer
     fit(step, state, examples, …) -> state
 
-The files, in the order of reading: `step`, `fit`, `evaluate`, `forms` (precision and compilation).
+The files, in the order of reading: `step`, `watch`, `fit`, `evaluate`, `forms` (precision and compilation).
 """
 
 from .evaluate import Evaluation as Evaluation
 from .evaluate import evaluate as evaluate
 from .evaluate import predictions as predictions
 from .fit import Progress as Progress
+from .fit import Watch as Watch
 from .fit import fit as fit
 from .forms import compiled as compiled
 from .forms import in_precision as in_precision
@@ -21,3 +22,4 @@ from .step import batch_gradient as batch_gradient
 from .step import gradient as gradient
 from .step import init_state as init_state
 from .step import make_step as make_step
+from .watch import watching as watching

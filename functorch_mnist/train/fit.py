@@ -4,7 +4,7 @@ Its random streams hang on the key in the state and nothing else: the order of a
 example's key on the step and the example. So a run that stops and goes on from a saved state ends as one that did not.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +27,16 @@ class Progress(NamedTuple):
     step: int
     """How many steps have been made in all."""
     epoch_ended: bool
+    aux: Mapping[str, Tensor]
+    """What the step returned beside the state."""
+
+
+class Watch(NamedTuple):
+    """Another step, made in place of the ordinary one from time to time."""
+
+    step: Step
+    every: int
+    """It is every so manyth step, from the first on; at least 1."""
 
 
 def fit(
@@ -38,6 +48,7 @@ def fit(
     batch_size: int,
     pad: bool = False,
     loss: Tensor | None = None,
+    watch: Watch | None = None,
     callbacks: Iterable[Callable[[Progress], None]] = (),
 ) -> State:
     """The state after training until `epochs` epochs have been made.
@@ -51,6 +62,7 @@ def fit(
         batch_size: B, at least 1. The last batch of an epoch may be smaller.
         pad: fill the last batch up to B rows with a mask, so that all steps have one shape.
         loss: the `Progress.loss` that goes with a state from the middle of an epoch.
+        watch: a step such as one of `watching`, whose aux callbacks want now and then.
         callbacks: called after each step, in order.
 
     Raises:
@@ -67,6 +79,8 @@ def fit(
             f"fit: examples must share a first size of at least 1, batch_size must be at least 1, epochs at least 0. "
             f"Found sizes {sorted(sizes)}, batch_size {batch_size}, epochs {epochs}."
         )
+    if watch is not None and watch.every < 1:
+        raise ValueError(f"fit: watch.every must be at least 1. Found {watch.every}.")
     (total,) = sizes
     callbacks = tuple(callbacks)
     per_epoch = data.steps_per_epoch(total, batch_size)
@@ -81,11 +95,12 @@ def fit(
             rows = [tensor[batch.examples] for tensor in (*examples, keys)]
             seen = min((done - epoch * per_epoch + 1) * batch_size, total)
             count = seen - (done - epoch * per_epoch) * batch_size
-            state, aux = step(state, *rows, mask=batch.mask, divisor=torch.tensor(float(count)))
+            chosen = step if watch is None or done % watch.every else watch.step
+            state, aux = chosen(state, *rows, mask=batch.mask, divisor=torch.tensor(float(count)))
             loss = loss + aux["loss"]
             done += 1
             for callback in callbacks:
-                callback(Progress(state, loss, seen, epoch, done, seen == total))
+                callback(Progress(state, loss, seen, epoch, done, seen == total, aux))
     return state
 
 

@@ -45,10 +45,10 @@ def init_state(params: Tree, optimizer: Optimizer, key: Tensor) -> State:
 
 @dataclass(frozen=True)
 class Estimator:
-    """A gradient estimator: `(params, *batch, mask) -> (grads, aux)`, both sums over the examples of the batch.
+    """A gradient estimator: `(params, *batch, mask) -> (grads, aux)`, sums over the examples of the batch.
 
-    `grads` is shaped as `params`; `aux` holds 0-d float32 sums, `"loss"` at least. A masked example, whatever it holds,
-    adds exactly nothing.
+    `grads` is shaped as `params`; `aux` holds tensors, the 0-d sum `"loss"` at least. A masked example, whatever it
+    holds, adds exactly nothing.
     """
 
     fn: Callable[..., tuple[Tree, dict[str, Tensor]]]
@@ -125,7 +125,7 @@ def make_step(loss_fn: Callable[..., Tensor] | Estimator, optimizer: Optimizer) 
 
     Returns:
         `step(state, *batch, mask=None, divisor=None) -> (state, aux)`. `batch`: tensors (B, …). `mask`: (B,) bool.
-        `divisor`: what the sums are divided by, by default B. `aux`: the estimator's sums, `"loss"` among them.
+        `divisor`: what the sums are divided by, by default B. `aux`: the estimator's, the sum `"loss"` in it.
 
     Raises:
         ValueError: from the step, for tensors that differ in B, a mask that is not (B,) bool, and without a divisor for

@@ -1,0 +1,84 @@
+"""`influence`: the training images that helped and hurt most on one test image."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.func import grad
+
+from .. import per_sample, plots, tree
+from .. import train as training
+from ..models import Params
+from ..options import Influence, UsageError
+from ..tree import Tree
+from . import build, restore
+from .faults import check_finite
+from .passes import forget, passes
+from .restore import Point
+from .scoring import row, write_csv, write_picture
+from .train import prepare
+
+
+def influence(options: Influence) -> int:
+    """Writes influence.csv and influence.png, and prints both ends."""
+    prepare(options.threads)
+    where = build.device(options.device)
+    run = restore.trained(options.run, where)
+    dataset = restore.training_images(run, options.data_dir, where)
+    if options.test >= len(dataset.test.images):
+        raise UsageError(f"--test must be below {len(dataset.test.images)}. Found {options.test}.")
+    points: Sequence[Point] = restore.points(options.run, run, where)
+    if options.method != "tracin":
+        points = points[-1:]
+    images, labels = (rows[: options.images] for rows in dataset.train)
+    image, label = (rows[options.test] for rows in dataset.test)
+
+    def loss_fn(params: Params, image: Tensor, label: Tensor) -> Tensor:
+        return run.made.loss(run.made.outputs(params, image), label)
+
+    def one_pass(params: Params, direction: Tree, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        found = per_sample.factored(loss_fn, params, images, labels)
+        products = found.dot(direction)
+        if options.method == "cosine":
+            lengths = found.norms() * tree.norm(direction)
+            products = torch.where(lengths > 0, products / lengths, torch.zeros_like(products))
+        return {"influence": products}
+
+    call = training.compiled(one_pass) if options.compile == "on" else one_pass
+    directions = [grad(loss_fn)(point.params, image, label) for point in points]
+    folder = options.out or options.run / "influence" / f"test-{options.test}"
+    kept = folder / ".partial"
+    config = restore.to_config(run.begun) | {
+        "images": len(images), "test": options.test, "steps": [point.step for point in points],
+        "method": options.method, "compile": options.compile,
+    }  # fmt: skip
+    print(
+        f"Influence of {len(images):,} training images on test image {options.test}, a {int(label)}, "
+        f"by {options.method} over {len(points)} checkpoints.",
+        flush=True,
+    )
+    columns = passes(
+        lambda number, *rows: call(points[number].params, directions[number], *rows),
+        (images, labels),
+        {"influence": torch.float32},
+        count=len(points),
+        folder=kept,
+        config=config,
+    )
+    check_finite(columns, "The influences")
+    lrs = torch.tensor([point.lr for point in points]) if options.method == "tracin" else torch.ones(1)
+    found, labels = lrs @ columns["influence"], labels.cpu()
+    write_csv(folder / "influence.csv", {"index": torch.arange(len(found)), "label": labels, "influence": found})
+    order = found.argsort(descending=True, stable=True)
+    helped, hurt = order[: options.top], order.flip(0)[: options.top]
+    captions = [[f"{i}: {labels[i]}\n{found[i]:.3g}" for i in chosen.tolist()] for chosen in (helped, hurt)]
+    rows = [
+        plots.Row(f"test image {options.test}", image, [f"a {int(label)}"]),
+        row("helped most (index: label, influence)", helped, images, captions[0]),
+        row("hurt most", hurt, images, captions[1]),
+    ]
+    write_picture(folder / "influence.png", lambda: plots.gallery(rows))
+    forget(kept)
+    for title, chosen in (("Helped", helped), ("Hurt", hurt)):
+        print(f"{title} most: " + ", ".join(f"{i} (a {labels[i]}, {found[i]:.3g})" for i in chosen.tolist()))
+    return 0

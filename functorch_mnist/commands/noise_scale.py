@@ -1,0 +1,132 @@
+"""`noise-scale`: the gradient noise scale during a run, with error bars, and what it says of the batch size."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import plots, random, run_folder, statistics
+from ..models import Params
+from ..options import NoiseScale, UsageError
+from . import build, restore
+from .faults import check_finite
+from .passes import CHUNK, bar
+from .restore import Point, Trained
+from .scoring import write, write_picture
+from .train import prepare
+
+_KEPT = ".partial.json"
+
+
+class Measured(NamedTuple):
+    """A noise scale over some steps of a run."""
+
+    first: int
+    last: int
+    found: statistics.NoiseScale
+
+
+def noise_scale(options: NoiseScale) -> int:
+    """Prints a line for each part of the run that was watched and for each checkpoint; writes a table and a picture."""
+    prepare(options.threads)
+    where = build.device(options.device)
+    run = restore.trained(options.run, where)
+    folder = options.out or options.run / "noise-scale"
+    records = [r for r in run_folder.read_metrics(options.run) if r["kind"] == "watch" and "trace" in r]
+    sources = {
+        "batches": _watched(records, options.windows),
+        "checkpoint": _at_checkpoints(options, run, where, folder),
+    }
+    print(f"{'from':>12}{'steps':>16}{'noise scale':>14}{'error':>10}{'tr Σ':>12}{'|E ∇|²':>12}")
+    lines = ["from,first_step,last_step,noise_scale,error,trace,trace_error,square_norm,square_norm_error,samples"]
+    for source, measured in sources.items():
+        for first, last, found in measured:
+            steps = str(last) if first == last else f"{first} to {last}"
+            numbers = f"{found.scale:>14.4g}{found.error:>10.2g}{found.trace:>12.4g}{found.square_norm:>12.4g}"
+            print(f"{source:>12}{steps:>16}{numbers}")
+            lines.append(",".join([source, str(first), str(last), *map(str, found)]))
+    whole = _watched(records, 1)
+    if whole:
+        print(f"Noise scale of the watched steps together: {whole[0].found}")
+    print(_advice((whole or sources["checkpoint"])[-1].found, run.begun.options.batch_size))
+    write(folder / "noise-scale.csv", ("\n".join(lines) + "\n").encode())
+    bands = [_band(source, measured) for source, measured in sources.items() if measured]
+    write_picture(folder / "noise-scale.png", lambda: plots.noise_scale(bands, batch_size=run.begun.options.batch_size))
+    (folder / _KEPT).unlink(missing_ok=True)
+    return 0
+
+
+def _watched(records: Sequence[Mapping[str, Any]], windows: int) -> list[Measured]:
+    """The noise scale over parts of the watched steps, three steps in each at least."""
+    size = max(3, math.ceil(len(records) / windows))
+    parts = [records[i : i + size] for i in range(0, len(records), size)]
+    measured = []
+    for part in parts:
+        if len(part) >= 3:
+            columns = [torch.tensor([float(r[name]) for r in part]) for name in ("trace", "square_norm")]
+            measured.append(Measured(part[0]["step"], part[-1]["step"], statistics.averaged(*columns)))
+    return measured
+
+
+def _at_checkpoints(options: NoiseScale, run: Trained, where: torch.device, folder: Path) -> list[Measured]:
+    """The noise scale at each checkpoint, from single examples, dropout as in training; goes on where it stopped."""
+    dataset = restore.training_images(run, options.data_dir, where)
+    images, labels = (rows[: options.images] for rows in dataset.train)
+    if len(images) < 3:
+        raise UsageError(f"--images must be 3 at least for an error bar. Found {len(images)}.")
+    points = restore.points(options.run, run, where)
+    config = restore.to_config(run.begun) | {"images": len(images)}
+    kept = _read(folder / _KEPT, config)
+
+    def loss_fn(params: Params, image: Tensor, label: Tensor, key: Tensor) -> Tensor:
+        return run.made.loss(run.made.outputs(params, image, key), label)
+
+    measured = []
+    with bar(total=len(points), unit=" checkpoints") as progress:
+        for point in points:
+            if str(point.step) not in kept:
+                keys = _keys(point, len(images))
+                found = statistics.noise_scale(loss_fn, point.params, images, labels, keys, chunk_size=CHUNK)
+                check_finite([torch.tensor([found.trace, found.square_norm])], f"The gradients at step {point.step}")
+                kept[str(point.step)] = list(found)
+                folder.mkdir(parents=True, exist_ok=True)
+                run_folder.write(folder / _KEPT, json.dumps({"config": config, "found": kept}).encode())
+            measured.append(Measured(point.step, point.step, statistics.NoiseScale(*kept[str(point.step)])))
+            progress.update(1)
+    return measured
+
+
+def _keys(point: Point, count: int) -> Tensor:
+    """The keys of the examples' dropout in the step that follows the checkpoint: (N, 2)."""
+    _, noise_key = random.split(point.key).unbind(-2)
+    return random.fold_in(random.fold_in(noise_key, point.step), torch.arange(count, device=point.key.device))
+
+
+def _read(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured before, by step; nothing if it was of another config."""
+    try:
+        kept = json.loads(path.read_bytes())
+        return dict(kept["found"]) if kept["config"] == config else {}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+
+
+def _advice(found: statistics.NoiseScale, batch_size: int) -> str:
+    if not math.isfinite(found.scale):
+        return "The gradient cannot be told from zero among its noise: no batch size is too large. Take more --images?"
+    costs = statistics.efficiency(found.scale, batch_size)
+    return (
+        f"At a noise scale of {found.scale:.4g}, batches of {batch_size} take {costs.steps:.3g} times the fewest steps "
+        f"and {costs.examples:.3g} times the fewest examples; batches of {max(1, round(found.scale))} twice of both."
+    )
+
+
+def _band(source: str, measured: Sequence[Measured]) -> plots.Band:
+    finite = [one for one in measured if math.isfinite(one.found.scale)]
+    name = {"batches": "from the run's batches", "checkpoint": "from single examples, at checkpoints"}[source]
+    middles = [(one.first + one.last) / 2 for one in finite]
+    return plots.Band(name, middles, [one.found.scale for one in finite], [one.found.error for one in finite])

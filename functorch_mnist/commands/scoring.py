@@ -1,0 +1,144 @@
+"""The scores of training images at a run's checkpoints, and the files that show them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import attribution, plots, run_folder
+from .. import train as training
+from ..checkpoint import JSON
+from ..models import Params
+from ..options import UsageError
+from .faults import check_finite
+from .passes import passes
+from .restore import Point, Trained
+
+_BY_GRADIENT = frozenset({"grand", "self-influence"})
+
+
+class Scored(NamedTuple):
+    """What is known of each training image."""
+
+    prediction: Tensor
+    """(N,) int64: the class it is given at the last checkpoint."""
+    scores: dict[str, Tensor]
+    """(N,) each, by name: self-influence is a sum over checkpoints, forgetting a count, others are means over them."""
+
+
+def scored(
+    run: Trained,
+    points: Sequence[Point],
+    images: Tensor,
+    labels: Tensor,
+    names: Sequence[str],
+    *,
+    compile: bool,
+    folder: Path,
+    config: Mapping[str, JSON],
+) -> Scored:
+    """The scores of images with labels.
+
+    Args:
+        run: gives the model and the loss.
+        points: the checkpoints, at least one.
+        images, labels: (N, …) and (N,).
+        names: of the scores.
+        compile: whether to compile the pass.
+        folder: where what is done is kept until all is.
+        config: what the numbers hang on besides the checkpoints and the names.
+
+    Raises:
+        UsageError: a score needs more checkpoints than there are.
+        DivergedError: a score is not finite.
+    """
+    if "forgetting" in names and len(points) < 2:
+        raise UsageError("The score forgetting needs two checkpoints at least. Found 1. Is --checkpoints all set?")
+    by_gradient = not _BY_GRADIENT.isdisjoint(names)
+
+    def one_pass(params: Params, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        if by_gradient:
+            found = attribution.scores(run.made.outputs, params, images, labels=labels, loss_fn=run.made.loss)
+            return found._asdict()
+        outputs = run.made.outputs(params, images)
+        return {"loss": run.made.loss(outputs, labels), **attribution.of_outputs(outputs, labels)._asdict()}
+
+    call = training.compiled(one_pass) if compile else one_pass
+    kinds = {"prediction": torch.int64, "loss": torch.float32, "el2n": torch.float32, "margin": torch.float32}
+    with torch.no_grad():
+        columns = passes(
+            lambda number, *rows: call(points[number].params, *rows),
+            (images, labels),
+            kinds | ({"grand": torch.float32} if by_gradient else {}),
+            count=len(points),
+            folder=folder,
+            config={
+                **config,
+                "steps": [point.step for point in points],
+                "by_gradient": by_gradient,
+                "compile": compile,
+            },
+        )
+    check_finite(columns, "The scores")
+    lrs = torch.tensor([point.lr for point in points])
+    scores = {}
+    for name in names:
+        if name == "self-influence":
+            scores[name] = attribution.self_influence(columns["grand"], lrs)
+        elif name == "forgetting":
+            scores[name] = attribution.forgetting_events(columns["prediction"] == labels.cpu())
+        else:
+            scores[name] = columns[name].mean(0)
+    return Scored(columns["prediction"][-1], scores)
+
+
+def suspicion(name: str, score: Tensor) -> Tensor:
+    """The score turned so that it is high where a label may be wrong."""
+    return -score if name == "margin" else score
+
+
+def write_csv(path: Path, columns: Mapping[str, Tensor]) -> None:
+    """Writes columns (N,) with a head, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    lists = [column.tolist() for column in columns.values()]
+    lines = [",".join(columns), *(",".join(map(_cell, row)) for row in zip(*lists, strict=True))]
+    write(path, ("\n".join(lines) + "\n").encode())
+
+
+def write(path: Path, data: bytes) -> None:
+    """Writes a file into a folder that is made if it is not there.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    run_folder.write(path, data)
+    print(f"Written: {path}", flush=True)
+
+
+def write_picture(path: Path, draw: Callable[[], bytes]) -> None:
+    """Draws and writes a picture; without matplotlib, says that there is none.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        picture = draw()
+    except UsageError as error:
+        print(f"No {path.name}: {error}")
+        return
+    write(path, picture)
+
+
+def row(title: str, chosen: Tensor, images: Tensor, captions: Sequence[str]) -> plots.Row:
+    """A row of a gallery: the chosen of all images."""
+    return plots.Row(title, images[chosen.to(images.device)].squeeze(1), captions)
+
+
+def _cell(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.7g}"

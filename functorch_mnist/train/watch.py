@@ -1,0 +1,37 @@
+"""The estimator of the plain gradient that also says what the gradients of single examples are like."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import per_sample, statistics
+from ..batch import check
+from ..tree import Tree
+from .step import Estimator
+
+
+def watching(loss_fn: Callable[..., Tensor]) -> Estimator:
+    """The estimator of the plain gradient, with the norms of the sample gradients and the noise of the batch.
+
+    Args:
+        loss_fn: `loss_fn(params, *example) -> ()`, pure.
+
+    Returns:
+        The estimator. Its gradient is that of `gradient(loss_fn)`, up to rounding. Its aux holds, besides `"loss"`:
+        `"norms"` (B,), |∇_i|, zero where masked; `"trace"` and `"square_norm"`, 0-d, the unbiased estimates of
+        `statistics.of_batch`, NaN for fewer than two examples: for the noise scale, average each over steps with
+        `statistics.averaged`.
+
+    Cost: one backward pass.
+    """
+
+    def estimate(params: Tree, *batch: Tensor, mask: Tensor | None) -> tuple[Tree, dict[str, Tensor]]:
+        check("watching", batch, mask)
+        found = per_sample.factored(loss_fn, params, *batch, mask=mask).built()
+        norms = found.norms()
+        grads = found.weighted_sum(torch.ones_like(found.losses))
+        trace, square_norm = statistics.of_batch(norms, grads, mask)
+        return grads, {"loss": found.losses.sum(), "norms": norms, "trace": trace, "square_norm": square_norm}
+
+    return Estimator(estimate)
