@@ -382,7 +382,12 @@ def check_resumed(options: Train, saved: Train) -> None:
     Raises:
         UsageError: an option that is not in `CHANGEABLE` differs.
     """
-    for f in fields(Train):
-        new, old = getattr(options, f.name), getattr(saved, f.name)
-        if new != old and f.name not in CHANGEABLE:
-            raise UsageError(f"A resumed run keeps its --{f.name.replace('_', '-')}, which is {old}. Found {new}.")
+    for name in differences(options, saved):
+        new, old = getattr(options, name), getattr(saved, name)
+        raise UsageError(f"A resumed run keeps its --{name.replace('_', '-')}, which is {old}. Found {new}.")
+
+
+def differences(options: Train, others: Train) -> list[str]:
+    """The names of the options that differ and make two runs of one."""
+    names = [field.name for field in fields(Train) if field.name not in CHANGEABLE]
+    return [name for name in names if getattr(options, name) != getattr(others, name)]

@@ -73,7 +73,8 @@ def gallery(rows: Sequence[Row]) -> bytes:
         for axes, image, caption in zip(line, row.images.cpu().numpy(), row.captions, strict=False):
             axes.imshow(image, cmap="gray", vmin=0, vmax=255)
             axes.text(0.5, -0.06, caption, transform=axes.transAxes, ha="center", va="top", fontsize=7)
-        line[0].text(0, 1.08, row.title, transform=line[0].transAxes, fontsize=9, weight="bold")
+        title = line[0].text(0, 1.08, row.title, transform=line[0].transAxes, fontsize=9, weight="bold")
+        title.set_in_layout(False)  # it is longer than its image is wide
     return _picture(figure)
 
 
@@ -96,6 +97,8 @@ def noise_scale(bands: Sequence[Band], *, batch_size: int) -> bytes:
     axes.axhline(batch_size, linestyle=":", color="gray", label=f"the run's batch size, {batch_size}")
     axes.set(xlabel="step", ylabel="noise scale, examples")
     axes.set_yscale("log")
+    heights = [batch_size, *(y for band in bands for y in band.y)]
+    axes.set_ylim(min(heights) / 3, max(heights) * 3)  # an error bar may reach below zero
     axes.legend(fontsize=8)
     return _picture(figure)
 

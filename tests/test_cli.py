@@ -12,125 +12,25 @@ import re
 import resource
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import threading
 import time
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from shell import BATCH, CNN, LINEAR, TEST, TRAIN, ask, complain, part, succeed, write_idx
 
 import functorch_mnist as fm
 from functorch_mnist import cli, commands, run_folder
 from functorch_mnist.commands import callbacks, images
 
-TRAIN, TEST, BATCH = 256, 64, 32
-CNN = ("--model", "cnn", "--epochs", "2", "--batch-size", str(BATCH), "--save-every", "3")
-LINEAR = ("--model", "linear", "--epochs", "2", "--batch-size", str(BATCH), "--save-every", "3")
-
-
-# ---- the world that the commands run in
-
-
-class Answer(NamedTuple):
-    """What a command does."""
-
-    status: int
-    out: str
-    err: str
-
-
-def ask(*arguments):
-    """Runs a command in this process."""
-    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
-    term = signal.getsignal(signal.SIGTERM)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            status = cli.main([str(argument) for argument in arguments])
-    finally:
-        signal.signal(signal.SIGTERM, term)
-    return Answer(status, *(stream.buffer.getvalue().decode("utf-8") for stream in (out, err)))
-
-
-def succeed(*arguments):
-    """What a command prints that has nothing to complain about."""
-    answer = ask(*arguments)
-    assert (answer.status, answer.err) == (0, ""), answer
-    return answer.out
-
-
-def complain(status, *arguments):
-    """The one line that a command fails with."""
-    answer = ask(*arguments)
-    lines = answer.err.splitlines()
-    assert answer.status == status, answer
-    assert len(lines) == 1, answer
-    assert lines[0].startswith("functorch-mnist: "), answer
-    return lines[0].removeprefix("functorch-mnist: ")
-
-
-def write_idx(folder, dataset):
-    folder.mkdir()
-    for prefix, split in (("train", dataset.train), ("t10k", dataset.test)):
-        count = len(split.labels)
-        head = struct.pack(">HBBIII", 0, 8, 3, count, 28, 28)
-        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(head + split.images.numpy().tobytes())
-        head = struct.pack(">HBBI", 0, 8, 1, count)
-        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(head + split.labels.to(torch.uint8).numpy().tobytes())
-    return folder
-
-
-def part(dataset, train, test):
-    cut = [fm.data.Split(s.images[:n], s.labels[:n]) for s, n in ((dataset.train, train), (dataset.test, test))]
-    return fm.data.Dataset(*cut, dataset.classes)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads only wait for each other over so little data."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def mnist():
-    return fm.data.load()
-
-
-@pytest.fixture(scope="session")
-def data_dir(mnist, tmp_path_factory):
-    return write_idx(tmp_path_factory.mktemp("data") / "tiny", part(mnist, TRAIN, TEST))
-
-
-@pytest.fixture(scope="session")
-def linear(data_dir, tmp_path_factory):
-    """A finished run of the linear model: 16 steps, checkpoints after 12, 15 and 16."""
-    run = tmp_path_factory.mktemp("linear") / "run"
-    succeed("train", "--data-dir", data_dir, *LINEAR, "--out", run)
-    return run
-
-
-@pytest.fixture(scope="session")
-def cnn(data_dir, tmp_path_factory):
-    """A finished run of the CNN, with dropout, that nothing stopped."""
-    run = tmp_path_factory.mktemp("cnn") / "run"
-    succeed("train", "--data-dir", data_dir, *CNN, "--out", run)
-    return run
-
-
-@pytest.fixture
-def copy(linear, tmp_path):
-    """A copy of the linear run to damage."""
-    return Path(shutil.copytree(linear, tmp_path / "copy"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def checkpoints(run):
@@ -169,7 +69,10 @@ def edit(run, **changes):
 # ---- options
 
 
-@pytest.mark.parametrize("command", [(), ("train",), ("evaluate",), ("predict",), ("plan",)])
+COMMANDS = ("train", "evaluate", "predict", "plan", "scores", "mislabelled", "influence", "noise-scale")
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
 def test_help_answers_in_half_a_second_and_without_torch(command):
     code = f"import sys; from functorch_mnist.cli import main; status = main({[*command, '--help']}); "
     code += "print(status, 'torch' in sys.modules)"
@@ -190,7 +93,7 @@ def test_the_command_and_the_module_are_one():
     assert script.load() is cli.main
     answer = subprocess.run([sys.executable, "-m", "functorch_mnist"], capture_output=True, text=True, check=False)
     assert answer.returncode == 2
-    assert "{train, evaluate, predict, plan}" in answer.stderr
+    assert all(name in answer.stderr for name in COMMANDS)
     assert "Traceback" not in answer.stderr
 
 

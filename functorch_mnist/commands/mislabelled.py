@@ -19,6 +19,8 @@ _CHECKED = (0.1, 0.2, 0.3)
 """The parts of all examples after which the flips found are printed."""
 _SHOWN = 12
 """Images in a row of the gallery."""
+_ALL = 2**31 - 1
+"""Checkpoints to keep."""
 
 
 def mislabelled(options: Mislabelled) -> int:
@@ -51,7 +53,7 @@ def _train(trained: Train, dataset: data.Dataset, folder: Path, options: Mislabe
     wanted = replace(
         trained,
         save_every=per_epoch,
-        keep=max(1, trained.epochs),
+        keep=_ALL,
         out=folder,
         resume=folder if run_folder.exists(folder) else None,
         device=options.device,
@@ -65,8 +67,11 @@ def _train(trained: Train, dataset: data.Dataset, folder: Path, options: Mislabe
 def _planted(options: Mislabelled, folder: Path, names: tuple[str, ...], dataset: data.Dataset, flipped: Tensor) -> int:
     where = dataset.train.images.device
     run = restore.trained(folder / "training", where)
-    points = restore.points(folder / "training", run, where)
     images, labels = dataset.train
+    per_epoch = data.steps_per_epoch(len(images), min(run.begun.options.batch_size, len(images)))
+    points = [  # not those that Ctrl-C has left
+        point for point in restore.points(folder / "training", run, where) if point.step % per_epoch == 0
+    ]
     config = restore.to_config(run.begun) | {"flip": options.flip, "seed": options.seed}
     kept = folder / ".partial"
     print(f"Scoring {len(images):,} training images at {len(points)} checkpoints.", flush=True)

@@ -65,7 +65,8 @@ def passes(
                     checkpoint.save(folder, state, step=done, config=config, keep=1)
                     saved_at = time.monotonic()
         except KeyboardInterrupt:
-            checkpoint.save(folder, state, step=done, config=config, keep=1)
+            if done:
+                checkpoint.save(folder, state, step=done, config=config, keep=1)
             raise KeyboardInterrupt(
                 f"Interrupted after {done:,} of {count * total:,} examples. The same command goes on from there."
             ) from None

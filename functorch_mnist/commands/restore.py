@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import checkpoint, data, run_folder
 from ..models import Params
-from ..options import Train, UsageError, from_json, to_json
+from ..options import Train, UsageError, differences, from_json, to_json
 from . import build
 from .build import Classifier, Origin, Saved
 
@@ -127,8 +127,13 @@ def training_images(found: Trained, folder: Path | None, where: torch.device) ->
     """The data set that a run was trained on, on a device.
 
     Raises:
-        UsageError: the one found has other training images.
+        UsageError: the one found has other training images, or the run's folder is of two runs.
     """
+    differing = [name for name in differences(found.options, found.begun.options) if name != "out"]
+    if differing:
+        raise UsageError(
+            f"The run's config.json and its checkpoints must be of one run. Found different {', '.join(differing)}."
+        )
     dataset = build.load(found.options.dataset, folder or found.options.data_dir, where)
     begun = build.origin(found.begun.options, dataset)
     if begun[1:] != found.begun[1:]:

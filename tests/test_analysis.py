@@ -1,0 +1,451 @@
+"""The commands that ask a run about its training images: what they write, that they go on, and what they refuse."""
+
+import csv
+import json
+import math
+import shutil
+import signal
+from functools import partial
+from importlib import import_module
+
+import pytest
+import torch
+from shell import BATCH, LINEAR, TEST, TRAIN, ask, complain, part, succeed, write_idx
+from torch import nn
+from torch.func import grad, vmap
+
+import functorch_mnist as fm
+from functorch_mnist import commands, random, statistics, tree
+from functorch_mnist.commands import passes, restore
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ALL = "loss,el2n,grand,margin,self-influence,forgetting"
+CPU = torch.device("cpu")
+noise_scale = import_module("functorch_mnist.commands.noise_scale")
+
+
+def table(path):
+    """The columns of a CSV file, as numbers."""
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    return {name: torch.tensor([float(row[name]) for row in rows]) for name in rows[0]}
+
+
+def png(path):
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
+def litter(folder):
+    return [path for path in folder.rglob("*") if path.name.startswith(".") or "tmp" in path.name]
+
+
+class Run:
+    """A run, read with the public parts of the library."""
+
+    def __init__(self, folder):
+        self.found = restore.trained(folder, CPU)
+        self.points = restore.points(folder, self.found, CPU)
+
+    def outputs(self, point, images):
+        return self.found.made.outputs(point.params, images)
+
+    def sample_grads(self, point, images, labels):
+        """(N, P), dense."""
+
+        def loss_fn(params, image, label):
+            return self.found.made.loss(self.found.made.outputs(params, image), label)
+
+        rows = vmap(grad(loss_fn), in_dims=(None, 0, 0))(point.params, images, labels)
+        return torch.cat([leaf.reshape(len(images), -1) for leaf in tree.leaves(rows)], 1)
+
+
+# ---- scores
+
+
+def test_scores_writes_every_score_of_every_image(linear, mnist, tmp_path):
+    out = succeed("scores", linear, "--scores", ALL, "--checkpoints", "all", "--out", tmp_path / "out")
+    found = table(tmp_path / "out" / "scores.csv")
+    run, (images, labels) = Run(linear), part(mnist, TRAIN, TEST).train
+    outputs = torch.stack([run.outputs(point, images) for point in run.points])
+    losses = torch.stack([nn.functional.cross_entropy(o, labels, reduction="none") for o in outputs])
+    norms = torch.stack([run.sample_grads(point, images, labels).norm(dim=1) for point in run.points])
+    right = outputs.argmax(-1) == labels
+    assert len(run.points) == 3
+    assert torch.equal(found["index"], torch.arange(TRAIN).float())
+    assert torch.equal(found["label"].long(), labels)
+    assert torch.equal(found["prediction"].long(), outputs[-1].argmax(-1))
+    torch.testing.assert_close(found["loss"], losses.mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["grand"], norms.mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["self-influence"], 0.01 * norms.square().sum(0), rtol=1e-4, atol=1e-5)
+    assert torch.equal(found["forgetting"].long(), fm.attribution.forgetting_events(right))
+    assert png(tmp_path / "out" / "histograms.png")
+    assert png(tmp_path / "out" / "gallery.png")
+    assert f"Scoring {TRAIN} training images at 3 checkpoints, the last after step 16." in out
+    assert not litter(tmp_path / "out")
+
+
+def test_scores_are_those_of_the_newest_checkpoint_by_default_and_go_into_the_runs_folder(linear, mnist):
+    succeed("scores", linear, "--scores", "loss")
+    found = table(linear / "scores" / "scores.csv")
+    run, (images, labels) = Run(linear), part(mnist, TRAIN, TEST).train
+    expected = nn.functional.cross_entropy(run.outputs(run.points[-1], images), labels, reduction="none")
+    torch.testing.assert_close(found["loss"], expected, rtol=1e-4, atol=1e-5)
+    assert list(found) == ["index", "label", "prediction", "loss"]
+    shutil.rmtree(linear / "scores")
+
+
+def test_compiled_scores_are_the_same(linear, tmp_path):
+    for name, options in (("eager", ()), ("compiled", ("--compile", "on"))):
+        assert ask("scores", linear, "--images", "200", "--out", tmp_path / name, *options).status == 0
+    eager, fast = (table(tmp_path / name / "scores.csv") for name in ("eager", "compiled"))
+    for name, column in eager.items():
+        torch.testing.assert_close(fast[name], column, rtol=1e-4, atol=1e-5)  # of float32
+
+
+def test_pictures_without_matplotlib_are_left_out_in_words(linear, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    out = succeed("scores", linear, "--scores", "loss", "--out", tmp_path / "out")
+    assert "No gallery.png: Pictures need matplotlib." in out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["scores.csv"]
+
+
+# ---- going on
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(passes, "CHUNK", 50)
+
+
+class _Stop:
+    """Ctrl-C at the n-th call of a function."""
+
+    def __init__(self, monkeypatch, owner, name, at):
+        self.calls, self.at, self.fn = 0, at, getattr(owner, name)
+        monkeypatch.setattr(owner, name, self)
+
+    def __get__(self, owner, _):
+        return partial(self, owner)
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        if self.calls == self.at:
+            signal.raise_signal(signal.SIGINT)
+        return self.fn(*args, **kwargs)
+
+
+@pytest.mark.parametrize("at", [1, 4, 9])
+def test_a_stopped_command_goes_on_where_it_was_and_ends_the_same(at, linear, tmp_path, monkeypatch, small_chunks):
+    command = ("scores", linear, "--scores", "loss,grand", "--checkpoints", "all", "--out")
+    succeed(*command, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        _Stop(patch, fm.attribution, "scores", at)
+        said = complain(130, *command, tmp_path / "out")
+    done = (at - 1) // 6 * TRAIN + (at - 1) % 6 * 50
+    assert said == f"Interrupted after {done} of 768 examples. The same command goes on from there."
+    counted = _Stop(monkeypatch, fm.attribution, "scores", -1)
+    out = succeed(*command, tmp_path / "out")
+    assert (f"Going on after {done} examples." in out) == (done > 0)
+    assert counted.calls == 18 - (at - 1)
+    assert (tmp_path / "out" / "scores.csv").read_bytes() == (tmp_path / "whole" / "scores.csv").read_bytes()
+    assert not litter(tmp_path / "out")
+
+
+def test_what_another_command_has_left_is_not_gone_on_with(linear, tmp_path, monkeypatch, small_chunks):
+    with monkeypatch.context() as patch:
+        _Stop(patch, fm.attribution, "scores", 3)
+        ask("scores", linear, "--out", tmp_path)
+    out = succeed("scores", linear, "--images", "120", "--out", tmp_path)
+    assert "Going on" not in out
+    assert len(table(tmp_path / "scores.csv")["index"]) == 120
+
+
+def test_what_was_kept_is_passed_over_if_damaged(linear, tmp_path, monkeypatch, small_chunks):
+    with monkeypatch.context() as patch:
+        _Stop(patch, fm.attribution, "scores", 3)
+        ask("scores", linear, "--out", tmp_path)
+    (state,) = (tmp_path / ".partial").rglob("state.safetensors")
+    state.write_bytes(state.read_bytes()[:-7])
+    assert "Passed over a damaged file" in succeed("scores", linear, "--out", tmp_path)
+    assert len(table(tmp_path / "scores.csv")["index"]) == TRAIN
+
+
+def test_long_passes_are_saved_from_time_to_time(linear, tmp_path, monkeypatch, small_chunks):
+    monkeypatch.setattr(passes, "SAVE_EVERY", 0.0)
+    saves = []
+    save = fm.checkpoint.save
+    monkeypatch.setattr(fm.checkpoint, "save", lambda *a, **k: saves.append(k["step"]) or save(*a, **k))
+    succeed("scores", linear, "--out", tmp_path)
+    assert saves == [50, 100, 150, 200, 250, 256]
+
+
+# ---- mislabelled
+
+
+def test_planted_flips_are_found_better_than_at_random(linear, mnist, tmp_path):
+    out = succeed("mislabelled", linear, "--flip", "0.2", "--scores", ALL, "--seed", "3", "--out", tmp_path / "out")
+    found = table(tmp_path / "out" / "scores.csv")
+    labels = part(mnist, TRAIN, TEST).train.labels
+    planted, flipped = fm.attribution.planted(labels, 10, key=random.key(3), part=0.2)
+    assert torch.equal(found["label"].long(), planted)
+    assert torch.equal(found["flipped"].bool(), flipped)
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.count("%") == 3}
+    for name in ("loss", "el2n", "margin"):
+        score = -found[name] if name == "margin" else found[name]
+        auc, *shares = rows[name][1:]
+        assert math.isclose(float(auc), fm.attribution.auc(score, flipped), abs_tol=2e-3)  # of rounded scores
+        assert float(auc) > 0.75 > 0.65 > float(rows["random"][1]) > 0.35
+        for share, checked in zip(shares, (0.1, 0.2, 0.3), strict=True):
+            assert math.isclose(
+                float(share.strip("%")) / 100, fm.attribution.found(score, flipped, checked), abs_tol=0.02
+            )
+    assert png(tmp_path / "out" / "found.png")
+    assert len(Run(tmp_path / "out" / "training").points) == 2  # one for each epoch
+    assert not litter(tmp_path / "out")
+
+
+def test_a_stopped_training_on_flipped_labels_goes_on_to_the_same_end(linear, tmp_path, monkeypatch):
+    command = ("mislabelled", linear, "--flip", "0.2", "--scores", "loss", "--out")
+    succeed(*command, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        _Stop(patch, commands.callbacks.Reporter, "__call__", 11)
+        answer = ask(*command, tmp_path / "out")
+    assert answer.status == 130
+    assert "Go on with: the same command" in answer.err
+    succeed(*command, tmp_path / "out")
+    assert (tmp_path / "out" / "scores.csv").read_bytes() == (tmp_path / "whole" / "scores.csv").read_bytes()
+
+
+def test_real_labels_are_ranked_by_the_mean_rank_of_the_scores(linear, tmp_path):
+    out = succeed("mislabelled", linear, "--scores", "loss,margin", "--top", "5", "--out", tmp_path)
+    found = table(tmp_path / "suspicious.csv")
+    order = found["index"].long()
+    assert sorted(order.tolist()) == list(range(TRAIN))
+    ranks = torch.stack(
+        [(-found["loss"]).argsort(stable=True).argsort(), found["margin"].argsort(stable=True).argsort()]
+    )
+    mean = ranks.double().mean(0)
+    assert (mean.diff() >= -1).all()  # up to ties of rounded scores
+    listed = [int(line.split()[0]) for line in out.splitlines() if line[:8].strip().isdigit()]
+    assert listed == order[:5].tolist()
+    assert png(tmp_path / "suspicious.png")
+
+
+# ---- influence
+
+
+@pytest.mark.parametrize("method", ["tracin", "dot", "cosine"])
+def test_influence_is_that_of_the_dense_gradients(method, linear, mnist, tmp_path):
+    out = succeed("influence", linear, "--test", "7", "--method", method, "--top", "3", "--out", tmp_path)
+    found = table(tmp_path / "influence.csv")["influence"]
+    run, data = Run(linear), part(mnist, TRAIN, TEST)
+    points = run.points if method == "tracin" else run.points[-1:]
+    expected = torch.zeros(TRAIN)
+    for point in points:
+        rows = run.sample_grads(point, *data.train)
+        (test,) = run.sample_grads(point, data.test.images[7:8], data.test.labels[7:8])
+        products = rows @ test
+        if method == "cosine":
+            products = products / (rows.norm(dim=1) * test.norm())
+        expected += products * (0.01 if method == "tracin" else 1)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    best = ", ".join(str(i) for i in expected.argsort(descending=True)[:3].tolist())
+    helped = next(line for line in out.splitlines() if line.startswith("Helped most"))
+    assert ", ".join(part.split(" ")[-1] for part in helped.split(" (a")[:3]) == best
+    assert png(tmp_path / "influence.png")
+
+
+# ---- the noise scale, and training that watches it
+
+
+@pytest.fixture(scope="module")
+def watched(data_dir, tmp_path_factory):
+    """A run that was watched at every second step."""
+    run = tmp_path_factory.mktemp("watched") / "run"
+    options = ("--watch", "noise-scale,norms", "--watch-every", "2")
+    out = succeed("train", "--data-dir", data_dir, *LINEAR, "--out", run, *options)
+    return run, out
+
+
+def lines(run, kind):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == kind]
+
+
+def test_a_watched_run_records_the_norms_and_the_noise_of_its_batches(watched, mnist):
+    run, out = watched
+    found = lines(run, "watch")
+    assert [row["step"] for row in found] == list(range(1, 17, 2))
+    first = Run(run).found
+    params = first.made.init(random.split(random.key(0))[0])
+    order_key, _ = random.split(random.split(random.key(0))[1]).unbind(0)
+    index = fm.data.epoch_order(TRAIN, key=order_key, epoch=0)[:BATCH]
+    images, labels = (rows[index] for rows in part(mnist, TRAIN, TEST).train)
+    rows = Run(run).sample_grads(restore.Point(0, params, None, 0.01), images, labels).double()
+    norms, trace = rows.norm(dim=1), rows.var(0).sum()
+    assert math.isclose(found[0]["trace"], trace, rel_tol=1e-4)
+    assert math.isclose(found[0]["square_norm"], rows.mean(0).square().sum() - trace / BATCH, rel_tol=1e-3)
+    assert math.isclose(found[0]["norms"]["mean"], norms.mean(), rel_tol=1e-4)
+    assert math.isclose(
+        found[0]["norms"]["50 %"], norms.median() / 2 + norms.sort().values[BATCH // 2] / 2, rel_tol=1e-4
+    )
+    assert math.isclose(found[0]["norms"]["most"], norms.max(), rel_tol=1e-4)
+    columns = torch.tensor([[row["trace"], row["square_norm"]] for row in found[:4]]).unbind(1)
+    assert f"Gradient noise scale of the epoch: {statistics.averaged(*columns)}, from 4 steps" in out
+    assert "Largest norm of a sample gradient in the epoch" in out
+
+
+def test_watching_changes_no_parameter_but_by_rounding(watched, linear):
+    for mine, other in zip(Run(watched[0]).points, Run(linear).points, strict=True):
+        for a, b in zip(tree.leaves(mine.params), tree.leaves(other.params), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("watch", ["norms", "noise-scale"])
+def test_only_what_is_asked_for_is_recorded(watch, data_dir, tmp_path):
+    succeed("train", "--data-dir", data_dir, *LINEAR, "--epochs", "1", "--out", tmp_path / "run", "--watch", watch)
+    row = lines(tmp_path / "run", "watch")[0]
+    assert ("norms" in row, "trace" in row) == (watch == "norms", watch == "noise-scale")
+
+
+def test_a_watched_run_that_stops_and_goes_on_ends_as_one_that_did_not(watched, data_dir, tmp_path, monkeypatch):
+    run, options = tmp_path / "run", ("--watch", "noise-scale,norms", "--watch-every", "2")
+    with monkeypatch.context() as patch:
+        _Stop(patch, commands.callbacks.Reporter, "__call__", 8)
+        assert ask("train", "--data-dir", data_dir, *LINEAR, "--out", run, *options).status == 130
+    succeed("train", "--resume", run)
+    assert lines(run, "watch") == lines(watched[0], "watch")
+
+
+def test_the_last_batch_of_an_epoch_may_be_of_one_example(data_dir, mnist, tmp_path):
+    folder = write_idx(tmp_path / "data", part(mnist, 33, 8))
+    options = ("--epochs", "1", "--batch-size", "32", "--watch", "noise-scale,norms", "--model", "linear")
+    for form in ("off", "on"):
+        assert ask("train", "--data-dir", folder, "--out", tmp_path / form, "--compile", form, *options).status == 0
+    plain, compiled = (lines(tmp_path / form, "watch") for form in ("off", "on"))
+    assert ["trace" in row for row in plain] == [True, False]
+    for a, b in zip(plain, compiled, strict=True):
+        assert a["norms"] == pytest.approx(b["norms"], rel=1e-4)
+
+
+def test_the_noise_scale_of_a_run_is_that_of_its_records_and_of_its_checkpoints(watched, tmp_path):
+    run, _ = watched
+    out = succeed("noise-scale", run, "--windows", "2", "--out", tmp_path)
+    with (tmp_path / "noise-scale.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["from"], row["first_step"], row["last_step"]) for row in rows] == [
+        ("batches", "1", "7"), ("batches", "9", "15"),
+        ("checkpoint", "12", "12"), ("checkpoint", "15", "15"), ("checkpoint", "16", "16"),
+    ]  # fmt: skip
+    records = lines(run, "watch")
+    columns = torch.tensor([[row["trace"], row["square_norm"]] for row in records[:4]]).unbind(1)
+    assert float(rows[0]["noise_scale"]) == statistics.averaged(*columns).scale
+    together = torch.tensor([[row["trace"], row["square_norm"]] for row in records]).unbind(1)
+    assert f"Noise scale of the watched steps together: {statistics.averaged(*together)}" in out
+    assert "times the fewest steps" in out
+    assert png(tmp_path / "noise-scale.png")
+    assert not litter(tmp_path)
+
+
+def test_the_noise_scale_at_a_checkpoint_is_that_of_its_gradients(linear, mnist, tmp_path):
+    succeed("noise-scale", linear, "--images", "100", "--out", tmp_path)
+    with (tmp_path / "noise-scale.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    run, train = Run(linear), part(mnist, 100, TEST).train
+    for row, point in zip(rows, run.points, strict=True):
+        grads = run.sample_grads(point, *train).double()
+        trace = grads.var(0).sum()
+        assert math.isclose(float(row["trace"]), trace, rel_tol=1e-4)
+        assert math.isclose(float(row["square_norm"]), grads.mean(0).square().sum() - trace / 100, rel_tol=1e-3)
+
+
+def test_a_stopped_noise_scale_goes_on_at_the_next_checkpoint(linear, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        _Stop(patch, noise_scale.statistics, "noise_scale", 3)
+        assert complain(130, "noise-scale", linear, "--out", tmp_path) == "Interrupted."
+    counted = _Stop(monkeypatch, noise_scale.statistics, "noise_scale", -1)
+    succeed("noise-scale", linear, "--out", tmp_path)
+    assert counted.calls == 1
+    assert not litter(tmp_path)
+
+
+def test_a_noise_that_hides_the_gradient_is_told_in_words():
+    found = statistics.NoiseScale(math.inf, math.inf, 1.0, 0.1, -0.1, 0.1, 10)
+    assert "cannot be told from zero" in noise_scale._advice(found, 64)
+
+
+# ---- refusals
+
+
+EACH = {"scores": (), "mislabelled": (), "influence": ("--test", "1"), "noise-scale": ()}
+
+
+@pytest.mark.parametrize("command", EACH)
+def test_what_is_no_run_is_told_in_one_line(command, tmp_path):
+    assert complain(2, command, tmp_path, *EACH[command]).startswith(f"{tmp_path} holds no run.")
+
+
+@pytest.mark.parametrize("command", EACH)
+def test_a_run_without_a_checkpoint_is_told_in_one_line(command, copy):
+    shutil.rmtree(copy / "checkpoints")
+    assert "Has the run been started?" in complain(1, command, copy, *EACH[command])
+
+
+@pytest.mark.parametrize("command", EACH)
+def test_other_training_images_are_refused(command, linear, mnist, tmp_path):
+    folder = write_idx(tmp_path / "data", part(mnist, 100, 8))
+    said = complain(2, command, linear, *EACH[command], "--data-dir", folder)
+    assert said.startswith("The run's 256 training images are needed. Found other 100.")
+
+
+@pytest.mark.parametrize("command", EACH)
+def test_a_run_of_another_model_is_told_in_one_line(command, copy, cnn):
+    shutil.rmtree(copy / "checkpoints")
+    shutil.copytree(cnn / "checkpoints", copy / "checkpoints")
+    answer = ask(command, copy, *EACH[command], "--images", "64")
+    assert answer.status == 2, answer
+    said = "functorch-mnist: The run's config.json and its checkpoints must be of one run. Found different model"
+    assert answer.err.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (("scores", "--scores", "loss,grond"), "--scores must be of loss, el2n, grand, margin"),
+        (("scores", "--scores", ","), "--scores must name one of"),
+        (("scores", "--scores", "forgetting"), "The score forgetting needs two checkpoints at least."),
+        (("scores", "--images", "0"), "--images must be at least 1"),
+        (("scores", "--threads", "0"), "--threads must be from 1 to 1024"),
+        (("influence", "--test", "64"), "--test must be below 64. Found 64."),
+        (("influence", "--test", "-1"), "--test must be at least 0"),
+        (("influence", "--test", "1", "--top", "0"), "--top must be at least 1"),
+        (("mislabelled", "--flip", "0"), "--flip must be above 0 and below 1"),
+        (("mislabelled", "--flip", "1"), "--flip must be above 0 and below 1"),
+        (("mislabelled", "--flip", "nan"), "--flip must be above 0 and below 1"),
+        (("mislabelled", "--flip", "0.001"), "--flip must flip some of 256 labels"),
+        (("mislabelled", "--seed", "-1"), "--seed must be at least 0"),
+        (("noise-scale", "--images", "2"), "--images must be 3 at least"),
+        (("noise-scale", "--windows", "0"), "--windows must be at least 1"),
+        (("train", "--watch", "norm"), "--watch must be of noise-scale, norms. Found 'norm'."),
+        (("train", "--watch-every", "2"), "--watch-every has no effect without --watch."),
+        (("train", "--watch", "norms", "--watch-every", "0"), "--watch-every must be at least 1"),
+    ],
+)
+def test_what_makes_no_sense_is_told_in_one_line_and_nothing_is_left(wrong, said, linear, data_dir, tmp_path):
+    command, *rest = wrong
+    out = ["--out", tmp_path / "out"]
+    given = ["--data-dir", data_dir, *LINEAR, *out] if command == "train" else [linear, *out]
+    assert complain(2, command, *given, *rest).startswith(said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_gpu_is_told_in_one_line(linear):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    for command, rest in EACH.items():
+        assert "Use --device cpu." in complain(2, command, linear, *rest, "--device", "cuda")
+
+
+def test_results_that_cannot_be_written_are_told_in_one_line(linear, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert "file" in complain(1, "scores", linear, "--scores", "loss", "--out", tmp_path / "file" / "out")
