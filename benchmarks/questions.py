@@ -4,7 +4,10 @@ from importlib import import_module
 
 from .measure import Question
 
-NAMES = ("step", "epoch", "per_sample", "scaling", "models", "start_up", "memory", "strategies", "normals")
+NAMES = (
+    "step", "epoch", "per_sample", "scaling", "models", "start_up", "memory", "strategies", "normals",
+    "watch", "gram", "scores",
+)  # fmt: skip
 
 
 def load(name: str) -> Question:

@@ -68,6 +68,40 @@ def functional_step(problem: Problem, *, compile: bool, dtype: torch.dtype = tor
     )
 
 
+def watched_steps(problem: Problem, *, compile: bool, count: int, watched: int) -> Work:
+    """So many steps of this library, of which the first ones also say what sample gradients are like.
+
+    Args:
+        problem: what is trained.
+        compile: whether the steps are compiled.
+        count: steps in a call.
+        watched: how many of them are watched.
+    """
+
+    def losses_fn(params: models.Params, stored: Tensor, labels: Tensor) -> Tensor:
+        return losses.cross_entropy(problem.apply(params, problem.prepare(stored)), labels)
+
+    optimizer = optim.sgd(LR, momentum=MOMENTUM)
+    plain, watching = (
+        train.make_step(estimator, optimizer)
+        for estimator in (train.batch_gradient(losses_fn), train.watching(losses_fn))
+    )
+    if compile:
+        plain, watching = train.compiled(plain), train.compiled(watching)
+    state = train.init_state(problem.params, optimizer, random.key(0))
+
+    def call() -> None:
+        nonlocal state
+        for number in range(count):
+            state, _ = (watching if number < watched else plain)(state, problem.stored, problem.labels)
+
+    return Work(
+        call,
+        lambda: tree.map(torch.sub, state.params, problem.params),
+        start(state.params.values(), (problem.x, problem.labels), torch.float32),
+    )
+
+
 def relative_difference(update: tree.Tree, expected: tree.Tree) -> float:
     """How far a tree of tensors is from the expected one, relative to its norm."""
     return float(tree.norm(tree.map(torch.sub, update, expected)) / tree.norm(expected))

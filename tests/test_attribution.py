@@ -414,6 +414,40 @@ def test_what_is_found_are_the_positives_among_the_highest():
     assert [attribution.found(scores, positive, part) for part in (0, 0.2, 0.4, 0.6, 1)] == [0, 0.5, 0.5, 1, 1]
 
 
+# ---- compiled
+
+
+def _calls():
+    apply, loss_fn, params, x, y = classifier(5)
+    test = normals(2, 6, seed=1), labels(2, 3)
+    maps = attribution.projection(params, key=random.key(0), size=9)
+    run, small = small_run(steps=2)
+    return {
+        "tracin": lambda p: attribution.tracin(loss_fn, [p], (x, y), test, lrs=[0.1], chunk_size=2),
+        "gradient_cosine": lambda p: attribution.gradient_cosine(loss_fn, p, (x, y), test),
+        "features": lambda p: attribution.features(loss_fn, p, x, y, projection=maps),
+        "tangent_kernel": lambda p: attribution.tangent_kernel(apply, p, (x,), chunk_size=3),
+        "fisher_diagonal": lambda p: statistics.fisher_diagonal(apply, p, x),
+        "drawn fisher_diagonal": lambda p: statistics.fisher_diagonal(apply, p, x, key=random.key(0), draws=2),
+        "fisher_kronecker": lambda p: statistics.fisher_kronecker(apply, p, x),
+        "cosines": lambda p: statistics.cosines(loss_fn, p, x, y, direction=p),
+        "trained": lambda p: attribution.trained(run._replace(params=p), torch.ones(12, dtype=D)),
+        "leave_one_out": lambda p: attribution.leave_one_out(run._replace(params=p), small, torch.tensor([3])),
+        "unrolled": lambda p: attribution.unrolled(run._replace(params=p), small),
+        "retrained": lambda p: attribution.retrained(run._replace(params=p), small, torch.ones(2, 12, dtype=D)),
+    }
+
+
+@pytest.mark.parametrize("name", _calls())
+def test_compiled_equals_eager_as_one_graph(name):
+    call, params = _calls()[name], classifier(5)[2]
+    fast = torch.compile(
+        call, fullgraph=True, backend="aot_eager"
+    )  # what is traced, without the compiler's own rounding
+    for a, b in zip(tree.leaves(fast(params)), tree.leaves(call(params)), strict=True):
+        torch.testing.assert_close(a, b, rtol=EXACT, atol=1e-12)
+
+
 # ---- refusals
 
 

@@ -1,0 +1,37 @@
+"""What it costs to watch sample gradients while training: their norms and the noise of the batch.
+
+Tutorial CNN without dropout, B = 64, float32. The reference is this library's ordinary step, in the same form.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+from .measure import Arm, Case, Question, Setup
+from .problems import cnn
+from .steps import relative_difference, watched_steps
+
+BATCH_SIZE = 64
+TOLERANCE = 1e-3
+"""Of the update after some steps in float32."""
+
+
+def cases(setup: Setup) -> Iterator[Case]:
+    """Watched at every step and at every tenth, compiled and eager."""
+    problem = cnn(BATCH_SIZE, setup.device)
+    for form in ("compiled", "eager"):
+        for name, count in (("every step", 1), ("every tenth step", 10)):
+            steps = partial(watched_steps, problem, compile=form == "compiled", count=count)
+            yield Case(
+                f"{name}, {form}",
+                [
+                    Arm("ordinary steps", partial(steps, watched=0), baseline=True),
+                    Arm(f"watched at {name}", partial(steps, watched=1), TOLERANCE),
+                ],
+                relative_difference,
+                (5 if setup.quick else 60) // (1 if count == 1 or setup.quick else 4),
+                warmups=3,
+                settings={"model": "cnn without dropout", "batch_size": BATCH_SIZE, "steps_in_a_call": count},
+            )
+
+
+QUESTION = Question("watch", "what train --watch adds to a step, at every step and at every tenth", cases)
