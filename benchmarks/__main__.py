@@ -53,7 +53,7 @@ def _answer_all(wanted: dict[str, list[str]], setup: measure.Setup, folder: Path
     """Measures the cases that begin as wanted, by question; gives how many arms were refused, and adds to `found`."""
     rates = limits.rates(setup.device)
     print(report.rate_line(rates), flush=True)
-    machine, faults = results.machine(rates), 0
+    machine, faults = {**results.machine(), "rates": rates._asdict()}, 0
     for name, starts in wanted.items():
         question = questions.load(name)
         result = results.Result(name, setup, machine, folder)

@@ -48,7 +48,7 @@ def read(path: Path) -> tuple[list[Comparison], Rates]:
     return [_comparison(case) for case in record["cases"]], Rates(**record["machine"]["rates"])
 
 
-def machine(rates: Rates) -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """Processor, versions and commit: what a number cannot be read without."""
     import torch
 
@@ -60,7 +60,6 @@ def machine(rates: Rates) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "rates": rates._asdict(),
         "commit": _commit(),
     }
 

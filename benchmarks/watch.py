@@ -3,10 +3,10 @@
 Tutorial CNN without dropout, B = 64, float32. The reference is this library's ordinary step, in the same form.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
-from .measure import Arm, Case, Question, Setup
+from .measure import Arm, Case, Comparison, Question, Setup
 from .problems import cnn
 from .steps import relative_difference, watched_steps
 
@@ -34,4 +34,14 @@ def cases(setup: Setup) -> Iterator[Case]:
             )
 
 
-QUESTION = Question("watch", "what train --watch adds to a step, at every step and at every tenth", cases)
+def conclude(comparisons: Sequence[Comparison]) -> str:
+    """What watching costs, over the ordinary steps of the same form."""
+    lines = ["| watched at | over ordinary steps | 95 % interval |", "|---|---:|---:|"]
+    for comparison in comparisons:
+        for timing in comparison.timings[1:]:
+            low, high = comparison.interval(timing)
+            lines.append(f"| {comparison.case} | {comparison.ratio(timing):.2f} | {low:.2f} to {high:.2f} |")
+    return "\n".join(lines)
+
+
+QUESTION = Question("watch", "what train --watch adds to a step, at every step and at every tenth", cases, conclude)

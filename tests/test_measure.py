@@ -267,7 +267,7 @@ def test_a_digest_differs_for_values_shapes_and_types():
 
 
 def result_in(folder):
-    return results.Result("planted", SETUP, results.machine(RATES), folder)
+    return results.Result("planted", SETUP, {**results.machine(), "rates": RATES._asdict()}, folder)
 
 
 def full_comparison():

@@ -46,7 +46,9 @@ def noise_scale(options: NoiseScale) -> int:
     for source, measured in sources.items():
         for first, last, found in measured:
             steps = str(last) if first == last else f"{first} to {last}"
-            numbers = f"{found.scale:>14.4g}{found.error:>10.2g}{found.trace:>12.4g}{found.square_norm:>12.4g}"
+            numbers = (
+                f"{found.scale:>14.4g}{float(f'{found.error:.2g}'):>10g}{found.trace:>12.4g}{found.square_norm:>12.4g}"
+            )
             print(f"{source:>12}{steps:>16}{numbers}")
             lines.append(",".join([source, str(first), str(last), *map(str, found)]))
     whole = _watched(records, 1)

@@ -94,7 +94,7 @@ class NoiseScale(NamedTuple):
     """How many examples, or steps, it was estimated from."""
 
     def __str__(self) -> str:
-        return f"{self.scale:.4g} ± {self.error:.2g} examples"
+        return f"{self.scale:.4g} ± {float(f'{self.error:.2g}'):g} examples"  # 240, not 2.4e+02
 
 
 class Efficiency(NamedTuple):
@@ -139,7 +139,7 @@ def of_batch(norms: Tensor, sums: Tree, mask: Tensor | None = None) -> tuple[Ten
         mask: (B,) bool.
     """
     count = torch.ones_like(norms).sum() if mask is None else mask.sum()
-    return _estimates(count.double(), tree.dot(sums, sums).double(), norms.double().square().sum())
+    return _estimates(count.double(), tree.norm(sums).double().square(), norms.double().square().sum())
 
 
 def noise_scale(

@@ -1,0 +1,44 @@
+"""Studies: experiments whose results are not times. One script each, one command: `python -m benchmarks.studies`.
+
+| file | question |
+|---|---|
+| `mislabelled.py` | how well scores of single examples find wrong labels |
+| `noise_scale.py` | whether two estimators of the gradient noise scale agree, and what an epoch's average is |
+| `ground_truth.py` | how well attributions foretell what leaving examples out does |
+| `__main__.py` | the command: runs studies, writes their records, prints their tables |
+
+A study is a module with a `QUESTION`; `run`, whose record is JSON; and `table`, which reads the record alone.
+"""
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any, Protocol, cast
+
+NAMES = ("mislabelled", "noise_scale", "ground_truth")
+PREFIX = "study-"
+"""What the names of records begin with."""
+
+
+class Study(Protocol):
+    """What the module of a study holds."""
+
+    @property
+    def QUESTION(self) -> str:
+        """One sentence."""
+
+    def run(self, *, quick: bool, progress: Callable[[str], object]) -> dict[str, Any]:
+        """The record: settings and the numbers of each seed. `progress` is told of each part."""
+
+    def table(self, record: dict[str, Any]) -> dict[str, str]:
+        """Tables in Markdown, by name, from a record."""
+
+
+def load(name: str) -> Study:
+    """A study, by the name of its script."""
+    return cast(Study, import_module(f"benchmarks.studies.{name}"))
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; all columns but the first are numbers."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (heads, *rows)]
+    return "\n".join([lines[0], "|---" + "|---:" * (len(heads) - 1) + "|", *lines[1:]])
