@@ -17,11 +17,15 @@ def check(where: str, batch: Sequence[Tensor], mask: Tensor | None) -> int:
 
     Raises:
         ValueError: there is no tensor, one is 0-d, they differ in B, or the mask is not (B,) bool.
+        TypeError: one is no tensor.
 
     Example:
         >>> check("step", (torch.zeros(3, 2), torch.zeros(3)), None)
         3
     """
+    for rows in (*batch, *([] if mask is None else [mask])):
+        if not isinstance(rows, Tensor):
+            raise TypeError(f"{where}: a batch and its mask must be tensors. Found {type(rows).__name__}.")
     shapes = [tuple(rows.shape) for rows in batch]
     if not all(shapes) or len({shape[0] for shape in shapes}) != 1:
         raise ValueError(f"{where}: all tensors of a batch must have one leading size B. Found shapes {shapes}.")

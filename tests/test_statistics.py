@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -393,3 +394,128 @@ def test_masked_inputs_are_left_out_of_the_fisher_information():
     for draws in (0, -1):
         with pytest.raises(ValueError, match=r"fisher: at least one example and one draw"):
             statistics.fisher_diagonal(apply, params, x, draws=draws)
+
+
+# ---- precision, and what is refused
+
+
+def dot_loss(w, x):
+    return (w * x).sum()  # whose gradient is x
+
+
+def test_sums_of_bfloat16_gradients_are_not_rounded_to_it():
+    x = (torch.randn(6000, 5, generator=torch.Generator().manual_seed(0)) + 10).bfloat16()
+    w = torch.zeros(5, dtype=torch.bfloat16)
+    found = statistics.fold(dot_loss, w, x, of=lambda g: (Noise.of(g), Moments.of(g)), chunk_size=1000)
+    expected = x.double().var(0)
+    assert abs(found[0].trace - expected.sum()) <= 1e-3 * expected.sum()
+    assert ((found[1].variance - expected).abs() <= 1e-3 * expected).all()
+
+
+def test_labels_of_bfloat16_outputs_are_drawn_without_bias():
+    params = torch.zeros(100, dtype=torch.bfloat16)
+    x = torch.zeros(20000, 1, dtype=torch.bfloat16)
+    found = statistics.fisher_diagonal(lambda w, x: w + 0 * x.sum(), params, x, key=random.key(1))
+    assert ((found - 0.0099).abs() < 0.0035).all()  # 0.0099 is exact, five standard deviations of 20,000 draws
+
+
+def test_a_nan_is_not_taken_for_a_right_angle():
+    x = torch.tensor([[1.0, 0.0], [math.nan, 1.0], [0.0, 0.0]], dtype=D)
+    direction, params = torch.ones(2, dtype=D), torch.zeros(2, dtype=D)
+    found = statistics.cosines(dot_loss, params, x, direction=direction)
+    assert found.isnan().tolist() == [False, True, False]
+    assert found[2] == 0
+    folded = statistics.fold(dot_loss, params, x, of=partial(Alignment.of, direction=direction))
+    assert folded.cosines.mean.isnan()
+
+
+def test_equal_gradients_have_no_noise():
+    found = statistics.noise_scale(dot_loss, torch.zeros(3, dtype=D), torch.full((50, 3), 0.1, dtype=D))
+    assert 0 <= found.scale < 1e-12
+    assert statistics.efficiency(0.0, 64) == (1.0, math.inf)
+
+
+def test_parameters_that_require_gradients_leave_no_graph():
+    w = torch.zeros(3, dtype=D, requires_grad=True)
+    found = statistics.fold(dot_loss, w, normals(4, 3), of=Noise.of, chunk_size=2)
+    assert not any(leaf.requires_grad for leaf in tree.leaves(found))
+
+
+class Pair(NamedTuple):
+    noise: Noise
+    norms: Norms
+
+
+def test_a_named_tuple_of_statistics_stays_one():
+    w, x = torch.zeros(3, dtype=D), normals(4, 3)
+    for chunk_size in (None, 3):
+        found = statistics.fold(dot_loss, w, x, of=lambda g: Pair(Noise.of(g), Norms.of(g)), chunk_size=chunk_size)
+        assert isinstance(found, Pair)
+        assert found.noise.count == 4
+
+
+W, X = torch.zeros(3, dtype=D), normals(6, 3)
+NOISE = statistics.fold(dot_loss, W, X, of=Noise.of)
+OTHER = statistics.fold(dot_loss, W[:1], X[:, :1], of=Noise.of)
+NORMS = [
+    statistics.fold(lambda p, x: sum((w * x).sum() for w in p.values()), dict.fromkeys(names, W), X, of=Norms.of)
+    for names in ("a", "ab")
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        (lambda: statistics.merge(NOISE, OTHER), ValueError, "merge: two of the same parameters"),
+        (lambda: statistics.merge(*NORMS), ValueError, "merge: two of the same parameters"),
+        (lambda: statistics.merge(NOISE, NORMS[0]), TypeError, "merge: two of one kind. Found Noise and Norms"),
+        (lambda: statistics.merge({"a": NOISE}, {"b": NOISE}), ValueError, "merge: two with the same statistics"),
+        (lambda: statistics.merge((NOISE,), (NOISE, NOISE)), ValueError, "merge: two with the same statistics"),
+        (lambda: statistics.fold(dot_loss, W, X, of=lambda g: g.norms), TypeError, "fold: statistics must be Sums"),
+        (lambda: statistics.fold(dot_loss, W, [1.0], of=Noise.of), TypeError, "must be tensors. Found list"),
+        (lambda: statistics.fold(dot_loss, W, X, of=Noise.of, mask=[True] * 6), TypeError, "Found list"),
+        (
+            lambda: statistics.fold(dot_loss, W, X, of=partial(Alignment.of, direction=W[:2])),
+            ValueError,
+            "dot: direction must have the shapes",
+        ),
+        (lambda: statistics.of_batch(torch.ones(3), W, torch.ones(4).bool()), ValueError, "of_batch: the mask"),
+        (lambda: statistics.of_batch(torch.ones(3), W, torch.ones(3)), ValueError, "of_batch: the mask"),
+        (lambda: statistics.averaged(torch.ones(3), torch.ones(3) * math.nan), ValueError, "must be finite"),
+        (
+            lambda: statistics.two_batch_sizes(torch.ones(3), torch.ones(1), small_size=1, large_size=2),
+            ValueError,
+            "must be of pairs",
+        ),
+        (lambda: statistics.fisher_diagonal(dot_loss, W, X), ValueError, r"the outputs of one example must be \(K,\)"),
+        (lambda: statistics.fisher_diagonal(lambda w, x: w, W, X, draws=5), ValueError, "draws need a key"),
+        (
+            lambda: statistics.fisher_diagonal(lambda w, x: w, W, X, key=random.split(random.key(0))),
+            ValueError,
+            r"key must be \(2,\)",
+        ),
+        (
+            lambda: per_sample.norms(lambda p, x: (p["a"]["b"] * p["a/b"] * x).sum(), {"a": {"b": W}, "a/b": W}, X),
+            ValueError,
+            "parameters must have different paths",
+        ),
+        (
+            lambda: per_sample.factored(lambda w, x: ((w * x).sum(), 1.0), W, X, has_aux=True),
+            TypeError,
+            "aux must be a pytree of tensors. Found float",
+        ),
+        (
+            lambda: per_sample.factored(lambda w, x: ((w * x).sum(), x, x), W, X, has_aux=True),
+            ValueError,
+            r"must return a tuple \(loss, aux\). Found a tuple of 3",
+        ),
+        (
+            lambda: per_sample.factored(dot_loss, W, X).project([(torch.ones(2, 2), torch.ones(1, 1))]),
+            ValueError,
+            "project: a map's sizes",
+        ),
+    ],
+)
+def test_a_users_mistake_is_told_in_words(call, error, said):
+    with pytest.raises(error, match=said):
+        call()

@@ -360,3 +360,50 @@ def test_a_precision_leaves_whole_numbers_whole():
 
 def test_float32_precision_is_the_function_itself():
     assert train.in_precision(MODEL.apply, torch.float32) is MODEL.apply
+
+
+def test_the_watching_estimator_is_the_plain_one_with_norms_and_noise_beside_it():
+    def loss_fn(w, x):
+        return (w * x).sum().sin()
+
+    w = torch.linspace(-1, 1, 4, dtype=torch.float64)
+    x = torch.randn(7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(7) != 2
+    poisoned = x.index_fill(0, torch.tensor([2]), torch.nan)
+    plain = train.gradient(loss_fn)(w, x[mask])
+    rows = torch.func.vmap(torch.func.grad(loss_fn), in_dims=(None, 0))(w, x[mask])
+    for watching in (train.watching(loss_fn), train.compiled(train.watching(loss_fn))):
+        grads, aux = watching(w, poisoned, mask=mask)
+        torch.testing.assert_close(grads, plain[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(aux["loss"], plain[1]["loss"], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(aux["norms"][mask], rows.norm(dim=1), rtol=1e-12, atol=1e-12)
+        assert aux["norms"][2] == 0
+        torch.testing.assert_close(aux["trace"], rows.var(0).sum(), rtol=1e-10, atol=1e-12)
+        square = rows.mean(0).square().sum() - aux["trace"] / 6
+        torch.testing.assert_close(aux["square_norm"], square, rtol=1e-10, atol=1e-12)
+
+
+def test_watching_an_empty_batch_changes_nothing():
+    grads, aux = train.watching(lambda w, x: w * x)(torch.tensor(2.0), torch.zeros(0))
+    assert grads == 0
+    assert aux["loss"] == 0
+    assert aux["norms"].shape == (0,)
+    assert aux["trace"].isnan()
+
+
+def test_a_watch_is_made_at_the_first_step_and_then_at_every_so_many():
+    made = []
+
+    def step_named(name):
+        def step(state, *batch, mask=None, divisor=None):
+            made.append(name)
+            return state._replace(step=state.step + 1), {"loss": torch.zeros(())}
+
+        return step
+
+    state = train.init_state(torch.zeros(()), optim.sgd(0.1), random.key(0))
+    fit = functools.partial(train.fit, step_named("plain"), state, (torch.zeros(10),), epochs=1, batch_size=2)
+    fit(watch=train.Watch(step_named("watched"), 2))
+    assert made == ["watched", "plain", "watched", "plain", "watched"]
+    with pytest.raises(ValueError, match=r"watch.every must be at least 1"):
+        fit(watch=train.Watch(step_named("watched"), 0))

@@ -39,8 +39,8 @@ def gradient_cosine(
     """
     products = gram(loss_fn, params, train, test, chunk_size=chunk_size, plan=plan)
     sizes = [norms(loss_fn, params, *batch, chunk_size=chunk_size, plan=plan) for batch in (train, test)]
-    lengths = sizes[0][:, None] * sizes[1]
-    return torch.where(lengths > 0, products / lengths, torch.zeros_like(products))
+    lengths = sizes[0][:, None].double() * sizes[1].double()
+    return torch.where(lengths == 0, 0.0, products / lengths).to(products.dtype)  # a NaN stays one
 
 
 def tracin(

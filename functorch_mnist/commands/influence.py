@@ -41,7 +41,7 @@ def influence(options: Influence) -> int:
         products = found.dot(direction)
         if options.method == "cosine":
             lengths = found.norms() * tree.norm(direction)
-            products = torch.where(lengths > 0, products / lengths, torch.zeros_like(products))
+            products = torch.where(lengths == 0, 0.0, products / lengths)
         return {"influence": products}
 
     call = training.compiled(one_pass) if options.compile == "on" else one_pass

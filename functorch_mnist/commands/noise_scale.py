@@ -121,7 +121,9 @@ def _advice(found: statistics.NoiseScale, batch_size: int) -> str:
     if not math.isfinite(found.scale):
         return "The gradient cannot be told from zero among its noise: no batch size is too large. Take more --images?"
     costs = statistics.efficiency(found.scale, batch_size)
-    return (
+    sure = found.square_norm > 2 * found.square_norm_error
+    doubt = "" if sure else "The gradient is hardly larger than its error, so the noise scale is known only roughly. "
+    return doubt + (
         f"At a noise scale of {found.scale:.4g}, batches of {batch_size} take {costs.steps:.3g} times the fewest steps "
         f"and {costs.examples:.3g} times the fewest examples; batches of {max(1, round(found.scale))} twice of both."
     )

@@ -349,11 +349,18 @@ def _alias(leaf: Tensor) -> Tensor:
     return leaf.view_as(leaf)
 
 
+def _shown(out: Any) -> str:
+    return f"a tuple of {len(out)}" if isinstance(out, tuple) else type(out).__name__
+
+
 def _with_aux(out: Any, has_aux: bool) -> tuple[Tensor, Tree]:
     """The loss, checked, and its aux: nothing where it has none."""
     if has_aux and not (isinstance(out, tuple) and len(out) == 2):
-        raise ValueError(f"per_sample: with has_aux the loss must return (loss, aux). Found {type(out).__name__}.")
+        raise ValueError(f"per_sample: with has_aux the loss must return a tuple (loss, aux). Found {_shown(out)}.")
     loss, aux = out if has_aux else (out, ())
+    for leaf in tree.leaves(aux):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"per_sample: aux must be a pytree of tensors. Found {type(leaf).__name__} in it.")
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"per_sample: the loss of one example must be a 0-d tensor. Found {shape}.")

@@ -43,6 +43,10 @@ class Factored:
         """The same, with gradients that inner products build anyway built once, where they are small."""
         return Factored(self.losses, tuple([term.built() for term in self.terms]), self.params, self.aux)
 
+    def wide(self) -> Factored:
+        """The same in float32 or wider, so that sums are not rounded to fewer digits."""
+        return tree.map(lambda x: tree.wide(x) if x.is_floating_point() else x, self)
+
     def grads(self) -> Tree:
         """The dense gradients: a tree with leaves (B, *w)."""
         return self._like_params([term.grads() for term in self.terms])
@@ -61,7 +65,15 @@ class Factored:
         return self._like_params([term.weighted_sum(weights) for term in self.terms])
 
     def dot(self, direction: Tree) -> Tensor:
-        """⟨∇_i, v⟩, for a tree v like `params`: (B,)."""
+        """⟨∇_i, v⟩, for a tree v like `params`: (B,).
+
+        Raises:
+            ValueError: v has another structure or other shapes.
+        """
+        direction = tree.map(lambda _, v: v, self.params, direction)  # refuses another structure
+        shapes, found = ([tuple(leaf.shape) for leaf in tree.leaves(t)] for t in (self.params, direction))
+        if shapes != found:
+            raise ValueError(f"dot: direction must have the shapes of params, {shapes}. Found {found}.")
         parts = [term.dot(v) for term, v in zip(self.terms, tree.leaves(direction), strict=True)]
         return torch.stack(parts).sum(0) if parts else torch.zeros_like(self.losses)
 
@@ -88,8 +100,18 @@ class Factored:
 
         Returns:
             For each parameter (B, h, d).
+
+        Raises:
+            ValueError: there are not as many maps, or their shapes do not fit.
         """
-        return [term.project(left, right) for term, (left, right) in zip(self.terms, maps, strict=True)]
+        shapes = [(leaf.shape[0] if leaf.dim() else 1, leaf.numel()) for leaf in tree.leaves(self.params)]
+        found = [(left.shape[-1], left.shape[-1] * right.shape[-1]) for left, right in maps]
+        if found != shapes:
+            raise ValueError(f"project: a map's sizes must be those of its parameter, {shapes}. Found {found}.")
+        return [
+            term.project(left.to(tree.wide(leaf).dtype), right.to(tree.wide(leaf).dtype))
+            for term, leaf, (left, right) in zip(self.terms, tree.leaves(self.params), maps, strict=True)
+        ]
 
     def _like_params(self, values: list[Tensor]) -> Tree:
         leaves = tree.leaves(self.params)
@@ -138,6 +160,9 @@ def _root(squares: Tensor) -> Tensor:
 
 
 def _check_params(params: Tree) -> None:
-    for path, leaf in zip(tree.paths(params), tree.leaves(params), strict=True):
+    paths = tree.paths(params)
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"per_sample: parameters must have different paths. Found {paths}.")
+    for path, leaf in zip(paths, tree.leaves(params), strict=True):
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             raise TypeError(f"per_sample: every parameter must be a float tensor. Found {path}: {leaf!r:.80}.")

@@ -204,10 +204,6 @@ def dot(
         >>> dot(lambda w, x: w * x, torch.tensor(0.0), torch.tensor([1.0, 3.0]), direction=torch.tensor(2.0))
         tensor([2., 6.])
     """
-    direction = tree.map(lambda _, v: v, params, direction)  # refuses another structure
-    shapes, found = ([tuple(leaf.shape) for leaf in tree.leaves(t)] for t in (params, direction))
-    if shapes != found:
-        raise ValueError(f"dot: direction must have the shapes of params, {shapes}. Found {found}.")
     parts = _factored("dot", loss_fn, params, batch, mask, chunk_size, plan)
     return torch.cat([chunk.unpadded(part.dot(direction)) for chunk, part in parts])
 

@@ -11,7 +11,8 @@ whose size does not hang on the number of examples; what is asked of them, such 
     noise.py          their noise: the noise scale with an error bar, the batch size that it advises, the diversity
     fisher.py         the Fisher information of a classifier: its diagonal and its Kronecker factors
 
-All take `loss_fn`, `params` and `*batch` as `per_sample` does, and `mask`, `chunk_size` and `plan`.
+What goes over data takes `loss_fn`, `params` and `*batch` as `per_sample` does, and `mask`, `chunk_size` and `plan`.
+Sums are in float64 and cannot be differentiated.
 """
 
 from .distribution import Distribution as Distribution

@@ -49,9 +49,9 @@ def fisher_diagonal(
         mask, chunk_size, plan: as in `fold`.
 
     Raises:
-        ValueError: `draws` is below 1 or the inputs do not fit.
+        ValueError: `draws` is below 1, or above it without a key, or the inputs, the outputs or the key do not fit.
 
-    Cost: K backward passes, or `draws` with a key.
+    Cost: K forward and backward passes, or `draws` with a key.
     """
     found, passes = _over_labels(Moments.of, outputs_fn, params, inputs, key, draws, mask, chunk_size, plan)
     return tree.map(lambda squares: squares * passes / found.count, found.squares)
@@ -97,19 +97,25 @@ def _over_labels(
     plan: Plan | None,
 ) -> tuple[S, int]:
     """The statistic over all passes, whose gradients are so weighted that their second moments add up, and how many."""
-    if check("statistics.fisher", inputs, mask) < 1 or draws < 1:
+    if check("statistics.fisher", inputs, mask) < 1 or not isinstance(draws, int) or draws < 1:
         raise ValueError(f"fisher: at least one example and one draw. Found {len(inputs[0])} and {draws}.")
+    if key is None and draws != 1:
+        raise ValueError(f"fisher: draws need a key. Found {draws} draws and no key.")
+    if key is not None and key.shape != (2,):
+        raise ValueError(f"fisher: key must be (2,). Found {tuple(key.shape)}.")
     count, device = len(inputs[0]), inputs[0].device
+    shape = tuple(outputs_fn(params, *[x[0] for x in inputs]).shape)
+    if len(shape) != 1:
+        raise ValueError(f"fisher: the outputs of one example must be (K,). Found {shape}.")
     columns: list[Tensor]
     if key is None:
-        classes = outputs_fn(params, *[x[0] for x in inputs]).shape[-1]
-        columns = [torch.full((count,), label, device=device) for label in range(classes)]
+        columns = [torch.full((count,), label, device=device) for label in range(shape[0])]
     else:
         columns = list(random.uniform(key, (draws, count)).unbind())
 
     def loss_fn(params: Tree, *example: Tensor) -> Tensor:
         *given, chosen = example
-        log_probs = layers.log_softmax(outputs_fn(params, *given))
+        log_probs = layers.log_softmax(tree.wide(outputs_fn(params, *given)))
         probs = log_probs.detach().exp()
         label = chosen if key is None else (probs.cumsum(-1) <= chosen).sum(-1).clamp(max=len(probs) - 1)
         weight = probs.gather(-1, label[None]).squeeze(-1) if key is None else 1 / draws

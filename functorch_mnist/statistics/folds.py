@@ -22,7 +22,14 @@ class Sums:
     """Sums over examples: a registered dataclass of tensors. Those that are not merged by addition say how."""
 
     def merge(self: Self, other: Self) -> Self:
-        """The sums over the examples of both."""
+        """The sums over the examples of both.
+
+        Raises:
+            ValueError: they are of other parameters.
+        """
+        shapes = [[tuple(leaf.shape) for leaf in tree.leaves(sums)] for sums in (self, other)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"merge: two of the same parameters. Found shapes {shapes[0]} and {shapes[1]}.")
         return tree.map(torch.add, self, other)
 
 
@@ -89,7 +96,12 @@ def fold(
     Returns:
         What `of` returns, of all examples.
 
-    Guarantees: equal, up to the rounding of float64 sums, for every chunk size and order of the examples.
+    Raises:
+        TypeError: `of` returns something else, a parameter is no float tensor, or the batch or its mask no tensor.
+        ValueError: the batch, the mask, the chunk size, the loss or the plan does not fit.
+
+    Guarantees: equal, up to rounding, for every chunk size and order of the examples. Chunks are summed in the
+    precision of the gradients, float32 at least, and added up in float64. Of no example, means are NaN and sums 0.
 
     Example:
         >>> from functorch_mnist.statistics import Moments
@@ -97,8 +109,10 @@ def fold(
         >>> found.mean, found.variance
         (tensor(2., dtype=torch.float64), tensor(2., dtype=torch.float64))
     """
-    parts = gradients("fold", loss_fn, params, batch, mask, chunk_size, plan)
-    return reduce(merge, (of(part) for part in parts))
+    parts = (of(part) for part in gradients("fold", loss_fn, params, batch, mask, chunk_size, plan))
+    first = next(parts)
+    _check_statistic(first)
+    return reduce(merge, parts, first)
 
 
 def gradients(
@@ -111,25 +125,48 @@ def gradients(
     plan: Plan | None,
 ) -> Iterator[Gradients]:
     """The gradients of the examples, chunk by chunk."""
+    params = tree.map(torch.Tensor.detach, params)  # else every chunk's graph would stay alive
     for chunk in batches.chunks(f"statistics.{where}", batch, mask, chunk_size):
         part = factored(loss_fn, params, *chunk.batch, mask=chunk.mask, plan=plan)
-        yield Gradients(part, chunk.keep())
+        yield Gradients(part.wide(), chunk.keep())
 
 
 def merge(a: S, b: S) -> S:
     """The sums over the examples of two folds: of `Sums`, or of tuples or dicts of them.
 
+    Raises:
+        TypeError: they are of different kinds, or no statistics.
+        ValueError: they hold different statistics, or are of other parameters.
+
     Guarantees: associative and commutative, up to the rounding of float64; the fold of no example is neutral.
     """
     first: Any = a
     second: Any = b
+    if type(first) is not type(second):
+        raise TypeError(f"merge: two of one kind. Found {type(first).__name__} and {type(second).__name__}.")
     if isinstance(first, Sums):
         return first.merge(second)  # type: ignore[return-value]
-    if isinstance(first, dict):
+    if isinstance(first, dict) and first.keys() == second.keys():
         return {name: merge(first[name], second[name]) for name in first}  # type: ignore[return-value]
-    if isinstance(first, tuple):
-        return tuple([merge(x, y) for x, y in zip(first, second, strict=True)])  # type: ignore[return-value]
+    if isinstance(first, tuple) and len(first) == len(second):
+        parts = [merge(x, y) for x, y in zip(first, second, strict=True)]
+        return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)  # type: ignore[return-value]
+    if isinstance(first, (dict, tuple)):
+        raise ValueError(f"merge: two with the same statistics in them. Found {_names(first)} and {_names(second)}.")
     raise TypeError(f"merge: statistics must be Sums, or tuples or dicts of them. Found {type(first).__name__}.")
+
+
+def _names(statistics: Any) -> Any:
+    return list(statistics) if isinstance(statistics, dict) else len(statistics)
+
+
+def _check_statistic(found: Any) -> None:
+    """Refuses what cannot be merged, also where there is one chunk and nothing to merge."""
+    parts = list(found.values()) if isinstance(found, dict) else found if isinstance(found, tuple) else []
+    if not isinstance(found, (Sums, dict, tuple)):
+        raise TypeError(f"fold: statistics must be Sums, or tuples or dicts of them. Found {type(found).__name__}.")
+    for part in parts:
+        _check_statistic(part)
 
 
 def wide_sums(values: Tree) -> Tree:

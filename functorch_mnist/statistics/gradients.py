@@ -42,6 +42,8 @@ class Norms(Sums):
         return cls(Distribution.of(gradients.norms, gradients.keep), leaves)
 
     def merge(self, other: Norms) -> Norms:
+        if self.leaves.keys() != other.leaves.keys():
+            raise ValueError(f"merge: two of the same parameters. Found {list(self.leaves)} and {list(other.leaves)}.")
         leaves = {path: mine.merge(other.leaves[path]) for path, mine in self.leaves.items()}
         return Norms(self.whole.merge(other.whole), leaves)
 
@@ -80,7 +82,7 @@ class Moments(Sums):
 
     @property
     def signal_to_noise(self) -> Tree:
-        """`G² / variance`; 0 where both are 0, infinite where only the variance is.
+        """`G² / variance`; 0 where the mean is 0, infinite where only the variance is.
 
         Reference: Liu et al., "Understanding why neural networks generalize well through GSNR of parameters", ICLR
             2020, equation 1.
@@ -96,7 +98,7 @@ class Moments(Sums):
         """The diagonal of the empirical Fisher information, `Σ ∇_i² / N`: of the labels as they are, for a loss that
         is a negative log-likelihood.
 
-        Reference: Kunstner et al., "Limitations of the empirical Fisher approximation", NeurIPS 2019, equation 3.
+        Reference: Kunstner et al., "Limitations of the empirical Fisher approximation", NeurIPS 2019.
         """
         return tree.map(lambda squares: squares / self.count, self.squares)
 
@@ -166,5 +168,6 @@ def cosines(
 
 
 def _cosines(products: Tensor, sizes: Tensor, direction: Tree) -> Tensor:
-    lengths = sizes * tree.norm(direction).to(sizes.dtype)
-    return torch.where(lengths > 0, products / lengths, torch.zeros_like(products))
+    lengths = sizes.double() * tree.norm(direction).double()
+    found = torch.where(lengths == 0, 0.0, products / lengths)  # a NaN stays one
+    return found.to(products.dtype)

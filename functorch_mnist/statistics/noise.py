@@ -82,7 +82,7 @@ class NoiseScale(NamedTuple):
     """A noise scale and what it is made of, with standard errors."""
 
     scale: float
-    """B_simple, in examples; infinite where the gradient cannot be told from zero."""
+    """B_simple, in examples; infinite where the estimate of |E ∇|² is not above zero."""
     error: float
     trace: float
     """tr Σ."""
@@ -101,9 +101,9 @@ class Efficiency(NamedTuple):
     """What a batch size costs against the two extremes, by the model of the reference, equation 2.11."""
 
     steps: float
-    """Steps to a given loss, over those with the full gradient."""
+    """Steps to a given loss, over the fewest, those of very large batches."""
     examples: float
-    """Examples to a given loss, over those with batches of one."""
+    """Examples to a given loss, over the fewest, those of very small batches."""
 
 
 def efficiency(scale: float, batch_size: int) -> Efficiency:
@@ -113,20 +113,22 @@ def efficiency(scale: float, batch_size: int) -> Efficiency:
     size, both take twice their least.
 
     Raises:
-        ValueError: the scale or the batch size is not above 0.
+        ValueError: the scale is below 0 or the batch size below 1.
 
     Example:
         >>> efficiency(900.0, 900)
         Efficiency(steps=2.0, examples=2.0)
     """
-    if not scale > 0 or batch_size < 1:
-        raise ValueError(f"efficiency: scale and batch size must be above 0. Found {scale} and {batch_size}.")
-    return Efficiency(1 + scale / batch_size, 1 + batch_size / scale)
+    if not scale >= 0 or batch_size < 1:
+        raise ValueError(
+            f"efficiency: scale must be at least 0, the batch size at least 1. Found {scale} and {batch_size}."
+        )
+    return Efficiency(1 + scale / batch_size, 1 + batch_size / scale if scale else math.inf)
 
 
 def _estimates(count: Tensor, square_of_sum: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
     """The unbiased tr Σ and |E ∇|², from N, |Σ ∇_i|² and Σ |∇_i|²; NaN for N below 2."""
-    trace = (squares - square_of_sum / count) / torch.where(count > 1, count - 1, math.nan)
+    trace = (squares - square_of_sum / count).clamp(min=0) / torch.where(count > 1, count - 1, math.nan)
     return trace, square_of_sum / count.square() - trace / count
 
 
@@ -137,7 +139,12 @@ def of_batch(norms: Tensor, sums: Tree, mask: Tensor | None = None) -> tuple[Ten
         norms: (B,), of the sample gradients, zero where masked.
         sums: the sum of the gradients, like `params`.
         mask: (B,) bool.
+
+    Raises:
+        ValueError: the norms are not (B,), or the mask does not fit.
     """
+    batches.check("of_batch", (norms,), mask)
+    norms = norms if mask is None else batches.masked(norms, mask)
     count = torch.ones_like(norms).sum() if mask is None else mask.sum()
     return _estimates(count.double(), tree.norm(sums).double().square(), norms.double().square().sum())
 
@@ -183,10 +190,10 @@ def averaged(traces: Tensor, square_norms: Tensor) -> NoiseScale:
 
     Args:
         traces, square_norms: (T,) unbiased estimates of single steps, such as `of_batch` or `two_batch_sizes` give, at
-            least three, independent of each other.
+            least three, independent of each other. Steps of a run are not quite so: what they estimate drifts.
 
     Raises:
-        ValueError: they are not (T,) both, or fewer than three.
+        ValueError: they are not (T,) both, fewer than three, or not finite, as those of a batch of one example.
 
     Reference: McCandlish et al., 2018, appendix A.1: a mean of ratios would be biased.
     """
@@ -196,6 +203,8 @@ def averaged(traces: Tensor, square_norms: Tensor) -> NoiseScale:
             f"Found {tuple(traces.shape)} and {tuple(square_norms.shape)}."
         )
     rows = torch.stack([traces.double(), square_norms.double()])  # (2, T)
+    if not rows.isfinite().all():
+        raise ValueError("averaged: estimates must be finite. Found NaN or infinity. Is a batch of one among them?")
     count = rows.shape[1]
     trace, square = rows.mean(1).unbind()
     left_out = (rows.sum(1, keepdim=True) - rows) / (count - 1)
@@ -214,10 +223,14 @@ def two_batch_sizes(small: Tensor, large: Tensor, *, small_size: int, large_size
         `(traces, square_norms)`, (T,) each, for `averaged`.
 
     Raises:
-        ValueError: the sizes are not in order.
+        ValueError: the sizes are not in order, or the tensors not of one shape.
 
     Reference: McCandlish et al., 2018, equations A.2 and A.3.
     """
+    if small.shape != large.shape:
+        raise ValueError(
+            f"two_batch_sizes: small and large must be of pairs. Found {tuple(small.shape)} and {tuple(large.shape)}."
+        )
     if not 1 <= small_size < large_size:
         raise ValueError(f"two_batch_sizes: small_size must be below large_size. Found {small_size}, {large_size}.")
     small, large = small.double(), large.double()

@@ -36,7 +36,7 @@ class Watch(NamedTuple):
 
     step: Step
     every: int
-    """It is every so manyth step, from the first on; at least 1."""
+    """It is made at the first step and whenever so many have been made since; at least 1."""
 
 
 def fit(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import per_sample, statistics
+from .. import per_sample, statistics, tree
 from ..batch import check
 from ..tree import Tree
 from .step import Estimator
@@ -27,11 +27,16 @@ def watching(loss_fn: Callable[..., Tensor]) -> Estimator:
     """
 
     def estimate(params: Tree, *batch: Tensor, mask: Tensor | None) -> tuple[Tree, dict[str, Tensor]]:
-        check("watching", batch, mask)
+        if check("watching", batch, mask) == 0:
+            nothing = torch.zeros(0, device=batch[0].device)
+            return tree.zeros_like(params), _aux(nothing, nothing, tree.zeros_like(params), mask)
         found = per_sample.factored(loss_fn, params, *batch, mask=mask).built()
-        norms = found.norms()
         grads = found.weighted_sum(torch.ones_like(found.losses))
-        trace, square_norm = statistics.of_batch(norms, grads, mask)
-        return grads, {"loss": found.losses.sum(), "norms": norms, "trace": trace, "square_norm": square_norm}
+        return grads, _aux(found.losses, found.norms(), grads, mask)
 
     return Estimator(estimate)
+
+
+def _aux(losses: Tensor, norms: Tensor, grads: Tree, mask: Tensor | None) -> dict[str, Tensor]:
+    trace, square_norm = statistics.of_batch(norms, grads, mask)
+    return {"loss": tree.wide(losses).sum(), "norms": norms, "trace": trace, "square_norm": square_norm}
