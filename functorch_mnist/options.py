@@ -316,7 +316,8 @@ _ONLY_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
 
 
 _ANALYSIS_RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
-    ("at least 1", lambda v: v >= 1, ("images", "top", "windows")),
+    ("at least 1", lambda v: v >= 1, ("images", "windows")),
+    ("from 1 to 100", lambda v: 1 <= v <= 100, ("top",)),
     ("at least 0", lambda v: v >= 0, ("test",)),
     ("at least 0 and below 2**63", lambda v: 0 <= v < 2**63, ("seed",)),
     ("above 0 and below 1", lambda v: 0 < v < 1, ("flip",)),
@@ -360,7 +361,12 @@ def check(options: Train) -> None:
 
     if options.watch is None and options.watch_every != 1:
         raise UsageError("--watch-every has no effect without --watch.")
-    listed("--watch", options.watch or "", WATCHES)
+    if options.watch is not None:
+        watches = listed("--watch", options.watch, WATCHES)
+        if not watches:
+            raise UsageError(f"--watch must name one of {', '.join(WATCHES)} at least. Found none.")
+        if "noise-scale" in watches and options.batch_size < 2:
+            raise UsageError("--watch noise-scale needs a --batch-size of 2 at least. Found 1.")
 
 
 def listed(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:

@@ -179,6 +179,43 @@ def test_long_passes_are_saved_from_time_to_time(linear, tmp_path, monkeypatch, 
     assert saves == [50, 100, 150, 200, 250, 256]
 
 
+def test_what_was_computed_from_other_labels_or_parameters_is_not_gone_on_with(
+    linear, copy, mnist, tmp_path, monkeypatch, small_chunks
+):
+    data = part(mnist, TRAIN, TEST)
+    train = fm.data.Split(data.train.images, (data.train.labels + 1) % 10)
+    other = write_idx(tmp_path / "data", fm.data.Dataset(train, data.test, data.classes))
+    for changed in ((linear, "--data-dir", other), (copy,)):
+        with monkeypatch.context() as patch:
+            _Stop(patch, fm.attribution, "scores", 3)
+            ask("scores", linear, "--out", tmp_path / "out")
+        if changed[0] == copy:
+            shutil.rmtree(checkpoints_of(copy)[-1])
+        assert "Going on" not in succeed("scores", *changed, "--out", tmp_path / "out")
+
+
+def checkpoints_of(run):
+    return sorted((run / "checkpoints").iterdir())
+
+
+def test_a_second_ctrl_c_does_not_break_off_the_save_of_the_first(linear, tmp_path, monkeypatch, small_chunks):
+    with monkeypatch.context() as patch:
+        _Stop(patch, fm.attribution, "scores", 3)
+        _Stop(patch, fm.checkpoint, "save", 1)
+        assert "Interrupted after 100 of 256" in complain(130, "scores", linear, "--out", tmp_path)
+    assert "Going on after 100 examples." in succeed("scores", linear, "--out", tmp_path)
+
+
+def test_a_checkpoints_learning_rate_is_that_of_its_own_schedule(data_dir, tmp_path):
+    run, options = tmp_path / "run", ("--schedule", "cosine", "--save-every", "4", "--keep", "100")
+    succeed("train", "--data-dir", data_dir, *LINEAR, "--out", run, *options)
+    before = [point.lr for point in Run(run).points]
+    assert before == sorted(before, reverse=True)
+    assert math.isclose(before[0], 0.01 * (1 + math.cos(math.pi * 3 / 16)) / 2, rel_tol=1e-5)
+    succeed("train", "--resume", run, "--epochs", "4")
+    assert [point.lr for point in Run(run).points][:4] == before
+
+
 # ---- mislabelled
 
 
@@ -200,7 +237,8 @@ def test_planted_flips_are_found_better_than_at_random(linear, mnist, tmp_path):
                 float(share.strip("%")) / 100, fm.attribution.found(score, flipped, checked), abs_tol=0.02
             )
     assert png(tmp_path / "out" / "found.png")
-    assert len(Run(tmp_path / "out" / "training").points) == 2  # one for each epoch
+    (training,) = (tmp_path / "out").glob("training-*")
+    assert len(Run(training).points) == 2  # one for each epoch
     assert not litter(tmp_path / "out")
 
 
@@ -231,6 +269,30 @@ def test_real_labels_are_ranked_by_the_mean_rank_of_the_scores(linear, tmp_path)
     assert png(tmp_path / "suspicious.png")
 
 
+def test_other_flips_in_the_same_folder_are_trained_on_anew(linear, tmp_path):
+    command = ("mislabelled", linear, "--scores", "loss")
+    succeed(*command, "--flip", "0.1", "--out", tmp_path / "both")
+    for other in (("--flip", "0.3"), ("--flip", "0.1", "--seed", "1"), ("--flip", "0.1", "--images", "100")):
+        succeed(*command, *other, "--out", tmp_path / "both")
+        fresh = tmp_path / "-".join(other)
+        succeed(*command, *other, "--out", fresh)
+        assert (tmp_path / "both" / "scores.csv").read_bytes() == (fresh / "scores.csv").read_bytes()
+
+
+def test_the_same_flips_go_on_wherever_the_run_is_moved_to(copy, tmp_path):
+    command = ("--flip", "0.1", "--scores", "loss")
+    succeed("mislabelled", copy, *command)
+    copy.rename(tmp_path / "moved")
+    assert "Going on after step 16." in succeed("mislabelled", tmp_path / "moved", *command)
+
+
+def test_equal_scores_have_equal_ranks(linear, tmp_path):
+    succeed("mislabelled", linear, "--scores", "forgetting,loss", "--out", tmp_path)
+    found = table(tmp_path / "suspicious.csv")
+    never = found["forgetting"] == 0
+    assert (found["loss"][never].diff() <= 1e-6).all()  # among equals the other score decides
+
+
 # ---- influence
 
 
@@ -253,6 +315,15 @@ def test_influence_is_that_of_the_dense_gradients(method, linear, mnist, tmp_pat
     helped = next(line for line in out.splitlines() if line.startswith("Helped most"))
     assert ", ".join(part.split(" ")[-1] for part in helped.split(" (a")[:3]) == best
     assert png(tmp_path / "influence.png")
+
+
+def test_only_what_helped_is_told_to_have_helped(linear, tmp_path):
+    out = succeed("influence", linear, "--test", "7", "--images", "6", "--top", "6", "--out", tmp_path)
+    found = table(tmp_path / "influence.csv")["influence"]
+    for line, good in (("Helped most", found > 0), ("Hurt most", found < 0)):
+        told = next(x for x in out.splitlines() if x.startswith(line))
+        assert told.count("(a ") == int(good.sum())
+        assert ("none" in told) == (not good.any())
 
 
 # ---- the noise scale, and training that watches it
@@ -328,6 +399,54 @@ def test_the_last_batch_of_an_epoch_may_be_of_one_example(data_dir, mnist, tmp_p
         assert a["norms"] == pytest.approx(b["norms"], rel=1e-4)
 
 
+@pytest.mark.parametrize("form", ["off", "on"])
+def test_a_last_batch_of_any_size_is_recorded_whole(form, mnist, tmp_path):
+    folder = write_idx(tmp_path / "data", part(mnist, 148, 8))
+    options = ("--epochs", "1", "--batch-size", "64", "--watch", "norms", "--model", "linear", "--compile", form)
+    assert ask("train", "--data-dir", folder, "--out", tmp_path / "run", *options).status == 0
+    run = Run(tmp_path / "run")
+    last = lines(tmp_path / "run", "watch")[-1]
+    order_key, _ = random.split(random.split(random.key(0))[1]).unbind(0)
+    index = fm.data.epoch_order(148, key=order_key, epoch=0)
+    images, labels = part(mnist, 148, 8).train
+    params = run.found.made.init(random.split(random.key(0))[0])
+    velocity = tree.zeros_like(params)
+    for rows in index.split(64)[:2]:
+        loss = grad(lambda p, i, y: nn.functional.cross_entropy(run.found.made.outputs(p, i), y))
+        velocity = tree.map(lambda v, g: 0.9 * v + g, velocity, loss(params, images[rows], labels[rows]))
+        params = tree.map(lambda w, v: w - 0.01 * v, params, velocity)
+    norms = run.sample_grads(restore.Point(2, params, None, 0.01), images[index[128:]], labels[index[128:]]).norm(dim=1)
+    assert len(norms) == 20
+    assert math.isclose(last["norms"]["mean"], norms.mean(), rel_tol=1e-3)
+    assert math.isclose(last["norms"]["most"], norms.max(), rel_tol=1e-3)
+
+
+def test_an_epoch_that_was_stopped_is_summed_up_whole(watched, data_dir, tmp_path, monkeypatch):
+    run, options = tmp_path / "run", ("--watch", "noise-scale,norms", "--watch-every", "2")
+    with monkeypatch.context() as patch:
+        _Stop(patch, commands.callbacks.Reporter, "__call__", 5)
+        ask("train", "--data-dir", data_dir, *LINEAR, "--out", run, *options)
+    said = [
+        line for line in succeed("train", "--resume", run).splitlines() if "of the epoch" in line or "Largest" in line
+    ]
+    assert said == [line for line in watched[1].splitlines() if "of the epoch" in line or "Largest" in line]
+
+
+@pytest.mark.parametrize(
+    "left", ['{"config": 1}', "[" * 100_000, '{"found": {"12": [1, 2]}, "config": {}}', '{"found": [], "config": {}}']
+)
+def test_what_is_left_of_a_noise_scale_and_damaged_is_dropped(left, linear, tmp_path):
+    (tmp_path / ".partial.json").write_text(left)
+    succeed("noise-scale", linear, "--out", tmp_path)
+    assert len((tmp_path / "noise-scale.csv").read_text().splitlines()) == 4
+
+
+def test_a_record_that_was_edited_by_hand_is_left_out(copy, tmp_path):
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "watch", "step": 3, "epoch": 0, "trace": "abc"}\n')
+    succeed("noise-scale", copy, "--out", tmp_path)
+
+
 def test_the_noise_scale_of_a_run_is_that_of_its_records_and_of_its_checkpoints(watched, tmp_path):
     run, _ = watched
     out = succeed("noise-scale", run, "--windows", "2", "--out", tmp_path)
@@ -362,7 +481,8 @@ def test_the_noise_scale_at_a_checkpoint_is_that_of_its_gradients(linear, mnist,
 def test_a_stopped_noise_scale_goes_on_at_the_next_checkpoint(linear, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         _Stop(patch, noise_scale.statistics, "noise_scale", 3)
-        assert complain(130, "noise-scale", linear, "--out", tmp_path) == "Interrupted."
+        said = complain(130, "noise-scale", linear, "--out", tmp_path)
+    assert said == "Interrupted after 2 of 3 checkpoints. The same command goes on from there."
     counted = _Stop(monkeypatch, noise_scale.statistics, "noise_scale", -1)
     succeed("noise-scale", linear, "--out", tmp_path)
     assert counted.calls == 1
@@ -411,6 +531,9 @@ def test_a_run_of_another_model_is_told_in_one_line(command, copy, cnn):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
+        (("train", "--watch", ","), "--watch must name one of noise-scale, norms at least."),
+        (("train", "--watch", "noise-scale", "--batch-size", "1"), "--watch noise-scale needs a --batch-size of 2"),
+        (("mislabelled", "--top", "101"), "--top must be from 1 to 100"),
         (("scores", "--scores", "loss,grond"), "--scores must be of loss, el2n, grand, margin"),
         (("scores", "--scores", ","), "--scores must name one of"),
         (("scores", "--scores", "forgetting"), "The score forgetting needs two checkpoints at least."),
@@ -418,7 +541,7 @@ def test_a_run_of_another_model_is_told_in_one_line(command, copy, cnn):
         (("scores", "--threads", "0"), "--threads must be from 1 to 1024"),
         (("influence", "--test", "64"), "--test must be below 64. Found 64."),
         (("influence", "--test", "-1"), "--test must be at least 0"),
-        (("influence", "--test", "1", "--top", "0"), "--top must be at least 1"),
+        (("influence", "--test", "1", "--top", "0"), "--top must be from 1 to 100"),
         (("mislabelled", "--flip", "0"), "--flip must be above 0 and below 1"),
         (("mislabelled", "--flip", "1"), "--flip must be above 0 and below 1"),
         (("mislabelled", "--flip", "nan"), "--flip must be above 0 and below 1"),

@@ -414,6 +414,12 @@ def test_what_is_found_are_the_positives_among_the_highest():
     assert [attribution.found(scores, positive, part) for part in (0, 0.2, 0.4, 0.6, 1)] == [0, 0.5, 0.5, 1, 1]
 
 
+def test_ties_share_what_is_found_of_them():
+    positive = torch.tensor([True, True, False, False])
+    assert attribution.found(torch.zeros(4), positive, 0.5) == 0.5
+    assert attribution.found(torch.tensor([2.0, 1.0, 1.0, 0.0]), positive, 0.5) == 0.75
+
+
 # ---- compiled
 
 
@@ -461,11 +467,14 @@ ONES = torch.ones(3)
         (lambda: attribution.trained(RUN, torch.ones(3)), "trained: weights must be"),
         (lambda: attribution.retrained(RUN, TEST, torch.ones(2, 12), at_once=0), "at_once"),
         (lambda: attribution.tracin(RUN.loss_fn, [], RUN.examples, TEST, lrs=[]), "tracin: at least one checkpoint"),
-        (lambda: attribution.tracin(RUN.loss_fn, [RUN.params], RUN.examples, TEST, lrs=[1, 2]), "Found 1 and 2"),
+        (
+            lambda: attribution.tracin(RUN.loss_fn, [RUN.params], RUN.examples, TEST, lrs=[1, 2]),
+            "Found 1 and rates of shape",
+        ),
         (lambda: attribution.self_influence(torch.ones(2, 3), ONES), "self_influence"),
         (lambda: attribution.forgetting_events(torch.ones(2, 3)), "forgetting_events: correct must be bool"),
         (lambda: attribution.of_outputs(torch.ones(3, 1), torch.zeros(3, dtype=torch.int64)), "two classes"),
-        (lambda: attribution.projection(RUN.params, key=random.key(0), size=0), "size must be at least 1"),
+        (lambda: attribution.projection(RUN.params, key=random.key(0), size=0), "size must be a whole number"),
         (lambda: attribution.trak(torch.ones(3, 2), torch.ones(3, 1), ONES), "trak: features"),
         (lambda: attribution.trak(torch.ones(3, 2), torch.ones(3, 2), ONES, damping=-1), "damping"),
         (lambda: attribution.fisher_influence(torch.eye(3), torch.ones(2, 3), damping=1), "fisher_influence"),
@@ -477,6 +486,16 @@ ONES = torch.ones(3)
         (lambda: attribution.found(ONES, ONES > 0, 1.1), "found: checked"),
         (lambda: attribution.found(ONES, ONES > 2, 0.1), "something positive"),
         (lambda: attribution.rank_correlation(ONES, torch.ones(2)), "rank_correlation"),
+        (lambda: attribution.rank_correlation(ONES, ONES * math.nan), "rank_correlation: .* NaN"),
+        (lambda: attribution.planted(torch.full((3,), 9), 3, key=random.key(0), part=0.1), "labels must be in"),
+        (lambda: attribution.trak(torch.ones(3, 5), torch.ones(3, 5), ONES), "fewer examples than features"),
+        (lambda: attribution.projection(RUN.params, key=random.key(0), size=2.5), "whole number"),
+        (lambda: attribution.unrolled(RUN, TEST, at_once=0), "unrolled: at_once"),
+        (lambda: attribution.retrained(RUN, TEST, torch.ones(2, 7)), r"retrained: weights must be \(R, 12\)"),
+        (lambda: attribution.leave_one_out(RUN, TEST, torch.ones(2)), "leave_one_out: which"),
+        (lambda: attribution.trained(RUN._replace(order=RUN.order.float()), torch.ones(12)), "order integers"),
+        (lambda: attribution.tangent_kernel(RUN.loss_fn, RUN.params, ()), "tangent_kernel: a and b must be tuples"),
+        (lambda: attribution.curvature({}, ONES).solve(torch.ones(2, 3), damping=1), "solve: the vector"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_words(call, said):

@@ -312,7 +312,7 @@ def test_the_critical_batch_size_takes_twice_the_least_of_both():
             lambda: statistics.two_batch_sizes(torch.ones(3), torch.ones(3), small_size=8, large_size=8),
             "small_size must be below",
         ),
-        (lambda: statistics.efficiency(0.0, 5), "efficiency"),
+        (lambda: statistics.efficiency(-1.0, 5), "efficiency"),
         (lambda: statistics.efficiency(math.nan, 5), "efficiency"),
     ],
 )

@@ -24,6 +24,7 @@ from .grading import auc as auc
 from .grading import found as found
 from .grading import planted as planted
 from .grading import rank_correlation as rank_correlation
+from .grading import ranks as ranks
 from .influence import gradient_cosine as gradient_cosine
 from .influence import tracin as tracin
 from .kernel import kernel_regression as kernel_regression

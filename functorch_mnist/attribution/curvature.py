@@ -48,6 +48,9 @@ class Curvature:
         """
         if not damping > 0:
             raise ValueError(f"solve: damping must be above 0. Found {damping}.")
+        shapes = [[tuple(leaf.shape) for leaf in tree.leaves(t)] for t in (self.diagonal, vector)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"solve: the vector must have the shapes {shapes[0]}. Found {shapes[1]}.")
         solved = []
         leaves, diagonals = tree.leaves(vector), tree.leaves(tree.map(lambda _, d: d, vector, self.diagonal))
         for path, v, diagonal in zip(tree.paths(vector), leaves, diagonals, strict=True):

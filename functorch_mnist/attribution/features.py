@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .. import batch as batches
 from .. import random, tree
+from ..losses import check_labels
 from ..per_sample import Plan, factored
 from ..tree import Tree
 
@@ -55,8 +56,8 @@ def projection(params: Tree, *, key: Tensor, size: int) -> Projection:
         >>> projection({"w": torch.zeros(100, 50), "b": torch.zeros(4)}, key=random.key(0), size=64).size
         68
     """
-    if size < 1:
-        raise ValueError(f"projection: size must be at least 1. Found {size}.")
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"projection: size must be a whole number, at least 1. Found {size}.")
     maps = []
     leaves = tree.leaves(params)
     for leaf, leaf_key in zip(leaves, random.split(key, max(1, len(leaves))), strict=False):
@@ -121,6 +122,7 @@ def log_odds(outputs: Tensor, labels: Tensor) -> Tensor:
         >>> log_odds(torch.zeros(2), torch.tensor(0))
         tensor(0.)
     """
+    check_labels("log_odds", outputs, labels)
     own = labels[..., None] == torch.arange(outputs.shape[-1], device=outputs.device)
     wide = tree.wide(outputs)
     others = wide.masked_fill(own, -torch.inf).logsumexp(-1)
@@ -148,6 +150,10 @@ def trak(train: Tensor, test: Tensor, probabilities: Tensor, *, damping: float =
         )
     if not damping >= 0:
         raise ValueError(f"trak: damping must be at least 0. Found {damping}.")
+    if damping == 0 and len(train) < train.shape[1]:
+        raise ValueError(
+            f"trak: fewer examples than features need a damping above 0. Found {len(train)} and {train.shape[1]}."
+        )
     train, test = train.double(), test.double()
     moment = train.T @ train + damping * torch.eye(train.shape[1], dtype=train.dtype, device=train.device)
     found: Tensor = train @ torch.linalg.solve(moment, test.T)

@@ -28,6 +28,12 @@ def planted(labels: Tensor, classes: int, *, key: Tensor, part: float) -> tuple[
     """
     if not 0 <= part <= 1 or classes < 2:
         raise ValueError(f"planted: part must be from 0 to 1, classes at least 2. Found {part} and {classes}.")
+    if labels.dim() != 1 or labels.dtype not in (torch.uint8, torch.int32, torch.int64):
+        raise TypeError(f"planted: labels must be integers (N,). Found {labels.dtype} {tuple(labels.shape)}.")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(
+            f"planted: labels must be in [0, {classes}). Found {int(labels.min())} to {int(labels.max())}."
+        )
     which_key, shift_key = random.split(key)
     chosen = random.permutation(which_key, len(labels))[: round(part * len(labels))]
     flipped = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
@@ -55,12 +61,12 @@ def auc(scores: Tensor, positive: Tensor) -> float:
     others = len(positive) - positives
     if not positives or not others:
         raise ValueError(f"auc: examples of both kinds are needed. Found {positives} and {others}.")
-    wins = float(_ranks(scores)[positive].sum()) - positives * (positives + 1) / 2
+    wins = float(ranks(scores)[positive].sum()) - positives * (positives + 1) / 2
     return wins / (positives * others)
 
 
 def found(scores: Tensor, positive: Tensor, checked: float) -> float:
-    """The part of the positive examples among those of the highest scores.
+    """The part of the positive examples among those of the highest scores, on average over the orders of ties.
 
     Args:
         scores: (N,).
@@ -77,8 +83,13 @@ def found(scores: Tensor, positive: Tensor, checked: float) -> float:
     _check("found", scores, positive)
     if not 0 <= checked <= 1 or not positive.any():
         raise ValueError(f"found: checked must be from 0 to 1, and something positive. Found {checked}.")
-    first = scores.argsort(descending=True, stable=True)[: round(checked * len(scores))]
-    return float(positive[first].sum() / positive.sum())
+    count = round(checked * len(scores))
+    if not count:
+        return 0.0
+    last = scores.sort(descending=True).values[count - 1]
+    above, tied = scores > last, scores == last
+    of_ties = (count - int(above.sum())) * float(positive[tied].double().mean())
+    return (int(positive[above].sum()) + of_ties) / int(positive.sum())
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
@@ -99,21 +110,28 @@ def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
             f"rank_correlation: two tensors (N, …) of one shape, N at least 2. "
             f"Found {tuple(a.shape)} and {tuple(b.shape)}."
         )
+    if a.isnan().any() or b.isnan().any():
+        raise ValueError("rank_correlation: numbers have ranks. Found NaN.")
     columns = []
     for x, y in zip(a.reshape(len(a), -1).T, b.reshape(len(b), -1).T, strict=True):
-        x, y = (_ranks(values) for values in (x, y))
+        x, y = (ranks(values) for values in (x, y))
         x, y = x - x.mean(), y - y.mean()
         size = x.norm() * y.norm()
         columns.append(torch.where(size > 0, x @ y / size, 0.0))
     return torch.stack(columns).reshape(a.shape[1:])
 
 
-def _ranks(values: Tensor) -> Tensor:
-    """(N,) float64: from 1, equal values with the mean of theirs."""
+def ranks(values: Tensor) -> Tensor:
+    """The ranks of numbers (N,), the least with 1, equal ones with the mean of theirs: (N,) float64.
+
+    Example:
+        >>> ranks(torch.tensor([5.0, 1.0, 5.0]))
+        tensor([2.5000, 1.0000, 2.5000], dtype=torch.float64)
+    """
     _, place, counts = values.unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
-    ranks: Tensor = (last - (counts - 1) / 2)[place]
-    return ranks
+    found: Tensor = (last - (counts - 1) / 2)[place]
+    return found
 
 
 def _check(where: str, scores: Tensor, positive: Tensor) -> None:

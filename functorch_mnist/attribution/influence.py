@@ -59,7 +59,8 @@ def tracin(
         loss_fn: `loss_fn(params, *example) -> ()`, pure.
         checkpoints: the parameters at T moments of training, at least one.
         train, test: tensors (N, …) and (M, …).
-        lrs: the learning rate at each checkpoint.
+        lrs: (T,), the learning rate at each checkpoint. With momentum μ a step goes 1 / (1 - μ) times as far in all,
+            which changes no order.
         chunk_size, plan: as in `per_sample.gram`.
 
     Raises:
@@ -67,9 +68,11 @@ def tracin(
 
     Cost: for each checkpoint one backward pass over each set.
     """
-    if len(checkpoints) < 1 or len(lrs) != len(checkpoints):
+    rates = torch.as_tensor(lrs)
+    if len(checkpoints) < 1 or rates.shape != (len(checkpoints),):
         raise ValueError(
-            f"tracin: at least one checkpoint, and a learning rate for each. Found {len(checkpoints)} and {len(lrs)}."
+            f"tracin: at least one checkpoint, and a learning rate for each. "
+            f"Found {len(checkpoints)} and rates of shape {tuple(rates.shape)}."
         )
     total: Tree = None
     for params, lr in zip(checkpoints, lrs, strict=True):

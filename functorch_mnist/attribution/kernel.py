@@ -38,7 +38,12 @@ def tangent_kernel(
 
     Cost: C backward passes over each set.
     """
-    count = outputs_fn(params, *[x[0] for x in a]).shape[-1]
+    if isinstance(a, Tensor) or isinstance(b, Tensor) or not a or not len(a[0]):
+        raise ValueError("tangent_kernel: a and b must be tuples of tensors, such as (x,), with an example each.")
+    shape = tuple(outputs_fn(params, *[x[0] for x in a]).shape)
+    if len(shape) != 1:
+        raise ValueError(f"tangent_kernel: the outputs of one example must be (C,). Found {shape}.")
+    count = shape[0]
 
     def output_fn(params: Tree, *example: Tensor) -> Tensor:  # one of the outputs, that which the last tensor marks
         return (outputs_fn(params, *example[:-1]) * example[-1]).sum(-1)
@@ -63,7 +68,8 @@ def kernel_regression(kernel: Tensor, residuals: Tensor, cross: Tensor, *, ridge
         ValueError: shapes do not fit, or the ridge is below 0.
     """
     count = len(kernel)
-    if kernel.shape != (count, count) or len(residuals) != count or cross.shape[1:] != (count,) or not ridge >= 0:
+    good = residuals.dim() == 2 and len(residuals) == count
+    if kernel.shape != (count, count) or not good or cross.shape[1:] != (count,) or not ridge >= 0:
         raise ValueError(
             f"kernel_regression: kernel (N, N), residuals (N, C), cross (M, N), ridge at least 0. "
             f"Found {tuple(kernel.shape)}, {tuple(residuals.shape)}, {tuple(cross.shape)}, {ridge}."

@@ -44,10 +44,10 @@ def trained(run: Run, weights: Tensor) -> Tree:
         ValueError: the weights are not (N,), or the order is not (T, B).
     """
     count = check("trained", run.examples, None)
-    if weights.shape != (count,) or run.order.dim() != 2:
+    if weights.shape != (count,) or run.order.dim() != 2 or run.order.shape[1] < 1 or run.order.is_floating_point():
         raise ValueError(
-            f"trained: weights must be ({count},) and the order (T, B). "
-            f"Found {tuple(weights.shape)} and {tuple(run.order.shape)}."
+            f"trained: weights must be ({count},) and the order integers (T, B). "
+            f"Found {tuple(weights.shape)} and {run.order.dtype} {tuple(run.order.shape)}."
         )
     losses_fn = vmap(run.loss_fn, in_dims=(None, *[0] * len(run.examples)))
     params, state = run.params, run.optimizer.init(run.params)
@@ -72,9 +72,15 @@ def retrained(run: Run, test: tuple[Tensor, ...], weights: Tensor, *, at_once: i
 
     Returns:
         (R, M).
+
+    Raises:
+        ValueError: the weights are not (R, N), or `at_once` is below 1.
     """
-    if at_once < 1:
-        raise ValueError(f"retrained: at_once must be at least 1. Found {at_once}.")
+    if weights.dim() != 2 or weights.shape[1] != len(run.examples[0]) or at_once < 1:
+        raise ValueError(
+            f"retrained: weights must be (R, {len(run.examples[0])}) and at_once at least 1. "
+            f"Found {tuple(weights.shape)} and {at_once}."
+        )
     return torch.cat([vmap(lambda row: _test_losses(run, test, row))(part) for part in weights.split(at_once)])
 
 
@@ -88,8 +94,13 @@ def leave_one_out(run: Run, test: tuple[Tensor, ...], which: Tensor, *, at_once:
     Returns:
         (R, M): above zero where the example helped.
 
+    Raises:
+        ValueError: `which` is not (R,) int64, or `at_once` is below 1.
+
     Cost: R + 1 training runs.
     """
+    if which.dim() != 1 or which.dtype != torch.int64:
+        raise ValueError(f"leave_one_out: which must be int64 (R,). Found {which.dtype} {tuple(which.shape)}.")
     ones = _ones(run)
     without = ones.repeat(len(which), 1).scatter(1, which[:, None], 0.0)
     losses = retrained(run, test, torch.cat([ones[None], without]), at_once=at_once)
@@ -102,7 +113,7 @@ def unrolled(run: Run, test: tuple[Tensor, ...], *, at_once: int = 8) -> Tensor:
     Args:
         run: the run.
         test: tensors (M, …), as the loss takes them.
-        at_once: test examples differentiated side by side.
+        at_once: test examples differentiated side by side, at least 1.
 
     Returns:
         (N, M): `-d loss_j / d c_i` at all weights one; above zero where the example helped.
@@ -110,6 +121,8 @@ def unrolled(run: Run, test: tuple[Tensor, ...], *, at_once: int = 8) -> Tensor:
     Cost: all steps' activations are held: meant for small models. One backward pass through the run for each test
         example.
     """
+    if at_once < 1:
+        raise ValueError(f"unrolled: at_once must be at least 1. Found {at_once}.")
     losses, pull, *_ = vjp(lambda weights: _test_losses(run, test, weights), _ones(run))
     units = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
     rows = [vmap(lambda unit: pull(unit)[0])(part) for part in units.split(at_once)]

@@ -105,35 +105,33 @@ class Watcher:
 
     def __init__(self, run: Path, watches: Sequence[str]) -> None:
         self.run, self.watches = run, watches
-        self.noise: list[tuple[float, float]] = []
-        self.largest = 0.0
 
     def __call__(self, progress: Progress) -> None:
         if self.watches and "norms" in progress.aux:
             self._record(progress)
         if self.watches and progress.epoch_ended:
-            self._sum_up()
+            self._sum_up(progress.epoch)
 
     def _record(self, progress: Progress) -> None:
         aux = progress.aux
         check_finite(aux["norms"], f"The gradients of step {progress.step}")
-        rows = (progress.examples - 1) % len(aux["norms"]) + 1 if progress.epoch_ended else len(aux["norms"])
+        rows = int(aux["count"])
         record: dict[str, Any] = {"kind": "watch", "epoch": progress.epoch, "step": progress.step}
         if "norms" in self.watches:
             norms = aux["norms"][:rows].double()  # padding comes last
             low, median, high = norms.quantile(norms.new_tensor(self.QUANTILES)).tolist()
             record["norms"] = {"mean": norms.mean().item(), "10 %": low, "50 %": median, "90 %": high,
                                "most": norms.max().item()}  # fmt: skip
-            self.largest = max(self.largest, record["norms"]["most"])
         if "noise-scale" in self.watches and rows > 1:
             record |= {"trace": aux["trace"].item(), "square_norm": aux["square_norm"].item()}
-            self.noise.append((record["trace"], record["square_norm"]))
         run_folder.append_metrics(self.run, record)
 
-    def _sum_up(self) -> None:
-        if len(self.noise) >= 3:
-            found = statistics.averaged(*torch.tensor(self.noise, dtype=torch.float64).unbind(1))
+    def _sum_up(self, epoch: int) -> None:
+        records = [r for r in run_folder.read_metrics(self.run) if r["kind"] == "watch" and r.get("epoch") == epoch]
+        noise = [(r["trace"], r["square_norm"]) for r in records if "trace" in r]
+        if len(noise) >= 3:
+            found = statistics.averaged(*torch.tensor(noise, dtype=torch.float64).unbind(1))
             tqdm.write(f"Gradient noise scale of the epoch: {found}, from {found.samples} steps", file=sys.stdout)
-        if "norms" in self.watches:
-            tqdm.write(f"Largest norm of a sample gradient in the epoch: {self.largest:.4g}", file=sys.stdout)
-        self.noise, self.largest = [], 0.0
+        largest = [r["norms"]["most"] for r in records if "norms" in r]
+        if largest:
+            tqdm.write(f"Largest norm of a sample gradient in the epoch: {max(largest):.4g}", file=sys.stdout)

@@ -1,5 +1,6 @@
-"""Faults that one line can tell."""
+"""Faults that one line can tell, and a save that a second Ctrl-C does not break off."""
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,11 +27,22 @@ def first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-def check_finite(values: Tree, what: str) -> None:
+def check_finite(values: Tree, what: str, remedy: str = "Lower --lr, or set --max-norm.") -> None:
     """Refuses NaN and infinity.
 
     Raises:
         DivergedError: there is one.
     """
     if not all(bool(leaf.isfinite().all()) for leaf in tree.leaves(values)):
-        raise DivergedError(f"{what} must be finite. Found NaN or infinity. Lower --lr, or set --max-norm.")
+        raise DivergedError(f"{what} must be finite. Found NaN or infinity. {remedy}")
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Keeps a second Ctrl-C from breaking off what the first one asked for."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

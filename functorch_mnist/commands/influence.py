@@ -15,7 +15,7 @@ from . import build, restore
 from .faults import check_finite
 from .passes import forget, passes
 from .restore import Point
-from .scoring import row, write_csv, write_picture
+from .scoring import rows, write_csv, write_picture
 from .train import prepare
 
 
@@ -30,8 +30,8 @@ def influence(options: Influence) -> int:
     points: Sequence[Point] = restore.points(options.run, run, where)
     if options.method != "tracin":
         points = points[-1:]
-    images, labels = (rows[: options.images] for rows in dataset.train)
-    image, label = (rows[options.test] for rows in dataset.test)
+    images, labels = (part[: options.images] for part in dataset.train)
+    image, label = (part[options.test] for part in dataset.test)
 
     def loss_fn(params: Params, image: Tensor, label: Tensor) -> Tensor:
         return run.made.loss(run.made.outputs(params, image), label)
@@ -40,13 +40,13 @@ def influence(options: Influence) -> int:
         found = per_sample.factored(loss_fn, params, images, labels)
         products = found.dot(direction)
         if options.method == "cosine":
-            lengths = found.norms() * tree.norm(direction)
-            products = torch.where(lengths == 0, 0.0, products / lengths)
+            lengths = found.norms().double() * tree.norm(direction).double()
+            products = torch.where(lengths == 0, 0.0, products / lengths).to(products.dtype)
         return {"influence": products}
 
     call = training.compiled(one_pass) if options.compile == "on" else one_pass
     directions = [grad(loss_fn)(point.params, image, label) for point in points]
-    folder = options.out or options.run / "influence" / f"test-{options.test}"
+    folder = options.out or options.run / "influence" / f"test-{options.test}-{options.method}"
     kept = folder / ".partial"
     config = restore.to_config(run.begun) | {
         "images": len(images), "test": options.test, "steps": [point.step for point in points],
@@ -58,27 +58,27 @@ def influence(options: Influence) -> int:
         flush=True,
     )
     columns = passes(
-        lambda number, *rows: call(points[number].params, directions[number], *rows),
+        lambda number, *part: call(points[number].params, directions[number], *part),
         (images, labels),
         {"influence": torch.float32},
         count=len(points),
+        given=([point.params for point in points], directions),
         folder=kept,
         config=config,
     )
-    check_finite(columns, "The influences")
+    check_finite(columns, "The influences", "Has the run diverged?")
     lrs = torch.tensor([point.lr for point in points]) if options.method == "tracin" else torch.ones(1)
     found, labels = lrs @ columns["influence"], labels.cpu()
     write_csv(folder / "influence.csv", {"index": torch.arange(len(found)), "label": labels, "influence": found})
     order = found.argsort(descending=True, stable=True)
-    helped, hurt = order[: options.top], order.flip(0)[: options.top]
-    captions = [[f"{i}: {labels[i]}\n{found[i]:.3g}" for i in chosen.tolist()] for chosen in (helped, hurt)]
-    rows = [
-        plots.Row(f"test image {options.test}", image, [f"a {int(label)}"]),
-        row("helped most (index: label, influence)", helped, images, captions[0]),
-        row("hurt most", hurt, images, captions[1]),
-    ]
-    write_picture(folder / "influence.png", lambda: plots.gallery(rows))
-    forget(kept)
+    helped = [i for i in order[: options.top].tolist() if found[i] > 0]
+    hurt = [i for i in order.flip(0)[: options.top].tolist() if found[i] < 0]
+    pictures = [plots.Row(f"test image {options.test}", image, [f"a {int(label)}"])]
     for title, chosen in (("Helped", helped), ("Hurt", hurt)):
-        print(f"{title} most: " + ", ".join(f"{i} (a {labels[i]}, {found[i]:.3g})" for i in chosen.tolist()))
+        told = ", ".join(f"{i} (a {labels[i]}, {found[i]:.3g})" for i in chosen) or "none"
+        print(f"{title} most: {told}")
+        captions = [f"{i}: {labels[i]}\n{found[i]:.3g}" for i in chosen]
+        pictures += rows(f"{title.lower()} most (index: label, influence)", chosen, images, captions)
+    write_picture(folder / "influence.png", lambda: plots.gallery(pictures))
+    forget(kept)
     return 0

@@ -1,5 +1,6 @@
 """`mislabelled`: the training images whose labels are most likely wrong, and how well planted ones are found."""
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,16 +10,14 @@ from torch import Tensor
 from .. import attribution, data, plots, random, run_folder
 from ..options import SCORES, Mislabelled, Train, UsageError, listed
 from . import build, restore
-from .passes import forget
+from .passes import digest, forget
 from .restore import Trained
-from .scoring import row, scored, suspicion, write_csv, write_picture
+from .scoring import rows, scored, suspicion, write_csv, write_picture
 from .train import prepare
 from .train import run as train_run
 
 _CHECKED = (0.1, 0.2, 0.3)
 """The parts of all examples after which the flips found are printed."""
-_SHOWN = 12
-"""Images in a row of the gallery."""
 _ALL = 2**31 - 1
 """Checkpoints to keep."""
 
@@ -30,7 +29,7 @@ def mislabelled(options: Mislabelled) -> int:
     run = restore.trained(options.run, where)
     names = listed("--scores", options.scores, SCORES)
     dataset = restore.training_images(run, options.data_dir, where)
-    images, labels = (rows[: options.images] for rows in dataset.train)
+    images, labels = (part[: options.images] for part in dataset.train)
     if options.flip is None:
         return _real(options, run, names, images, labels)
     planted, flipped = attribution.planted(
@@ -40,37 +39,51 @@ def mislabelled(options: Mislabelled) -> int:
         raise UsageError(f"--flip must flip some of {len(labels)} labels and not all. Found {options.flip}.")
     folder = options.out or options.run / "mislabelled" / f"flip-{options.flip:g}-of-{len(labels)}-seed-{options.seed}"
     changed = data.Dataset(data.Split(images, planted), dataset.test, dataset.classes)
-    status = _train(run.options, changed, folder / "training", options)
-    if status:
-        return status
-    return _planted(options, folder, names, changed, flipped.cpu())
+    wanted = _options(run.options, changed, options)
+    # Named after all that it hangs on, so that no training on other labels is taken for it.
+    name = digest((images, planted)) + repr(replace(wanted, device="cpu", compile="off", threads=None))
+    training = folder / f"training-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    status = train_run(
+        replace(wanted, resume=training if run_folder.exists(training) else None),
+        changed,
+        training,
+        again="the same command",
+    )
+    return status or _planted(options, folder, training, names, changed, flipped.cpu())
 
 
-def _train(trained: Train, dataset: data.Dataset, folder: Path, options: Mislabelled) -> int:
-    """Trains as the run was trained, on other labels; keeps a checkpoint of each epoch."""
+def _options(trained: Train, dataset: data.Dataset, options: Mislabelled) -> Train:
+    """Those of training as the run was trained, with a checkpoint of each epoch."""
     count = len(dataset.train.images)
-    per_epoch = data.steps_per_epoch(count, min(trained.batch_size, count))
-    wanted = replace(
+    return replace(
         trained,
-        save_every=per_epoch,
+        save_every=data.steps_per_epoch(count, min(trained.batch_size, count)),
         keep=_ALL,
-        out=folder,
-        resume=folder if run_folder.exists(folder) else None,
+        out=None,
+        resume=None,
+        data_dir=None,
         device=options.device,
         compile=options.compile,
+        threads=options.threads,
         watch=None,
         watch_every=1,
     )
-    return train_run(wanted, dataset, folder, again="the same command")
 
 
-def _planted(options: Mislabelled, folder: Path, names: tuple[str, ...], dataset: data.Dataset, flipped: Tensor) -> int:
-    where = dataset.train.images.device
-    run = restore.trained(folder / "training", where)
+def _planted(
+    options: Mislabelled,
+    folder: Path,
+    training: Path,
+    names: tuple[str, ...],
+    dataset: data.Dataset,
+    flipped: Tensor,
+) -> int:
+    """Looks for the flips with the scores over the training."""
+    run = restore.trained(training, dataset.train.images.device)
     images, labels = dataset.train
     per_epoch = data.steps_per_epoch(len(images), min(run.begun.options.batch_size, len(images)))
     points = [  # not those that Ctrl-C has left
-        point for point in restore.points(folder / "training", run, where) if point.step % per_epoch == 0
+        point for point in restore.points(training, run, images.device) if point.step % per_epoch == 0
     ]
     config = restore.to_config(run.begun) | {"flip": options.flip, "seed": options.seed}
     kept = folder / ".partial"
@@ -79,7 +92,7 @@ def _planted(options: Mislabelled, folder: Path, names: tuple[str, ...], dataset
     labels = labels.cpu()
     columns = {"index": torch.arange(len(labels)), "label": labels, "flipped": flipped.long()}
     write_csv(folder / "scores.csv", columns | {"prediction": found.prediction} | found.scores)
-    random_score = random.uniform(random.key(options.seed + 1), (len(labels),))
+    random_score = random.uniform(random.fold_in(random.key(options.seed), 1), (len(labels),))
     ranked = {name: suspicion(name, score) for name, score in found.scores.items()} | {"random": random_score}
     print(f"\n{int(flipped.sum()):,} of {len(labels):,} labels are flipped. Found when checking the first")
     print(f"{'':>15}  {'AUC':>6}" + "".join(f"{part:>8.0%}" for part in _CHECKED))
@@ -104,8 +117,8 @@ def _real(options: Mislabelled, run: Trained, names: tuple[str, ...], images: Te
     labels = labels.cpu()
     ranked = {name: suspicion(name, score) for name, score in found.scores.items()}
     # The mean rank over the scores: they are in different units, and each alone has its own mistakes.
-    ranks = torch.stack([score.argsort(descending=True, stable=True).argsort() for score in ranked.values()])
-    order = ranks.double().mean(0).argsort(stable=True)
+    ranks = torch.stack([attribution.ranks(score) for score in ranked.values()])
+    order = ranks.mean(0).argsort(descending=True, stable=True)
     columns = {"rank": torch.arange(len(order)), "index": order, "label": labels[order]}
     columns |= {"prediction": found.prediction[order]} | {name: score[order] for name, score in found.scores.items()}
     write_csv(folder / "suspicious.csv", columns)
@@ -116,11 +129,8 @@ def _real(options: Mislabelled, run: Trained, names: tuple[str, ...], images: Te
         values = "".join(f"{found.scores[name][i].item():>16.4g}" for name in names)
         print(f"{i:>8}{labels[i].item():>7}{found.prediction[i].item():>7}{values}")
     print()
-    rows = []
-    for start in range(0, len(top), _SHOWN):
-        chosen = top[start : start + _SHOWN]
-        captions = [f"{i}: {labels[i]}\ngiven {found.prediction[i]}" for i in chosen.tolist()]
-        rows.append(row("" if start else "most suspicious (index: label, class given)", chosen, images, captions))
-    write_picture(folder / "suspicious.png", lambda: plots.gallery(rows))
+    captions = [f"{i}: {labels[i]}\ngiven {found.prediction[i]}" for i in top.tolist()]
+    pictures = rows("most suspicious (index: label, class given)", top.tolist(), images, captions)
+    write_picture(folder / "suspicious.png", lambda: plots.gallery(pictures))
     forget(kept)
     return 0

@@ -14,7 +14,7 @@ from ..models import Params
 from ..options import NoiseScale, UsageError
 from . import build, restore
 from .faults import check_finite
-from .passes import CHUNK, bar
+from .passes import CHUNK, bar, digest
 from .restore import Point, Trained
 from .scoring import write, write_picture
 from .train import prepare
@@ -36,7 +36,7 @@ def noise_scale(options: NoiseScale) -> int:
     where = build.device(options.device)
     run = restore.trained(options.run, where)
     folder = options.out or options.run / "noise-scale"
-    records = [r for r in run_folder.read_metrics(options.run) if r["kind"] == "watch" and "trace" in r]
+    records = [r for r in run_folder.read_metrics(options.run) if r["kind"] == "watch" and _is_noise(r)]
     sources = {
         "batches": _watched(records, options.windows),
         "checkpoint": _at_checkpoints(options, run, where, folder),
@@ -62,6 +62,11 @@ def noise_scale(options: NoiseScale) -> int:
     return 0
 
 
+def _is_noise(record: Mapping[str, Any]) -> bool:
+    """Whether a record has a step's noise, and not what was edited by hand."""
+    return all(isinstance(record.get(name), float) for name in ("trace", "square_norm"))
+
+
 def _watched(records: Sequence[Mapping[str, Any]], windows: int) -> list[Measured]:
     """The noise scale over parts of the watched steps, three steps in each at least."""
     size = max(3, math.ceil(len(records) / windows))
@@ -81,21 +86,29 @@ def _at_checkpoints(options: NoiseScale, run: Trained, where: torch.device, fold
     if len(images) < 3:
         raise UsageError(f"--images must be 3 at least for an error bar. Found {len(images)}.")
     points = restore.points(options.run, run, where)
-    config = restore.to_config(run.begun) | {"images": len(images)}
+    given = ([point.params for point in points], images, labels)
+    config = restore.to_config(run.begun) | {"digest": digest(given)}
     kept = _read(folder / _KEPT, config)
 
     def loss_fn(params: Params, image: Tensor, label: Tensor, key: Tensor) -> Tensor:
         return run.made.loss(run.made.outputs(params, image, key), label)
 
-    measured = []
+    measured: list[Measured] = []
+    folder.mkdir(parents=True, exist_ok=True)
     with bar(total=len(points), unit=" checkpoints") as progress:
         for point in points:
             if str(point.step) not in kept:
-                keys = _keys(point, len(images))
-                found = statistics.noise_scale(loss_fn, point.params, images, labels, keys, chunk_size=CHUNK)
-                check_finite([torch.tensor([found.trace, found.square_norm])], f"The gradients at step {point.step}")
+                try:
+                    keys = _keys(point, len(images))
+                    found = statistics.noise_scale(loss_fn, point.params, images, labels, keys, chunk_size=CHUNK)
+                except KeyboardInterrupt:
+                    raise KeyboardInterrupt(
+                        f"Interrupted after {len(measured)} of {len(points)} checkpoints. "
+                        "The same command goes on from there."
+                    ) from None
+                numbers = torch.tensor([found.trace, found.square_norm])
+                check_finite(numbers, f"The gradients at step {point.step}", "Has the run diverged?")
                 kept[str(point.step)] = list(found)
-                folder.mkdir(parents=True, exist_ok=True)
                 run_folder.write(folder / _KEPT, json.dumps({"config": config, "found": kept}).encode())
             measured.append(Measured(point.step, point.step, statistics.NoiseScale(*kept[str(point.step)])))
             progress.update(1)
@@ -112,8 +125,10 @@ def _read(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """What was measured before, by step; nothing if it was of another config."""
     try:
         kept = json.loads(path.read_bytes())
-        return dict(kept["found"]) if kept["config"] == config else {}
-    except (OSError, ValueError, LookupError, TypeError):
+        found = {step: list(statistics.NoiseScale(*numbers)) for step, numbers in kept["found"].items()}
+        good = all(type(number) in (int, float) for numbers in found.values() for number in numbers)
+        return found if good and kept["config"] == config else {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}
 
 

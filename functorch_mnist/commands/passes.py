@@ -1,5 +1,6 @@
 """Passes over a data set that can be broken off and gone on with: numbers of each example, chunk by chunk."""
 
+import hashlib
 import shutil
 import sys
 import time
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import checkpoint
+from .. import checkpoint, tree
 from ..checkpoint import JSON
+from ..tree import Tree
+from .faults import undisturbed
 
 CHUNK = 512
 """Examples taken at a time."""
@@ -30,6 +33,7 @@ def passes(
     columns: Mapping[str, torch.dtype],
     *,
     count: int,
+    given: Tree,
     folder: Path,
     config: Mapping[str, JSON],
 ) -> Columns:
@@ -40,8 +44,9 @@ def passes(
         examples: tensors (N, …), at least one example.
         columns: the names that `compute` returns, and their types.
         count: how many passes, at least 1.
-        folder: where what is done is kept until all is. What another config has left there is dropped.
-        config: all that the numbers hang on.
+        given: the tensors that the numbers hang on besides the examples, such as parameters.
+        folder: where what is done is kept until all is. What was computed from something else is dropped.
+        config: what else the numbers hang on.
 
     Raises:
         KeyboardInterrupt: Ctrl-C, after what is done has been saved; it says how to go on.
@@ -49,6 +54,8 @@ def passes(
     total = len(examples[0])
     size = min(CHUNK, total)
     state: Columns = {name: torch.zeros((count, total), dtype=dtype) for name, dtype in columns.items()}
+    config = {**config, "digest": digest((given, list(examples)))}
+    folder.mkdir(parents=True, exist_ok=True)  # told before the work, if it cannot be
     done, state = _kept(folder, config, state)
     saved_at = time.monotonic()
     with bar(total=count * total, done=done, unit=" examples") as progress:
@@ -66,7 +73,8 @@ def passes(
                     saved_at = time.monotonic()
         except KeyboardInterrupt:
             if done:
-                checkpoint.save(folder, state, step=done, config=config, keep=1)
+                with undisturbed():
+                    checkpoint.save(folder, state, step=done, config=config, keep=1)
             raise KeyboardInterrupt(
                 f"Interrupted after {done:,} of {count * total:,} examples. The same command goes on from there."
             ) from None
@@ -78,6 +86,17 @@ def bar(*, total: int, unit: str, done: int = 0) -> "tqdm[Any]":
     size = shutil.get_terminal_size()  # 80 x 24 where a terminal does not say, and tqdm would show nothing
     silent = not sys.stderr.isatty()
     return tqdm(total=total, initial=done, unit=unit, disable=silent, ncols=size.columns, nrows=size.lines)
+
+
+def digest(values: Tree) -> str:
+    """A name of tensors' numbers: equal ones have equal names."""
+    seen = hashlib.sha256()
+    for leaf in tree.leaves(values):
+        seen.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
+        seen.update(
+            leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if leaf.numel() else b""
+        )
+    return seen.hexdigest()
 
 
 def forget(folder: Path) -> None:

@@ -109,7 +109,6 @@ def points(run: Path, found: Trained, where: torch.device) -> list[Point]:
     """
     options = found.begun.options
     per_epoch = data.steps_per_epoch(found.begun.examples, min(options.batch_size, found.begun.examples))
-    rate = build.schedule(options, per_epoch)
     template = build.start(options, found.made, build.optimizer(options, per_epoch), where)
     good = []
     for path in checkpoint.steps(run / run_folder.CHECKPOINTS):
@@ -118,6 +117,7 @@ def points(run: Path, found: Trained, where: torch.device) -> list[Point]:
         except checkpoint.CheckpointError as error:
             print(f"Passed over a damaged checkpoint: {error}")
             continue
+        rate = build.schedule(from_config(one.config).options, per_epoch)  # a resumed run may have had another
         lr = float(rate(torch.tensor(max(0, one.step - 1))))
         good.append(Point(one.step, one.state.state.params, one.state.state.key, lr))
     return good

@@ -6,11 +6,8 @@ from .. import plots
 from ..options import SCORES, Scores, listed
 from . import build, restore
 from .passes import forget
-from .scoring import row, scored, write_csv, write_picture
+from .scoring import WIDTH, rows, scored, write_csv, write_picture
 from .train import prepare
-
-_SHOWN = 12
-"""Images in a row of the gallery."""
 
 
 def scores(options: Scores) -> int:
@@ -23,7 +20,7 @@ def scores(options: Scores) -> int:
     if options.checkpoints == "newest":
         points = points[-1:]
     train = restore.training_images(run, options.data_dir, where).train
-    images, labels = (rows[: options.images] for rows in train)
+    images, labels = (part[: options.images] for part in train)
     folder = options.out or options.run / "scores"
     kept = folder / ".partial"
     config = restore.to_config(run.begun) | {"images": len(images)}
@@ -33,13 +30,13 @@ def scores(options: Scores) -> int:
     table = {"index": torch.arange(len(images)), "label": labels, "prediction": found.prediction, **found.scores}
     write_csv(folder / "scores.csv", table)
     write_picture(folder / "histograms.png", lambda: plots.histograms(found.scores))
-    rows = []
+    pictures = []
     for name, score in found.scores.items():
         order = score.argsort(descending=True, stable=True)
-        for end, chosen in (("highest", order[:_SHOWN]), ("lowest", order[-_SHOWN:].flip(0))):
+        for end, chosen in (("highest", order[:WIDTH]), ("lowest", order[-WIDTH:].flip(0))):
             captions = [f"{i}: {labels[i]}\n{score[i]:.3g}" for i in chosen.tolist()]
-            rows.append(row(f"{end} {name} (index: label, score)", chosen, images, captions))
-    write_picture(folder / "gallery.png", lambda: plots.gallery(rows))
+            pictures += rows(f"{end} {name} (index: label, score)", chosen.tolist(), images, captions)
+    write_picture(folder / "gallery.png", lambda: plots.gallery(pictures))
     forget(kept)
     for name, score in found.scores.items():
         low, middle, high = score.float().quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()

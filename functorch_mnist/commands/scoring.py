@@ -16,6 +16,8 @@ from .faults import check_finite
 from .passes import passes
 from .restore import Point, Trained
 
+WIDTH = 12
+"""Images in a row of a gallery."""
 _BY_GRADIENT = frozenset({"grand", "self-influence"})
 
 
@@ -55,7 +57,7 @@ def scored(
         DivergedError: a score is not finite.
     """
     if "forgetting" in names and len(points) < 2:
-        raise UsageError("The score forgetting needs two checkpoints at least. Found 1. Is --checkpoints all set?")
+        raise UsageError("The score forgetting needs two checkpoints at least. Found 1. Does the run keep several?")
     by_gradient = not _BY_GRADIENT.isdisjoint(names)
 
     def one_pass(params: Params, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -73,6 +75,7 @@ def scored(
             (images, labels),
             kinds | ({"grand": torch.float32} if by_gradient else {}),
             count=len(points),
+            given=[point.params for point in points],
             folder=folder,
             config={
                 **config,
@@ -81,7 +84,7 @@ def scored(
                 "compile": compile,
             },
         )
-    check_finite(columns, "The scores")
+    check_finite(columns, "The scores", "Has the run diverged?")
     lrs = torch.tensor([point.lr for point in points])
     scores = {}
     for name in names:
@@ -135,9 +138,13 @@ def write_picture(path: Path, draw: Callable[[], bytes]) -> None:
     write(path, picture)
 
 
-def row(title: str, chosen: Tensor, images: Tensor, captions: Sequence[str]) -> plots.Row:
-    """A row of a gallery: the chosen of all images."""
-    return plots.Row(title, images[chosen.to(images.device)].squeeze(1), captions)
+def rows(title: str, chosen: Sequence[int], images: Tensor, captions: Sequence[str]) -> list[plots.Row]:
+    """Rows of a gallery that show the chosen of all images, the first with a title."""
+    found = []
+    for start in range(0, len(chosen), WIDTH):
+        part = list(chosen[start : start + WIDTH])
+        found.append(plots.Row("" if start else title, images[part].squeeze(1), captions[start : start + WIDTH]))
+    return found
 
 
 def _cell(value: float) -> str:

@@ -1,10 +1,8 @@
 """`train`: one run, from the data to the accuracy on the test images."""
 
 import shlex
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from ..options import INTERRUPTED, WATCHES, Train, UsageError, check_resumed, li
 from . import build, restore
 from .build import Origin, Saved
 from .callbacks import Reporter, Saver, Watcher
-from .faults import check_finite, first_line
+from .faults import check_finite, first_line, undisturbed
 
 
 def train(options: Train) -> int:
@@ -96,7 +94,7 @@ def run(options: Train, dataset: data.Dataset, folder: Path, *, again: str) -> i
         run_folder.append_metrics(folder, {"kind": "test", "step": saver.saved_step, **record})
         print(f"Accuracy of the network on the {result.total} test images: {100 * result.accuracy:.2f}%")
     except (KeyboardInterrupt, OSError) as stop:  # OSError: a full disk, or nobody reads on
-        with _undisturbed():
+        with undisturbed():
             last = saver.save()
         if isinstance(stop, OSError):
             raise
@@ -145,14 +143,3 @@ def _resumed(run: Path, start: Saved, begun: Origin, total: int) -> tuple[Saved,
     run_folder.forget_metrics_after(run, found.step)
     saved: Saved = found.state
     return saved, found.step
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Keeps a second Ctrl-C from breaking off what the first one asked for."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -19,9 +19,9 @@ def watching(loss_fn: Callable[..., Tensor]) -> Estimator:
 
     Returns:
         The estimator. Its gradient is that of `gradient(loss_fn)`, up to rounding. Its aux holds, besides `"loss"`:
-        `"norms"` (B,), |∇_i|, zero where masked; `"trace"` and `"square_norm"`, 0-d, the unbiased estimates of
-        `statistics.of_batch`, NaN for fewer than two examples: for the noise scale, average each over steps with
-        `statistics.averaged`.
+        `"count"`, how many examples count; `"norms"` (B,), |∇_i|, zero where masked; `"trace"` and `"square_norm"`,
+        0-d, the unbiased estimates of `statistics.of_batch`, NaN for fewer than two examples: for the noise scale,
+        average each over steps with `statistics.averaged`.
 
     Cost: one backward pass.
     """
@@ -39,4 +39,5 @@ def watching(loss_fn: Callable[..., Tensor]) -> Estimator:
 
 def _aux(losses: Tensor, norms: Tensor, grads: Tree, mask: Tensor | None) -> dict[str, Tensor]:
     trace, square_norm = statistics.of_batch(norms, grads, mask)
-    return {"loss": tree.wide(losses).sum(), "norms": norms, "trace": trace, "square_norm": square_norm}
+    count = torch.ones_like(norms).sum() if mask is None else mask.sum()
+    return {"loss": tree.wide(losses).sum(), "count": count, "norms": norms, "trace": trace, "square_norm": square_norm}
