@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .. import batch as batches
 from .. import random, tree
-from ..losses import check_labels
+from ..losses import check_labels, one_hot
 from ..per_sample import Plan, factored
 from ..tree import Tree
 
@@ -123,7 +123,7 @@ def log_odds(outputs: Tensor, labels: Tensor) -> Tensor:
         tensor(0.)
     """
     check_labels("log_odds", outputs, labels)
-    own = labels[..., None] == torch.arange(outputs.shape[-1], device=outputs.device)
+    own = one_hot(labels, outputs.shape[-1]).bool()
     wide = tree.wide(outputs)
     others = wide.masked_fill(own, -torch.inf).logsumexp(-1)
     return wide.gather(-1, labels[..., None].long()).squeeze(-1) - others

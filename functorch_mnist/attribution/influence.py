@@ -11,11 +11,11 @@ section 3.3.
 """
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
 
-from .. import tree
 from ..per_sample import Plan, gram, norms
 from ..tree import Tree
 
@@ -74,9 +74,9 @@ def tracin(
             f"tracin: at least one checkpoint, and a learning rate for each. "
             f"Found {len(checkpoints)} and rates of shape {tuple(rates.shape)}."
         )
-    total: Tree = None
-    for params, lr in zip(checkpoints, lrs, strict=True):
-        part = lr * gram(loss_fn, params, train, test, chunk_size=chunk_size, plan=plan)
-        total = part if total is None else tree.map(torch.add, total, part)
-    found: Tensor = total
+    parts = (
+        lr * gram(loss_fn, params, train, test, chunk_size=chunk_size, plan=plan)
+        for params, lr in zip(checkpoints, lrs, strict=True)
+    )
+    found: Tensor = reduce(torch.add, parts)
     return found

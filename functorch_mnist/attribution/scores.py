@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import batch as batches
 from .. import tree
-from ..losses import check_labels, cross_entropy
+from ..losses import check_labels, cross_entropy, one_hot
 from ..per_sample import Plan, factored
 from ..tree import Tree
 
@@ -102,10 +102,10 @@ def of_outputs(outputs: Tensor, labels: Tensor) -> OutputScores:
     check_labels("of_outputs", outputs, labels)
     if outputs.shape[-1] < 2:
         raise ValueError(f"of_outputs: a margin needs at least two classes. Found {outputs.shape[-1]}.")
-    own = labels[..., None] == torch.arange(outputs.shape[-1], device=outputs.device)
+    own = one_hot(labels, outputs.shape[-1])
     wide = tree.wide(outputs)
-    el2n = torch.linalg.vector_norm(wide.softmax(-1) - own.to(wide.dtype), dim=-1)
-    others = wide.masked_fill(own, -torch.inf).amax(-1)
+    el2n = torch.linalg.vector_norm(wide.softmax(-1) - own, dim=-1)
+    others = wide.masked_fill(own.bool(), -torch.inf).amax(-1)
     margin = wide.gather(-1, labels[..., None].long()).squeeze(-1) - others
     return OutputScores(outputs.argmax(-1), el2n, margin)
 

@@ -1,6 +1,5 @@
 """What `train` does after each step: saves checkpoints, shows progress, and writes records into `metrics.jsonl`."""
 
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from .. import checkpoint, run_folder, statistics
 from ..train import Progress
 from .build import Saved
 from .faults import check_finite
+from .passes import bar
 
 
 class Saver:
@@ -49,15 +49,8 @@ class Reporter:
 
     def __init__(self, run: Path, *, epochs: int, total: int, done: int, seen: int) -> None:
         self.run, self.epochs, self.total = run, epochs, total
-        size = shutil.get_terminal_size()  # 80 x 24 where a terminal does not say, and tqdm would show nothing
-        self.bar = tqdm(
-            total=total,
-            initial=done,
-            disable=not sys.stderr.isatty(),
-            ncols=size.columns,
-            nrows=size.lines,
-            bar_format="{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
-        )
+        form = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        self.bar = bar(total=total, done=done, form=form)
         self.since, self.examples_before = time.perf_counter(), seen
 
     def __call__(self, progress: Progress) -> None:

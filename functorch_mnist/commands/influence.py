@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.func import grad
 
-from .. import per_sample, plots, tree
+from .. import per_sample, plots, statistics
 from .. import train as training
 from ..models import Params
 from ..options import Influence, UsageError
@@ -37,12 +37,8 @@ def influence(options: Influence) -> int:
         return run.made.loss(run.made.outputs(params, image), label)
 
     def one_pass(params: Params, direction: Tree, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        found = per_sample.factored(loss_fn, params, images, labels)
-        products = found.dot(direction)
-        if options.method == "cosine":
-            lengths = found.norms().double() * tree.norm(direction).double()
-            products = torch.where(lengths == 0, 0.0, products / lengths).to(products.dtype)
-        return {"influence": products}
+        quantity = statistics.cosines if options.method == "cosine" else per_sample.dot
+        return {"influence": quantity(loss_fn, params, images, labels, direction=direction)}
 
     call = training.compiled(one_pass) if options.compile == "on" else one_pass
     directions = [grad(loss_fn)(point.params, image, label) for point in points]

@@ -81,11 +81,19 @@ def passes(
     return state
 
 
-def bar(*, total: int, unit: str, done: int = 0) -> "tqdm[Any]":
+def bar(*, total: int, unit: str = "it", done: int = 0, form: str | None = None) -> "tqdm[Any]":
     """A progress bar on a terminal, and nothing elsewhere."""
     size = shutil.get_terminal_size()  # 80 x 24 where a terminal does not say, and tqdm would show nothing
     silent = not sys.stderr.isatty()
-    return tqdm(total=total, initial=done, unit=unit, disable=silent, ncols=size.columns, nrows=size.lines)
+    return tqdm(
+        total=total,
+        initial=done,
+        unit=unit,
+        disable=silent,
+        bar_format=form,
+        ncols=size.columns,
+        nrows=size.lines,
+    )
 
 
 def digest(values: Tree) -> str:

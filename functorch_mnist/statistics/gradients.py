@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import batch as batches
 from .. import tree
-from ..per_sample import Kronecker, Plan, dot, norms
+from ..per_sample import Kronecker, Plan, factored
 from ..tree import Tree
 from .distribution import Distribution
 from .folds import Gradients, Sums, wide_sums
@@ -156,15 +157,17 @@ def cosines(
         loss_fn, params, batch, mask, chunk_size, plan: as in `per_sample.dot`.
         direction: a tree like `params`.
 
-    Cost: two backward passes.
+    Cost: one backward pass.
 
     Example:
         >>> cosines(lambda w, x: w @ x, torch.zeros(2), torch.eye(2), direction=torch.tensor([3.0, 4.0]))
         tensor([0.6000, 0.8000])
     """
-    products = dot(loss_fn, params, *batch, direction=direction, mask=mask, chunk_size=chunk_size, plan=plan)
-    sizes = norms(loss_fn, params, *batch, mask=mask, chunk_size=chunk_size, plan=plan)
-    return _cosines(products, sizes, direction)
+    found = []
+    for chunk in batches.chunks("statistics.cosines", batch, mask, chunk_size):
+        part = factored(loss_fn, params, *chunk.batch, mask=chunk.mask, plan=plan)
+        found.append(chunk.unpadded(_cosines(part.dot(direction), part.norms(), direction)))
+    return torch.cat(found)
 
 
 def _cosines(products: Tensor, sizes: Tensor, direction: Tree) -> Tensor:
