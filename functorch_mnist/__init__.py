@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from . import models as models
     from . import optim as optim
     from . import per_sample as per_sample
+    from . import privacy as privacy
     from . import random as random
     from . import statistics as statistics
     from . import train as train
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 __version__ = version("functorch-mnist")
 
 _NAMESPACES = (
-    "attribution", "checkpoint", "data", "layers", "losses", "models", "optim", "per_sample", "random", "statistics",
-    "train", "tree",
+    "attribution", "checkpoint", "data", "layers", "losses", "models", "optim", "per_sample", "privacy", "random",
+    "statistics", "train", "tree",
 )  # fmt: skip
 
 

@@ -66,25 +66,33 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int
     return _over_leading_axes(lambda images: F.conv2d(images, weight, bias, stride, padding), x)
 
 
-def max_pool2d(x: Tensor, size: int = 2) -> Tensor:
-    """The maximum over non-overlapping windows; rows and columns that fill no window are left out.
+def max_pool2d(x: Tensor, size: int = 2, *, stride: int | None = None) -> Tensor:
+    """The maximum over windows; rows and columns that fill no window are left out.
 
     Args:
         x: (..., C, height, width).
         size: height and width of a window, in pixels.
+        stride: from one window to the next, in pixels; by default the size, so that windows do not overlap.
 
     Returns:
-        (..., C, height // size, width // size).
+        (..., C, (height - size) // stride + 1, (width - size) // stride + 1).
 
     Guarantees: NaN in a window gives NaN; where values tie, the first in row order gets the gradient, as in torch.
     """
-    if size == 2 and torch.compiler.is_compiling():
-        return _max_pool2d_by_comparison(x)
-    return _over_leading_axes(lambda images: F.max_pool2d(images, size), x)
+    stride = size if stride is None else stride
+    if size == 2 and stride <= 2 and torch.compiler.is_compiling():
+        return _max_pool2d_by_comparison(x, stride)
+    return _over_leading_axes(lambda images: F.max_pool2d(images, size, stride), x)
 
 
-def _max_pool2d_by_comparison(x: Tensor) -> Tensor:
-    """`max_pool2d` as two comparisons. The compiler fuses them and their gradients, where it would scatter torch's."""
+def _max_pool2d_by_comparison(x: Tensor, stride: int) -> Tensor:
+    """`max_pool2d` of two by two pixels as two comparisons.
+
+    The compiler fuses them and their gradients, where it would scatter torch's.
+    """
+    if stride == 1:
+        x = _first_maximum(x[..., :-1], x[..., 1:])
+        return _first_maximum(x[..., :-1, :], x[..., 1:, :])
     height, width = x.shape[-2] // 2, x.shape[-1] // 2
     x = x[..., : 2 * height, : 2 * width].movedim(-3, -1)
     left, right = x.view(*x.shape[:-2], width, 2, x.shape[-1]).unbind(-2)
@@ -169,6 +177,15 @@ def sigmoid(x: Tensor) -> Tensor:
 def tanh(x: Tensor) -> Tensor:
     """`(eˣ - e⁻ˣ) / (eˣ + e⁻ˣ)`."""
     return torch.tanh(x)
+
+
+def tempered_sigmoid(x: Tensor, *, scale: float = 2.0, temperature: float = 2.0, offset: float = 1.0) -> Tensor:
+    """`scale / (1 + e^(-temperature x)) - offset`, by default the hyperbolic tangent.
+
+    Reference: Papernot, Thakurta, Song, Chien, Erlingsson, "Tempered sigmoid activations for deep learning with
+        differential privacy", AAAI 2021, equation 1; there the temperature is named its inverse.
+    """
+    return scale * torch.sigmoid(temperature * x) - offset
 
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(

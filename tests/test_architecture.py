@@ -14,7 +14,7 @@ ROWS = [
     {"layers", "losses", "optim", "data"},
     {"models"},
     {"per_sample"},
-    {"statistics", "attribution"},
+    {"statistics", "attribution", "privacy"},
     {"train", "checkpoint"},
     {"run_folder", "plots"},
     {"commands"},

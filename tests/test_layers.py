@@ -1,5 +1,7 @@
 """Layers and losses against torch's own, and the laws that hold for all of them."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -72,12 +74,12 @@ pixels = st.lists(st.sampled_from([-1.0, 0.0, 1.0, float("inf"), float("nan")]),
 @given(pixels)
 def test_max_pool2d_by_comparison_has_torchs_values_and_gradients_ties_and_nan_included(values):
     x = torch.tensor(values, dtype=torch.float64).view(2, 5, 6)
-    cotangent = draw(2, 2, 3)
-    for fn in (layers._max_pool2d_by_comparison, layers.max_pool2d):
-        value, vjp = torch.func.vjp(fn, x)
-        expected, expected_vjp = torch.func.vjp(lambda x: F.max_pool2d(x, 2), x)
-        assert torch.equal(value.nan_to_num(7), expected.nan_to_num(7))
-        assert torch.equal(vjp(cotangent)[0], expected_vjp(cotangent)[0])
+    for stride, cotangent in ((2, draw(2, 2, 3)), (1, draw(2, 4, 5))):
+        for fn in (layers._max_pool2d_by_comparison, lambda x, stride: layers.max_pool2d(x, stride=stride)):
+            value, vjp = torch.func.vjp(partial(fn, stride=stride), x)
+            expected, expected_vjp = torch.func.vjp(partial(F.max_pool2d, kernel_size=2, stride=stride), x)
+            assert torch.equal(value.nan_to_num(7), expected.nan_to_num(7))
+            torch.testing.assert_close(vjp(cotangent)[0], expected_vjp(cotangent)[0], rtol=0, atol=1e-14)
 
 
 def test_max_pool2d_with_another_window_equals_torch():

@@ -5,10 +5,12 @@
 | `idx.py` | the reader of the IDX file format, which trusts nothing in a file |
 | `sets.py` | a data set by name or from a folder |
 | `pixels.py` | the statistics of pixels, and pixels as a network takes them |
+| `augment.py` | random changes of images that leave their class |
 | `batches.py` | the order of an epoch and its batches |
 | `mnist/` | the four files of MNIST, shipped with the package, and their licence |
 """
 
+from .augment import shifted as shifted
 from .batches import Batch as Batch
 from .batches import batches as batches
 from .batches import epoch_order as epoch_order

@@ -1,7 +1,8 @@
 """Models: pairs of pure functions, `init(key) -> params` and `apply(params, x, key=None) -> outputs`.
 
-`linear`, `mlp` and `cnn` are ready-made; `from_module` makes such a pair of any `nn.Module`, and `load_into` is the way
-back. Parameters are flat dicts with the names, shapes and initial distribution of the matching `nn.Module`.
+`linear`, `mlp`, `cnn` and `small_cnn` are ready-made; `from_module` makes such a pair of any `nn.Module`, and
+`load_into` is the way back. Parameters are flat dicts with the names, shapes and initial distribution of the matching
+`nn.Module`.
 """
 
 from .model import Apply as Apply
@@ -12,3 +13,4 @@ from .module import load_into as load_into
 from .ready import cnn as cnn
 from .ready import linear as linear
 from .ready import mlp as mlp
+from .ready import small_cnn as small_cnn

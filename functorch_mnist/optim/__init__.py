@@ -4,6 +4,8 @@ A learning rate is a number, a 0-d tensor or a schedule, a function of the 0-d c
 is differentiable: `torch.func.grad` goes through any number of updates.
 """
 
+from .averaging import Averaged as Averaged
+from .averaging import averaging as averaging
 from .clipping import clip_by_global_norm as clip_by_global_norm
 from .optimizer import Optimizer as Optimizer
 from .schedules import Schedule as Schedule

@@ -60,9 +60,18 @@ class Factored:
         """The norm of each parameter's part of ∇_i: a tree with leaves (B,)."""
         return tree.unflatten(self.params, [_root(term.square_norms()) for term in self.terms])
 
-    def weighted_sum(self, weights: Tensor) -> Tree:
-        """Σ_i c_i ∇_i, for weights c (B,): a tree like `params`."""
-        return self._like_params([term.weighted_sum(weights) for term in self.terms])
+    def leaf_bounds(self) -> Tree:
+        """`leaf_norms`, a trifle larger where rounding could make them smaller than what `weighted_sum` adds.
+
+        Positions may cancel, and what is left of a gradient then hangs on the order of its sums.
+        """
+        return tree.unflatten(self.params, [_root(_bounded(term)) for term in self.terms])
+
+    def weighted_sum(self, weights: Tensor | Tree) -> Tree:
+        """Σ_i c_i ∇_i, a tree like `params`, for weights c (B,), or a tree of them like `params`."""
+        alone = isinstance(weights, Tensor)
+        columns = [weights] * len(self.terms) if alone else tree.leaves(tree.map(lambda _, c: c, self.params, weights))
+        return self._like_params([term.weighted_sum(c) for term, c in zip(self.terms, columns, strict=True)])
 
     def dot(self, direction: Tree) -> Tensor:
         """⟨∇_i, v⟩, for a tree v like `params`: (B,).
@@ -151,6 +160,18 @@ def factored(
     losses, terms, aux = factor(loss_fn, params, batch, found, strategies(params, found, plan), has_aux=has_aux)
     result = Factored(losses, terms, params, aux)
     return result if mask is None else result.masked(mask)
+
+
+_ROUNDING = 16
+"""Units in the last place by which sums over positions were seen to differ, with a margin."""
+
+
+def _bounded(term: Term) -> Tensor:
+    """The squared norms, and what rounding may have hidden of them."""
+    squares, reach = term.square_norms(), term.reach()
+    if reach is None:
+        return squares
+    return squares.clamp(min=0) + _ROUNDING * torch.finfo(squares.dtype).eps * reach.square()
 
 
 def _root(squares: Tensor) -> Tensor:

@@ -98,6 +98,13 @@ class Term:
         """|∇_i|²: (B,)."""
         return _squares(self.grads())
 
+    def reach(self) -> Tensor | None:
+        """(B,): `Σ_t |g_it| |a_it|`, at least |∇_i|; rounding errors of norms and sums of ∇_i are in proportion to it.
+
+        None where there is no sum over positions whose rounding could hide what cancels.
+        """
+        return None
+
     def gram(self, other: Term) -> Tensor:
         """⟨∇_i, ∇'_j⟩: (B, B'), with a term of the same parameter and kind."""
         mine, theirs = tree.wide(self.grads()), tree.wide(other.grads())
@@ -170,6 +177,11 @@ class Outer(Term):
             return (_squares(self.a, 2) * _squares(self.g, 2)).sum(1)
         a, g = tree.wide(self.a), tree.wide(self.g)
         return ((a @ a.transpose(-2, -1)) * (g @ g.transpose(-2, -1))).sum((1, 2, 3))
+
+    def reach(self) -> Tensor | None:
+        if self.a.shape[2] == 1:
+            return None
+        return (_squares(self.a, 3) * _squares(self.g, 3)).sqrt().sum((1, 2))
 
     def gram(self, other: Term) -> Tensor:
         if not isinstance(other, Outer):
@@ -270,6 +282,14 @@ class Convolution(Term):
     def square_norms(self) -> Tensor:
         return super().square_norms() if self.strategy == "build" else self.outer().square_norms()
 
+    def reach(self) -> Tensor | None:
+        squares = tree.wide(self.image).square().sum(2, keepdim=True).flatten(0, 1)  # of all channels, so of each group
+        ones = squares.new_ones(1, 1, *self.shape[2:])
+        convolution = _CONVOLUTIONS[len(self.stride)]
+        a: Tensor = convolution(squares, ones, None, self.stride, self.padding, self.dilation)
+        g = tree.wide(self.cotangent).square().sum(2).flatten(0, 1)
+        return _row_sums((a.squeeze(1).clamp(min=0) * g).sqrt().view(len(self.image), -1))
+
     def gram(self, other: Term) -> Tensor:
         if self.strategy == "build" or not isinstance(other, Convolution):
             return super().gram(other)
@@ -365,6 +385,9 @@ class Lookup(Term):
             return super().square_norms()
         return (self._row_sums() * self.g).sum((1, 2))
 
+    def reach(self) -> Tensor | None:
+        return _squares(self.g, 2).sqrt().sum(1)
+
     def gram(self, other: Term) -> Tensor:
         if not isinstance(other, Lookup) or self.strategy == "build":
             return super().gram(other)
@@ -414,6 +437,9 @@ class Viewed(Term):
     def square_norms(self) -> Tensor:
         return self.term.square_norms()
 
+    def reach(self) -> Tensor | None:
+        return self.term.reach()
+
     def gram(self, other: Term) -> Tensor:
         if isinstance(other, Viewed) and other.view == self.view:
             return self.term.gram(other.term)
@@ -445,6 +471,11 @@ class Sum(Term):
 
     def dot(self, direction: Tensor) -> Tensor:
         return torch.stack([term.dot(direction) for term in self.terms]).sum(0)
+
+    def reach(self) -> Tensor | None:
+        reaches = [term.reach() for term in self.terms]
+        norms = [term.square_norms().sqrt() if r is None else r for term, r in zip(self.terms, reaches, strict=True)]
+        return torch.stack(norms).sum(0)
 
 
 def merge(terms: list[Term]) -> Term:

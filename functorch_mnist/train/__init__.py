@@ -4,7 +4,7 @@
     step(state, *batch, mask, divisor) -> (state, aux)              one division, then the optimizer
     fit(step, state, examples, …) -> state
 
-The files, in the order of reading: `step`, `watch`, `fit`, `evaluate`, `forms` (precision and compilation).
+The files, in the order of reading: `step`, `watch`, `fit`, `private`, `evaluate`, `forms` (precision and compilation).
 """
 
 from .evaluate import Evaluation as Evaluation
@@ -15,6 +15,10 @@ from .fit import Watch as Watch
 from .fit import fit as fit
 from .forms import compiled as compiled
 from .forms import in_precision as in_precision
+from .private import PrivateStep as PrivateStep
+from .private import fit_private as fit_private
+from .private import init_private_state as init_private_state
+from .private import make_private_step as make_private_step
 from .step import Estimator as Estimator
 from .step import State as State
 from .step import Step as Step

@@ -30,6 +30,8 @@ class State(NamedTuple):
     """0-d int64: how many steps have been made."""
     key: Tensor
     """(2,): the root of all random streams; steps do not change it."""
+    estimator: Tree = ()
+    """What the estimator adapts, such as a clipping norm."""
 
 
 def init_state(params: Tree, optimizer: Optimizer, key: Tensor) -> State:
@@ -155,6 +157,6 @@ def make_step(loss_fn: Callable[..., Tensor] | Estimator, optimizer: Optimizer) 
         count = rows if divisor is None else divisor
         grads = tree.map(lambda g: g / count, sums)
         params, optimizer_state = optimizer.update(state.params, state.optimizer, grads)
-        return State(params, optimizer_state, state.step + 1, state.key), aux
+        return state._replace(params=params, optimizer=optimizer_state, step=state.step + 1), aux
 
     return step

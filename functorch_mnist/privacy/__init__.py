@@ -1,0 +1,26 @@
+"""Differential privacy: clipping rules, sampling, noise, and an account of what was spent.
+
+    mechanism = privacy.Poisson(rate=256 / 60_000, noise_multiplier=1.1)
+
+The files, in the order of reading: `clipping`, `mechanism`, `sampling`, `release`, `secret`; then the account.
+"""
+
+from .clipping import Automatic as Automatic
+from .clipping import Clipping as Clipping
+from .clipping import Flat as Flat
+from .clipping import Global as Global
+from .clipping import PerGroup as PerGroup
+from .clipping import PerLayer as PerLayer
+from .clipping import Quantile as Quantile
+from .mechanism import Mechanism as Mechanism
+from .mechanism import Poisson as Poisson
+from .mechanism import Shuffled as Shuffled
+from .release import Sums as Sums
+from .release import clipped_sums as clipped_sums
+from .release import no_sums as no_sums
+from .release import released as released
+from .sampling import chunks as chunks
+from .sampling import draw as draw
+from .sampling import expected_examples as expected_examples
+from .sampling import joins as joins
+from .secret import Secret as Secret

@@ -1,0 +1,120 @@
+"""What a private step computes and what it lets out.
+
+    sums of a chunk     G = Σ_i s_i ∇_i,    V = Σ_i votes_i      one backward pass; added up over the chunks of a draw
+    released, once      (G + σ_Δ C z) / n,  (V + σ_b z') / n     z, z' standard normal, n the expected batch
+
+The divisor n is that of the sampling, q N, however many examples were drawn: the realised number would tell of one.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import random, tree
+from ..batch import check, masked
+from ..per_sample import factored
+from ..tree import Tree
+from .clipping import Clipping
+
+
+class Sums(NamedTuple):
+    """Sums over the examples of a chunk: `tree.map(torch.add, a, b)` is those of two chunks."""
+
+    grads: Tree
+    """Σ s_i ∇_i, like the parameters, float32 or wider."""
+    votes: Tensor
+    """(V,): the sum of the clipping rule's votes."""
+    seen: dict[str, Tensor]
+    """0-d, and never private: the sum `"loss"`, and the numbers of examples that `"count"`, that were `"clipped"` and
+    that were left out because their gradient was `"nonfinite"`."""
+
+
+def clipped_sums(
+    loss_fn: Callable[..., Tensor],
+    params: Tree,
+    *batch: Tensor,
+    clipping: Clipping,
+    clipping_state: Tree = (),
+    mask: Tensor | None = None,
+) -> Sums:
+    """The sums of a chunk's clipped gradients, and what the clipping rule adapts to.
+
+    Args:
+        loss_fn: `loss_fn(params, *example) -> ()`, pure.
+        params: a pytree of float tensors.
+        batch: tensors (B, …).
+        clipping: the rule.
+        clipping_state: the rule's.
+        mask: (B,) bool.
+
+    Raises:
+        ValueError: the batch, the mask or the rule's groups do not fit.
+
+    Guarantees: no example, whatever it holds, moves `grads` by more than the rule's sensitivity, or `votes` by more
+        than 1/2. One whose gradient or loss is not finite, or that is masked, moves nothing.
+
+    Cost: one backward pass.
+    """
+    if check("privacy.clipped_sums", batch, mask) == 0:
+        return no_sums(params, clipping, batch[0].device)
+    found = factored(loss_fn, params, *batch, mask=mask).wide().built()
+    norms = found.leaf_bounds()
+    keep = torch.stack([norm.isfinite() for norm in tree.leaves(norms)]).all(0) & found.losses.isfinite()
+    nonfinite = (~keep).sum()
+    keep = keep if mask is None else keep & mask
+    norms = tree.map(lambda norm: masked(norm, keep), norms)
+    factors = clipping.factors(norms, clipping_state)
+    scaled = torch.stack([factor < 1 for factor in tree.leaves(factors)]).any(0)
+    grads = found.masked(keep).weighted_sum(tree.map(lambda factor: masked(factor, keep), factors))
+    votes = masked(clipping.votes(norms, clipping_state), keep).sum(0)
+    counts = {"count": keep.sum() + nonfinite, "clipped": (scaled & keep).sum(), "nonfinite": nonfinite}
+    return Sums(grads, votes, {"loss": masked(found.losses, keep).sum(), **counts})
+
+
+def no_sums(params: Tree, clipping: Clipping, device: torch.device | None = None) -> Sums:
+    """The sums over no example."""
+    none = tree.map(lambda w: torch.zeros_like(tree.wide(w)), params)
+    votes = clipping.votes(tree.map(lambda w: w.new_zeros(1, dtype=torch.float32), params), clipping.init())[0] * 0
+    counts = {name: torch.zeros((), dtype=torch.int64, device=device) for name in ("count", "clipped", "nonfinite")}
+    return Sums(none, votes.to(device), {"loss": torch.zeros((), device=device), **counts})
+
+
+def released(
+    params: Tree,
+    sums: Sums,
+    key: Tensor,
+    *,
+    clipping: Clipping,
+    noise_multiplier: float,
+    expected: float,
+    clipping_state: Tree = (),
+) -> tuple[Tree, Tree]:
+    """The mean gradient and the clipping rule's next state, with Gaussian noise: all that a step lets out.
+
+    Args:
+        params: the parameters, whose dtypes the gradient has.
+        sums: of all examples of the step.
+        key: (2,), of this step's noise and of nothing else.
+        clipping, clipping_state: the rule and its state.
+        noise_multiplier: σ, at least 0: the deviation of all that is let out, over its sensitivity. 0 adds no noise.
+        expected: n, the expected number of examples of a step, above 0.
+
+    Returns:
+        The mean gradient, like the parameters, and the rule's state.
+
+    Guarantees: without examples it is the noise alone.
+
+    Cost: memory of the parameters.
+    """
+    multiplier, votes_deviation = clipping.deviations(noise_multiplier) if noise_multiplier else (0.0, 0.0)
+    deviation = multiplier * clipping.sensitivity(clipping_state)
+    leaves = tree.leaves(sums.grads)
+    *keys, votes_key = random.split(key, len(leaves) + 1).unbind(0)
+    noisy = [
+        g + deviation * random.box_muller(k, g.shape) if multiplier else g for g, k in zip(leaves, keys, strict=True)
+    ]
+    grads = tree.map(lambda w, g: (g / expected).to(w.dtype), params, tree.unflatten(sums.grads, noisy))
+    votes = sums.votes + votes_deviation * random.box_muller(votes_key, sums.votes.shape)
+    return grads, clipping.adapt(clipping_state, votes / expected)

@@ -1,0 +1,178 @@
+"""Differentially private training: clipped sums over a random draw, noise once, then the optimizer.
+
+    for each step:  draw examples;  G = Σ over chunks of clipped sums;  (G + noise) / n;  optimizer
+
+Its randomness hangs on a secret and the step alone: `fold_in(secret, step)` is split into the keys of the draw, of the
+noise and of the examples (dropout, augmentation). The secret is in no state and in no file.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import random, tree
+from ..data import Batch
+from ..optim import Optimizer
+from ..privacy import (
+    Clipping,
+    Mechanism,
+    Secret,
+    Sums,
+    chunks,
+    clipped_sums,
+    draw,
+    expected_examples,
+    no_sums,
+    released,
+)
+from ..tree import Tree
+from .fit import Progress
+from .step import State, init_state
+
+
+class PrivateStep(NamedTuple):
+    """A step in two parts, for a large draw has more than one chunk. Both are pure and compile as one graph."""
+
+    add: Callable[..., Sums]
+    """`add(state, sums, *batch, mask) -> sums`: with those of one more chunk."""
+    step: Callable[..., tuple[State, dict[str, Tensor]]]
+    """`step(state, sums, key, *batch, mask) -> (state, aux)`: adds the last chunk and makes the step, with noise from
+    `key`. `aux` holds what is never private, see `Sums.seen`."""
+
+    def mapped(self, fn: Callable[[Callable[..., object]], Callable[..., object]]) -> "PrivateStep":
+        """Both parts in another form, such as `compiled`."""
+        return PrivateStep(fn(self.add), fn(self.step))  # type: ignore[arg-type]
+
+
+def init_private_state(params: Tree, optimizer: Optimizer, key: Tensor, clipping: Clipping) -> State:
+    """The state before the first step.
+
+    Args:
+        params: a pytree of float tensors.
+        optimizer: gives its own initial state.
+        key: (2,), of what need not be secret.
+        clipping: gives its own initial state.
+    """
+    return init_state(params, optimizer, key)._replace(estimator=clipping.init())
+
+
+def make_private_step(
+    loss_fn: Callable[..., Tensor],
+    optimizer: Optimizer,
+    *,
+    clipping: Clipping,
+    noise_multiplier: float,
+    expected: float,
+) -> PrivateStep:
+    """A private training step.
+
+    Args:
+        loss_fn: `loss_fn(params, *example) -> ()`, pure.
+        optimizer: gets the noisy mean gradient.
+        clipping: the rule.
+        noise_multiplier: σ, at least 0.
+        expected: what sums are divided by: the expected number of examples of a step, not the realised one.
+
+    Raises:
+        ValueError: a number is out of its range.
+
+    Guarantees: the same for any division of the examples into chunks, up to rounding.
+
+    Example:
+        >>> from functorch_mnist import optim, privacy
+        >>> optimizer, clipping = optim.sgd(0.5), privacy.Flat(1.0)
+        >>> step = make_private_step(lambda w, x: w * x, optimizer, clipping=clipping, noise_multiplier=0, expected=2)
+        >>> state = init_private_state(torch.tensor(0.0), optimizer, random.key(0), clipping)
+        >>> state, seen = step.step(state, no_sums(state.params, clipping), random.key(1), torch.tensor([0.5, 3.0]))
+        >>> state.params, seen["clipped"]
+        (tensor(-0.3750), tensor(1))
+
+    Reference: Abadi et al., "Deep learning with differential privacy", CCS 2016, algorithm 1.
+    """
+    if not 0 <= noise_multiplier < float("inf"):
+        raise ValueError(f"make_private_step: noise_multiplier must be at least 0, finite. Found {noise_multiplier}.")
+    if not 0 < expected < float("inf"):
+        raise ValueError(f"make_private_step: expected must be above 0 and finite. Found {expected}.")
+    if noise_multiplier:
+        clipping.deviations(noise_multiplier)  # refuses what cannot be divided
+
+    def add(state: State, sums: Sums, *batch: Tensor, mask: Tensor | None = None) -> Sums:
+        more = clipped_sums(loss_fn, state.params, *batch, clipping=clipping, clipping_state=state.estimator, mask=mask)
+        return tree.map(torch.add, sums, more)
+
+    def step(
+        state: State, sums: Sums, key: Tensor, *batch: Tensor, mask: Tensor | None = None
+    ) -> tuple[State, dict[str, Tensor]]:
+        total = add(state, sums, *batch, mask=mask)
+        grads, estimator = released(
+            state.params, total, key, clipping=clipping, noise_multiplier=noise_multiplier, expected=expected,
+            clipping_state=state.estimator,
+        )  # fmt: skip
+        params, optimizer_state = optimizer.update(state.params, state.optimizer, grads)
+        return State(params, optimizer_state, state.step + 1, state.key, estimator), total.seen
+
+    return PrivateStep(add, step)
+
+
+def fit_private(
+    step: PrivateStep,
+    state: State,
+    examples: Sequence[Tensor],
+    *,
+    mechanism: Mechanism,
+    secret: Secret,
+    steps: int,
+    clipping: Clipping,
+    chunk_sizes: Sequence[int],
+    loss: Tensor | None = None,
+    callbacks: Iterable[Callable[[Progress], None]] = (),
+) -> State:
+    """The state after training until `steps` steps have been made.
+
+    Args:
+        step: called with rows of `examples` and `keys` (B, 2), one key per example, the last tensor that the loss sees.
+        state: where to start; its `step` says how many have been made already.
+        examples: tensors with one leading size N, on one device.
+        mechanism: how examples are sampled: what the accountant is told.
+        secret: of draws, noise and examples' keys. A run that goes on with a fresh one is as private as one that was
+            never stopped; with one from a seed it also ends as that one, bit for bit.
+        steps: how many there shall be in all, at least 0.
+        clipping: the rule of the step.
+        chunk_sizes: one or two fixed sizes for `chunks`.
+        loss: the `Progress.loss` that goes with a state from the middle of an epoch.
+        callbacks: called after each step, in order.
+
+    Raises:
+        ValueError: the tensors differ in their number of examples, or have none, or a number is out of its range.
+    """
+    sizes = {len(tensor) for tensor in examples}
+    if len(sizes) != 1 or 0 in sizes or steps < 0:
+        raise ValueError(
+            f"fit_private: examples must share a first size of at least 1, steps must be at least 0. "
+            f"Found sizes {sorted(sizes)}, steps {steps}."
+        )
+    (total,) = sizes
+    device, callbacks = examples[0].device, tuple(callbacks)
+    draw_key, noise_key, example_key = random.split(secret.key(device), 3).unbind(0)
+    expected, nothing = expected_examples(mechanism, total), no_sums(state.params, clipping, device)
+    per_epoch = max(1, round(total / expected))
+    for done in range(int(state.step), steps):
+        step_key = random.fold_in(example_key, done)
+
+        def rows(batch: Batch, key: Tensor = step_key) -> list[Tensor]:
+            keys = random.fold_in(key, batch.examples)
+            return [tensor[batch.examples] for tensor in examples] + [keys]
+
+        *first, last = chunks(draw(mechanism, draw_key, step=done, examples=total), chunk_sizes)
+        sums = nothing
+        for batch in first:
+            sums = step.add(state, sums, *rows(batch), mask=batch.mask)
+        state, aux = step.step(state, sums, random.fold_in(noise_key, done), *rows(last), mask=last.mask)
+        epoch, before = divmod(done, per_epoch)
+        loss = aux["loss"].double() + (0 if loss is None or before == 0 else loss)
+        progress = Progress(state, loss, round(expected * (before + 1)), epoch, done + 1, before + 1 == per_epoch, aux)
+        for callback in callbacks:
+            callback(progress)
+    return state
