@@ -1,6 +1,7 @@
 """Layers: pure functions of inputs and weights, for one example or a batch with any leading axes.
 
     linear             y = x Wᵀ + b
+    group_norm         (x - mean) / √(variance + ε), over groups of channels
     relu               max(x, 0)
     sigmoid            1 / (1 + e⁻ˣ)
     tanh               (eˣ - e⁻ˣ) / (eˣ + e⁻ˣ)
@@ -192,6 +193,29 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {"relu": relu, "sigmoid": sigmoid, "tanh": tanh}
 )
 """The activations by name."""
+
+
+def group_norm(x: Tensor, groups: int, *, epsilon: float = 1e-5) -> Tensor:
+    """Each group of channels with mean 0 and variance 1: `(x - mean) / √(variance + epsilon)`.
+
+    Args:
+        x: (..., C, height, width).
+        groups: how many groups of equal size the channels are divided into; it divides C.
+        epsilon: above 0.
+
+    Returns:
+        Like `x`.
+
+    Raises:
+        ValueError: the groups do not divide the channels.
+
+    Guarantees: an example's result does not depend on the examples beside it.
+
+    Reference: Wu, He, "Group normalization", ECCV 2018, equation 1.
+    """
+    if groups < 1 or x.shape[-3] % groups:
+        raise ValueError(f"group_norm: groups must divide the channels, {x.shape[-3]}. Found {groups}.")
+    return F.group_norm(x.flatten(0, -4) if x.dim() > 3 else x[None], groups, eps=epsilon).view(x.shape)
 
 
 def log_softmax(x: Tensor) -> Tensor:

@@ -24,18 +24,18 @@ class UsageError(Exception):
 class Train:
     """Train a classifier, and print its accuracy on the test images."""
 
-    recipe: Literal["article", "fast"] = "article"
-    """Named defaults for all other options: the article's, or those that reach 99 % soonest."""
+    recipe: Literal["article", "fast", "private"] = "article"
+    """Named defaults for all other options: the article's, those that reach 99 % soonest, or the best private ones."""
     dataset: Literal["mnist", "fashion-mnist", "kmnist", "qmnist", "emnist-digits"] = "mnist"
     """Which data set; all but mnist are downloaded once."""
     data_dir: Path | None = None
     """Read the data set's four IDX files from this folder instead."""
-    model: Literal["cnn", "mlp", "linear"] = "cnn"
-    """Which model."""
+    model: Literal["cnn", "mlp", "linear", "small-cnn", "scattering"] = "cnn"
+    """Which model; scattering is a linear map of fixed wavelet features."""
     hidden: tuple[int, ...] = (128,)
     """Widths of the mlp's hidden layers."""
     activation: Literal["relu", "sigmoid", "tanh"] = "relu"
-    """Activation of the cnn and the mlp."""
+    """Activation of the cnns and the mlp."""
     dropout: tuple[float, float] = (0.25, 0.5)
     """The cnn's dropout rates: of channels after pooling, and of units before the last layer."""
     loss: Literal["cross-entropy", "mse"] = "cross-entropy"
@@ -62,8 +62,32 @@ class Train:
     """Nesterov's form of momentum."""
     max_norm: float | None = None
     """Scale the mean gradient down to this norm where it is larger."""
+    average: float = 0.0
+    """Keep a moving average of the parameters with this decay, and test that; 0 keeps none."""
+    copies: int = 0
+    """Average each image's loss over so many randomly shifted copies; 0 takes the image as it is."""
+    shift: int = 2
+    """Most pixels that a copy is shifted by."""
+    private: bool = False
+    """Train with differential privacy: clipped gradients of single images, with noise."""
+    epsilon: float | None = None
+    """Find the noise multiplier that spends this ε over all epochs."""
+    noise_multiplier: float | None = None
+    """Or give it: the noise's standard deviation over the sensitivity of a step."""
+    delta: float = 1e-5
+    """δ at which ε is told."""
+    clipping: Literal["flat", "automatic", "global", "per-layer", "quantile"] = "flat"
+    """How single gradients are clipped; with quantile the norm follows their median."""
+    clip_norm: float = 1.0
+    """The largest norm of a single image's gradient; with quantile the first."""
+    sampling: Literal["poisson", "shuffled"] = "poisson"
+    """Draw each image by a coin of its own, or cut shuffled epochs into batches, whose account is not amplified."""
+    accountant: Literal["pld", "rdp", "rdp-old"] = "pld"
+    """How ε is computed; pld needs the privacy extra."""
+    noise_seed: int | None = None
+    """Draw sampling and noise from this seed: a reproduction, which is not private."""
     seed: int = 0
-    """Names all random streams: initial parameters, order of images, dropout."""
+    """Names all random streams: initial parameters, order of images, dropout; of a private run only what is public."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward and backward pass; parameters, loss and optimizer are always float32."""
     compile: Literal["on", "off"] = "off"
@@ -102,6 +126,11 @@ RECIPES: Mapping[str, Train] = MappingProxyType(
     }
 )
 """The defaults that `--recipe` chooses from."""
+
+PRIVATE = (
+    "epsilon", "noise_multiplier", "delta", "clipping", "clip_norm", "sampling", "accountant", "noise_seed",
+)  # fmt: skip
+"""The options that do nothing without `private`."""
 
 CHANGEABLE = frozenset({"epochs", "device", "compile", "threads", "save_every", "keep", "resume", "data_dir"})
 """The options that a resumed run may change."""
@@ -213,12 +242,12 @@ class NoiseScale(Analysis):
 class Plan:
     """Print how a model's per-sample gradients are taken, and what that costs; dropout is off."""
 
-    model: Literal["cnn", "mlp", "linear"] = "cnn"
+    model: Literal["cnn", "mlp", "linear", "small-cnn", "scattering"] = "cnn"
     """Which model."""
     hidden: tuple[int, ...] = (128,)
     """Widths of the mlp's hidden layers."""
     activation: Literal["relu", "sigmoid", "tanh"] = "relu"
-    """Activation of the cnn and the mlp."""
+    """Activation of the cnns and the mlp."""
     batch_size: int = 64
     """Images per batch, for the costs."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -296,10 +325,14 @@ _RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ),
     ("at least 0 and below 2**63", lambda v: 0 <= v < 2**63, ("seed",)),
     ("from 1 to 1024", lambda v: 1 <= v <= 1024, ("threads",)),  # torch crashes at some number above
+    ("at least 0 and below 2**63", lambda v: 0 <= v < 2**63, ("noise_seed",)),
+    ("from 0 to 64", lambda v: 0 <= v <= 64, ("copies",)),
+    ("from 1 to 27", lambda v: 1 <= v <= 27, ("shift",)),
     ("from 0 to 1", lambda v: 0 <= v <= 1, ("label_smoothing", "dampening")),
-    ("at least 0 and below 1", lambda v: 0 <= v < 1, ("dropout",)),
-    ("above 0 and below 1", lambda v: 0 < v < 1, ("warmup",)),
-    ("above 0 and below 1e38", lambda v: 0 < v < 1e38, ("max_norm",)),  # float32 ends at 3.4e38
+    ("at least 0 and below 1", lambda v: 0 <= v < 1, ("dropout", "average")),
+    ("above 0 and below 1", lambda v: 0 < v < 1, ("warmup", "delta")),
+    ("above 0 and below 1e4", lambda v: 0 < v < 1e4, ("epsilon", "noise_multiplier")),
+    ("above 0 and below 1e38", lambda v: 0 < v < 1e38, ("max_norm", "clip_norm")),  # float32 ends at 3.4e38
     ("at least 0 and below 1e38", lambda v: 0 <= v < 1e38, ("lr", "momentum", "weight_decay")),
 )
 """What a number must be, in words and as a function that NaN fails, and the options it is for."""
@@ -307,7 +340,7 @@ _RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
 _ONLY_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
     {
         "hidden": ("model", ("mlp",)),
-        "activation": ("model", ("cnn", "mlp")),
+        "activation": ("model", ("cnn", "mlp", "small-cnn")),
         "dropout": ("model", ("cnn",)),
         "label_smoothing": ("loss", ("cross-entropy",)),
         "warmup": ("schedule", ("one-cycle",)),
@@ -353,12 +386,20 @@ def check(options: Train) -> None:
             values = value if isinstance(value, tuple) else (value,)
             if not all(v is None or holds(v) for v in values):
                 raise UsageError(f"--{name.replace('_', '-')} must be {rule}. Found {value!s:.80}.")
-    defaults = RECIPES["article"], RECIPES[options.recipe]
     for name, (other, values) in _ONLY_WITH.items():
-        chosen = all(getattr(options, name) != getattr(one, name) for one in defaults)
-        if chosen and getattr(options, other) not in values:
+        if chosen_of(options, name) and getattr(options, other) not in values:
             raise UsageError(f"--{name.replace('_', '-')} has no effect with --{other} {getattr(options, other)}.")
 
+    if options.copies and options.model == "scattering":
+        raise UsageError("--copies has no effect with --model scattering, whose features are computed once.")
+    if not options.copies and chosen_of(options, "shift"):
+        raise UsageError("--shift has no effect without --copies.")
+    if options.private:
+        _check_private(options)
+    else:
+        for name in PRIVATE:
+            if chosen_of(options, name):
+                raise UsageError(f"--{name.replace('_', '-')} has no effect without --private.")
     if options.watch is None and options.watch_every != 1:
         raise UsageError("--watch-every has no effect without --watch.")
     if options.watch is not None:
@@ -367,6 +408,22 @@ def check(options: Train) -> None:
             raise UsageError(f"--watch must name one of {', '.join(WATCHES)} at least. Found none.")
         if "noise-scale" in watches and options.batch_size < 2:
             raise UsageError("--watch noise-scale needs a --batch-size of 2 at least. Found 1.")
+
+
+def chosen_of(options: Train, name: str) -> bool:
+    """Whether an option is neither the article's nor its recipe's."""
+    value = getattr(options, name)
+    return all(value != getattr(one, name) for one in (RECIPES["article"], RECIPES[options.recipe]))
+
+
+def _check_private(options: Train) -> None:
+    if (options.epsilon is None) == (options.noise_multiplier is None):
+        found = "neither" if options.epsilon is None else "both"
+        raise UsageError(f"--private needs one of --epsilon and --noise-multiplier. Found {found}.")
+    if options.watch is not None:
+        raise UsageError("--watch records single gradients without noise, which --private must not. Leave one out.")
+    if options.sampling == "shuffled" and chosen_of(options, "accountant"):
+        raise UsageError("--accountant has no effect with --sampling shuffled, whose account is exact.")
 
 
 def listed(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:

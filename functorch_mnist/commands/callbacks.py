@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from .passes import bar
 class Saver:
     """Saves every so many steps, and holds the newest state for the last save."""
 
-    def __init__(self, run: Path, newest: Saved, *, saved_step: int, every: int, keep: int, config: Any) -> None:
+    def __init__(
+        self, run: Path, newest: Saved, *, saved_step: int, every: int, keep: int, config: Callable[[int], Any]
+    ) -> None:
         self.folder, self.every, self.keep, self.config = run / run_folder.CHECKPOINTS, every, keep, config
         self.newest, self.saved_step = newest, saved_step
 
@@ -37,7 +39,7 @@ class Saver:
         step = int(self.newest.state.step)
         check_finite(self.newest, f"Loss and parameters after step {step}")
         if step != self.saved_step:
-            checkpoint.save(self.folder, self.newest, step=step, config=self.config, keep=self.keep)
+            checkpoint.save(self.folder, self.newest, step=step, config=self.config(step), keep=self.keep)
             self.saved_step = step
         return step
 
@@ -47,8 +49,18 @@ class Reporter:
 
     LINE_EVERY, BAR_EVERY = 100, 20
 
-    def __init__(self, run: Path, *, epochs: int, total: int, done: int, seen: int) -> None:
-        self.run, self.epochs, self.total = run, epochs, total
+    def __init__(
+        self,
+        run: Path,
+        *,
+        epochs: int,
+        total: int,
+        done: int,
+        seen: int,
+        epsilon: Callable[[int], float] | None = None,
+    ) -> None:
+        """A reporter of a run; `epsilon(steps)` is what a private one has spent."""
+        self.run, self.epochs, self.total, self.epsilon = run, epochs, total, epsilon
         form = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         self.bar = bar(total=total, done=done, form=form)
         self.since, self.examples_before = time.perf_counter(), seen
@@ -61,11 +73,12 @@ class Reporter:
         loss = progress.loss.item() / progress.examples
         rate = self._examples_per_second(progress)
         self.bar.set_description(f"epoch {progress.epoch + 1}/{self.epochs}", refresh=False)
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} examples/s", refresh=False)
+        spent = "" if self.epsilon is None else f"ε {self.epsilon(progress.step):.3f}, "
+        self.bar.set_postfix_str(f"{spent}loss {loss:.4f}, {rate:,.0f} examples/s", refresh=False)
         self.bar.n = progress.step
         self.bar.refresh()
         if line:
-            self._record(progress, loss, rate)
+            self._record(progress, loss, rate, spent)
 
     def close(self) -> None:
         """Leaves the bar as it stands."""
@@ -78,15 +91,17 @@ class Reporter:
         self.since, self.examples_before = now, progress.examples
         return rate
 
-    def _record(self, progress: Progress, loss: float, rate: float) -> None:
+    def _record(self, progress: Progress, loss: float, rate: float, spent: str) -> None:
         kind = "epoch" if progress.epoch_ended else "step"
         record = {"kind": kind, "epoch": progress.epoch, "step": progress.step, "loss": loss, "examples_per_s": rate}
+        if self.epsilon is not None:
+            record["epsilon"] = self.epsilon(progress.step)
         run_folder.append_metrics(self.run, record)
         if self.bar.disable:
             mean = "mean loss" if progress.epoch_ended else "loss"
             print(
                 f"epoch {progress.epoch + 1}/{self.epochs}  step {progress.step}/{self.total}  "
-                f"{mean} {loss:.4f}  {rate:,.0f} examples/s",
+                f"{spent}{mean} {loss:.4f}  {rate:,.0f} examples/s",
                 flush=True,
             )
 

@@ -5,18 +5,19 @@ import sys
 from contextlib import closing
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import allocator, checkpoint, data, run_folder
 from .. import train as training
-from ..models import Params
 from ..options import INTERRUPTED, WATCHES, Train, UsageError, check_resumed, listed
 from . import build, restore
 from .build import Origin, Saved
 from .callbacks import Reporter, Saver, Watcher
 from .faults import check_finite, first_line, undisturbed
+from .private import LEDGER, Private, steps_per_epoch
 
 
 def train(options: Train) -> int:
@@ -47,20 +48,22 @@ def run(options: Train, dataset: data.Dataset, folder: Path, *, again: str) -> i
     begun = build.origin(options, dataset)
     batch_size = min(options.batch_size, begun.examples)
     per_epoch = data.steps_per_epoch(begun.examples, batch_size)
+    if options.private:
+        per_epoch = steps_per_epoch(options, begun.examples)
     total = options.epochs * per_epoch
     made = build.classifier(begun)
     optimizer = build.optimizer(options, per_epoch)
+    private = Private(options, dataset.train, made, optimizer) if options.private else None
     saved, saved_step = build.start(options, made, optimizer, where), -1
     if options.resume is None:
         run_folder.create(folder, options)
     else:
-        saved, saved_step = _resumed(folder, saved, begun, total)
+        saved, saved_step = _resumed(folder, saved, begun, total, private)
         run_folder.write_config(folder, options)
     print(f"Run folder: {folder}", flush=True)
-
-    def losses_fn(params: Params, images: Tensor, labels: Tensor, keys: Tensor) -> Tensor:
-        return made.loss(made.outputs(params, images, keys), labels)
-
+    if private:
+        print(private.start_line(), flush=True)
+    losses_fn = build.losses(made, options)
     compiled = options.compile == "on"
 
     def step_of(estimator: training.Estimator) -> training.Step:
@@ -70,29 +73,43 @@ def run(options: Train, dataset: data.Dataset, folder: Path, *, again: str) -> i
     watch, watcher = None, Watcher(folder, listed("--watch", options.watch or "", WATCHES))
     if options.watch:  # a batch's loss of one example is that example's loss
         watch = training.Watch(step_of(training.watching(losses_fn)), options.watch_every)
-    config = restore.to_config(begun)
+
+    def config(step: int) -> dict[str, Any]:
+        return restore.to_config(begun) | ({LEDGER: private.ledger(step).to_json()} if private else {})
+
     done = int(saved.state.step)
-    reporter = Reporter(folder, epochs=options.epochs, total=total, done=done, seen=done % per_epoch * batch_size)
+    reporter = Reporter(
+        folder, epochs=options.epochs, total=total, done=done, seen=done % per_epoch * batch_size,
+        epsilon=private.epsilon if private else None,
+    )  # fmt: skip
     saver = Saver(folder, saved, saved_step=saved_step, every=options.save_every, keep=options.keep, config=config)
+    callbacks = (reporter, watcher, saver)  # a checkpoint never comes before the records of its steps
+    examples = (_inputs(made, dataset.train.images), dataset.train.labels)
     try:
         with closing(reporter):
-            state = training.fit(
-                step_of(training.batch_gradient(losses_fn)),
-                saved.state,
-                dataset.train,
-                epochs=options.epochs,
-                batch_size=batch_size,
-                pad=compiled,
-                loss=saved.loss,
-                watch=watch,
-                callbacks=(reporter, watcher, saver),  # a checkpoint never comes before the records of its steps
-            )
+            if private:
+                state = private.fit(saved, examples, callbacks)
+            else:
+                state = training.fit(
+                    step_of(training.batch_gradient(losses_fn)),
+                    saved.state,
+                    examples,
+                    epochs=options.epochs,
+                    batch_size=batch_size,
+                    pad=compiled,
+                    loss=saved.loss,
+                    watch=watch,
+                    callbacks=callbacks,
+                )
         saver.save()
-        result = training.evaluate(made.outputs, made.loss, state.params, *dataset.test)
+        result = training.evaluate(made.outputs, made.loss, build.tested(options, state), *dataset.test)
         check_finite(result.loss, "The loss on the test images")
         record = {"loss": result.loss.item(), "correct": result.correct, "total": result.total}
         run_folder.append_metrics(folder, {"kind": "test", "step": saver.saved_step, **record})
         print(f"Accuracy of the network on the {result.total} test images: {100 * result.accuracy:.2f}%")
+        if private:
+            run_folder.append_metrics(folder, private.record(saver.saved_step))
+            print(private.summary(saver.saved_step))
     except (KeyboardInterrupt, OSError) as stop:  # OSError: a full disk, or nobody reads on
         with undisturbed():
             last = saver.save()
@@ -110,7 +127,12 @@ def run(options: Train, dataset: data.Dataset, folder: Path, *, again: str) -> i
     return 0
 
 
-def _resumed(run: Path, start: Saved, begun: Origin, total: int) -> tuple[Saved, int]:
+def _inputs(made: build.Classifier, images: Tensor) -> Tensor:
+    """What the training images become before it starts, some at a time."""
+    return torch.cat([made.inputs(part) for part in images.split(1000)])
+
+
+def _resumed(run: Path, start: Saved, begun: Origin, total: int, private: Private | None) -> tuple[Saved, int]:
     """The newest good state of a run and its step; its start and -1 where it has saved none.
 
     Args:
@@ -118,6 +140,7 @@ def _resumed(run: Path, start: Saved, begun: Origin, total: int) -> tuple[Saved,
         start: its state before the first step.
         begun: what it would begin with now.
         total: the step it shall end with.
+        private: what it spends, if it is a private run.
 
     Raises:
         UsageError: it would be another run.
@@ -139,6 +162,8 @@ def _resumed(run: Path, start: Saved, begun: Origin, total: int) -> tuple[Saved,
         raise UsageError(
             f"--epochs must not be fewer than the run has begun. It is after step {found.step}, they end with {total}."
         )
+    if private:
+        private.check_resumed(found.config, found.step)
     print(f"Going on after step {found.step}.")
     run_folder.forget_metrics_after(run, found.step)
     saved: Saved = found.state

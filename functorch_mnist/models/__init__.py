@@ -2,7 +2,7 @@
 
 `linear`, `mlp`, `cnn` and `small_cnn` are ready-made; `from_module` makes such a pair of any `nn.Module`, and
 `load_into` is the way back. Parameters are flat dicts with the names, shapes and initial distribution of the matching
-`nn.Module`.
+`nn.Module`. `scattering` gives fixed features of images, for a model to start from.
 """
 
 from .model import Apply as Apply
@@ -14,3 +14,6 @@ from .ready import cnn as cnn
 from .ready import linear as linear
 from .ready import mlp as mlp
 from .ready import small_cnn as small_cnn
+from .scattering import Filters as Filters
+from .scattering import scattering as scattering
+from .scattering import scattering_filters as scattering_filters

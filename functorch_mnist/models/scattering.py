@@ -90,7 +90,8 @@ def scattering(images: Tensor, filters: Filters) -> Tensor:
     Guarantees: an image's features do not depend on the images beside it but for rounding; a multiple c ≥ 0 of an image
         has the multiple of its features; all but S₀ forget a constant added to the image.
 
-    Cost: for 28 by 28, J = 2 and L = 8, 98 Fourier transforms of 36 or 18 pixels square per image, and the memory of 16 images.
+    Cost: for 28 by 28, J = 2 and L = 8, 98 Fourier transforms of 36 or 18 pixels square per image, and the memory of 16
+        images.
     """
     step = 2 ** len(filters.rows)
     size = tuple(side - 2 * step for side in filters.wavelets[0].shape[-2:])
@@ -129,7 +130,8 @@ def _envelope(coefficients: Tensor, halvings: int) -> Tensor:
         for _ in range(halvings):
             low, high = coefficients.chunk(2, dim)
             coefficients = low + high
-    return torch.fft.ifft2(coefficients, norm="forward").abs()
+    envelope: Tensor = torch.fft.ifft2(coefficients, norm="forward").abs()
+    return envelope
 
 
 def _averages(image: Tensor, filters: Filters, grid: int) -> Tensor:
@@ -144,7 +146,8 @@ def _average(side: int, scale: int, grid: int) -> Tensor:
     profile = (torch.exp(-(u**2) / (2 * sigma**2)) / (math.sqrt(2 * math.pi) * sigma)).sum(0)
     kernel = torch.fft.ifft(_coarse(torch.fft.fft(profile).real, grid, -1)).real
     kept = torch.arange(side // 2**scale)[1:-1] * 2 ** (scale - grid)
-    return kernel[(kept.unsqueeze(-1) - torch.arange(side // 2**grid)) % len(kernel)]
+    rows: Tensor = kernel[(kept.unsqueeze(-1) - torch.arange(side // 2**grid)) % len(kernel)]
+    return rows
 
 
 def _coarse(spectrum: Tensor, halvings: int, dim: int) -> Tensor:
@@ -161,7 +164,8 @@ def _morlet(height: int, width: int, j: int, i: int, angles: int) -> Tensor:
     theta = (angles // 2 - 1 - i) * math.pi / angles
     wave = _gabor(height, width, sigma, xi, theta, slant)
     bump = _gabor(height, width, sigma, 0.0, theta, slant)
-    return torch.fft.fft2(wave - wave.sum() / bump.sum() * bump).real
+    spectrum: Tensor = torch.fft.fft2(wave - wave.sum() / bump.sum() * bump).real
+    return spectrum
 
 
 def _gabor(height: int, width: int, sigma: float, xi: float, theta: float, slant: float) -> Tensor:

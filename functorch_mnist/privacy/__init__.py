@@ -5,6 +5,12 @@
 The files, in the order of reading: `clipping`, `mechanism`, `sampling`, `release`, `secret`; then the account.
 """
 
+from .account import Accountant as Accountant
+from .account import Ledger as Ledger
+from .account import calibrated as calibrated
+from .account import curve as curve
+from .account import epsilon as epsilon
+from .account import most_steps as most_steps
 from .clipping import Automatic as Automatic
 from .clipping import Clipping as Clipping
 from .clipping import Flat as Flat

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from .. import random
 
+_SECRET = 0x5EC2E7
+"""Sets the stream apart from those of a public key of the same seed."""
+
 
 class Secret:
     """A key that is used in memory alone: it is not shown, and refuses to be written.
@@ -32,7 +35,7 @@ class Secret:
 
     def key(self, device: torch.device | str | None = None) -> Tensor:
         """The root key (2,), on a device."""
-        return random.key(self._seed, device=device)
+        return random.fold_in(random.key(self._seed, device=device), _SECRET)
 
     def __repr__(self) -> str:
         return "Secret(given)" if self.reproduction else "Secret(fresh)"
