@@ -11,6 +11,10 @@ from .account import calibrated as calibrated
 from .account import curve as curve
 from .account import epsilon as epsilon
 from .account import most_steps as most_steps
+from .audit import Audit as Audit
+from .audit import Release as Release
+from .audit import audit as audit
+from .audit import pipeline as pipeline
 from .clipping import Automatic as Automatic
 from .clipping import Clipping as Clipping
 from .clipping import Flat as Flat

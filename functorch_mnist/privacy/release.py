@@ -108,13 +108,13 @@ def released(
 
     Cost: memory of the parameters.
     """
-    multiplier, votes_deviation = clipping.deviations(noise_multiplier) if noise_multiplier else (0.0, 0.0)
-    deviation = multiplier * clipping.sensitivity(clipping_state)
-    leaves = tree.leaves(sums.grads)
-    *keys, votes_key = random.split(key, len(leaves) + 1).unbind(0)
-    noisy = [
-        g + deviation * random.box_muller(k, g.shape) if multiplier else g for g, k in zip(leaves, keys, strict=True)
-    ]
-    grads = tree.map(lambda w, g: (g / expected).to(w.dtype), params, tree.unflatten(sums.grads, noisy))
-    votes = sums.votes + votes_deviation * random.box_muller(votes_key, sums.votes.shape)
-    return grads, clipping.adapt(clipping_state, votes / expected)
+    grads, votes = tree.leaves(sums.grads), sums.votes
+    if noise_multiplier:
+        multiplier, votes_deviation = clipping.deviations(noise_multiplier)
+        deviation = multiplier * clipping.sensitivity(clipping_state)
+        sizes = [g.numel() for g in grads]
+        *normals, last = random.box_muller(key, (sum(sizes) + len(votes),)).split([*sizes, len(votes)])
+        grads = [g + deviation * z.view(g.shape) for g, z in zip(grads, normals, strict=True)]
+        votes = votes + votes_deviation * last
+    mean = [(g / expected).to(w.dtype) for w, g in zip(tree.leaves(params), grads, strict=True)]
+    return tree.unflatten(params, mean), clipping.adapt(clipping_state, votes / expected)

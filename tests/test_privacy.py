@@ -1,0 +1,550 @@
+"""Clipping rules, sampling, noise and the private step: what one example can do, and the mistakes that others made."""
+
+import copy
+import math
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from zoo import difference
+
+from functorch_mnist import losses, models, optim, per_sample, privacy, random, train, tree
+from functorch_mnist.privacy import Automatic, Flat, Global, PerGroup, PerLayer, Poisson, Quantile, Secret, Shuffled
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+RULES = {
+    "flat": Flat(1.5),
+    "automatic": Automatic(1.5),
+    "global": Global(1.5),
+    "per-layer": PerLayer(1.5),
+    "per-group": PerGroup({"a": 0.5, "b.weight": 2.0, "b": 1.0}),
+    "quantile": Quantile(0.5, count_deviation=3.0, initial=1.5),
+}
+SIZES = {"a.weight": (2, 3), "b.weight": (4,), "b.bias": ()}
+FLOAT = [0.0, 1e-30, 1e-20, 1e-3, 1.0, -1.5, 7.0, 1e6, -1e18, 1e25, 3e38, math.inf, -math.inf, math.nan]
+
+
+def zeros(dtype=torch.float32):
+    return {name: torch.zeros(shape, dtype=dtype) for name, shape in SIZES.items()}
+
+
+def linear_loss(params, gradient):
+    """A loss of one example whose gradient is what the example holds."""
+    return (tree.ravel(params) * gradient).sum()
+
+
+def sums(rule, rows, mask=None, state=None):
+    state = rule.init() if state is None else state
+    return privacy.clipped_sums(linear_loss, zeros(rows.dtype), rows, clipping=rule, clipping_state=state, mask=mask)
+
+
+def moved(with_it, without):
+    """By how much sums differ, in float64."""
+    return tree.norm(tree.map(lambda a, b: a.double() - b.double(), with_it.grads, without.grads)).item()
+
+
+# What one example can do
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@given(rows=st.lists(st.lists(st.sampled_from(FLOAT), min_size=11, max_size=11), min_size=1, max_size=3))
+def test_no_example_moves_the_sum_by_more_than_the_sensitivity(rule, rows):
+    rows = torch.tensor(rows)
+    one = sums(rule, rows[:1])
+    none = sums(rule, rows[:0])
+    assert moved(one, none) <= float(rule.sensitivity(rule.init()))
+    assert one.votes.norm() <= 0.5
+    beside = torch.ones(len(rows), dtype=torch.bool)
+    beside[0] = False
+    added, left_out = sums(rule, rows), sums(rule, rows, mask=beside)
+    assert moved(added, left_out) <= float(rule.sensitivity(rule.init())) * (1 + 1e-5)  # the sums are rounded
+    assert all(leaf.isfinite().all() for leaf in tree.leaves((added.grads, added.votes)))
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_random_gradients_of_all_lengths_keep_to_the_sensitivity(rule):
+    lengths = 10 ** (6 * random.uniform(random.key(1), (2000, 1)) - 3)
+    rows = random.normal(random.key(0), (2000, 11)) * lengths
+    factors = rule.factors(
+        {
+            name: rows[:, part].norm(dim=1)
+            for name, part in zip(SIZES, (slice(6), slice(6, 10), slice(10, 11)), strict=True)
+        },
+        rule.init(),
+    )
+    kept = torch.cat(
+        [
+            rows[:, part].double() * factors[name][:, None].double()
+            for name, part in zip(SIZES, (slice(6), slice(6, 10), slice(10, 11)), strict=True)
+        ],
+        1,
+    )
+    bound = float(rule.sensitivity(rule.init()))
+    assert kept.norm(dim=1).max() <= bound
+    assert kept.norm(dim=1).max() >= 0.5 * bound  # the bound is not idle
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_mistake_4_one_example_that_is_not_finite_poisons_nothing(bad):
+    good = random.normal(random.key(0), (5, 11))
+    rows = torch.cat([good, torch.full((1, 11), bad)])
+    for rule in RULES.values():
+        found, expected = sums(rule, rows), sums(rule, good)
+        assert moved(found, expected) < 1e-6
+        assert found.seen["nonfinite"] == 1
+        assert found.seen["loss"].isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", ["build", "gram"])
+def test_positions_that_cancel_hide_nothing_from_the_clip(way, dtype):
+    torch.manual_seed(0)
+    w = torch.zeros(6, 8)
+
+    def loss(w, a, g):
+        return ((a.to(dtype) @ w.to(dtype).T).float() * g).sum()
+
+    big, small = 10 ** torch.arange(0.0, 6.0, 0.25), 1e-3
+    a = (big[:, None, None] * torch.randn(1, 1, 8) + small * torch.randn(len(big), 40, 8)).to(dtype).float()
+    g = torch.tensor([1.0, -1.0] * 20)[:, None].expand(len(big), 40, 6) * torch.randn(1, 1, 6)
+    plan = per_sample.plan(loss, w, a[0], g[0], batch_size=1).override("", way)
+    found = per_sample.factored(loss, w, a, g.contiguous(), plan=plan).wide().built()
+    rule = Flat(1.0)
+    factors = rule.factors(found.leaf_bounds())
+    for i in range(len(big)):
+        alone = torch.zeros(len(big))
+        alone[i] = factors[i]
+        assert found.weighted_sum(alone).double().norm() <= 1
+
+
+def test_bounds_of_norms_are_the_norms_but_for_rounding():
+    model = models.small_cnn()
+    params = tree.map(torch.Tensor.double, model.init(random.key(0)))
+    x, y = random.normal(random.key(1), (4, 1, 28, 28)).double(), torch.arange(4)
+
+    def loss(params, x, y):
+        return losses.cross_entropy(model.apply(params, x), y)
+
+    found = per_sample.factored(loss, params, x, y)
+    assert difference(found.leaf_bounds(), found.leaf_norms()) < 1e-12
+    assert all(
+        (a >= b).all() for a, b in zip(*map(tree.leaves, (found.leaf_bounds(), found.leaf_norms())), strict=True)
+    )
+
+
+# The rules
+
+
+def test_the_rules_are_their_formulas():
+    norms = {
+        "a.weight": torch.tensor([0.3, 4.0]),
+        "b.weight": torch.tensor([0.0, 3.0]),
+        "b.bias": torch.tensor([0.4, 0.0]),
+    }
+    whole = torch.tensor([0.5, 5.0])
+    close = partial(torch.testing.assert_close, rtol=1e-5, atol=0)
+    for name in norms:
+        close(Flat(1.0).factors(norms)[name], torch.tensor([1.0, 0.2]))
+        close(Automatic(2.0, 0.1).factors(norms)[name], 2 / (whole + 0.1))
+        close(Global(1.0).factors(norms)[name], torch.tensor([1.0, 0.0]))
+        close(Quantile(0.5, 1.0).factors(norms, torch.tensor(2.0))[name], torch.tensor([1.0, 0.4]))
+    share = 1 / math.sqrt(2)  # two layers
+    close(PerLayer(1.0).factors(norms)["a.weight"], torch.tensor([1.0, share / 4]))
+    close(PerLayer(1.0).factors(norms)["b.bias"], torch.tensor([1.0, share / 3]))
+    groups = PerGroup({"a": 1.0, "b": 0.2, "b.weight": 6.0}).factors(norms)
+    close(groups["a.weight"], torch.tensor([1.0, 0.25]))
+    close(groups["b.weight"], torch.tensor([1.0, 1.0]))
+    close(groups["b.bias"], torch.tensor([0.5, 1.0]))
+
+
+def test_sensitivities_are_those_of_the_papers():
+    assert [RULES[name].sensitivity() for name in ("flat", "automatic", "global", "per-layer")] == [1.5] * 4
+    assert RULES["per-group"].sensitivity() == math.sqrt(0.25 + 4 + 1)
+    assert RULES["quantile"].sensitivity(torch.tensor(0.7)) == torch.tensor(0.7)
+
+
+def test_groups_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"every parameter must be in a group. Found 'b.weight'"):
+        sums(PerGroup({"a": 1.0}), torch.zeros(1, 11))
+    with pytest.raises(ValueError, match=r"every group must have a parameter. Found \['c'\]"):
+        sums(PerGroup({"": 1.0, "c": 1.0}), torch.zeros(1, 11))
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.inf, math.nan])
+def test_mistake_11_clipping_norms_that_mean_nothing_are_refused(bad):
+    for make in (Flat, Automatic, Global, PerLayer, lambda c: PerGroup({"": c}), lambda c: Quantile(0.5, c)):
+        with pytest.raises(ValueError, match="must be above 0 and finite"):
+            make(bad)
+    with pytest.raises(TypeError, match="must be a number"):
+        Flat("1")
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        Quantile(1.5, 1.0)
+
+
+def test_a_quantile_follows_the_norms_and_its_votes_are_paid_for():
+    rule = Quantile(0.5, count_deviation=2.0, initial=1e-2, rate=0.3)
+    gradient, votes = rule.deviations(1.0)
+    assert votes == 2.0
+    assert gradient**-2 + (2 * votes) ** -2 == pytest.approx(1.0)  # Andrew et al., theorem 1
+    rows = random.normal(random.key(0), (400, 11)) * torch.linspace(0.1, 4, 400)[:, None]
+    state = rule.init()
+    for t in range(150):
+        found = sums(rule, rows, state=state)
+        _, state = privacy.released(
+            zeros(), found, random.key(t), clipping=rule, clipping_state=state, noise_multiplier=1.0, expected=400
+        )
+    assert (rows.norm(dim=1) <= state).double().mean() == pytest.approx(0.5, abs=0.05)
+    with pytest.raises(ValueError, match="votes alone would cost more"):
+        Quantile(0.5, count_deviation=0.5).deviations(1.0)
+
+
+# Noise
+
+
+def noise(rule, key, *, sigma=1.3, expected=4.0, like=None):
+    params = zeros() if like is None else like
+    found, _ = privacy.released(
+        params, privacy.no_sums(params, rule), key, clipping=rule, clipping_state=rule.init(), noise_multiplier=sigma,
+        expected=expected,
+    )  # fmt: skip
+    return found
+
+
+def test_the_noise_has_the_stated_variance_and_no_correlation_across_parameters_and_steps():
+    n, like = 200_000, {"a": torch.zeros(400, 500), "b": torch.zeros(200_000)}
+    for rule, deviation in ((Flat(1.5), 1.3 * 1.5 / 4), (RULES["per-group"], None)):
+        if deviation is None:
+            rule, deviation = PerGroup({"a": 3.0, "b": 4.0}), 1.3 * 5 / 4
+        drawn = [noise(rule, random.key(step), like=like) for step in (0, 1)]
+        columns = torch.stack([leaf.flatten().double() for one in drawn for leaf in one.values()]) / deviation
+        chi_square = columns.square().sum(1)  # mean n, variance 2 n
+        assert ((chi_square - n).abs() < 5 * math.sqrt(2 * n)).all()
+        assert (columns.mean(1).abs() < 5 / math.sqrt(n)).all()
+        correlation = columns @ columns.T / n - torch.eye(4, dtype=torch.float64)
+        assert (correlation - correlation.diag().diag()).abs().max() < 5 / math.sqrt(n)
+        assert abs((columns.pow(4).mean() / 3).item() - 1) < 0.02  # normal, not only of that variance
+
+
+def test_mistake_7_no_key_serves_two_streams():
+    secret, seen = Secret(5), []
+    draw_key, noise_key, example_key = random.split(secret.key(), 3).unbind(0)
+    for root in (draw_key, noise_key, example_key):
+        seen += [tuple(random.fold_in(root, step).tolist()) for step in range(20)]
+    seen += [tuple(key.tolist()) for key in random.split(random.key(5), 40)]  # what is public of the same seed
+    assert len(set(seen)) == len(seen)
+    one = noise(Flat(1.0), random.key(0), like={"a": torch.zeros(50), "b": torch.zeros(50)})
+    assert not torch.equal(one["a"], one["b"])
+
+
+def test_mistake_8_two_runs_have_different_secrets_unless_a_seed_is_given_which_is_told():
+    assert not torch.equal(Secret().key(), Secret().key())
+    assert torch.equal(Secret(3).key(), Secret(3).key())
+    assert Secret(3).reproduction
+    assert not Secret().reproduction
+
+
+def test_a_secret_does_not_show_and_refuses_to_be_written():
+    secret = Secret(987654321)
+    assert "987654321" not in repr(secret) + str(secret)
+    for write in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match="must not be written"):
+            write(secret)
+
+
+# Sampling
+
+
+@given(st.integers(0, 300), st.floats(1e-3, 1), st.integers(0, 2**32))
+def test_each_example_has_a_coin_of_its_own(total, rate, seed):
+    key = random.key(seed)
+    whole = privacy.joins(key, total, rate)
+    assert torch.equal(whole[: total // 2], privacy.joins(key, total // 2, rate))  # mistake 9: parts of one draw
+    assert (privacy.joins(key, total, 1.0)).all()
+    assert not privacy.joins(key, total, 1e-12).any()
+
+
+def test_poisson_draws_have_the_stated_mean_and_variance_and_are_independent():
+    n, q, steps = 2000, 0.03, 400
+    mechanism = Poisson(q, 1.0)
+    draws = torch.zeros(steps, n)
+    for step in range(steps):
+        draws[step, privacy.draw(mechanism, random.key(3), step=step, examples=n)] = 1
+    sizes = draws.sum(1).double()
+    assert sizes.mean().item() == pytest.approx(n * q, abs=5 * math.sqrt(n * q / steps))
+    assert sizes.var().item() == pytest.approx(n * q * (1 - q), rel=0.35)
+    both = (draws[:-1] * draws[1:]).sum(1).double().mean().item()
+    assert both == pytest.approx(n * q * q, abs=5 * math.sqrt(n * q * q / steps))
+
+
+def test_a_shuffled_epoch_sees_each_example_once_and_the_next_in_another_order():
+    mechanism = Shuffled(7, 1.0)
+    epochs = [
+        [privacy.draw(mechanism, random.key(0), step=7 * epoch + step, examples=50) for step in range(7)]
+        for epoch in (0, 1)
+    ]
+    for epoch in epochs:
+        assert torch.equal(torch.cat(epoch).sort().values, torch.arange(50))
+        assert {len(part) for part in epoch} == {7, 8}
+    assert not torch.equal(torch.cat(epochs[0]), torch.cat(epochs[1]))
+    assert privacy.expected_examples(mechanism, 50) == 50 / 7
+
+
+@given(st.integers(0, 500), st.integers(1, 64), st.integers(1, 64))
+def test_chunks_hold_each_drawn_example_once_in_one_of_two_shapes(drawn, large, small):
+    large, small = max(large, small), min(large, small)
+    index = torch.arange(1000, 1000 + drawn)
+    batches = privacy.chunks(index, (large, small))
+    assert torch.equal(torch.cat([b.examples[b.mask] for b in batches]).sort().values, index)
+    assert {len(b.examples) for b in batches} <= {large, small}
+    assert len(batches[-1].examples) == large
+    assert sum(len(b.examples) for b in batches) <= max(large, drawn + max(large - 1, small))
+
+
+def test_sizes_of_chunks_out_of_order_are_refused():
+    for sizes in ((), (4, 8), (4, 0), (8, 4, 2)):
+        with pytest.raises(ValueError, match="one or two sizes"):
+            privacy.chunks(torch.arange(3), sizes)
+
+
+# The step
+
+
+MODEL = models.mlp([6, 5, 3], activation=torch.tanh)
+X, Y = random.normal(random.key(0), (40, 6)).double(), torch.arange(40) % 3
+
+
+def start(rule, optimizer):
+    params = tree.map(torch.Tensor.double, MODEL.init(random.key(1)))
+    return train.init_private_state(params, optimizer, random.key(2), rule)
+
+
+def loss_fn(params, x, y, key):
+    return losses.cross_entropy(MODEL.apply(params, x), y)
+
+
+def fitted(
+    mechanism, *, steps=5, sizes=(16, 4), rule=RULES["flat"], sigma=None, secret=None, compiled=False, start_at=None
+):
+    optimizer = optim.sgd(0.1, momentum=0.9)
+    sigma = mechanism.noise_multiplier if sigma is None else sigma
+    step = train.make_private_step(
+        loss_fn, optimizer, clipping=rule, noise_multiplier=sigma, expected=privacy.expected_examples(mechanism, len(X))
+    )
+    seen = []
+    state = train.fit_private(
+        step.compiled() if compiled else step,
+        start(rule, optimizer) if start_at is None else start_at,
+        (X, Y),
+        mechanism=mechanism,
+        secret=secret or Secret(4),
+        steps=steps,
+        clipping=rule,
+        chunk_sizes=sizes,
+        callbacks=(seen.append,),
+    )
+    return state, seen
+
+
+@pytest.mark.parametrize("mechanism", [Poisson(0.4, 1.1), Shuffled(3, 1.1)])
+@pytest.mark.parametrize("rule", [RULES["flat"], Quantile(0.5, 3.0, 1.5)])
+def test_mistake_5_noise_comes_once_and_no_result_hangs_on_the_chunks(mechanism, rule):
+    expected, _ = fitted(mechanism, sizes=(40,), rule=rule)
+    for sizes in ((16, 4), (3,), (5, 1), (40, 40)):
+        found, _ = fitted(mechanism, sizes=sizes, rule=rule)
+        assert difference(found.params, expected.params) < 1e-12
+        assert difference(found.estimator, expected.estimator) < 1e-6 if tree.leaves(found.estimator) else True
+
+
+@pytest.mark.parametrize("rule", [PerLayer(1.0), Quantile(0.5, 3.0, 1.5)])
+def test_the_compiled_private_step_equals_the_eager_one(rule):
+    torch._dynamo.reset()
+    found, _ = fitted(Poisson(0.4, 1.1), rule=rule, sizes=(40,), compiled=True)
+    expected, _ = fitted(Poisson(0.4, 1.1), rule=rule, sizes=(40,))
+    assert difference(found.params, expected.params) < 1e-6  # the noise is float32
+
+
+def test_mistake_2_the_divisor_is_the_expected_number_not_the_number_drawn():
+    optimizer = optim.sgd(1.0)
+    step = train.make_private_step(linear_loss, optimizer, clipping=Flat(1.0), noise_multiplier=0.0, expected=10.0)
+    rows = torch.eye(11)[:3].double()
+    begun = train.init_private_state(zeros(torch.float64), optimizer, random.key(0), Flat(1.0))
+    state, _ = step.step(begun, privacy.no_sums(begun.params, Flat(1.0)), random.key(0), rows)
+    assert tree.ravel(state.params)[:4].tolist() == pytest.approx([-0.1, -0.1, -0.1, 0])
+
+
+def test_mistake_6_sums_are_sums_of_examples_and_not_means():
+    rows = random.normal(random.key(0), (6, 11)) * 0.01
+    whole, parts = sums(Flat(1.0), rows), [sums(Flat(1.0), rows[i : i + 1]) for i in range(6)]
+    total = parts[0]
+    for part in parts[1:]:
+        total = tree.map(torch.add, total, part)
+    assert moved(whole, total) < 1e-7
+    assert torch.allclose(tree.ravel(whole.grads), rows.sum(0), atol=1e-6)
+
+
+def test_mistake_3_an_empty_draw_is_legal_and_still_noised():
+    rule, optimizer = Flat(1.5), optim.sgd(1.0)
+    step = train.make_private_step(loss_fn, optimizer, clipping=rule, noise_multiplier=2.0, expected=4.0)
+    state = start(rule, optimizer)
+    (batch,) = privacy.chunks(torch.arange(0), (8, 2))
+    rows = (X[batch.examples], Y[batch.examples], random.split(random.key(0), 8))
+    found, seen = step.step(state, privacy.no_sums(state.params, rule), random.key(9), *rows, mask=batch.mask)
+    moves = tree.ravel(tree.map(torch.sub, found.params, state.params))
+    expected = noise(rule, random.key(9), sigma=2.0, like=state.params)
+    assert torch.allclose(moves, -tree.ravel(expected), atol=1e-12)
+    assert seen["count"] == 0
+    assert moves.std() > 0.3
+
+
+def test_a_thousand_steps_of_empty_draws_equal_pure_noise():
+    rule, optimizer, secret, sigma = Flat(1.5), optim.sgd(0.1), Secret(8), 1.3
+    mechanism = Poisson(1e-11, sigma)
+    step = train.make_private_step(loss_fn, optimizer, clipping=rule, noise_multiplier=sigma, expected=2.0)
+    begun, counts = start(rule, optimizer), []
+    state = train.fit_private(
+        step, begun, (X, Y), mechanism=mechanism, secret=secret, steps=1000, clipping=rule, chunk_sizes=(2,),
+        callbacks=(lambda progress: counts.append(int(progress.aux["count"])),),
+    )  # fmt: skip
+    assert counts == [0] * 1000
+    walk = tree.ravel(tree.map(torch.sub, state.params, begun.params))
+    noise_key = random.split(secret.key(), 3)[1]
+    expected = -0.1 * sum(
+        tree.ravel(noise(rule, random.fold_in(noise_key, t), sigma=sigma, expected=2.0, like=begun.params))
+        for t in range(1000)
+    )
+    assert torch.allclose(walk, expected, atol=1e-9)
+    deviation = 0.1 * sigma * 1.5 / 2 * math.sqrt(1000)
+    assert (walk / deviation).square().sum().item() == pytest.approx(len(walk), abs=5 * math.sqrt(2 * len(walk)))
+
+
+def test_a_run_that_goes_on_equals_one_that_was_not_stopped_where_the_secret_is_the_same():
+    mechanism = Poisson(0.4, 1.1)
+    whole, seen = fitted(mechanism, steps=6)
+    half, _ = fitted(mechanism, steps=3)
+    rest, _ = fitted(mechanism, steps=6, start_at=half)
+    assert all(torch.equal(a, b) for a, b in zip(*map(tree.leaves, (whole, rest)), strict=True))
+    other, _ = fitted(mechanism, steps=6, start_at=half, secret=Secret())
+    assert not torch.equal(tree.ravel(other.params), tree.ravel(whole.params))
+    assert [p.step for p in seen] == list(range(1, 7))
+    assert [p.epoch_ended for p in seen] == [False, True] * 3 or [p.epoch for p in seen][-1] >= 1
+
+
+def test_no_secret_is_in_the_state():
+    secret = Secret(77)
+    state, _ = fitted(Poisson(0.4, 1.1), secret=secret)
+    roots = [secret.key(), *random.split(secret.key(), 3)]
+    keys = [leaf for leaf in tree.leaves(state) if leaf.dtype == torch.int32]
+    assert not any(torch.equal(key, root) for key in keys for root in roots)
+
+
+def test_one_private_step_without_noise_equals_opacus():
+    opacus = pytest.importorskip("opacus")
+    grad_sample = pytest.importorskip("opacus.grad_sample")
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 10)).double()
+    params, model = models.from_module(module, example_ndim=3)
+    x, y = torch.randn(12, 1, 8, 8).double(), torch.arange(12) % 10
+    theirs = grad_sample.GradSampleModule(copy.deepcopy(module))
+    optimizer = opacus.optimizers.DPOptimizer(
+        torch.optim.SGD(theirs.parameters(), 0.5, momentum=0.9), noise_multiplier=0.0, max_grad_norm=0.7,
+        expected_batch_size=12,
+    )  # fmt: skip
+    ours = optim.sgd(0.5, momentum=0.9)
+    step = train.make_private_step(
+        lambda p, x, y: losses.cross_entropy(model.apply(p, x), y), ours, clipping=Flat(0.7), noise_multiplier=0.0,
+        expected=12.0,
+    )  # fmt: skip
+    state = train.init_private_state(params, ours, random.key(0), Flat(0.7))
+    for _ in range(3):
+        nothing = privacy.no_sums(state.params, Flat(0.7))
+        state, seen = step.step(state, nothing, random.key(0), x, y)
+        assert seen["clipped"] > 0
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(theirs(x), y, reduction="mean").backward()
+        optimizer.step()
+    expected = {name.removeprefix("_module."): p.detach() for name, p in theirs.named_parameters()}
+    assert difference(state.params, {name: expected[name] for name in state.params}) < 1e-6
+
+
+@pytest.mark.parametrize("number", [-1.0, math.inf, math.nan])
+def test_mistake_11_steps_with_numbers_that_mean_nothing_are_refused(number):
+    with pytest.raises(ValueError, match="noise_multiplier must be at least 0, finite"):
+        train.make_private_step(loss_fn, optim.sgd(0.1), clipping=Flat(1.0), noise_multiplier=number, expected=1.0)
+    with pytest.raises(ValueError, match="expected must be above 0 and finite"):
+        train.make_private_step(loss_fn, optim.sgd(0.1), clipping=Flat(1.0), noise_multiplier=1.0, expected=number)
+
+
+def test_data_of_no_example_or_of_several_sizes_is_refused():
+    step = train.make_private_step(loss_fn, optim.sgd(0.1), clipping=Flat(1.0), noise_multiplier=1.0, expected=1.0)
+    run = partial(
+        train.fit_private, step, start(Flat(1.0), optim.sgd(0.1)), mechanism=Poisson(0.1, 1.0), secret=Secret(0),
+        clipping=Flat(1.0), chunk_sizes=(4,),
+    )  # fmt: skip
+    for examples, steps in (((X, Y[:3]), 1), ((X[:0], Y[:0]), 1), ((X, Y), -1)):
+        with pytest.raises(ValueError, match="must share a first size of at least 1"):
+            run(examples, steps=steps)
+
+
+# The audit
+
+
+def planted(fault, rule, sigma):
+    """A step with a fault in it."""
+
+    def release(rows, key):
+        expected = float(len(rows)) if fault == "divides by the realised batch" else 8.0
+        own = Flat(1e6) if fault == "does not clip" else rule
+        noise = sigma * 1.5 / 1e6 if fault == "does not clip" else 0.3 * sigma if fault == "noise x 0.3" else sigma
+        return privacy.pipeline(own, noise_multiplier=noise, expected=expected)(rows, key)
+
+    return release
+
+
+@pytest.mark.parametrize("sigma", [0.7, 1.1, 2.0])
+def test_the_audit_finds_no_more_than_is_accounted_in_correct_code(sigma):
+    for number, (name, rule) in enumerate(RULES.items()):
+        if name == "per-group":
+            continue  # the audit's model has one parameter
+        length = 0.99 if name == "global" else 10.0
+        found = privacy.audit(
+            privacy.pipeline(rule, noise_multiplier=sigma, expected=8.0), noise_multiplier=sigma, max_norm=1.5,
+            length=length, key=random.key(number),
+        )  # fmt: skip
+        assert found.passed
+        assert found.found > 0.2 * found.claimed  # it has teeth
+
+
+@pytest.mark.parametrize("sigma", [0.7, 1.1, 2.0])
+@pytest.mark.parametrize("fault", ["noise x 0.3", "does not clip", "divides by the realised batch"])
+def test_the_audit_catches_a_planted_fault(fault, sigma):
+    found = privacy.audit(planted(fault, Flat(1.5), sigma), noise_multiplier=sigma, max_norm=1.5, key=random.key(0))
+    assert not found.passed
+    assert found.found > 1.2 * found.claimed
+
+
+def test_the_audit_covers_the_step_that_training_makes():
+    optimizer, sigma = optim.sgd(1.0), 1.1
+    step = train.make_private_step(
+        lambda w, g: w @ g, optimizer, clipping=Flat(1.5), noise_multiplier=sigma, expected=8.0
+    )
+
+    def release(rows, key):
+        state = train.init_private_state(torch.zeros(rows.shape[1]), optimizer, random.key(0), Flat(1.5))
+        return -step.step(state, privacy.no_sums(state.params, Flat(1.5)), key, rows)[0].params
+
+    assert privacy.audit(release, noise_multiplier=sigma, max_norm=1.5, key=random.key(0)).passed
+    assert not privacy.audit(release, noise_multiplier=3 * sigma, max_norm=1.5, key=random.key(0)).passed
+
+
+def test_an_audit_with_numbers_that_mean_nothing_is_refused():
+    run = partial(privacy.audit, lambda rows, key: rows.sum(0), key=random.key(0))
+    for numbers in ({"noise_multiplier": 0.0, "max_norm": 1.0}, {"noise_multiplier": 1.0, "max_norm": math.nan}):
+        with pytest.raises(ValueError, match="above 0"):
+            run(**numbers)
+    with pytest.raises(ValueError, match="40 trials"):
+        run(noise_multiplier=1.0, max_norm=1.0, trials=3)
