@@ -74,6 +74,8 @@ def _parse(arguments: list[str]) -> Any:
         opt.check(options.training)
     elif isinstance(options, opt.Analysis):
         opt.check_analysis(options)
+    elif isinstance(options, opt.Account):
+        opt.check_account(options)
     return options
 
 
@@ -88,6 +90,7 @@ def _read(arguments: list[str], defaults: opt.Train) -> Any:
         Annotated[opt.Mislabelled, tyro.conf.subcommand("mislabelled")],
         Annotated[opt.Influence, tyro.conf.subcommand("influence")],
         Annotated[opt.NoiseScale, tyro.conf.subcommand("noise-scale")],
+        Annotated[opt.Account, tyro.conf.subcommand("account")],
     ]
     return tyro.cli(command, args=arguments, prog="functorch-mnist", description="Train on MNIST, purely functionally.")
 

@@ -31,7 +31,7 @@ class Train:
     data_dir: Path | None = None
     """Read the data set's four IDX files from this folder instead."""
     model: Literal["cnn", "mlp", "linear", "small-cnn", "scattering"] = "cnn"
-    """Which model; scattering is a linear map of fixed wavelet features."""
+    """Which model; scattering is a linear map of fixed wavelet features of the straightened image."""
     hidden: tuple[int, ...] = (128,)
     """Widths of the mlp's hidden layers."""
     activation: Literal["relu", "sigmoid", "tanh"] = "relu"
@@ -122,6 +122,16 @@ RECIPES: Mapping[str, Train] = MappingProxyType(
             warmup=0.2,
             weight_decay=5e-4,
             precision="bfloat16",
+        ),
+        "private": Train(
+            recipe="private",
+            private=True,
+            epsilon=2.93,
+            model="scattering",
+            epochs=40,
+            batch_size=4096,
+            lr=667.0,
+            clip_norm=0.03,
         ),
     }
 )
@@ -267,6 +277,42 @@ class Plan:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """Compute what private training spends (ε), the noise it needs or the steps it may make, from the other two."""
+
+    epsilon: float | None = None
+    """ε that may be spent."""
+    delta: float = 1e-5
+    """δ at which ε is told."""
+    noise_multiplier: float | None = None
+    """The noise's standard deviation over the sensitivity of a step."""
+    batch_size: int = 256
+    """Images per step, expected ones if they are sampled."""
+    examples: int = 60_000
+    """Training images."""
+    epochs: int | None = None
+    """How often each training image is seen, expected if they are sampled."""
+    steps: int | None = None
+    """Or how many steps are made."""
+    sampling: Literal["poisson", "shuffled"] = "poisson"
+    """Each image by a coin of its own in each step, or batches of a shuffled epoch, for which nothing is claimed."""
+    accountant: Literal["pld", "rdp", "rdp-old"] = "pld"
+    """How ε is computed; pld needs the privacy extra."""
+    png: Path | None = None
+    """Also draw ε over the epochs into this file (needs the plot extra)."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which each example is expected once."""
+        return max(1, round(self.examples / self.batch_size))
+
+    @property
+    def all_steps(self) -> int | None:
+        """What `epochs` or `steps` says; None where neither is given."""
+        return self.steps if self.epochs is None else self.epochs * self.steps_per_epoch
+
+
 def to_json(options: Train) -> dict[str, Any]:
     """The options as JSON values; `from_json` is the way back."""
     values = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
@@ -372,6 +418,41 @@ def check_analysis(options: Analysis) -> None:
     scores = getattr(options, "scores", None)
     if scores is not None and not listed("--scores", scores, SCORES):
         raise UsageError(f"--scores must name one of {', '.join(SCORES)} at least. Found none.")
+
+
+_ACCOUNT_RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
+    ("above 0 and below 1e4", lambda v: 0 < v < 1e4, ("epsilon", "noise_multiplier")),
+    ("above 0 and below 1", lambda v: 0 < v < 1, ("delta",)),
+    ("at least 1 and below 2**31", lambda v: 1 <= v < 2**31, ("batch_size", "examples", "epochs", "steps")),
+)
+MOST_STEPS = 10**8
+"""The most steps that are accounted for."""
+
+
+def check_account(options: Account) -> None:
+    """Refuses what can be refused before torch is imported.
+
+    Raises:
+        UsageError: a number is out of its range, or not one of ε, noise and length is missing.
+    """
+    for rule, holds, limited in _ACCOUNT_RULES:
+        for name in limited:
+            value = getattr(options, name)
+            if value is not None and not holds(value):
+                raise UsageError(f"--{name.replace('_', '-')} must be {rule}. Found {value!s:.80}.")
+    if options.batch_size > options.examples:
+        raise UsageError(f"--batch-size must be at most --examples, {options.examples}. Found {options.batch_size}.")
+    if options.epochs is not None and options.steps is not None:
+        raise UsageError("account takes one of --epochs and --steps. Found both.")
+    steps = options.all_steps
+    if steps is not None and steps > MOST_STEPS:
+        raise UsageError(f"account counts {MOST_STEPS:,} steps at most. Found {steps:,}.")
+    given = {"--epsilon": options.epsilon, "--noise-multiplier": options.noise_multiplier, "--epochs or --steps": steps}
+    found = [name for name, value in given.items() if value is not None]
+    if len(found) != 2:
+        raise UsageError(f"account takes two of {', '.join(given)}, and finds the third. Found {len(found)} of them.")
+    if options.sampling == "shuffled" and options.accountant != Account.accountant:
+        raise UsageError("--accountant has no effect with --sampling shuffled, whose account is exact.")
 
 
 def check(options: Train) -> None:

@@ -5,6 +5,7 @@
 | `mislabelled.py` | how well scores of single examples find wrong labels |
 | `noise_scale.py` | whether two estimators of the gradient noise scale agree, and what an epoch's average is |
 | `ground_truth.py` | how well attributions foretell what leaving examples out does |
+| `private.py` | what accuracy differential privacy costs, and what helps |
 | `__main__.py` | the command: runs studies, writes their records, prints their tables |
 
 A study is a module with a `QUESTION`; `run`, whose record is JSON; and `table`, which reads the record alone.
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, Protocol, cast
 
-NAMES = ("mislabelled", "noise_scale", "ground_truth")
+NAMES = ("mislabelled", "noise_scale", "ground_truth", "private")
 PREFIX = "study-"
 """What the names of records begin with."""
 

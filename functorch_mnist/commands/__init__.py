@@ -7,6 +7,7 @@ from typing import Any
 from .. import options
 from ..checkpoint import CheckpointError
 from ..data import DataError
+from .account import account
 from .evaluate import evaluate
 from .faults import DivergedError
 from .influence import influence
@@ -27,6 +28,7 @@ COMMANDS: Mapping[type, Callable[[Any], int]] = MappingProxyType(
         options.Mislabelled: mislabelled,
         options.Influence: influence,
         options.NoiseScale: noise_scale,
+        options.Account: account,
     }
 )
 """By the type of their options."""

@@ -99,7 +99,7 @@ def classifier(begun: Origin) -> Classifier:
         filters = models.scattering_filters(SIDE, SIDE, scale=2, angles=8)
 
         def inputs(images: Tensor) -> Tensor:
-            features = models.scattering(images[..., 0, :, :].float() / 255, filters)
+            features = models.scattering(data.upright(images[..., 0, :, :].float() / 255), filters)
             return layers.group_norm(features, NORM_GROUPS).flatten(-3) / math.sqrt(FEATURES)
     else:
 
@@ -123,9 +123,10 @@ def _model(options: Train, classes: int) -> Model:
         return models.cnn(activation=activation, dropout=options.dropout)
     if options.model == "small-cnn":
         return models.small_cnn(activation=activation)
+    if options.model == "scattering":
+        return models.linear(FEATURES, classes, bias=False)
     hidden = options.hidden if options.model == "mlp" else ()
-    inputs = FEATURES if options.model == "scattering" else SIDE * SIDE
-    flat = models.mlp((inputs, *hidden, classes), activation=activation)
+    flat = models.mlp((SIDE * SIDE, *hidden, classes), activation=activation)
     return Model(flat.init, lambda params, x, key=None: flat.apply(params, x.flatten(-3), key))
 
 

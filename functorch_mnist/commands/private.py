@@ -62,7 +62,8 @@ class Private:
                     accountant=self.accountant,
                 )
             self.mechanism = mechanism(sigma)
-            self.epsilon(1)
+            self.clipping.deviations(sigma)
+            self.epsilon(1)  # refuses an accountant that is not there, before anything is written
         self.expected = privacy.expected_examples(self.mechanism, total)
 
     def epsilon(self, steps: int) -> float:

@@ -96,7 +96,7 @@ def trained(run: Path, where: torch.device) -> Trained:
     made = build.classifier(begun)
     optimizer = build.optimizer(begun.options, steps_per_epoch=1)
     template = build.start(begun.options, made, optimizer, where)
-    return Trained(made, newest(run, template).state.state.params, options, begun)
+    return Trained(made, build.tested(begun.options, newest(run, template).state.state), options, begun)
 
 
 def points(run: Path, found: Trained, where: torch.device) -> list[Point]:
@@ -119,7 +119,8 @@ def points(run: Path, found: Trained, where: torch.device) -> list[Point]:
             continue
         rate = build.schedule(from_config(one.config).options, per_epoch)  # a resumed run may have had another
         lr = float(rate(torch.tensor(max(0, one.step - 1))))
-        good.append(Point(one.step, one.state.state.params, one.state.state.key, lr))
+        state = one.state.state
+        good.append(Point(one.step, build.tested(options, state), state.key, lr))
     return good
 
 

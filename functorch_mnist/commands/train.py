@@ -78,13 +78,13 @@ def run(options: Train, dataset: data.Dataset, folder: Path, *, again: str) -> i
         return restore.to_config(begun) | ({LEDGER: private.ledger(step).to_json()} if private else {})
 
     done = int(saved.state.step)
+    examples = (_inputs(made, dataset.train.images), dataset.train.labels)
     reporter = Reporter(
         folder, epochs=options.epochs, total=total, done=done, seen=done % per_epoch * batch_size,
         epsilon=private.epsilon if private else None,
     )  # fmt: skip
     saver = Saver(folder, saved, saved_step=saved_step, every=options.save_every, keep=options.keep, config=config)
     callbacks = (reporter, watcher, saver)  # a checkpoint never comes before the records of its steps
-    examples = (_inputs(made, dataset.train.images), dataset.train.labels)
     try:
         with closing(reporter):
             if private:

@@ -6,6 +6,7 @@
 | `sets.py` | a data set by name or from a folder |
 | `pixels.py` | the statistics of pixels, and pixels as a network takes them |
 | `augment.py` | random changes of images that leave their class |
+| `upright.py` | images straightened, each by its own ink |
 | `batches.py` | the order of an epoch and its batches |
 | `mnist/` | the four files of MNIST, shipped with the package, and their licence |
 """
@@ -23,3 +24,4 @@ from .sets import NAMES as NAMES
 from .sets import Dataset as Dataset
 from .sets import Split as Split
 from .sets import load as load
+from .upright import upright as upright

@@ -11,15 +11,16 @@ from .model import Model, Params
 Activation = Callable[[Tensor], Tensor]
 
 
-def linear(in_features: int, out_features: int) -> Model:
-    """A linear map with a bias, the twin of `nn.Linear`.
+def linear(in_features: int, out_features: int, *, bias: bool = True) -> Model:
+    """A linear map, the twin of `nn.Linear`.
 
     Args:
         in_features: D.
         out_features: H.
+        bias: whether there is one.
 
     Returns:
-        A model of (..., D) to (..., H), with parameters `weight` and `bias`.
+        A model of (..., D) to (..., H), with parameters `weight` and, where there is one, `bias`.
 
     Example:
         >>> import torch
@@ -29,9 +30,13 @@ def linear(in_features: int, out_features: int) -> Model:
     """
 
     def apply(params: Params, x: Tensor, key: Tensor | None = None) -> Tensor:  # noqa: ARG001 (nothing is random here)
-        return layers.linear(x, params["weight"], params["bias"])
+        return layers.linear(x, params["weight"], params["bias"] if bias else None)
 
-    return Model(lambda key: _init(key, {"": (out_features, in_features)}), apply)
+    def init(key: Tensor) -> Params:
+        params = _init(key, {"": (out_features, in_features)})
+        return params if bias else {"weight": params["weight"]}
+
+    return Model(init, apply)
 
 
 def mlp(sizes: Sequence[int], *, activation: Activation = layers.relu) -> Model:

@@ -22,6 +22,7 @@ from .clipping import Global as Global
 from .clipping import PerGroup as PerGroup
 from .clipping import PerLayer as PerLayer
 from .clipping import Quantile as Quantile
+from .ledger import together as together
 from .mechanism import Mechanism as Mechanism
 from .mechanism import Poisson as Poisson
 from .mechanism import Shuffled as Shuffled

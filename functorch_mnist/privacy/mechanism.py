@@ -1,6 +1,6 @@
 """What the accountant is told of a step: how examples are sampled, and how much noise there is."""
 
-import math
+import sys
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -57,5 +57,5 @@ Mechanism: TypeAlias = Poisson | Shuffled
 def _check_number(where: str, name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{where}: {name} must be a number. Found {type(value).__name__}.")
-    if not 0 < value < math.inf:
+    if not 0 < value <= sys.float_info.max:  # which a large int exceeds, too
         raise ValueError(f"{where}: {name} must be above 0 and finite. Found {value}.")

@@ -43,13 +43,16 @@ def rdp(rate: float, noise_multiplier: float, orders: Sequence[float] = ORDERS) 
         noise_multiplier: σ, above 0.
         orders: α, above 1.
 
+    Returns:
+        At least 0; infinite where floats do not reach: what an order cannot tell, no account may take for nothing.
+
     Example:
         >>> rdp(1.0, 2.0, [2.0])
         [0.25]
     """
     if rate == 1:
-        return [order / (2 * noise_multiplier**2) for order in orders]
-    return [max(0.0, _log_moment(rate, noise_multiplier, order)) / (order - 1) for order in orders]
+        return [order / 2 / noise_multiplier / noise_multiplier for order in orders]
+    return [_log_moment(rate, noise_multiplier, order) / (order - 1) for order in orders]
 
 
 def converted(divergences: Sequence[float], orders: Sequence[float], *, delta: float, conversion: Conversion) -> float:
@@ -70,31 +73,36 @@ def converted(divergences: Sequence[float], orders: Sequence[float], *, delta: f
 
 @lru_cache(maxsize=65536)
 def _log_moment(q: float, sigma: float, order: float) -> float:
-    """log A."""
-    if order == int(order):
-        return _log_moment_whole(q, sigma, int(order))
-    return _log_moment_between(q, sigma, order)
+    """log A, infinite where it is not a number."""
+    whole = order == int(order)
+    value = _log_moment_whole(q, sigma, int(order)) if whole else _log_moment_between(q, sigma, order)
+    return math.inf if math.isnan(value) else max(0.0, value)
 
 
 def _log_moment_whole(q: float, sigma: float, order: int) -> float:
     k = torch.arange(order + 1, dtype=torch.float64)
-    terms = _log_binomial(order, k) + k * math.log(q) + (order - k) * math.log1p(-q) + (k * k - k) / (2 * sigma**2)
+    terms = _log_binomial(order, k) + k * math.log(q) + (order - k) * math.log1p(-q) + (k * k - k) / 2 / sigma / sigma
     return terms.logsumexp(0).item()
 
 
 def _log_moment_between(q: float, sigma: float, order: float) -> float:
-    """Both series, until their terms no longer count."""
-    z0 = sigma**2 * (math.log1p(-q) - math.log(q)) + 0.5
+    """Both series, until their terms no longer count; NaN where one is not a number.
+
+    They alternate in the end, so what is left out is at most the last term, which is added once more.
+    """
+    z0 = sigma * sigma * (math.log1p(-q) - math.log(q)) + 0.5
     count = 64
     while True:
         k = torch.arange(count, dtype=torch.float64)
         j = order - k
         log_size, sign = _log_binomial(order, k), _sign_of_binomial(order, k)
-        below = k * math.log(q) + j * math.log1p(-q) + (k * k - k) / (2 * sigma**2) + _log_phi((z0 - k) / sigma)
-        above = j * math.log(q) + k * math.log1p(-q) + (j * j - j) / (2 * sigma**2) + _log_phi((j - z0) / sigma)
+        below = k * math.log(q) + j * math.log1p(-q) + (k * k - k) / 2 / sigma / sigma + _log_phi((z0 - k) / sigma)
+        above = j * math.log(q) + k * math.log1p(-q) + (j * j - j) / 2 / sigma / sigma + _log_phi((j - z0) / sigma)
         terms = log_size + torch.stack([below, above])
         largest = terms.max()
-        total = (sign * (terms - largest).exp()).sum()
+        if not largest.isfinite():
+            return math.nan
+        total = (sign * (terms - largest).exp()).sum() + (terms[:, -1] - largest).exp().sum()
         if terms[:, -1].max() < largest - 40 or count >= 1 << 14:
             return (largest + total.log()).item()
         count *= 2

@@ -1,0 +1,43 @@
+"""Images of strokes, straightened: each by its own ink, so by nothing that it does not show itself."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def upright(images: Tensor) -> Tensor:
+    """Images moved so that their ink is centred, and sheared so that it does not lean.
+
+    With the ink of an image as a distribution over pixels, of means m and covariance S: row y and column x show what was
+    at row y + m_y and column x + m_x + y S_xy / S_yy, between pixels by linear interpolation. Beyond an edge there is 0.
+
+    Args:
+        images: (..., height, width), float, at least 0.
+
+    Returns:
+        Like `images`. Afterwards the covariance of rows and columns is about 0. A blank image stays blank.
+
+    Raises:
+        TypeError: the images are not floats.
+
+    Guarantees: an image's result does not depend on the images beside it, or on its own scale.
+    """
+    if not images.is_floating_point():
+        raise TypeError(f"upright: images must be floats. Found {images.dtype}. Divide by 255?")
+    height, width = images.shape[-2:]
+    flat = images.reshape(-1, height, width)
+    ink = flat.sum((1, 2)).clamp(min=torch.finfo(flat.dtype).tiny)
+    rows, columns = (
+        torch.arange(size, dtype=flat.dtype, device=flat.device) - (size - 1) / 2 for size in (height, width)
+    )
+    row = (flat.sum(2) @ rows) / ink
+    column = (flat.sum(1) @ columns) / ink
+    down, right = rows - row[:, None], columns - column[:, None]
+    variance = (flat.sum(2) * down.square()).sum(1) / ink
+    covariance = torch.einsum("nij,ni,nj->n", flat, down, right) / ink
+    slant = covariance / variance.clamp(min=torch.finfo(flat.dtype).eps)
+    zero, one = torch.zeros_like(row), torch.ones_like(row)
+    across = torch.stack([one, slant * height / width, 2 * column / width], 1)  # in units of half an image
+    along = torch.stack([zero, one, 2 * row / height], 1)
+    grid = F.affine_grid(torch.stack([across, along], 1), [len(flat), 1, height, width], align_corners=False)
+    return F.grid_sample(flat[:, None], grid, align_corners=False).view(images.shape)
