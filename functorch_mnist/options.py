@@ -425,8 +425,6 @@ _ACCOUNT_RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...]
     ("above 0 and below 1", lambda v: 0 < v < 1, ("delta",)),
     ("at least 1 and below 2**31", lambda v: 1 <= v < 2**31, ("batch_size", "examples", "epochs", "steps")),
 )
-MOST_STEPS = 10**8
-"""The most steps that are accounted for."""
 
 
 def check_account(options: Account) -> None:
@@ -444,10 +442,11 @@ def check_account(options: Account) -> None:
         raise UsageError(f"--batch-size must be at most --examples, {options.examples}. Found {options.batch_size}.")
     if options.epochs is not None and options.steps is not None:
         raise UsageError("account takes one of --epochs and --steps. Found both.")
-    steps = options.all_steps
-    if steps is not None and steps > MOST_STEPS:
-        raise UsageError(f"account counts {MOST_STEPS:,} steps at most. Found {steps:,}.")
-    given = {"--epsilon": options.epsilon, "--noise-multiplier": options.noise_multiplier, "--epochs or --steps": steps}
+    given = {
+        "--epsilon": options.epsilon,
+        "--noise-multiplier": options.noise_multiplier,
+        "--epochs or --steps": options.all_steps,
+    }
     found = [name for name, value in given.items() if value is not None]
     if len(found) != 2:
         raise UsageError(f"account takes two of {', '.join(given)}, and finds the third. Found {len(found)} of them.")

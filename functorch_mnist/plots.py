@@ -103,6 +103,25 @@ def noise_scale(bands: Sequence[Band], *, batch_size: int) -> bytes:
     return _picture(figure)
 
 
+def spent(curves: Mapping[str, Sequence[float]], *, epochs: Sequence[float], title: str, kind: str) -> bytes:
+    """ε over the epochs.
+
+    Args:
+        curves: ε at each of the epochs, by name of the accountant.
+        epochs: increasing.
+        title: what ran.
+        kind: as in `confusion`.
+    """
+    figure, axes = _subplots(figsize=(6.4, 4.2))
+    for name, values in curves.items():
+        axes.plot(epochs, values, "o-", markersize=3, label=name)
+    axes.set(xlabel="epochs", ylabel="ε", xlim=(0, None), ylim=(0, None))
+    axes.set_title(title, fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return _picture(figure, kind)
+
+
 def _subplots(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
     try:
         import matplotlib

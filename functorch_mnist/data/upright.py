@@ -8,8 +8,9 @@ from torch import Tensor
 def upright(images: Tensor) -> Tensor:
     """Images moved so that their ink is centred, and sheared so that it does not lean.
 
-    With the ink of an image as a distribution over pixels, of means m and covariance S: row y and column x show what was
-    at row y + m_y and column x + m_x + y S_xy / S_yy, between pixels by linear interpolation. Beyond an edge there is 0.
+    With the ink of an image as a distribution over pixels, of means m and covariance S: row y and column x show what
+    was at row y + m_y and column x + m_x + y S_xy / S_yy, between pixels by linear interpolation. Beyond an edge there
+    is 0.
 
     Args:
         images: (..., height, width), float, at least 0.

@@ -5,6 +5,7 @@
 The files, in the order of reading: `clipping`, `mechanism`, `sampling`, `release`, `secret`; then the account.
 """
 
+from .account import MOST_STEPS as MOST_STEPS
 from .account import Accountant as Accountant
 from .account import Ledger as Ledger
 from .account import calibrated as calibrated
@@ -22,7 +23,6 @@ from .clipping import Global as Global
 from .clipping import PerGroup as PerGroup
 from .clipping import PerLayer as PerLayer
 from .clipping import Quantile as Quantile
-from .ledger import together as together
 from .mechanism import Mechanism as Mechanism
 from .mechanism import Poisson as Poisson
 from .mechanism import Shuffled as Shuffled

@@ -13,20 +13,17 @@ An accountant of one kind of sampling refuses the other: an account of draws tha
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any, Literal, TypeAlias, get_args
 
 from .gaussian import gaussian_epsilon
 from .mechanism import Mechanism, Poisson, Shuffled
+from .pld import LEAST_NOISE, pld_epsilon
 from .rdp import ORDERS, converted, rdp
 
 Accountant: TypeAlias = Literal["pld", "rdp", "rdp-old", "gaussian"]
 
-INTERVAL = 1e-3
-"""Of the privacy loss distribution: its losses are multiples of this, chosen so that ε is never too small."""
 MOST_STEPS = 10**8
-_LEAST_NOISE = 0.05
-"""Below it ε is in the hundreds, and a privacy loss distribution has too many points to be worth it: ε is infinite."""
+"""The most that are accounted for."""
 
 
 def epsilon(mechanism: Mechanism, *, steps: int, delta: float, accountant: Accountant = "pld") -> float:
@@ -34,7 +31,7 @@ def epsilon(mechanism: Mechanism, *, steps: int, delta: float, accountant: Accou
 
     Args:
         mechanism: of each step.
-        steps: at least 0.
+        steps: at least 0, at most `MOST_STEPS`.
         delta: δ in (0, 1).
         accountant: see above.
 
@@ -49,7 +46,7 @@ def epsilon(mechanism: Mechanism, *, steps: int, delta: float, accountant: Accou
         >>> round(epsilon(Poisson(240 / 60_000, 1.1), steps=15_000, delta=1e-5, accountant="rdp"), 3)
         2.503
     """
-    _check_whole("epsilon", "steps", steps)
+    _check_steps("epsilon", steps, least=0)
     _check_delta(delta)
     _check_accountant(accountant, mechanism)
     if steps == 0:
@@ -58,7 +55,7 @@ def epsilon(mechanism: Mechanism, *, steps: int, delta: float, accountant: Accou
         releases = -(-steps // mechanism.steps_per_epoch)
         return gaussian_epsilon(math.sqrt(releases) / mechanism.noise_multiplier, delta)
     if accountant == "pld":
-        return _pld_epsilon(mechanism.rate, mechanism.noise_multiplier, steps, delta)
+        return pld_epsilon(mechanism.rate, mechanism.noise_multiplier, steps, delta)
     divergences = [steps * divergence for divergence in rdp(mechanism.rate, mechanism.noise_multiplier)]
     return converted(divergences, ORDERS, delta=delta, conversion="old" if accountant == "rdp-old" else "improved")
 
@@ -83,7 +80,7 @@ def calibrated(
         3.731
     """
     _check_budget("calibrated", budget)
-    _check_whole("calibrated", "steps", steps, least=1)
+    _check_steps("calibrated", steps, least=1)
 
     def spent(sigma: float) -> float:
         return epsilon(make(sigma), steps=steps, delta=delta, accountant=accountant)
@@ -94,7 +91,7 @@ def calibrated(
         if high > 1e6:
             raise ValueError(f"calibrated: ε = {budget} at δ = {delta} must be possible. Found no noise up to 1e6.")
     low = high / 2
-    while low > _LEAST_NOISE and spent(low) <= budget:
+    while low > LEAST_NOISE and spent(low) <= budget:
         low, high = low / 2, low
     while high - low > 1e-5 * high:
         middle = (low + high) / 2
@@ -169,28 +166,6 @@ class Ledger:
             raise ValueError(f"Ledger: JSON must be what to_json makes. Found: {error!r:.200}.") from error
 
 
-@lru_cache(maxsize=16)
-def _one_step(rate: float, sigma: float) -> Any:
-    """The privacy loss distribution of one step."""
-    try:
-        from dp_accounting.pld import privacy_loss_distribution
-    except ImportError as error:
-        raise ImportError(
-            f"The pld accountant needs dp-accounting. Found: {error}. Install it: "
-            "pip install 'functorch-mnist[privacy]', or take the rdp accountant."
-        ) from error
-    return privacy_loss_distribution.from_gaussian_mechanism(
-        sigma, sampling_prob=rate, value_discretization_interval=INTERVAL
-    )
-
-
-@lru_cache(maxsize=4096)
-def _pld_epsilon(rate: float, sigma: float, steps: int, delta: float) -> float:
-    if sigma < _LEAST_NOISE:
-        return math.inf
-    return float(_one_step(rate, sigma).self_compose(steps).get_epsilon_for_delta(delta))
-
-
 def _rounded_up(value: float) -> float:
     """Four digits."""
     unit = 10.0 ** (math.floor(math.log10(value)) - 3)
@@ -217,6 +192,6 @@ def _check_delta(delta: float) -> None:
         raise ValueError(f"epsilon: δ must be a number above 0 and below 1. Found {delta}.")
 
 
-def _check_whole(where: str, name: str, value: int, *, least: int = 0) -> None:
-    if type(value) is not int or value < least:
-        raise ValueError(f"{where}: {name} must be a whole number, at least {least}. Found {value}.")
+def _check_steps(where: str, steps: int, *, least: int) -> None:
+    if type(steps) is not int or not least <= steps <= MOST_STEPS:
+        raise ValueError(f"{where}: steps must be a whole number from {least} to {MOST_STEPS:,}. Found {steps}.")

@@ -5,56 +5,54 @@ The losses of a step are rounded to multiples of an interval h, so that ε is ne
 
     s = min(1 / σ, q √(exp(1 / σ²) - 1))
 
-so h = min(0.001, s / 4), and larger only where one step would have over a quarter of a million points, or all steps over a million.
+so h = s / 4 within [1e-7, 0.001], and larger only where one step would have over a quarter of a million points, or
+all steps over a million.
 
 Reference: Doroshenko, Ghazi, Kamath, Kumar, Manurangsi, "Connect the dots: tighter discrete approximations of privacy
     loss distributions", PoPETs 2022; neighbours differ by one example added or removed.
 """
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
-
-from .mechanism import Poisson
 
 LEAST_NOISE = 0.05
 """Below it ε is in the hundreds and of no use: it is called infinite."""
 _POINTS = 1_000_000
+_TAIL = 1e-15
+"""Chance of losses that count as infinite."""
 _BLOCK = 1 << 12
-_MANY = 1 << 17
-"""From so many steps on they are composed in blocks: `self_compose` takes a power of that order in whole numbers."""
+"""`self_compose` takes a power of as high an order as there are steps, in whole numbers: more steps go in blocks."""
 
 
-def pld_epsilon(parts: Sequence[tuple[Poisson, int]], *, delta: float) -> float:
-    """ε at δ of some steps of each of some mechanisms: at least the true one.
-
-    Args:
-        parts: mechanisms and how many steps each makes, at least 0.
-        delta: δ in (0, 1).
+@lru_cache(maxsize=4096)
+def pld_epsilon(rate: float, sigma: float, steps: int, delta: float) -> float:
+    """ε at δ of at least one step of rate q and noise multiplier σ: no less than the true one.
 
     Raises:
         ImportError: `dp-accounting` is not installed.
+
+    Example:
+        >>> round(pld_epsilon(240 / 60_000, 1.1, 15_000, 1e-5), 2)
+        2.31
     """
-    made = [(mechanism, steps) for mechanism, steps in parts if steps]
-    if any(mechanism.noise_multiplier < LEAST_NOISE for mechanism, _ in made):
+    if sigma < LEAST_NOISE:
         return math.inf
-    if not made:
-        return 0.0
-    interval = min(_interval(mechanism, steps) for mechanism, steps in made)  # one grid, or they do not compose
-    first, *others = (_composed(_one_step(mechanism, interval), steps) for mechanism, steps in made)
-    for other in others:
-        first = first.compose(other, tail_mass_truncation=1e-15)
-    return float(first.get_epsilon_for_delta(delta))
+    one = _one_step(rate, sigma, _interval(rate, sigma, steps))
+    blocks, rest = divmod(steps, _BLOCK)
+    if not blocks:
+        return float(one.self_compose(steps, _TAIL).get_epsilon_for_delta(delta))
+    all_steps = one.self_compose(_BLOCK, _TAIL / blocks).self_compose(blocks, _TAIL)
+    if rest:
+        all_steps = all_steps.compose(one.self_compose(rest, _TAIL), _TAIL)
+    return float(all_steps.get_epsilon_for_delta(delta))
 
 
-def _interval(mechanism: Poisson, steps: int) -> float:
+def _interval(q: float, sigma: float, steps: int) -> float:
     """h, the same for nearly equal numbers of steps, so that one step is discretised once."""
-    q, sigma = mechanism.rate, mechanism.noise_multiplier
     deviation = min(1 / sigma, q * math.sqrt(math.expm1(min(500.0, 1 / sigma / sigma))))
-    largest = _largest(q, sigma)
     rounded = 2.0 ** math.ceil(math.log2(steps) / 2)  # √steps or a little more
-    return max(min(1e-3, deviation / 4), 8 * largest / _POINTS, 16 * deviation * rounded / _POINTS)
+    return max(1e-7, min(1e-3, deviation / 4), 8 * _largest(q, sigma) / _POINTS, 16 * deviation * rounded / _POINTS)
 
 
 def _largest(q: float, sigma: float) -> float:
@@ -64,7 +62,7 @@ def _largest(q: float, sigma: float) -> float:
 
 
 @lru_cache(maxsize=32)
-def _one_step(mechanism: Poisson, interval: float) -> Any:
+def _one_step(rate: float, sigma: float, interval: float) -> Any:
     try:
         from dp_accounting.pld import privacy_loss_distribution
     except ImportError as error:
@@ -73,13 +71,5 @@ def _one_step(mechanism: Poisson, interval: float) -> Any:
             "pip install 'functorch-mnist[privacy]', or take the rdp accountant."
         ) from error
     return privacy_loss_distribution.from_gaussian_mechanism(
-        mechanism.noise_multiplier, sampling_prob=mechanism.rate, value_discretization_interval=interval
+        sigma, sampling_prob=rate, value_discretization_interval=interval
     )
-
-
-def _composed(one: Any, steps: int) -> Any:
-    if steps < _MANY:
-        return one.self_compose(steps)
-    blocks, rest = divmod(steps, _BLOCK)
-    whole = one.self_compose(_BLOCK).self_compose(blocks)
-    return whole.compose(one.self_compose(rest), tail_mass_truncation=1e-15) if rest else whole
