@@ -263,9 +263,19 @@ def test_a_secret_does_not_show_and_refuses_to_be_written():
 def test_each_example_has_a_coin_of_its_own(total, rate, seed):
     key = random.key(seed)
     whole = privacy.joins(key, total, rate)
-    assert torch.equal(whole[: total // 2], privacy.joins(key, total // 2, rate))  # mistake 9: parts of one draw
+    assert torch.equal(whole[: total // 2], privacy.joins(key, total // 2, rate))
     assert (privacy.joins(key, total, 1.0)).all()
     assert not privacy.joins(key, total, 1e-12).any()
+
+
+def test_mistake_9_ranks_take_parts_of_one_draw_and_share_no_coin():
+    joined = privacy.joins(random.key(0), 4000, 0.5)
+    agree = (joined[:2000] == joined[2000:]).double().mean().item()  # two ranks' coins, which one stream makes equal
+    assert agree == pytest.approx(0.5, abs=5 * 0.5 / math.sqrt(2000))
+    rows = random.normal(random.key(1), (4000, 11))
+    whole = sums(Flat(1.0), rows, mask=joined)
+    parts = [sums(Flat(1.0), rows[part], mask=joined[part]) for part in (slice(2000), slice(2000, None))]
+    assert moved(whole, tree.map(torch.add, *parts)) < 1e-4
 
 
 def test_poisson_draws_have_the_stated_mean_and_variance_and_are_independent():

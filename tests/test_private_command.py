@@ -28,13 +28,13 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_summary_says_what_was_spent_by_which_accountant_of_which_neighbours_and_what_is_not_private(run):
+def test_mistake_12_the_summary_says_what_was_spent_by_which_accountant_and_what_is_not_private(run):
     folder, out = run
     spent = privacy.epsilon(privacy.Poisson(32 / TRAIN, 1.0), steps=16, delta=1e-5)
     assert f"Privacy spent in 16 steps: ε = {spent:.3f} at δ = 1e-05, by the privacy loss distribution" in out
     assert "one example added or removed" in out
     assert "Poisson, each image with a chance of 0.125" in out
-    assert "Not private" in out  # mistake 12: the losses
+    assert "Not private" in out
     assert "losses shown" in out
     (record,) = [r for r in metrics(folder) if r["kind"] == "privacy"]
     assert record["epsilon"] == spent

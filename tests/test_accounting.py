@@ -1,0 +1,263 @@
+"""What steps spend: against published figures, other accountants and laws that any account keeps."""
+
+import dataclasses
+import json
+import math
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from functorch_mnist import privacy
+from functorch_mnist.privacy import Ledger, Poisson, Shuffled
+from functorch_mnist.privacy.gaussian import gaussian_delta, gaussian_epsilon
+from functorch_mnist.privacy.pld import pld_epsilon
+from functorch_mnist.privacy.rdp import ORDERS, rdp
+
+POISSON = ("rdp-old", "rdp", "pld")
+DELTA = 1e-5
+TABLE = [
+    # rate, noise multiplier, steps, ε by the accountants above
+    (240 / 60_000, 1.3, 15 * 250, (1.160, 0.922, 0.839)),  # Opacus, examples/mnist_README.md
+    (240 / 60_000, 1.1, 60 * 250, (2.905, 2.503, 2.305)),
+    (240 / 60_000, 0.7, 45 * 250, (6.859, 6.093, 5.435)),
+    (256 / 60_000, 1.12, 60 * 234, (2.920, 2.516, 2.317)),  # TensorFlow Privacy, tutorials/README.md
+    (256 / 60_000, 0.6, 30 * 234, (9.747, 8.764, 7.686)),
+    (256 / 60_000, 1.2, 10 * 234, (1.198, 0.931, 0.795)),
+    (0.01, 4.0, 10_000, (1.259, 1.035, 0.960)),  # Abadi et al. 2016, the worked example
+]
+
+rates = st.floats(1e-4, 1.0)
+noises = st.floats(0.5, 20.0)
+counts = st.integers(1, 5000)
+deltas = st.floats(1e-9, 1e-2)
+
+
+@pytest.mark.parametrize(("rate", "sigma", "steps", "expected"), TABLE)
+def test_the_accountants_give_the_published_figures(rate, sigma, steps, expected):
+    found = [privacy.epsilon(Poisson(rate, sigma), steps=steps, delta=DELTA, accountant=name) for name in POISSON]
+    assert found == pytest.approx(list(expected), abs=0.01)
+
+
+# Other accountants
+
+
+@given(rates.filter(lambda q: q < 1), noises, counts, deltas)
+def test_the_renyi_accountant_equals_that_of_opacus(rate, sigma, steps, delta):
+    analysis = pytest.importorskip("opacus.accountants.analysis.rdp")
+    orders = ORDERS[:110]
+    theirs = analysis.compute_rdp(q=rate, noise_multiplier=sigma, steps=1, orders=orders)
+    kept = [i for i, value in enumerate(theirs) if math.isfinite(value) and 1e-13 < value]  # its own rounding below
+    ours = rdp(rate, sigma, [orders[i] for i in kept])
+    assert ours == pytest.approx([theirs[i] for i in kept], rel=1e-6, abs=1e-13)
+
+
+@given(rates, noises, counts, deltas)
+def test_the_renyi_accountant_equals_that_of_dp_accounting(rate, sigma, steps, delta):
+    dp = pytest.importorskip("dp_accounting")
+    accountant = pytest.importorskip("dp_accounting.rdp").RdpAccountant(ORDERS)
+    event = dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(sigma)) if rate < 1 else dp.GaussianDpEvent(sigma)
+    theirs = accountant.compose(event, steps).get_epsilon(delta)
+    ours = privacy.epsilon(Poisson(rate, sigma), steps=steps, delta=delta, accountant="rdp")
+    assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-9)
+
+
+@given(st.floats(1e-3, 1.0), st.floats(0.6, 8.0), st.integers(1, 2000), st.floats(1e-7, 1e-3))
+def test_the_pld_accountant_equals_that_of_dp_accounting(rate, sigma, steps, delta):
+    dp = pytest.importorskip("dp_accounting")
+    accountant = pytest.importorskip("dp_accounting.pld").PLDAccountant(value_discretization_interval=1e-3)
+    event = dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(sigma)) if rate < 1 else dp.GaussianDpEvent(sigma)
+    theirs = accountant.compose(event, steps).get_epsilon(delta)
+    ours = privacy.epsilon(Poisson(rate, sigma), steps=steps, delta=delta)
+    assert theirs - 0.02 - 0.02 * theirs <= ours <= theirs + 1e-3  # whose interval is never below ours
+
+
+@given(noises, st.integers(1, 200), deltas)
+def test_without_sampling_the_loss_distribution_is_the_exact_gaussian(sigma, steps, delta):
+    exact = gaussian_epsilon(math.sqrt(steps) / sigma, delta)
+    found = privacy.epsilon(Poisson(1.0, sigma), steps=steps, delta=delta)
+    assert exact - 1e-6 <= found <= exact + 0.002 + 0.002 * exact
+
+
+@given(st.floats(0.01, 20.0), deltas)
+def test_the_exact_gaussian_is_the_least_epsilon_of_its_delta(mu, delta):
+    epsilon = gaussian_epsilon(mu, delta)
+    assert gaussian_delta(mu, epsilon) <= delta
+    assert epsilon == 0 or gaussian_delta(mu, epsilon * (1 - 1e-6)) > delta
+
+
+# Laws
+
+
+@given(rates, noises, counts, deltas)
+def test_the_accountants_are_ordered_and_spend_more_for_more_steps_less_noise_and_a_higher_rate(q, sigma, steps, delta):
+    for accountant in POISSON:
+
+        def spent(q=q, sigma=sigma, steps=steps, delta=delta, by=accountant):
+            return privacy.epsilon(Poisson(q, sigma), steps=steps, delta=delta, accountant=by)
+
+        slack = 1 + (5e-3 if accountant == "pld" else 1e-9)  # of its grid
+        assert spent() <= spent(steps=2 * steps) * slack + 1e-3
+        assert spent() <= spent(sigma=sigma / 1.5) * slack + 1e-3
+        assert spent() <= spent(q=min(1.0, 1.5 * q)) * slack + 1e-3
+        assert spent() <= spent(delta=delta / 10) * slack + 1e-9
+        assert spent(steps=0) == 0
+    old, improved, pld = (
+        privacy.epsilon(Poisson(q, sigma), steps=steps, delta=delta, accountant=name) for name in POISSON
+    )
+    assert pld <= 1.01 * improved + 1e-3
+    assert improved <= old
+
+
+@pytest.mark.parametrize(
+    ("rate", "sigma", "steps"),
+    [(1e-6, 0.6, 1000), (1e-9, 100.0, 10**8), (0.5, 1e3, 10**6), (1e-3, 0.06, 3), (1e-300, 1.0, 5)],
+)
+def test_extreme_steps_have_a_finite_account_in_seconds(rate, sigma, steps):
+    pld = pld_epsilon(rate, sigma, steps, DELTA)
+    assert 0 <= pld < math.inf
+    assert pld <= 1.02 * privacy.epsilon(Poisson(rate, sigma), steps=steps, delta=DELTA, accountant="rdp") + 1e-2
+
+
+def test_hardly_any_noise_is_no_privacy_and_no_number():
+    assert privacy.epsilon(Poisson(0.1, 1e-3), steps=10, delta=DELTA) == math.inf
+    assert privacy.epsilon(Poisson(0.1, 1e-200), steps=10, delta=DELTA, accountant="rdp") == math.inf
+    assert privacy.epsilon(Shuffled(10, 1e-3), steps=10, delta=DELTA, accountant="gaussian") > 1e5
+
+
+def test_many_steps_composed_in_blocks_are_the_steps_composed_at_once():
+    below, above = (pld_epsilon(0.004, 2.0, steps, DELTA) for steps in (4095, 4097))
+    assert 0 < above - below < 1e-3
+
+
+def test_mistake_1_a_shuffle_has_no_account_by_amplification():
+    for accountant in POISSON:
+        with pytest.raises(ValueError, match="must be of the sampling that ran. Found Shuffled"):
+            privacy.epsilon(Shuffled(10, 1.0), steps=10, delta=DELTA, accountant=accountant)
+    with pytest.raises(ValueError, match="must be of the sampling that ran. Found Poisson"):
+        privacy.epsilon(Poisson(0.1, 1.0), steps=10, delta=DELTA, accountant="gaussian")
+    one_epoch = privacy.epsilon(Shuffled(10, 1.0), steps=10, delta=DELTA, accountant="gaussian")
+    assert one_epoch == gaussian_epsilon(1.0, DELTA)
+    assert privacy.epsilon(Shuffled(10, 1.0), steps=11, delta=DELTA, accountant="gaussian") == gaussian_epsilon(
+        math.sqrt(2), DELTA
+    )
+
+
+# Calibration
+
+
+@given(st.floats(0.05, 20.0), st.floats(1e-3, 1.0), st.integers(1, 5000), st.sampled_from(POISSON))
+def test_calibrated_noise_spends_the_budget_and_not_more(budget, rate, steps, accountant):
+    def spent(sigma):
+        return privacy.epsilon(Poisson(rate, sigma), steps=steps, delta=DELTA, accountant=accountant)
+
+    sigma = privacy.calibrated(
+        lambda sigma: Poisson(rate, sigma), budget=budget, delta=DELTA, steps=steps, accountant=accountant
+    )
+    assert spent(sigma) <= budget
+    assert spent(0.99 * sigma) >= budget * (1 - 5e-3) or sigma <= 0.051
+
+
+@given(st.floats(0.5, 20.0), st.floats(1e-3, 0.2), st.floats(0.6, 3.0), st.sampled_from(POISSON))
+def test_most_steps_are_the_last_within_the_budget(budget, rate, sigma, accountant):
+    def spent(steps):
+        return privacy.epsilon(Poisson(rate, sigma), steps=steps, delta=DELTA, accountant=accountant)
+
+    most = privacy.most_steps(Poisson(rate, sigma), budget=budget, delta=DELTA, accountant=accountant)
+    assert spent(most) <= budget
+    assert spent(most + 1) > budget
+
+
+def test_a_budget_that_no_step_uses_up_has_no_end_of_steps():
+    assert privacy.most_steps(Poisson(1e-12, 50.0), budget=50.0, delta=DELTA, accountant="rdp") == privacy.MOST_STEPS
+
+
+def test_a_budget_that_no_noise_keeps_is_refused():
+    with pytest.raises(ValueError, match="no noise up to 1e6"):
+        privacy.calibrated(lambda sigma: Poisson(1.0, sigma), budget=1e-9, delta=1e-12, steps=10**6, accountant="rdp")
+
+
+def test_a_curve_is_epsilon_at_each_number_of_steps():
+    mechanism = Poisson(0.01, 1.0)
+    assert privacy.curve(mechanism, steps=[0, 10, 100], delta=DELTA) == [
+        privacy.epsilon(mechanism, steps=steps, delta=DELTA) for steps in (0, 10, 100)
+    ]
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 0.0, -1.0, 10**400, True, "1"])
+def test_mistake_11_numbers_that_mean_nothing_are_refused(bad):
+    refused = pytest.raises((ValueError, TypeError), match="must be")
+    with refused:
+        Poisson(bad, 1.0) if bad is not True else Poisson(True, 1.0)
+    with refused:
+        Poisson(0.1, bad)
+    with refused:
+        Shuffled(10, bad)
+    with refused:
+        Shuffled(bad, 1.0)
+    for accountant in POISSON:
+        with refused:
+            privacy.epsilon(Poisson(0.1, 1.0), steps=10, delta=bad, accountant=accountant)
+    with refused:
+        privacy.calibrated(lambda sigma: Poisson(0.1, sigma), budget=bad, delta=DELTA, steps=10)
+    with refused:
+        privacy.most_steps(Poisson(0.1, 1.0), budget=bad, delta=DELTA)
+
+
+@pytest.mark.parametrize("steps", [-1, 1.5, True, math.nan, 10**8 + 1])
+def test_mistake_11_steps_that_are_none_are_refused(steps):
+    with pytest.raises(ValueError, match="steps must be a whole number from 0"):
+        privacy.epsilon(Poisson(0.1, 1.0), steps=steps, delta=DELTA)
+
+
+def test_more_than_certain_sampling_delta_one_and_unknown_accountants_are_refused():
+    with pytest.raises(ValueError, match="at most 1"):
+        Poisson(1.0000001, 1.0)
+    with pytest.raises(ValueError, match="δ must be"):
+        privacy.epsilon(Poisson(0.1, 1.0), steps=1, delta=1.0)
+    with pytest.raises(ValueError, match="must be of pld, rdp, rdp-old, gaussian"):
+        privacy.epsilon(Poisson(0.1, 1.0), steps=1, delta=DELTA, accountant="moments")
+
+
+def test_without_dp_accounting_the_pld_accountant_says_what_to_install_and_the_renyi_one_works(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dp_accounting.pld", None)
+    mechanism = Poisson(0.0123, 1.2345)  # not known from before
+    with pytest.raises(ImportError, match=r"pip install 'functorch-mnist\[privacy\]'"):
+        privacy.epsilon(mechanism, steps=10, delta=DELTA)
+    assert privacy.epsilon(mechanism, steps=10, delta=DELTA, accountant="rdp") > 0
+
+
+# The ledger
+
+LEDGER = Ledger(Poisson(0.1 + 0.2, 1 / 3), "Flat(max_norm=1.0)", "abc", 7)
+
+
+@pytest.mark.parametrize("ledger", [LEDGER, dataclasses.replace(LEDGER, mechanism=Shuffled(3, 1e-300), steps=0)])
+def test_a_ledger_comes_back_from_json_bit_for_bit(ledger):
+    assert Ledger.from_json(json.loads(json.dumps(ledger.to_json()))) == ledger
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": -1}, {"steps": 1.0}, {"steps": True}, {"steps": None}, {"data": 3}, {"clipping": None}, {"more": 1},
+        {"mechanism": None}, {"mechanism": []}, {"mechanism": {"kind": "Poisson"}},
+        {"mechanism": {"kind": "Laplace", "rate": 0.1, "noise_multiplier": 1.0}},
+        {"mechanism": {"kind": "Poisson", "rate": math.nan, "noise_multiplier": 1.0}},
+        {"mechanism": {"kind": "Poisson", "rate": 0.1, "noise_multiplier": "1"}},
+        {"mechanism": {"kind": ["Poisson"], "rate": 0.1, "noise_multiplier": 1.0}},
+    ],
+)  # fmt: skip
+def test_what_is_no_ledger_is_refused(change):
+    with pytest.raises(ValueError, match="must be what to_json makes"):
+        Ledger.from_json({**LEDGER.to_json(), **change})
+
+
+@pytest.mark.parametrize("values", [None, 3, "ledger", [], {}, {"mechanism": {}}])
+def test_values_of_another_kind_are_no_ledger(values):
+    with pytest.raises(ValueError, match="must be what to_json makes"):
+        Ledger.from_json(values)
