@@ -11,6 +11,7 @@ An accountant of one kind of sampling refuses the other: an account of draws tha
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias, get_args
@@ -116,9 +117,9 @@ def most_steps(mechanism: Mechanism, *, budget: float, delta: float, accountant:
 
     low, high = 0, 1
     while enough(high):
-        low, high = high, 2 * high
-        if low >= MOST_STEPS:
+        if high == MOST_STEPS:
             return MOST_STEPS
+        low, high = high, min(2 * high, MOST_STEPS)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if enough(middle) else (low, middle)
@@ -183,7 +184,7 @@ def _check_accountant(accountant: str, mechanism: Mechanism) -> None:
 
 
 def _check_budget(where: str, budget: float) -> None:
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget < math.inf:
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= sys.float_info.max:
         raise ValueError(f"{where}: the budget ε must be a number above 0 and finite. Found {budget}.")
 
 
