@@ -15,8 +15,7 @@ from .build import Classifier, Saved
 from .faults import refusing
 from .passes import digest
 
-CHUNK, PARTS = 1024, 16
-"""The largest chunk of a step, and into how many smaller ones what goes beyond it is cut."""
+_CHUNK, _PARTS = 1024, 16
 LEDGER = "ledger"
 """Where a checkpoint's config holds what was spent."""
 
@@ -24,6 +23,12 @@ LEDGER = "ledger"
 def steps_per_epoch(options: Train, examples: int) -> int:
     """Steps in which each example is expected once."""
     return max(1, round(examples / options.batch_size))
+
+
+def chunk_sizes(expected: float) -> tuple[int, int]:
+    """The sizes of a step's chunks: the expected number of examples, and a part of it for what goes beyond."""
+    size = min(max(1, round(expected)), _CHUNK)
+    return size, max(1, size // _PARTS)
 
 
 class Private:
@@ -103,7 +108,6 @@ class Private:
 
     def fit(self, saved: Saved, examples: Iterable[Tensor], callbacks: Iterable[Any]) -> training.State:
         """The state after all epochs."""
-        size = min(max(1, round(self.expected)), CHUNK)
         return training.fit_private(
             self.step,
             saved.state,
@@ -112,7 +116,7 @@ class Private:
             secret=self.secret,
             steps=self.steps,
             clipping=self.clipping,
-            chunk_sizes=(size, max(1, size // PARTS)),
+            chunk_sizes=chunk_sizes(self.expected),
             loss=saved.loss,
             callbacks=callbacks,
         )

@@ -1,0 +1,149 @@
+"""What differential privacy adds to a training step: sampling, clipping and noise, against an ordinary step.
+
+Tutorial CNN without dropout, float32. The reference is the fastest ordinary step of the compiled `nn.Module`, on one
+batch that lies ready. A private step draws a Poisson sample from all 60,000 training images, gathers it into chunks,
+clips, adds noise and steps, as `train --private` does. It is first held against the definition of a clipped step, on
+the ordinary step's batch and without the noise; timed are several steps in a row, for draws are of different sizes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from functorch_mnist import data, losses, models, optim, privacy, random, train, tree
+from functorch_mnist.commands.private import chunk_sizes
+
+from .definitions import Definitions, difference
+from .measure import Arm, Axis, Case, Comparison, Question, Setup, Work
+from .problems import Problem, cnn, start
+from .quantities import MAX_NORM
+from .step import SGD, TOLERANCES
+from .steps import LR, MOMENTUM, module_step
+
+BATCH_SIZES = {256: 12, 512: 8}
+"""And the rounds at each."""
+STEPS = 6
+"""In a timed call."""
+NOISE = 1.1
+
+
+class Count:
+    """How many steps a call makes: one until the arms have been compared."""
+
+    def __init__(self) -> None:
+        self._value = 1
+
+    def __call__(self) -> int:
+        return self._value
+
+    def turn_on(self) -> None:
+        self._value = STEPS
+
+
+def repeated(make: Callable[[], Work], count: Count) -> Work:
+    """Work of so many steps."""
+    one = make()
+
+    def call() -> None:
+        for _ in range(count()):
+            one.call()
+
+    return Work(call, one.outputs, one.start, one.release)
+
+
+def private_steps(problem: Problem, count: Count, device: str) -> Work:
+    """Private steps: the first call's on the problem's batch, as two chunks; the others' on draws from all images."""
+    batch_size = len(problem.labels)
+    images = data.load("mnist").train
+    examples = (images.images.to(device), images.labels.to(device))
+    mechanism = privacy.Poisson(batch_size / len(images.labels), NOISE)
+    clipping, optimizer, secret = privacy.Flat(MAX_NORM), optim.sgd(LR, momentum=MOMENTUM), privacy.Secret(0)
+
+    def loss_fn(params: models.Params, stored: Tensor, label: Tensor, key: Tensor) -> Tensor:
+        return losses.cross_entropy(problem.apply(params, problem.prepare(stored)), label)
+
+    step = train.make_private_step(
+        loss_fn, optimizer, clipping=clipping, noise_multiplier=NOISE, expected=batch_size
+    ).compiled()
+    first = train.init_private_state(problem.params, optimizer, random.key(0), clipping)
+    state, fit = first, partial(
+        train.fit_private, step, examples=examples, mechanism=mechanism, secret=secret, clipping=clipping,
+        chunk_sizes=chunk_sizes(batch_size),
+    )  # fmt: skip
+
+    def on_the_batch(*, empty: bool) -> train.State:
+        small = chunk_sizes(batch_size)[1]
+        rest = torch.arange(batch_size, device=device).roll(-small)
+        keys = random.split(random.key(1), batch_size).to(device)
+        sums = privacy.no_sums(problem.params, clipping, device)
+        rows = (problem.stored[:small], problem.labels[:small], keys[:small])
+        sums = step.add(first, sums, *rows, mask=torch.full((small,), not empty, device=device))
+        mask = (rest >= small) & (not empty)
+        return step.step(
+            first, sums, random.key(2).to(device), problem.stored[rest], problem.labels[rest], keys, mask=mask
+        )[0]
+
+    def call() -> None:
+        nonlocal state
+        if count() == 1:
+            state = on_the_batch(empty=False)
+        else:
+            state = fit(state, steps=int(state.step) + count())
+
+    return Work(
+        call,
+        lambda: tree.map(torch.sub, state.params, on_the_batch(empty=True).params),  # whose update is the noise alone
+        start(problem.params.values(), (problem.x, problem.labels), torch.float32),
+    )
+
+
+def cases(setup: Setup) -> Iterator[Case]:
+    """A case for each batch size."""
+    for batch_size, rounds in {256: 2}.items() if setup.quick else BATCH_SIZES.items():
+        problem, count = cnn(batch_size, setup.device), Count()
+        definitions, tolerance = Definitions(problem), TOLERANCES[torch.float32]
+        arms = [
+            Arm(
+                f"ordinary step, compiled nn.Module{kind}",
+                partial(repeated, partial(module_step, problem, compile=True, sgd=sgd), count),
+                tolerance,
+                baseline=True,
+                expected=lambda definitions=definitions: definitions.ordinary_step,
+            )
+            for sgd, kind in SGD.items()
+        ]
+        arms.append(
+            Arm(
+                "private step, compiled",
+                partial(private_steps, problem, count, setup.device),
+                tolerance,
+                expected=lambda definitions=definitions: definitions.clipped_step,
+            )
+        )
+        yield Case(
+            f"B={batch_size}",
+            arms,
+            difference,
+            rounds,
+            settings={
+                "model": "cnn without dropout", "batch_size": batch_size, "steps_in_a_call": STEPS,
+                "chunk_sizes": list(chunk_sizes(batch_size)), "max_norm": MAX_NORM, "noise_multiplier": NOISE,
+            },
+            axis=Axis("B", batch_size),
+            compared=count.turn_on,
+        )  # fmt: skip
+
+
+def conclude(comparisons: Sequence[Comparison]) -> str:
+    """What a private step costs over the fastest ordinary one."""
+    lines = ["| | over the fastest ordinary step | 95 % interval |", "|---|---:|---:|"]
+    for comparison in comparisons:
+        private = comparison.timings[-1]
+        low, high = comparison.interval(private)
+        lines.append(f"| {comparison.case} | {comparison.ratio(private):.3f} | {low:.3f} to {high:.3f} |")
+    return "\n".join(lines)
+
+
+QUESTION = Question("private", "a private training step, sampling and noise included", cases, conclude)
