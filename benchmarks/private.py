@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from functorch_mnist import data, losses, models, optim, privacy, random, train, tree
-from functorch_mnist.commands.private import chunk_sizes
 
 from .definitions import Definitions, difference
 from .measure import Arm, Axis, Case, Comparison, Question, Setup, Work
@@ -71,27 +70,40 @@ def private_steps(problem: Problem, count: Count, device: str) -> Work:
 
     step, noiseless = made(NOISE), made(0.0)
     first = train.init_private_state(problem.params, optimizer, random.key(0), clipping)
+    sizes = privacy.chunk_sizes(mechanism, len(images.labels))
     state, fit = first, partial(
-        train.fit_private, step, examples=examples, mechanism=mechanism, secret=secret, clipping=clipping,
-        chunk_sizes=chunk_sizes(batch_size),
+        train.fit_private, step, examples=examples, mechanism=mechanism, secret=secret, clipping=clipping
     )  # fmt: skip
 
-    def on_the_batch(step: train.PrivateStep) -> train.State:
-        """As two chunks, of both shapes."""
-        small = chunk_sizes(batch_size)[1]
-        rest = torch.arange(batch_size, device=device).roll(-small)
-        keys = random.split(random.key(1), batch_size).to(device)
-        sums = privacy.no_sums(problem.params, clipping, device)
-        rows = (problem.stored[:small], problem.labels[:small], keys[:small])
-        sums = step.add(first, sums, *rows, mask=torch.full((small,), True, device=device))
-        rows = (problem.stored[rest], problem.labels[rest], keys)
-        return step.step(first, sums, random.key(2).to(device), *rows, mask=rest >= small)[0]
+    def rows(batch: data.Batch) -> tuple[Tensor, ...]:
+        keys = random.fold_in(random.key(1).to(device), batch.examples)
+        return problem.stored[batch.examples], problem.labels[batch.examples], keys
+
+    nothing = privacy.no_sums(problem.params, clipping, torch.device(device))
+
+    def batches(size: int) -> list[data.Batch]:
+        return privacy.chunks(torch.arange(batch_size, device=device), (size,))
+
+    def on_the_batch(step: train.PrivateStep, size: int) -> train.State:
+        *more, last = batches(size)
+        sums = nothing
+        for batch in more:
+            sums = step.add(first, sums, *rows(batch), mask=batch.mask)
+        return step.step(first, sums, random.key(2).to(device), *rows(last), mask=last.mask)[0]
+
+    def compile_all() -> None:
+        """Whatever a draw may need."""
+        for size in sizes:
+            on_the_batch(step, size)
+        (largest,) = batches(sizes[-1])
+        step.add(first, nothing, *rows(largest), mask=largest.mask)
+        fit(first, steps=1)
 
     def call() -> None:
         nonlocal state
         if count() == 1:
-            on_the_batch(step)  # compiles what is timed
-            state = on_the_batch(noiseless)
+            compile_all()
+            state = on_the_batch(noiseless, sizes[0])  # in two chunks
         else:
             state = fit(state, steps=int(state.step) + count())
 
@@ -113,7 +125,7 @@ def cases(setup: Setup) -> Iterator[Case]:
                 partial(repeated, partial(module_step, problem, compile=True, sgd=sgd), count),
                 tolerance,
                 baseline=True,
-                expected=lambda definitions=definitions: definitions.ordinary_step,
+                expected=partial(getattr, definitions, "ordinary_step"),
             )
             for sgd, kind in SGD.items()
         ]
@@ -122,7 +134,7 @@ def cases(setup: Setup) -> Iterator[Case]:
                 "private step, compiled",
                 partial(private_steps, problem, count, setup.device),
                 tolerance,
-                expected=lambda definitions=definitions: definitions.clipped_step,
+                expected=partial(getattr, definitions, "clipped_step"),
             )
         )
         yield Case(
@@ -133,7 +145,7 @@ def cases(setup: Setup) -> Iterator[Case]:
             lead=0,
             settings={
                 "model": "cnn without dropout", "batch_size": batch_size, "steps_in_a_call": STEPS,
-                "chunk_sizes": list(chunk_sizes(batch_size)), "max_norm": MAX_NORM, "noise_multiplier": NOISE,
+                "max_norm": MAX_NORM, "noise_multiplier": NOISE,
             },
             axis=Axis("B", batch_size),
             compared=count.turn_on,

@@ -139,9 +139,9 @@ def test_many_steps_composed_in_blocks_are_the_steps_composed_at_once():
 
 def test_mistake_1_a_shuffle_has_no_account_by_amplification():
     for accountant in POISSON:
-        with pytest.raises(ValueError, match="must be of the sampling that ran. Found Shuffled"):
+        with pytest.raises(ValueError, match=r"must be of the sampling that ran\. Found Shuffled"):
             privacy.epsilon(Shuffled(10, 1.0), steps=10, delta=DELTA, accountant=accountant)
-    with pytest.raises(ValueError, match="must be of the sampling that ran. Found Poisson"):
+    with pytest.raises(ValueError, match=r"must be of the sampling that ran\. Found Poisson"):
         privacy.epsilon(Poisson(0.1, 1.0), steps=10, delta=DELTA, accountant="gaussian")
     one_epoch = privacy.epsilon(Shuffled(10, 1.0), steps=10, delta=DELTA, accountant="gaussian")
     assert one_epoch == gaussian_epsilon(1.0, DELTA)

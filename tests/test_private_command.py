@@ -197,8 +197,8 @@ def test_noise_too_small_for_the_votes_of_a_quantile_is_told(data_dir, tmp_path)
 def test_a_missing_accountant_is_told_with_its_extra(data_dir, tmp_path, monkeypatch):
     import sys
 
-    privacy.account._one_step.cache_clear()
-    privacy.account._pld_epsilon.cache_clear()
+    privacy.pld._one_step.cache_clear()
+    privacy.pld.pld_epsilon.cache_clear()
     monkeypatch.setitem(sys.modules, "dp_accounting.pld", None)
     line = complain(2, "train", "--data-dir", data_dir, *PRIVATE, "--out", tmp_path / "run")
     assert "functorch-mnist[privacy]" in line

@@ -15,7 +15,6 @@ from .build import Classifier, Saved
 from .faults import refusing
 from .passes import digest
 
-_CHUNK, _PARTS = 1024, 16
 LEDGER = "ledger"
 """Where a checkpoint's config holds what was spent."""
 
@@ -23,12 +22,6 @@ LEDGER = "ledger"
 def steps_per_epoch(options: Train, examples: int) -> int:
     """Steps in which each example is expected once."""
     return max(1, round(examples / options.batch_size))
-
-
-def chunk_sizes(expected: float) -> tuple[int, int]:
-    """The sizes of a step's chunks: the expected number of examples, and a part of it for what goes beyond."""
-    size = min(max(1, round(expected)), _CHUNK)
-    return size, max(1, size // _PARTS)
 
 
 class Private:
@@ -116,7 +109,6 @@ class Private:
             secret=self.secret,
             steps=self.steps,
             clipping=self.clipping,
-            chunk_sizes=chunk_sizes(self.expected),
             loss=saved.loss,
             callbacks=callbacks,
         )

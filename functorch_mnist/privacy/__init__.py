@@ -30,6 +30,7 @@ from .release import Sums as Sums
 from .release import clipped_sums as clipped_sums
 from .release import no_sums as no_sums
 from .release import released as released
+from .sampling import chunk_sizes as chunk_sizes
 from .sampling import chunks as chunks
 from .sampling import draw as draw
 from .sampling import expected_examples as expected_examples

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import random, tree
-from ..batch import check, masked
+from ..batch import blanked, check, masked
 from ..per_sample import factored
 from ..tree import Tree
 from .clipping import Clipping
@@ -59,17 +59,17 @@ def clipped_sums(
     """
     if check("privacy.clipped_sums", batch, mask) == 0:
         return no_sums(params, clipping, batch[0].device)
-    found = factored(loss_fn, params, *batch, mask=mask).wide().built()
+    found = factored(loss_fn, params, *blanked(batch, mask)).wide().built()
     norms = found.leaf_bounds()
-    keep = torch.stack([norm.isfinite() for norm in tree.leaves(norms)]).all(0) & found.losses.isfinite()
-    nonfinite = (~keep).sum()
-    keep = keep if mask is None else keep & mask
+    finite = torch.stack([norm.isfinite() for norm in tree.leaves(norms)]).all(0) & found.losses.isfinite()
+    mask = torch.ones_like(finite) if mask is None else mask
+    keep = finite & mask
     norms = tree.map(lambda norm: masked(norm, keep), norms)
     factors = clipping.factors(norms, clipping_state)
     scaled = torch.stack([factor < 1 for factor in tree.leaves(factors)]).any(0)
     grads = found.masked(keep).weighted_sum(tree.map(lambda factor: masked(factor, keep), factors))
     votes = masked(clipping.votes(norms, clipping_state), keep).sum(0)
-    counts = {"count": keep.sum() + nonfinite, "clipped": (scaled & keep).sum(), "nonfinite": nonfinite}
+    counts = {"count": mask.sum(), "clipped": (scaled & keep).sum(), "nonfinite": (mask & ~finite).sum()}
     return Sums(grads, votes, {"loss": masked(found.losses, keep).sum(), **counts})
 
 

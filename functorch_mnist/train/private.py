@@ -12,21 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import random, tree
+from .. import privacy, random, tree
 from ..data import Batch
 from ..optim import Optimizer
-from ..privacy import (
-    Clipping,
-    Mechanism,
-    Secret,
-    Sums,
-    chunks,
-    clipped_sums,
-    draw,
-    expected_examples,
-    no_sums,
-    released,
-)
+from ..privacy import Clipping, Mechanism, Secret, Sums, chunks, clipped_sums, draw, joins, no_sums, released
 from ..tree import Tree
 from .fit import Progress
 from .forms import compiled
@@ -34,17 +23,19 @@ from .step import State, init_state
 
 
 class PrivateStep(NamedTuple):
-    """A step in two parts, for a large draw has more than one chunk. Both are pure and compile as one graph."""
+    """A step in parts, for a large draw has more than one chunk. Each is pure and compiles as one graph."""
 
     add: Callable[..., Sums]
     """`add(state, sums, *batch, mask) -> sums`: with those of one more chunk."""
     step: Callable[..., tuple[State, dict[str, Tensor]]]
     """`step(state, sums, key, *batch, mask) -> (state, aux)`: adds the last chunk and makes the step, with noise from
     `key`. `aux` holds what is never private, see `Sums.seen`."""
+    joins: Callable[..., Tensor] = joins
+    """`privacy.joins`, by which a Poisson step draws its examples."""
 
     def compiled(self) -> "PrivateStep":
-        """Both parts compiled, for the fixed shapes of chunks."""
-        return PrivateStep(compiled(self.add), compiled(self.step))
+        """All parts compiled, for the fixed shapes of chunks."""
+        return PrivateStep(compiled(self.add), compiled(self.step), compiled(self.joins))
 
 
 def init_private_state(params: Tree, optimizer: Optimizer, key: Tensor, clipping: Clipping) -> State:
@@ -126,7 +117,7 @@ def fit_private(
     secret: Secret,
     steps: int,
     clipping: Clipping,
-    chunk_sizes: Sequence[int],
+    chunk_sizes: Sequence[int] | None = None,
     loss: Tensor | None = None,
     callbacks: Iterable[Callable[[Progress], None]] = (),
 ) -> State:
@@ -141,36 +132,38 @@ def fit_private(
             never stopped; with one from a seed it also ends as that one, bit for bit.
         steps: how many there shall be in all, at least 0.
         clipping: the rule of the step.
-        chunk_sizes: one or two fixed sizes for `chunks`.
+        chunk_sizes: fixed sizes for `privacy.chunks`; by default `privacy.chunk_sizes`.
         loss: the `Progress.loss` that goes with a state from the middle of an epoch.
         callbacks: called after each step, in order.
 
     Raises:
         ValueError: the tensors differ in their number of examples, or have none, or a number is out of its range.
     """
-    sizes = {len(tensor) for tensor in examples}
-    if len(sizes) != 1 or 0 in sizes or steps < 0:
+    lengths = {len(tensor) for tensor in examples}
+    if len(lengths) != 1 or 0 in lengths or steps < 0:
         raise ValueError(
             f"fit_private: examples must share a first size of at least 1, steps must be at least 0. "
-            f"Found sizes {sorted(sizes)}, steps {steps}."
+            f"Found sizes {sorted(lengths)}, steps {steps}."
         )
-    (total,) = sizes
+    (total,) = lengths
     device, callbacks = examples[0].device, tuple(callbacks)
-    draw_key, noise_key, example_key = random.split(secret.key(device), 3).unbind(0)
-    expected, nothing = expected_examples(mechanism, total), no_sums(state.params, clipping, device)
+    sizes = privacy.chunk_sizes(mechanism, total) if chunk_sizes is None else chunk_sizes
+    draw_key, *others = random.split(secret.key(device), 3).unbind(0)
+    expected, nothing = privacy.expected_examples(mechanism, total), no_sums(state.params, clipping, device)
     per_epoch = max(1, round(total / expected))
     for done in range(int(state.step), steps):
-        step_key = random.fold_in(example_key, done)
+        noise_key, example_key = random.fold_in(torch.stack(others), done).unbind(0)
 
-        def rows(batch: Batch, key: Tensor = step_key) -> list[Tensor]:
+        def rows(batch: Batch, key: Tensor = example_key) -> list[Tensor]:
             keys = random.fold_in(key, batch.examples)
             return [tensor[batch.examples] for tensor in examples] + [keys]
 
-        *first, last = chunks(draw(mechanism, draw_key, step=done, examples=total), chunk_sizes)
+        drawn = draw(mechanism, draw_key, step=done, examples=total, joins=step.joins)
+        *first, last = chunks(drawn, sizes)
         sums = nothing
         for batch in first:
             sums = step.add(state, sums, *rows(batch), mask=batch.mask)
-        state, aux = step.step(state, sums, random.fold_in(noise_key, done), *rows(last), mask=last.mask)
+        state, aux = step.step(state, sums, noise_key, *rows(last), mask=last.mask)
         epoch, before = divmod(done, per_epoch)
         loss = aux["loss"].double() + (0 if loss is None or before == 0 else loss)
         progress = Progress(state, loss, round(expected * (before + 1)), epoch, done + 1, before + 1 == per_epoch, aux)
