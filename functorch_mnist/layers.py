@@ -87,23 +87,31 @@ def max_pool2d(x: Tensor, size: int = 2, *, stride: int | None = None) -> Tensor
 
 
 def _max_pool2d_by_comparison(x: Tensor, stride: int) -> Tensor:
-    """`max_pool2d` of two by two pixels as two comparisons.
+    """`max_pool2d` of two by two pixels by comparisons.
 
-    The compiler fuses them and their gradients, where it would scatter torch's.
+    The compiler fuses them, where it would scatter torch's gradients. Which pixel of a window is the largest is stored,
+    so that the gradients of all four are written at once.
     """
     if stride == 1:
-        x = _first_maximum(x[..., :-1], x[..., 1:])
-        return _first_maximum(x[..., :-1, :], x[..., 1:, :])
+        x = torch.where(_follows(x[..., :-1], x[..., 1:]), x[..., 1:], x[..., :-1])
+        return torch.where(_follows(x[..., :-1, :], x[..., 1:, :]), x[..., 1:, :], x[..., :-1, :])
     height, width = x.shape[-2] // 2, x.shape[-1] // 2
     x = x[..., : 2 * height, : 2 * width].movedim(-3, -1)
-    left, right = x.view(*x.shape[:-2], width, 2, x.shape[-1]).unbind(-2)
-    x = _first_maximum(left, right)
-    top, bottom = x.view(*x.shape[:-3], height, 2, *x.shape[-2:]).unbind(-3)
-    return _first_maximum(top, bottom).movedim(-1, -3)
+    windows = x.view(*x.shape[:-3], height, 2, width, 2, x.shape[-1])
+    left, right = windows.unbind(-2)
+    is_right = _follows(left, right)
+    top, bottom = torch.where(is_right, right, left).unbind(-3)
+    is_bottom = _follows(top, bottom)
+    top_right, bottom_right = is_right.unbind(-3)
+    number = is_bottom.float() * 2 + torch.where(is_bottom, bottom_right, top_right).float()
+    numbers = torch.arange(4.0, device=x.device).view(2, 1, 2, 1)
+    largest = stored(number)[..., None, :, None, :] == numbers
+    return torch.where(largest, windows, 0.0).sum((-4, -2)).movedim(-1, -3)
 
 
-def _first_maximum(a: Tensor, b: Tensor) -> Tensor:
-    return torch.where((b > a) | (b != b), b, a)  # a NaN is not itself; isnan would not be vectorised
+def _follows(a: Tensor, b: Tensor) -> Tensor:
+    """Whether b is the maximum of both and a is not."""
+    return (b > a) | (b != b)  # a NaN is not itself; isnan would not be vectorised
 
 
 def _over_leading_axes(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -141,6 +142,30 @@ class Dense(Term):
 
 @tree.register
 @dataclass(frozen=True)
+class Parts(Term):
+    """Sample gradients as they are, of some examples after others: what comes in parts is not copied into one tensor."""
+
+    values: tuple[Tensor, ...]
+    """(B_k, *w) each, of B examples in all."""
+
+    def grads(self) -> Tensor:
+        return self.values[0] if len(self.values) == 1 else torch.cat(self.values)
+
+    def masked(self, keep: Tensor) -> Parts:
+        return Parts(tuple([masked(part, rows) for part, rows in self._with(keep)]))
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        return torch.stack([_scaled(part, rows).sum(0) for part, rows in self._with(weights)]).sum(0)
+
+    def square_norms(self) -> Tensor:
+        return torch.cat([_squares(part) for part in self.values])
+
+    def _with(self, rows: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        return zip(self.values, rows.split([len(part) for part in self.values]), strict=True)
+
+
+@tree.register
+@dataclass(frozen=True)
 class Outer(Term):
     """A linear map at T positions: `∇_i = Σ_t g_it a_itᵀ`."""
 
@@ -160,7 +185,7 @@ class Outer(Term):
         return replace(self, a=masked(self.a, keep), g=masked(self.g, keep))
 
     def built(self) -> Term:
-        return _built(self, self.layout.shape, self.a, self.g)
+        return Dense(self.grads()) if _builds(self, self.layout.shape, self.a, self.g) else self
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         return self.layout.parameter(_product(_scaled(self.g, weights), self.a))
@@ -235,12 +260,14 @@ class Convolution(Term):
     strategy: Strategy = tree.static()
 
     def grads(self) -> Tensor:
+        return self._parts().grads()
+
+    def _parts(self) -> Parts:
         inputs = math.prod(self.shape[1:])
         if self.image.device.type != "cpu" or self.image.dtype == torch.bfloat16 or inputs <= _FEW_INPUTS:
-            return self.outer().grads()
+            return Parts((self.outer().grads(),))
         parts = zip(self.image.split(_AT_ONCE), self.cotangent.split(_AT_ONCE), strict=True)
-        grads = [self._grads_by_groups(image, cotangent) for image, cotangent in parts]
-        return grads[0] if len(grads) == 1 else torch.cat(grads)
+        return Parts(tuple([self._grads_by_groups(image, cotangent) for image, cotangent in parts]))
 
     def _grads_by_groups(self, image: Tensor, cotangent: Tensor) -> Tensor:
         """The examples as groups of one convolution: as fast as the ordinary weight gradient, given channels first.
@@ -264,7 +291,7 @@ class Convolution(Term):
         return replace(self, image=masked(self.image, keep), cotangent=masked(self.cotangent, keep))
 
     def built(self) -> Term:
-        return _built(self, self.shape, self.image, self.cotangent)
+        return self._parts() if _builds(self, self.shape, self.image, self.cotangent) else self
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         image, cotangent = self.image.flatten(0, 1), _scaled(self.cotangent, weights).flatten(0, 1)
@@ -283,6 +310,8 @@ class Convolution(Term):
         return super().square_norms() if self.strategy == "build" else self.outer().square_norms()
 
     def reach(self) -> Tensor | None:
+        if math.prod(self.cotangent.shape[3:]) * self.cotangent.shape[1] == 1:
+            return None
         squares = tree.wide(self.image).square().sum(2, keepdim=True).flatten(0, 1)  # of all channels, so of each group
         ones = squares.new_ones(1, 1, *self.shape[2:])
         convolution = _CONVOLUTIONS[len(self.stride)]
@@ -508,9 +537,9 @@ def _scaled(x: Tensor, weights: Tensor) -> Tensor:
     return x * weights.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
 
-def _built(term: Outer | Convolution, shape: tuple[int, ...], a: Tensor, g: Tensor) -> Term:
-    small = math.prod(shape) <= a[0].numel() + g[0].numel()
-    return Dense(term.grads()) if term.strategy == "build" and small else term
+def _builds(term: Outer | Convolution, shape: tuple[int, ...], a: Tensor, g: Tensor) -> bool:
+    """Whether inner products build the sample gradients, and these are no larger than the factors."""
+    return term.strategy == "build" and math.prod(shape) <= a[0].numel() + g[0].numel()
 
 
 def _common(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
