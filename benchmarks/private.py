@@ -79,14 +79,12 @@ def private_steps(problem: Problem, count: Count, device: str) -> Work:
         keys = random.fold_in(random.key(1).to(device), batch.examples)
         return problem.stored[batch.examples], problem.labels[batch.examples], keys
 
-    nothing = privacy.no_sums(problem.params, clipping, torch.device(device))
-
     def batches(size: int) -> list[data.Batch]:
         return privacy.chunks(torch.arange(batch_size, device=device), (size,))
 
     def on_the_batch(step: train.PrivateStep, size: int) -> train.State:
         *more, last = batches(size)
-        sums = nothing
+        sums = None
         for batch in more:
             sums = step.add(first, sums, *rows(batch), mask=batch.mask)
         return step.step(first, sums, random.key(2).to(device), *rows(last), mask=last.mask)[0]
@@ -96,7 +94,7 @@ def private_steps(problem: Problem, count: Count, device: str) -> Work:
         for size in sizes:
             on_the_batch(step, size)
         (largest,) = batches(sizes[-1])
-        step.add(first, nothing, *rows(largest), mask=largest.mask)
+        step.add(first, None, *rows(largest), mask=largest.mask)
         fit(first, steps=1)
 
     def call() -> None:

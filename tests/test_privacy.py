@@ -353,7 +353,6 @@ def fitted(
         mechanism=mechanism,
         secret=secret or Secret(4),
         steps=steps,
-        clipping=rule,
         chunk_sizes=sizes,
         callbacks=(seen.append,),
     )

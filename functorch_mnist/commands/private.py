@@ -108,7 +108,6 @@ class Private:
             mechanism=self.mechanism,
             secret=self.secret,
             steps=self.steps,
-            clipping=self.clipping,
             loss=saved.loss,
             callbacks=callbacks,
         )

@@ -143,7 +143,7 @@ class Dense(Term):
 @tree.register
 @dataclass(frozen=True)
 class Parts(Term):
-    """Sample gradients as they are, of some examples after others: what comes in parts is not copied into one tensor."""
+    """Sample gradients as they are, of some examples after others: what comes in parts is not copied into one."""
 
     values: tuple[Tensor, ...]
     """(B_k, *w) each, of B examples in all."""
@@ -236,7 +236,7 @@ class Outer(Term):
 _FEW_INPUTS = 32
 """Up to so many inputs per position (kernel times channels), products were faster than a grouped convolution."""
 _AT_ONCE = 128
-"""Examples in one grouped convolution: it needs copies of its factors, channels first."""
+"""Examples in one grouped convolution, or nearly so many: it needs copies of its factors, channels first."""
 
 
 @tree.register
@@ -266,7 +266,8 @@ class Convolution(Term):
         inputs = math.prod(self.shape[1:])
         if self.image.device.type != "cpu" or self.image.dtype == torch.bfloat16 or inputs <= _FEW_INPUTS:
             return Parts((self.outer().grads(),))
-        parts = zip(self.image.split(_AT_ONCE), self.cotangent.split(_AT_ONCE), strict=True)
+        count = max(1, round(len(self.image) / _AT_ONCE))
+        parts = zip(self.image.tensor_split(count), self.cotangent.tensor_split(count), strict=True)
         return Parts(tuple([self._grads_by_groups(image, cotangent) for image, cotangent in parts]))
 
     def _grads_by_groups(self, image: Tensor, cotangent: Tensor) -> Tensor:

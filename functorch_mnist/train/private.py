@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import privacy, random, tree
 from ..data import Batch
 from ..optim import Optimizer
-from ..privacy import Clipping, Mechanism, Secret, Sums, chunks, clipped_sums, draw, joins, no_sums, released
+from ..privacy import Clipping, Mechanism, Secret, Sums, chunks, clipped_sums, draw, joins, released
 from ..tree import Tree
 from .fit import Progress
 from .forms import compiled
@@ -26,7 +26,7 @@ class PrivateStep(NamedTuple):
     """A step in parts, for a large draw has more than one chunk. Each is pure and compiles as one graph."""
 
     add: Callable[..., Sums]
-    """`add(state, sums, *batch, mask) -> sums`: with those of one more chunk."""
+    """`add(state, sums, *batch, mask) -> sums`: with those of one more chunk; before the first they are None."""
     step: Callable[..., tuple[State, dict[str, Tensor]]]
     """`step(state, sums, key, *batch, mask) -> (state, aux)`: adds the last chunk and makes the step, with noise from
     `key`. `aux` holds what is never private, see `Sums.seen`."""
@@ -77,7 +77,7 @@ def make_private_step(
         >>> optimizer, clipping = optim.sgd(0.5), privacy.Flat(1.0)
         >>> step = make_private_step(lambda w, x: w * x, optimizer, clipping=clipping, noise_multiplier=0, expected=2)
         >>> state = init_private_state(torch.tensor(0.0), optimizer, random.key(0), clipping)
-        >>> state, seen = step.step(state, no_sums(state.params, clipping), random.key(1), torch.tensor([0.5, 3.0]))
+        >>> state, seen = step.step(state, None, random.key(1), torch.tensor([0.5, 3.0]))
         >>> state.params, seen["clipped"]
         (tensor(-0.3750), tensor(1))
 
@@ -90,12 +90,12 @@ def make_private_step(
     if noise_multiplier:
         clipping.deviations(noise_multiplier)  # refuses what cannot be divided
 
-    def add(state: State, sums: Sums, *batch: Tensor, mask: Tensor | None = None) -> Sums:
+    def add(state: State, sums: Sums | None, *batch: Tensor, mask: Tensor | None = None) -> Sums:
         more = clipped_sums(loss_fn, state.params, *batch, clipping=clipping, clipping_state=state.estimator, mask=mask)
-        return tree.map(torch.add, sums, more)
+        return more if sums is None else tree.map(torch.add, sums, more)
 
     def step(
-        state: State, sums: Sums, key: Tensor, *batch: Tensor, mask: Tensor | None = None
+        state: State, sums: Sums | None, key: Tensor, *batch: Tensor, mask: Tensor | None = None
     ) -> tuple[State, dict[str, Tensor]]:
         total = add(state, sums, *batch, mask=mask)
         grads, estimator = released(
@@ -116,7 +116,6 @@ def fit_private(
     mechanism: Mechanism,
     secret: Secret,
     steps: int,
-    clipping: Clipping,
     chunk_sizes: Sequence[int] | None = None,
     loss: Tensor | None = None,
     callbacks: Iterable[Callable[[Progress], None]] = (),
@@ -131,7 +130,6 @@ def fit_private(
         secret: of draws, noise and examples' keys. A run that goes on with a fresh one is as private as one that was
             never stopped; with one from a seed it also ends as that one, bit for bit.
         steps: how many there shall be in all, at least 0.
-        clipping: the rule of the step.
         chunk_sizes: fixed sizes for `privacy.chunks`; by default `privacy.chunk_sizes`.
         loss: the `Progress.loss` that goes with a state from the middle of an epoch.
         callbacks: called after each step, in order.
@@ -149,7 +147,7 @@ def fit_private(
     device, callbacks = examples[0].device, tuple(callbacks)
     sizes = privacy.chunk_sizes(mechanism, total) if chunk_sizes is None else chunk_sizes
     draw_key, *others = random.split(secret.key(device), 3).unbind(0)
-    expected, nothing = privacy.expected_examples(mechanism, total), no_sums(state.params, clipping, device)
+    expected = privacy.expected_examples(mechanism, total)
     per_epoch = max(1, round(total / expected))
     for done in range(int(state.step), steps):
         noise_key, example_key = random.fold_in(torch.stack(others), done).unbind(0)
@@ -160,7 +158,7 @@ def fit_private(
 
         drawn = draw(mechanism, draw_key, step=done, examples=total, joins=step.joins)
         *first, last = chunks(drawn, sizes)
-        sums = nothing
+        sums = None
         for batch in first:
             sums = step.add(state, sums, *rows(batch), mask=batch.mask)
         state, aux = step.step(state, sums, noise_key, *rows(last), mask=last.mask)
