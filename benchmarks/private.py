@@ -56,7 +56,7 @@ def private_steps(problem: Problem, count: Count, device: str) -> Work:
     """Private steps on draws from all images; in the first call one without noise on the problem's batch."""
     batch_size = len(problem.labels)
     images = data.load("mnist").train
-    examples = (images.images.to(device), images.labels.to(device))
+    examples, rows = (images.images.to(device), images.labels.to(device)), (problem.stored, problem.labels)
     mechanism = privacy.Poisson(batch_size / len(images.labels), NOISE)
     clipping, optimizer, secret = privacy.Flat(MAX_NORM), optim.sgd(LR, momentum=MOMENTUM), privacy.Secret(0)
 
@@ -70,14 +70,10 @@ def private_steps(problem: Problem, count: Count, device: str) -> Work:
 
     step, noiseless = made(NOISE), made(0.0)
     first = train.init_private_state(problem.params, optimizer, random.key(0), clipping)
-    sizes = privacy.chunk_sizes(mechanism, len(images.labels))
+    sizes, key = privacy.chunk_sizes(mechanism, len(images.labels)), secret.key(torch.device(device))
     state, fit = first, partial(
-        train.fit_private, step, examples=examples, mechanism=mechanism, secret=secret, clipping=clipping
+        train.fit_private, step, examples=examples, mechanism=mechanism, secret=secret
     )  # fmt: skip
-
-    def rows(batch: data.Batch) -> tuple[Tensor, ...]:
-        keys = random.fold_in(random.key(1).to(device), batch.examples)
-        return problem.stored[batch.examples], problem.labels[batch.examples], keys
 
     def batches(size: int) -> list[data.Batch]:
         return privacy.chunks(torch.arange(batch_size, device=device), (size,))
@@ -86,15 +82,14 @@ def private_steps(problem: Problem, count: Count, device: str) -> Work:
         *more, last = batches(size)
         sums = None
         for batch in more:
-            sums = step.add(first, sums, *rows(batch), mask=batch.mask)
-        return step.step(first, sums, random.key(2).to(device), *rows(last), mask=last.mask)[0]
+            sums = step.add(first, sums, key, batch, *rows)
+        return step.step(first, sums, key, last, *rows)[0]
 
     def compile_all() -> None:
         """Whatever a draw may need."""
         for size in sizes:
-            on_the_batch(step, size)
-        (largest,) = batches(sizes[-1])
-        step.add(first, None, *rows(largest), mask=largest.mask)
+            step.step(first, None, key, batches(size)[-1], *examples)
+        step.add(first, None, key, batches(sizes[-1])[0], *examples)
         fit(first, steps=1)
 
     def call() -> None:

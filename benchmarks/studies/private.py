@@ -200,7 +200,6 @@ def _accuracy(job: Job) -> float:
         mechanism=mechanism,
         secret=privacy.Secret(job.seed),
         steps=steps,
-        clipping=clipping,
     )
     params = state.optimizer.average if setting.average else state.params
     return 100 * train.evaluate(outputs, losses.cross_entropy, params, *test).accuracy

@@ -34,22 +34,28 @@ def expected_examples(mechanism: Mechanism, examples: int) -> float:
     return examples * mechanism.rate if isinstance(mechanism, Poisson) else examples / mechanism.steps_per_epoch
 
 
-def joins(key: Tensor, examples: int, rate: float) -> Tensor:
+def joins(key: Tensor, step: int | Tensor, examples: int, rate: float) -> Tensor:
     """Which examples a Poisson draw takes: (N,) bool, each by an own coin with the chance `rate`.
+
+    Args:
+        key: (2,), the root of all draws of a run.
+        step: which step, from 0.
+        examples: N.
+        rate: q in (0, 1].
 
     Guarantees: the chance is never above `rate`, and below it by less than 2⁻³².
 
     Example:
-        >>> joins(random.key(0), 3, 1.0)
+        >>> joins(random.key(0), 7, 3, 1.0)
         tensor([True, True, True])
     """
-    words = random.bits(key, (examples,))
+    words = random.bits(random.fold_in(key, step), (examples,))
     least = -(_WORDS // 2)  # a word's order as a signed number, which is as uniform
     return words.long() < least + math.floor(rate * _WORDS)
 
 
 def draw(
-    mechanism: Mechanism, key: Tensor, *, step: int, examples: int, joins: Callable[..., Tensor] = joins
+    mechanism: Mechanism, key: Tensor, *, step: int | Tensor, examples: int, joins: Callable[..., Tensor] = joins
 ) -> Tensor:
     """The numbers of the examples that a step sees: (n,) int64.
 
@@ -68,8 +74,8 @@ def draw(
         0
     """
     if isinstance(mechanism, Poisson):
-        return joins(random.fold_in(key, step), examples, mechanism.rate).nonzero()[:, 0]
-    epoch, part = divmod(step, mechanism.steps_per_epoch)
+        return joins(key, step, examples, mechanism.rate).nonzero()[:, 0]
+    epoch, part = divmod(int(step), mechanism.steps_per_epoch)
     return random.permutation(random.fold_in(key, epoch), examples).tensor_split(mechanism.steps_per_epoch)[part]
 
 
@@ -90,8 +96,8 @@ def chunk_sizes(mechanism: Mechanism, examples: int, *, most: int = 1024) -> tup
     Cost: what is compiled is compiled once for each size. For 256 expected examples the five sizes pad 3 % of rows.
 
     Example:
-        >>> chunk_sizes(Poisson(256 / 60_000, 1.0), 60_000), chunk_sizes(Shuffled(10, 1.0), 1004)
-        ((240, 256, 272, 280, 304), (101,))
+        >>> chunk_sizes(Poisson(256 / 60_000, 1.0), 60_000)
+        (248, 256, 272, 280, 304)
     """
     if examples < 1 or most < 1:
         raise ValueError(f"chunk_sizes: examples and most must be at least 1. Found {examples} and {most}.")

@@ -2,8 +2,8 @@
 
     for each step:  draw examples;  G = Σ over chunks of clipped sums;  (G + noise) / n;  optimizer
 
-Its randomness hangs on a secret and the step alone: `fold_in(secret, step)` is split into the keys of the draw, of the
-noise and of the examples (dropout, augmentation). The secret is in no state and in no file.
+Its randomness hangs on a secret and the step alone: the secret is split into roots of draws, of noise and of examples'
+keys (dropout, augmentation), and the step is folded into them. The secret is in no state and in no file.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -26,10 +26,11 @@ class PrivateStep(NamedTuple):
     """A step in parts, for a large draw has more than one chunk. Each is pure and compiles as one graph."""
 
     add: Callable[..., Sums]
-    """`add(state, sums, *batch, mask) -> sums`: with those of one more chunk; before the first they are None."""
+    """`add(state, sums, key, batch, *examples) -> sums`: with those of one more chunk; before the first they are None.
+    `key` is that of the run's secret, `batch` says which rows of `examples` the chunk has."""
     step: Callable[..., tuple[State, dict[str, Tensor]]]
-    """`step(state, sums, key, *batch, mask) -> (state, aux)`: adds the last chunk and makes the step, with noise from
-    `key`. `aux` holds what is never private, see `Sums.seen`."""
+    """`step(state, sums, key, batch, *examples) -> (state, aux)`: adds the last chunk and makes the step, with noise.
+    `aux` holds what is never private, see `Sums.seen`."""
     joins: Callable[..., Tensor] = joins
     """`privacy.joins`, by which a Poisson step draws its examples."""
 
@@ -61,7 +62,7 @@ def make_private_step(
     """A private training step.
 
     Args:
-        loss_fn: `loss_fn(params, *example) -> ()`, pure.
+        loss_fn: `loss_fn(params, *example, key) -> ()`, pure; the key (2,) is the example's own, of this step.
         optimizer: gets the noisy mean gradient.
         clipping: the rule.
         noise_multiplier: σ, at least 0.
@@ -75,9 +76,12 @@ def make_private_step(
     Example:
         >>> from functorch_mnist import optim, privacy
         >>> optimizer, clipping = optim.sgd(0.5), privacy.Flat(1.0)
-        >>> step = make_private_step(lambda w, x: w * x, optimizer, clipping=clipping, noise_multiplier=0, expected=2)
+        >>> step = make_private_step(
+        ...     lambda w, x, key: w * x, optimizer, clipping=clipping, noise_multiplier=0, expected=2
+        ... )
         >>> state = init_private_state(torch.tensor(0.0), optimizer, random.key(0), clipping)
-        >>> state, seen = step.step(state, None, random.key(1), torch.tensor([0.5, 3.0]))
+        >>> (batch,) = privacy.chunks(torch.arange(2), (2,))
+        >>> state, seen = step.step(state, None, random.key(1), batch, torch.tensor([0.5, 3.0]))
         >>> state.params, seen["clipped"]
         (tensor(-0.3750), tensor(1))
 
@@ -90,17 +94,21 @@ def make_private_step(
     if noise_multiplier:
         clipping.deviations(noise_multiplier)  # refuses what cannot be divided
 
-    def add(state: State, sums: Sums | None, *batch: Tensor, mask: Tensor | None = None) -> Sums:
-        more = clipped_sums(loss_fn, state.params, *batch, clipping=clipping, clipping_state=state.estimator, mask=mask)
+    def add(state: State, sums: Sums | None, key: Tensor, batch: Batch, *examples: Tensor) -> Sums:
+        keys = random.fold_in(_step_keys(key, state.step)[2], batch.examples)
+        more = clipped_sums(
+            loss_fn, state.params, *[tensor[batch.examples] for tensor in examples], keys, clipping=clipping,
+            clipping_state=state.estimator, mask=batch.mask,
+        )  # fmt: skip
         return more if sums is None else tree.map(torch.add, sums, more)
 
     def step(
-        state: State, sums: Sums | None, key: Tensor, *batch: Tensor, mask: Tensor | None = None
+        state: State, sums: Sums | None, key: Tensor, batch: Batch, *examples: Tensor
     ) -> tuple[State, dict[str, Tensor]]:
-        total = add(state, sums, *batch, mask=mask)
+        total = add(state, sums, key, batch, *examples)
         grads, estimator = released(
-            state.params, total, key, clipping=clipping, noise_multiplier=noise_multiplier, expected=expected,
-            clipping_state=state.estimator,
+            state.params, total, _step_keys(key, state.step)[1], clipping=clipping, noise_multiplier=noise_multiplier,
+            expected=expected, clipping_state=state.estimator,
         )  # fmt: skip
         params, optimizer_state = optimizer.update(state.params, state.optimizer, grads)
         return State(params, optimizer_state, state.step + 1, state.key, estimator), total.seen
@@ -123,7 +131,7 @@ def fit_private(
     """The state after training until `steps` steps have been made.
 
     Args:
-        step: called with rows of `examples` and `keys` (B, 2), one key per example, the last tensor that the loss sees.
+        step: as from `make_private_step`.
         state: where to start; its `step` says how many have been made already.
         examples: tensors with one leading size N, on one device.
         mechanism: how examples are sampled: what the accountant is told.
@@ -146,25 +154,23 @@ def fit_private(
     (total,) = lengths
     device, callbacks = examples[0].device, tuple(callbacks)
     sizes = privacy.chunk_sizes(mechanism, total) if chunk_sizes is None else chunk_sizes
-    draw_key, *others = random.split(secret.key(device), 3).unbind(0)
-    expected = privacy.expected_examples(mechanism, total)
+    key, expected = secret.key(device), privacy.expected_examples(mechanism, total)
+    draw_key = random.split(key, 3)[0]
     per_epoch = max(1, round(total / expected))
     for done in range(int(state.step), steps):
-        noise_key, example_key = random.fold_in(torch.stack(others), done).unbind(0)
-
-        def rows(batch: Batch, key: Tensor = example_key) -> list[Tensor]:
-            keys = random.fold_in(key, batch.examples)
-            return [tensor[batch.examples] for tensor in examples] + [keys]
-
-        drawn = draw(mechanism, draw_key, step=done, examples=total, joins=step.joins)
-        *first, last = chunks(drawn, sizes)
+        *first, last = chunks(draw(mechanism, draw_key, step=state.step, examples=total, joins=step.joins), sizes)
         sums = None
         for batch in first:
-            sums = step.add(state, sums, *rows(batch), mask=batch.mask)
-        state, aux = step.step(state, sums, noise_key, *rows(last), mask=last.mask)
+            sums = step.add(state, sums, key, batch, *examples)
+        state, aux = step.step(state, sums, key, last, *examples)
         epoch, before = divmod(done, per_epoch)
         loss = aux["loss"].double() + (0 if loss is None or before == 0 else loss)
         progress = Progress(state, loss, round(expected * (before + 1)), epoch, done + 1, before + 1 == per_epoch, aux)
         for callback in callbacks:
             callback(progress)
     return state
+
+
+def _step_keys(key: Tensor, step: Tensor) -> Tensor:
+    """The keys of a step's draw, of its noise and of its examples: (3, 2)."""
+    return random.fold_in(random.split(key, 3), step)
