@@ -1,6 +1,5 @@
 """Shared settings: the suite runs in a stricter world than the user's."""
 
-import contextlib
 import shutil
 import signal
 from pathlib import Path
@@ -22,21 +21,8 @@ torch._C._functorch._set_vmap_fallback_enabled(False)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@contextlib.contextmanager
-def _on_one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """Threads only wait for each other over so little data."""
-    with _on_one_thread():
-        yield
+# Threads only wait for each other over so little data.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -53,8 +39,7 @@ def data_dir(mnist, tmp_path_factory):
 def linear(data_dir, tmp_path_factory):
     """A finished run of the linear model: 16 steps, checkpoints after 12, 15 and 16."""
     run = tmp_path_factory.mktemp("linear") / "run"
-    with _on_one_thread():  # before any module has said so
-        succeed("train", "--data-dir", data_dir, *LINEAR, "--out", run)
+    succeed("train", "--data-dir", data_dir, *LINEAR, "--out", run)
     return run
 
 
@@ -62,8 +47,7 @@ def linear(data_dir, tmp_path_factory):
 def cnn(data_dir, tmp_path_factory):
     """A finished run of the CNN, with dropout, that nothing stopped."""
     run = tmp_path_factory.mktemp("cnn") / "run"
-    with _on_one_thread():
-        succeed("train", "--data-dir", data_dir, *CNN, "--out", run)
+    succeed("train", "--data-dir", data_dir, *CNN, "--out", run)
     return run
 
 

@@ -7,8 +7,6 @@ from shell import complain, succeed
 
 from functorch_mnist import privacy
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def rows(out):
     """The lines of the table, as numbers."""

@@ -28,7 +28,7 @@ TABLE = [
     (0.01, 4.0, 10_000, (1.259, 1.035, 0.960)),  # Abadi et al. 2016, the worked example
 ]
 
-few = settings(max_examples=12)
+few = settings(max_examples=6)
 
 rates = st.floats(1e-4, 1.0)
 noises = st.floats(0.5, 20.0)

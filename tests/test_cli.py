@@ -30,8 +30,6 @@ import functorch_mnist as fm
 from functorch_mnist import cli, commands, run_folder
 from functorch_mnist.commands import callbacks, images
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def checkpoints(run):
     return sorted((run / "checkpoints").iterdir())

@@ -219,3 +219,29 @@ def test_labels_that_are_not_integers_are_refused(dtype):
 def test_labels_of_every_integer_type_give_one_loss(dtype):
     outputs, labels = draw(3, 5), torch.tensor([4, 0, 2])
     assert torch.equal(losses.cross_entropy(outputs, labels.to(dtype)), losses.cross_entropy(outputs, labels))
+
+
+@given(leads, st.sampled_from([1, 2, 4]))
+def test_group_norm_equals_torch_and_gives_each_group_mean_0_and_variance_1(lead, groups):
+    x = 3 * draw(*lead, 4, 5, 6) + 1
+    found = layers.group_norm(x, groups)
+    expected = F.group_norm(x.reshape(-1, 4, 5, 6), groups).view(x.shape)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    parts = found.unflatten(-3, (groups, -1)).flatten(-3)
+    torch.testing.assert_close(parts.mean(-1), torch.zeros(*lead, groups).double(), rtol=0, atol=1e-9)
+    torch.testing.assert_close(parts.var(-1, correction=0), torch.ones(*lead, groups).double(), rtol=0, atol=1e-4)
+
+
+def test_group_norm_refuses_groups_that_do_not_divide_the_channels():
+    for groups in (0, 3):
+        with pytest.raises(ValueError, match="groups must divide the channels, 4"):
+            layers.group_norm(draw(4, 5, 6), groups)
+
+
+def test_a_tempered_sigmoid_is_tanh_by_default_and_lies_between_its_bounds():
+    x = torch.linspace(-8, 8, 101).double()
+    torch.testing.assert_close(layers.tempered_sigmoid(x), x.tanh(), rtol=0, atol=1e-15)
+    found = layers.tempered_sigmoid(x, scale=1.58, temperature=3.0, offset=0.71)
+    assert -0.71 <= found.min() < -0.7099
+    assert 0.8699 < found.max() <= 0.87
+    assert found[50].item() == pytest.approx(1.58 / 2 - 0.71)

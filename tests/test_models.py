@@ -26,6 +26,20 @@ class ArticleNet(nn.Module):
         return F.log_softmax(self.fc2(self.dropout2(F.relu(self.fc1(x)))), dim=1)
 
 
+class SmallNet(nn.Module):
+    """The network of Opacus' MNIST example."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 16, 8, 2, padding=3), nn.Conv2d(16, 32, 4, 2)
+        self.fc1, self.fc2 = nn.Linear(512, 32), nn.Linear(32, 10)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2, 1)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2, 1)
+        return self.fc2(F.relu(self.fc1(x.flatten(1))))
+
+
 class Mask(nn.Module):
     """Dropout with a mask that is given."""
 
@@ -44,6 +58,7 @@ TWINS = {
     "mlp of tanh": (models.mlp((7, 5, 3), activation=layers.tanh), lambda: nn.Sequential(
         nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3)), (7,)),
     "cnn": (models.cnn(), ArticleNet, (1, 28, 28)),
+    "small cnn": (models.small_cnn(), SmallNet, (1, 28, 28)),
 }  # fmt: skip
 twins = pytest.mark.parametrize("name", TWINS)
 

@@ -219,3 +219,30 @@ def test_gradients_of_another_shape_are_refused_by_path():
 def test_a_parameter_that_is_not_a_float_tensor_is_refused_by_name(leaf):
     with pytest.raises(TypeError, match="layer/w"):
         optim.sgd(0.1).init({"layer": {"w": leaf}})
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.95])
+def test_an_average_is_its_formula_and_leaves_the_parameters_alone(decay):
+    inner = optim.sgd(0.1, momentum=0.9)
+    optimizer = optim.averaging(inner, decay=decay)
+    alone = averaged = numbers(0)
+    state, inner_state = optimizer.init(averaged), inner.init(alone)
+    expected = tree.map(torch.Tensor.double, alone)
+    for t in range(1, 41):
+        alone, inner_state = inner.update(alone, inner_state, numbers(t))
+        averaged, state = optimizer.update(averaged, state, numbers(t))
+        keep = min(decay, t / (t + 9))
+        expected = tree.map(lambda a, w, keep=keep: keep * a + (1 - keep) * w, expected, alone)
+    assert all(map(torch.equal, tree.leaves(averaged), tree.leaves(alone)))
+    for found, leaf in zip(tree.leaves(state.average), tree.leaves(expected), strict=True):
+        torch.testing.assert_close(found.double(), leaf, rtol=0, atol=1e-5)
+
+
+def test_an_average_of_bfloat16_parameters_is_float32_and_a_decay_out_of_range_is_refused():
+    optimizer = optim.averaging(optim.sgd(0.1), decay=0.9)
+    params = tree.map(torch.Tensor.bfloat16, numbers(0))
+    _, state = optimizer.update(params, optimizer.init(params), tree.map(torch.Tensor.bfloat16, numbers(1)))
+    assert {leaf.dtype for leaf in tree.leaves(state.average)} == {torch.float32}
+    for decay in (-0.1, 1.0, math.nan):
+        with pytest.raises(ValueError, match=r"decay must be in \[0, 1\)"):
+            optim.averaging(optim.sgd(0.1), decay=decay)

@@ -15,8 +15,6 @@ from zoo import difference
 from functorch_mnist import losses, models, optim, per_sample, privacy, random, train, tree
 from functorch_mnist.privacy import Automatic, Flat, Global, PerGroup, PerLayer, Poisson, Quantile, Secret, Shuffled
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 RULES = {
     "flat": Flat(1.5),
     "automatic": Automatic(1.5),
@@ -395,9 +393,9 @@ def test_mistake_5_noise_comes_once_and_no_result_hangs_on_the_chunks(mechanism,
         assert difference(found.estimator, expected.estimator) < 1e-6 if tree.leaves(found.estimator) else True
 
 
-@pytest.mark.parametrize("rule", [PerLayer(1.0), Quantile(0.5, 3.0, 1.5)])
-def test_the_compiled_private_step_equals_the_eager_one(rule):
+def test_the_compiled_private_step_equals_the_eager_one():
     torch._dynamo.reset()
+    rule = Quantile(0.5, 3.0, 1.5)  # all that a step can do
     found, _ = fitted(Poisson(0.4, 1.1), rule=rule, sizes=(40,), compiled=True)
     expected, _ = fitted(Poisson(0.4, 1.1), rule=rule, sizes=(40,))
     assert difference(found.params, expected.params) < 1e-6  # the noise is float32

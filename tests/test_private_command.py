@@ -9,8 +9,6 @@ from shell import TRAIN, ask, complain, part, succeed, write_idx
 import functorch_mnist as fm
 from functorch_mnist import commands, privacy
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 PRIVATE = (
     "--private", "--noise-multiplier", "1.0", "--model", "linear", "--epochs", "2", "--batch-size", "32",
     "--momentum", "0", "--save-every", "3",

@@ -80,7 +80,6 @@ class Result(NamedTuple):
     held_out: bool
     accuracy: float
     """In %."""
-    seconds: float
 
 
 class Row(NamedTuple):
@@ -155,9 +154,7 @@ def made(job: Job) -> Result:
     """Makes one run, on one thread."""
     torch.set_num_threads(1)
     allocator.keep_freed_memory()
-    start = time.perf_counter()
-    found = _accuracy(job)
-    return Result(job.name, job.setting._asdict(), job.seed, job.held_out, found, time.perf_counter() - start)
+    return Result(job.name, job.setting._asdict(), job.seed, job.held_out, _accuracy(job))
 
 
 def _accuracy(job: Job) -> float:

@@ -21,7 +21,7 @@ def upright(images: Tensor) -> Tensor:
     Raises:
         TypeError: the images are not floats.
 
-    Guarantees: an image's result does not depend on the images beside it, or on its own scale.
+    Guarantees: an image's result does not depend on the images beside it, or on its own scale, but for rounding.
     """
     if not images.is_floating_point():
         raise TypeError(f"upright: images must be floats. Found {images.dtype}. Divide by 255?")
