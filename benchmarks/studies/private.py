@@ -309,7 +309,7 @@ def _technique_table(runs: Sequence[Result]) -> str:
         found = [one.accuracy for one in runs if one.name == name and not one.held_out]
         setting = Setting(**best.setting)
         rows.append([
-            name, f"{setting.noise_multiplier:g}", f"{setting.lr * setting.max_norm:g}", f"{best.accuracy:.2f}",
+            name, f"{setting.noise_multiplier:g}", f"{setting.lr * setting.max_norm:.3g}", f"{best.accuracy:.2f}",
             _spread(found),
         ])  # fmt: skip
     return markdown(("change", "noise multiplier", "lr times clipping norm", "held-out %", "test %"), rows)
