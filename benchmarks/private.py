@@ -70,7 +70,7 @@ def private_steps(problem: Problem, count: Count, device: str) -> Work:
 
     step, noiseless = made(NOISE), made(0.0)
     first = train.init_private_state(problem.params, optimizer, random.key(0), clipping)
-    sizes, key = privacy.chunk_sizes(mechanism, len(images.labels)), secret.key(torch.device(device))
+    sizes, keys = privacy.chunk_sizes(mechanism, len(images.labels)), random.split(random.key(2, device=device))
     state, fit = first, partial(
         train.fit_private, step, examples=examples, mechanism=mechanism, secret=secret
     )  # fmt: skip
@@ -82,14 +82,14 @@ def private_steps(problem: Problem, count: Count, device: str) -> Work:
         *more, last = batches(size)
         sums = None
         for batch in more:
-            sums = step.add(first, sums, key, batch, *rows)
-        return step.step(first, sums, key, last, *rows)[0]
+            sums = step.add(first, sums, keys, batch, *rows)
+        return step.step(first, sums, keys, last, *rows)[0]
 
     def compile_all() -> None:
         """Whatever a draw may need."""
         for size in sizes:
-            step.step(first, None, key, batches(size)[-1], *examples)
-        step.add(first, None, key, batches(sizes[-1])[0], *examples)
+            step.step(first, None, keys, batches(size)[-1], *examples)
+        step.add(first, None, keys, batches(sizes[-1])[0], *examples)
         fit(first, steps=1)
 
     def call() -> None:

@@ -257,7 +257,7 @@ class Quantile(Clipping):
         return (noise_multiplier**-2 - (2 * self.count_deviation) ** -2) ** -0.5, self.count_deviation
 
     def adapt(self, state: Tree, votes: Tensor) -> Tensor:
-        below = votes[0] + 0.5
+        below = (votes[0] + 0.5).to(state.dtype)  # the state's stays: another would compile the step again
         adapted: Tensor = state * torch.exp(-self.rate * (below - self.quantile))
         return adapted
 

@@ -26,17 +26,19 @@ class PrivateStep(NamedTuple):
     """A step in parts, for a large draw has more than one chunk. Each is pure and compiles as one graph."""
 
     add: Callable[..., Sums]
-    """`add(state, sums, key, batch, *examples) -> sums`: with those of one more chunk; before the first they are None.
-    `key` is that of the run's secret, `batch` says which rows of `examples` the chunk has."""
+    """`add(state, sums, keys, batch, *examples) -> sums`: with those of one more chunk; before the first they are None.
+    `keys` (2, 2) are those of the step's noise and of its examples, `batch` says which rows of `examples` it takes."""
     step: Callable[..., tuple[State, dict[str, Tensor]]]
-    """`step(state, sums, key, batch, *examples) -> (state, aux)`: adds the last chunk and makes the step, with noise.
+    """`step(state, sums, keys, batch, *examples) -> (state, aux)`: adds the last chunk and makes the step, with noise.
     `aux` holds what is never private, see `Sums.seen`."""
     joins: Callable[..., Tensor] = joins
     """`privacy.joins`, by which a Poisson step draws its examples."""
+    keys: Callable[[Tensor, Tensor], Tensor] = random.fold_in
+    """From the roots of a run's keys (2, 2) and the step, 0-d, to the step's."""
 
     def compiled(self) -> "PrivateStep":
         """All parts compiled, for the fixed shapes of chunks."""
-        return PrivateStep(compiled(self.add), compiled(self.step), compiled(self.joins))
+        return PrivateStep(compiled(self.add), compiled(self.step), compiled(self.joins), compiled(self.keys))
 
 
 def init_private_state(params: Tree, optimizer: Optimizer, key: Tensor, clipping: Clipping) -> State:
@@ -81,7 +83,7 @@ def make_private_step(
         ... )
         >>> state = init_private_state(torch.tensor(0.0), optimizer, random.key(0), clipping)
         >>> (batch,) = privacy.chunks(torch.arange(2), (2,))
-        >>> state, seen = step.step(state, None, random.key(1), batch, torch.tensor([0.5, 3.0]))
+        >>> state, seen = step.step(state, None, random.split(random.key(1)), batch, torch.tensor([0.5, 3.0]))
         >>> state.params, seen["clipped"]
         (tensor(-0.3750), tensor(1))
 
@@ -94,21 +96,21 @@ def make_private_step(
     if noise_multiplier:
         clipping.deviations(noise_multiplier)  # refuses what cannot be divided
 
-    def add(state: State, sums: Sums | None, key: Tensor, batch: Batch, *examples: Tensor) -> Sums:
-        keys = random.fold_in(_step_keys(key, state.step)[2], batch.examples)
+    def add(state: State, sums: Sums | None, keys: Tensor, batch: Batch, *examples: Tensor) -> Sums:
+        rows = [tensor[batch.examples] for tensor in examples]
         more = clipped_sums(
-            loss_fn, state.params, *[tensor[batch.examples] for tensor in examples], keys, clipping=clipping,
+            loss_fn, state.params, *rows, random.fold_in(keys[1], batch.examples), clipping=clipping,
             clipping_state=state.estimator, mask=batch.mask,
         )  # fmt: skip
         return more if sums is None else tree.map(torch.add, sums, more)
 
     def step(
-        state: State, sums: Sums | None, key: Tensor, batch: Batch, *examples: Tensor
+        state: State, sums: Sums | None, keys: Tensor, batch: Batch, *examples: Tensor
     ) -> tuple[State, dict[str, Tensor]]:
-        total = add(state, sums, key, batch, *examples)
+        total = add(state, sums, keys, batch, *examples)
         grads, estimator = released(
-            state.params, total, _step_keys(key, state.step)[1], clipping=clipping, noise_multiplier=noise_multiplier,
-            expected=expected, clipping_state=state.estimator,
+            state.params, total, keys[0], clipping=clipping, noise_multiplier=noise_multiplier, expected=expected,
+            clipping_state=state.estimator,
         )  # fmt: skip
         params, optimizer_state = optimizer.update(state.params, state.optimizer, grads)
         return State(params, optimizer_state, state.step + 1, state.key, estimator), total.seen
@@ -154,23 +156,18 @@ def fit_private(
     (total,) = lengths
     device, callbacks = examples[0].device, tuple(callbacks)
     sizes = privacy.chunk_sizes(mechanism, total) if chunk_sizes is None else chunk_sizes
-    key, expected = secret.key(device), privacy.expected_examples(mechanism, total)
-    draw_key = random.split(key, 3)[0]
+    roots, expected = random.split(secret.key(device), 3), privacy.expected_examples(mechanism, total)
     per_epoch = max(1, round(total / expected))
     for done in range(int(state.step), steps):
-        *first, last = chunks(draw(mechanism, draw_key, step=state.step, examples=total, joins=step.joins), sizes)
+        keys = step.keys(roots[1:], state.step)
+        *first, last = chunks(draw(mechanism, roots[0], step=state.step, examples=total, joins=step.joins), sizes)
         sums = None
         for batch in first:
-            sums = step.add(state, sums, key, batch, *examples)
-        state, aux = step.step(state, sums, key, last, *examples)
+            sums = step.add(state, sums, keys, batch, *examples)
+        state, aux = step.step(state, sums, keys, last, *examples)
         epoch, before = divmod(done, per_epoch)
         loss = aux["loss"].double() + (0 if loss is None or before == 0 else loss)
         progress = Progress(state, loss, round(expected * (before + 1)), epoch, done + 1, before + 1 == per_epoch, aux)
         for callback in callbacks:
             callback(progress)
     return state
-
-
-def _step_keys(key: Tensor, step: Tensor) -> Tensor:
-    """The keys of a step's draw, of its noise and of its examples: (3, 2)."""
-    return random.fold_in(random.split(key, 3), step)
