@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from . import privacy as privacy
     from . import random as random
     from . import statistics as statistics
+    from . import sweep as sweep
     from . import train as train
     from . import tree as tree
 
@@ -33,7 +34,7 @@ __version__ = version("functorch-mnist")
 
 _NAMESPACES = (
     "attribution", "checkpoint", "data", "layers", "losses", "models", "optim", "per_sample", "privacy", "random",
-    "statistics", "train", "tree",
+    "statistics", "sweep", "train", "tree",
 )  # fmt: skip
 
 

@@ -236,13 +236,13 @@ def log_softmax(x: Tensor) -> Tensor:
     return F.log_softmax(x, dim=-1)
 
 
-def dropout(x: Tensor, key: Tensor, *, rate: float) -> Tensor:
+def dropout(x: Tensor, key: Tensor, *, rate: float | Tensor) -> Tensor:
     """`x` with each number set to zero with probability `rate`, the others divided by `1 - rate`.
 
     Args:
         x: (..., *shape).
         key: (..., 2), one key per example.
-        rate: in [0, 1).
+        rate: in [0, 1), a number or a 0-d tensor, whose value is not checked.
 
     Returns:
         (..., *shape).
@@ -254,13 +254,13 @@ def dropout(x: Tensor, key: Tensor, *, rate: float) -> Tensor:
     return drop(x, key, x.shape[key.dim() - 1 :], rate=rate)
 
 
-def channel_dropout(x: Tensor, key: Tensor, *, rate: float) -> Tensor:
+def channel_dropout(x: Tensor, key: Tensor, *, rate: float | Tensor) -> Tensor:
     """`dropout` of whole channels.
 
     Args:
         x: (..., C, height, width).
         key: (..., 2), one key per example.
-        rate: in [0, 1).
+        rate: in [0, 1), a number or a 0-d tensor, whose value is not checked.
 
     Returns:
         (..., C, height, width).
@@ -270,16 +270,16 @@ def channel_dropout(x: Tensor, key: Tensor, *, rate: float) -> Tensor:
     return drop(x, key, (x.shape[-3], 1, 1), rate=rate)
 
 
-def drop(x: Tensor, key: Tensor, shape: tuple[int, ...], *, rate: float) -> Tensor:
+def drop(x: Tensor, key: Tensor, shape: tuple[int, ...], *, rate: float | Tensor) -> Tensor:
     """`x` (..., *) under a dropout mask of shape (..., *shape) that broadcasts against it; `key` is (..., 2)."""
-    if not 0 <= rate < 1:
+    if not isinstance(rate, Tensor) and not 0 <= rate < 1:
         raise ValueError(f"dropout: rate must be in [0, 1). Found {rate}.")
     if key.shape[:-1] != x.shape[: key.dim() - 1]:
         raise ValueError(
             f"dropout: keys (..., 2) must share their leading axes with x. "
             f"Found {tuple(key.shape)} and {tuple(x.shape)}."
         )
-    if rate == 0:
+    if not isinstance(rate, Tensor) and rate == 0:
         return x
     keep = random.bernoulli(key, 1 - rate, shape)
     return torch.where(keep, x / (1 - rate), torch.zeros((), dtype=x.dtype, device=x.device))

@@ -16,6 +16,7 @@ ROWS = [
     {"per_sample"},
     {"statistics", "attribution", "privacy"},
     {"train", "checkpoint"},
+    {"sweep"},
     {"run_folder", "plots"},
     {"commands"},
     {"cli"},

@@ -186,7 +186,7 @@ def test_a_compiled_function_takes_its_keyword_arguments_and_defaults():
     assert [scaled(torch.tensor(2.0)), scaled(torch.tensor(2.0), shift=torch.tensor(1.0))] == [6, 7]
 
 
-def fitted(epochs, batch_size, *, state=None, loss=None, callbacks=(), pad=False, n=10):
+def fitted(epochs, batch_size, *, state=None, loss=None, callbacks=(), pad=False, until=None, n=10):
     optimizer = optim.sgd(0.1, momentum=0.9)
     return train.fit(
         train.make_step(noisy_loss_fn, optimizer),
@@ -197,6 +197,7 @@ def fitted(epochs, batch_size, *, state=None, loss=None, callbacks=(), pad=False
         loss=loss,
         callbacks=callbacks,
         pad=pad,
+        until=until,
     )
 
 
@@ -228,11 +229,40 @@ def test_padding_the_last_batch_changes_nothing_but_rounding():
 
 
 def test_an_examples_key_depends_on_the_step_and_the_example_alone():
-    key, order = random.key(3), torch.tensor([4, 2, 0, 1, 3])
-    keys = train.fit.__globals__["_example_keys"](key, order, first_step=10, batch_size=2)
-    for position, example in enumerate(order.tolist()):
-        expected = random.fold_in(random.fold_in(key, 10 + position // 2), example)
-        assert torch.equal(keys[example], expected)
+    drawn = train.epoch_draws(random.key(3), 5, epoch=2, batch_size=2)
+    order_key, noise_key = random.split(random.key(3)).unbind(0)
+    assert torch.equal(drawn.examples, data.epoch_order(5, key=order_key, epoch=2))
+    for place, (example, key) in enumerate(zip(drawn.examples.tolist(), drawn.keys, strict=True)):
+        assert torch.equal(key, random.fold_in(random.fold_in(noise_key, 2 * 3 + place // 2), example))
+
+
+def test_a_repeated_example_has_another_key_each_time():
+    drawn = train.epoch_draws(
+        random.key(3), 6, epoch=0, batch_size=6, order=lambda key, epoch: torch.tensor([4, 1, 4, 4, 1, 0])
+    )
+    noise_key = random.fold_in(random.split(random.key(3))[1], 0)
+    for number, key in zip([4, 1, 4 + 6, 4 + 12, 1 + 6, 0], drawn.keys, strict=True):
+        assert torch.equal(key, random.fold_in(noise_key, number))
+
+
+def test_the_draws_of_several_keys_are_those_of_each():
+    keys = random.split(random.key(1), 3)
+    together = train.epoch_draws(keys, 7, epoch=1, batch_size=3)
+    for place, key in enumerate(keys):
+        alone = train.epoch_draws(key, 7, epoch=1, batch_size=3)
+        assert torch.equal(together.examples[place], alone.examples)
+        assert torch.equal(together.keys[place], alone.keys)
+
+
+def test_an_order_of_another_length_is_refused():
+    with pytest.raises(ValueError, match=r"an order must be int64 \(4,\)"):
+        train.epoch_draws(random.key(0), 4, epoch=0, batch_size=2, order=lambda key, epoch: torch.arange(3))
+
+
+def test_training_ends_where_it_is_told_to():
+    told = []
+    fitted(5, 4, until=lambda progress: progress.epoch == 1, callbacks=[told.append])
+    assert [progress.epoch for progress in told if progress.epoch_ended] == [0, 1]
 
 
 def test_each_epoch_has_another_order_and_each_run_of_a_key_the_same():

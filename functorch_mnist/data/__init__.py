@@ -5,13 +5,15 @@
 | `idx.py` | the reader of the IDX file format, which trusts nothing in a file |
 | `sets.py` | a data set by name or from a folder |
 | `pixels.py` | the statistics of pixels, and pixels as a network takes them |
-| `augment.py` | random changes of images that leave their class |
+| `augment.py` | random changes of images that leave their class: one resampling, and erasing |
+| `shifted.py` | moves by whole pixels |
 | `upright.py` | images straightened, each by its own ink |
 | `batches.py` | the order of an epoch and its batches |
 | `mnist/` | the four files of MNIST, shipped with the package, and their licence |
 """
 
-from .augment import shifted as shifted
+from .augment import Augmentation as Augmentation
+from .augment import augmented as augmented
 from .batches import Batch as Batch
 from .batches import batches as batches
 from .batches import epoch_order as epoch_order
@@ -24,4 +26,5 @@ from .sets import NAMES as NAMES
 from .sets import Dataset as Dataset
 from .sets import Split as Split
 from .sets import load as load
+from .shifted import shifted as shifted
 from .upright import upright as upright

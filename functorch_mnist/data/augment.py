@@ -1,49 +1,141 @@
-"""Random changes of images that leave their class, each drawn from a key."""
+"""Random changes of images that leave their class, each image's drawn from its own key, in one resampling.
+
+With u, v, r, s, h and e drawn for an image, the pixel at p (from the centre, in pixels) shows what was at
+
+    M⁻¹ p + t + d(p),     M⁻¹ = R(rotate r) (1, shear h; 0, 1) / scale^s,     t = shift (u, v)
+
+all of u, v, r, s, h uniform in ±1 and d a smooth field of normal numbers, between pixels by linear interpolation.
+Beyond an edge there is 0. Then a rectangle may be erased.
+"""
+
+import math
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import random
 
+_REACH = 4.0
+"""Standard deviation, in pixels, of the Gaussian that smooths the elastic field."""
 
-def shifted(images: Tensor, keys: Tensor, *, pixels: int) -> Tensor:
-    """Images moved by whole pixels, up to so many in each direction; what comes in at an edge is zero.
+
+class Augmentation(NamedTuple):
+    """How strongly images are changed. Each strength is a number or a 0-d tensor, at least 0; 0 changes nothing."""
+
+    shift: float | Tensor = 0.0
+    """The most that an image moves along an axis, in pixels."""
+    rotate: float | Tensor = 0.0
+    """The most that it turns, in degrees."""
+    scale: float | Tensor = 0.0
+    """It is enlarged by a factor between 1 / (1 + scale) and 1 + scale, uniform in the logarithm."""
+    shear: float | Tensor = 0.0
+    """The most that rows move, in pixels per pixel of height."""
+    elastic: float | Tensor = 0.0
+    """Standard deviation of each pixel's own displacement along an axis, in pixels."""
+    erase: float | Tensor = 0.0
+    """The largest side of an erased rectangle, as a part of the image's side; its sides are uniform up to that."""
+
+    @property
+    def moves(self) -> bool:
+        """Whether images are resampled. A tensor counts as above 0."""
+        return any(_on(value) for value in self[:-1])
+
+
+def augmented(images: Tensor, keys: Tensor, augmentation: Augmentation) -> Tensor:
+    """Images changed at random.
 
     Args:
-        images: (..., height, width).
-        keys: (*lead, 2), one key for each of the leading axes of `images`: all the rest of an image moves together.
-        pixels: the most that an image moves along an axis, at least 0.
+        images: (*lead, C, height, width), float, background 0.
+        keys: (*lead, 2), one key for each image: its channels change together.
+        augmentation: how strongly.
 
     Returns:
         Like `images`.
 
     Raises:
-        ValueError: `pixels` is negative, or the keys have other leading axes than the images.
+        TypeError: the images are not floats.
+        ValueError: the keys have other leading axes than the images, or a strength that is a number is below 0.
 
-    Guarantees: an image's move hangs on its key alone; each of (2 pixels + 1)² moves is as likely.
+    Guarantees: an image's change hangs on its key and the strengths alone. Strengths of 0 give the images themselves.
+        Differentiable by strengths that are tensors, but for the erasing.
+
+    Cost: one `affine_grid` and one `grid_sample`; with `elastic`, 2 height width normal numbers for each image.
 
     Example:
-        >>> shifted(torch.ones(1, 2), random.key(1), pixels=0)
-        tensor([[1., 1.]])
+        >>> dot = torch.zeros(1, 3, 3)
+        >>> dot[0, 1, 1] = 1.0
+        >>> turned = augmented(dot, random.key(0), Augmentation(rotate=90.0))
+        >>> turned[0, 1, 1]
+        tensor(1.)
+
+    Reference: elastic fields: Simard, Steinkraus, Platt, "Best practices for convolutional neural networks applied to
+        visual document analysis", ICDAR 2003; erasing: DeVries, Taylor, "Improved regularization of convolutional
+        neural networks with cutout", 2017, and Zhong et al., "Random erasing data augmentation", AAAI 2020.
     """
     lead = keys.shape[:-1]
-    if pixels < 0:
-        raise ValueError(f"shifted: pixels must be at least 0. Found {pixels}.")
-    if images.dim() < len(lead) + 2 or images.shape[: len(lead)] != lead:
+    if not images.is_floating_point():
+        raise TypeError(f"augmented: images must be floats. Found {images.dtype}. Divide by 255?")
+    if images.shape[:-3] != lead:
         raise ValueError(
-            f"shifted: images (..., height, width) must begin with the leading axes of the keys. "
+            f"augmented: images (*lead, C, height, width) and keys (*lead, 2) must share their leading axes. "
             f"Found {tuple(images.shape)} and {tuple(keys.shape)}."
         )
-    if pixels == 0:
-        return images
-    moves = random.randint(keys, (2,), -pixels, pixels + 1)
-    rest = [1] * (images.dim() - len(lead) - 2)
-    for axis in (-2, -1):
-        size = images.shape[axis]
-        source = torch.arange(size, device=images.device) - moves[..., 2 + axis, None]  # (*lead, size)
-        shape = (*lead, *rest, size, 1) if axis == -2 else (*lead, *rest, 1, size)
-        index = source.clamp(0, size - 1).long().view(shape).expand(images.shape)
-        inside = ((source >= 0) & (source < size)).view(shape)
-        zero = torch.zeros((), dtype=images.dtype, device=images.device)
-        images = torch.where(inside, images.gather(axis, index), zero)
-    return images
+    for name, value in augmentation._asdict().items():
+        if not isinstance(value, Tensor) and not (0 <= value < math.inf):
+            raise ValueError(f"augmented: {name} must be a finite number, at least 0. Found {value}.")
+    move_key, field_key, erase_key = random.split(keys, 3).unbind(-2)
+    if augmentation.moves:
+        images = _resampled(images, move_key, field_key, augmentation)
+    return _erased(images, erase_key, augmentation.erase) if _on(augmentation.erase) else images
+
+
+def _on(strength: float | Tensor) -> bool:
+    return isinstance(strength, Tensor) or strength > 0
+
+
+def _resampled(images: Tensor, move_key: Tensor, field_key: Tensor, augmentation: Augmentation) -> Tensor:
+    """The images, each seen through its own affine map and elastic field."""
+    height, width = images.shape[-2:]
+    flat = images.reshape(-1, *images.shape[-3:])
+    draws = random.uniform(move_key.reshape(-1, 2), (5,), -1.0, 1.0).to(images.dtype)
+    right, down, turn, size, lean = draws.unbind(-1)  # (N,)
+    angle = turn * augmentation.rotate * (math.pi / 180)
+    shrunk = torch.exp(-size * _log1p(augmentation.scale))
+    cos, sin, lean = torch.cos(angle) * shrunk, torch.sin(angle) * shrunk, lean * augmentation.shear
+    # Rows of the map from a pixel shown to the place it is taken from, in units of half an image.
+    across = [cos, (cos * lean - sin) * (height / width), right * augmentation.shift * (2 / width)]
+    along = [sin * (width / height), sin * lean + cos, down * augmentation.shift * (2 / height)]
+    maps = torch.stack([torch.stack(across, -1), torch.stack(along, -1)], -2)  # (N, 2, 3)
+    grid = F.affine_grid(maps, [len(flat), 1, height, width], align_corners=False)
+    if _on(augmentation.elastic):
+        noise = random.box_muller(field_key.reshape(-1, 2), (2, height, width)).to(images.dtype)
+        rows, columns = (_smoothing(side, images) for side in (height, width))
+        field = (rows @ noise @ columns.T).movedim(1, -1)  # (N, height, width, 2)
+        grid = grid + field * augmentation.elastic * images.new_tensor([2 / width, 2 / height])
+    return F.grid_sample(flat, grid, align_corners=False).view(images.shape)
+
+
+def _log1p(strength: float | Tensor) -> float | Tensor:
+    return torch.log1p(strength) if isinstance(strength, Tensor) else math.log1p(strength)
+
+
+def _smoothing(side: int, like: Tensor) -> Tensor:
+    """(side, side): from white noise to smooth noise of variance 1."""
+    places = torch.arange(side, dtype=like.dtype, device=like.device)
+    kernel = torch.exp(-0.5 * ((places[:, None] - places) / _REACH).square())
+    return kernel / kernel.square().sum(1, keepdim=True).sqrt()
+
+
+def _erased(images: Tensor, key: Tensor, part: float | Tensor) -> Tensor:
+    """The images with a rectangle of zeros, anywhere."""
+    draws = random.uniform(key, (4,)).to(images.dtype)
+    inside = torch.ones((), dtype=torch.bool, device=images.device)
+    for axis, (length, place) in zip((-2, -1), (draws[..., :2].unbind(-1), draws[..., 2:].unbind(-1)), strict=True):
+        side = images.shape[axis]
+        half, centre = length * part * (side / 2), place * side
+        places = torch.arange(side, dtype=images.dtype, device=images.device) + 0.5
+        within = (places - centre[..., None]).abs() < half[..., None]  # (*lead, side)
+        inside = inside & (within[..., None, :, None] if axis == -2 else within[..., None, None, :])
+    return torch.where(inside, torch.zeros((), dtype=images.dtype, device=images.device), images)

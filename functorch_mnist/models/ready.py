@@ -65,12 +65,13 @@ def mlp(sizes: Sequence[int], *, activation: Activation = layers.relu) -> Model:
     return Model(lambda key: _init(key, shapes), apply)
 
 
-def cnn(*, activation: Activation = layers.relu, dropout: tuple[float, float] = (0.25, 0.5)) -> Model:
+def cnn(*, activation: Activation = layers.relu, dropout: tuple[float | Tensor, float | Tensor] = (0.25, 0.5)) -> Model:
     """The tutorial's network: conv 32, conv 64, max-pool, dropout, linear 128, dropout, linear 10, log-softmax.
 
     Args:
         activation: elementwise function after the first convolution and the first linear layer.
-        dropout: rates in [0, 1) of the channel dropout after pooling and of the dropout before the last layer.
+        dropout: rates in [0, 1) of the channel dropout after pooling and of the dropout before the last layer, numbers
+            or 0-d tensors.
 
     Returns:
         A model of (..., 1, 28, 28) images to (..., 10) log-probabilities, with parameters `conv1.weight`, `conv1.bias`,
@@ -81,7 +82,7 @@ def cnn(*, activation: Activation = layers.relu, dropout: tuple[float, float] = 
 
     Guarantees: equals the `nn.Module` of the same name and weights, with dropout off, and with it on given the masks.
     """
-    if not all(0 <= rate < 1 for rate in dropout):
+    if not all(isinstance(rate, Tensor) or 0 <= rate < 1 for rate in dropout):
         raise ValueError(f"cnn: dropout rates must be in [0, 1). Found {dropout}.")
     channel_rate, unit_rate = dropout
     shapes = {"conv1.": (32, 1, 3, 3), "conv2.": (64, 32, 3, 3), "fc1.": (128, 9216), "fc2.": (10, 128)}

@@ -4,9 +4,13 @@
     step(state, *batch, mask, divisor) -> (state, aux)              one division, then the optimizer
     fit(step, state, examples, …) -> state
 
-The files, in the order of reading: `step`, `watch`, `fit`, `private`, `evaluate`, `forms` (precision and compilation).
+The files, in the order of reading: `step`, `watch`, `draws`, `fit`, `private`, `evaluate`, `forms` (precision and
+compilation).
 """
 
+from .draws import Draws as Draws
+from .draws import Order as Order
+from .draws import epoch_draws as epoch_draws
 from .evaluate import Evaluation as Evaluation
 from .evaluate import evaluate as evaluate
 from .evaluate import predictions as predictions

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import data, random
+from .. import data
+from .draws import Order, epoch_draws
 from .step import State, Step
 
 
@@ -47,8 +48,10 @@ def fit(
     epochs: int,
     batch_size: int,
     pad: bool = False,
+    order: Order | None = None,
     loss: Tensor | None = None,
     watch: Watch | None = None,
+    until: Callable[[Progress], bool] | None = None,
     callbacks: Iterable[Callable[[Progress], None]] = (),
 ) -> State:
     """The state after training until `epochs` epochs have been made.
@@ -61,8 +64,10 @@ def fit(
         epochs: how often each example is seen in all, at least 0.
         batch_size: B, at least 1. The last batch of an epoch may be smaller.
         pad: fill the last batch up to B rows with a mask, so that all steps have one shape.
+        order: which examples an epoch sees; by default each once, at random.
         loss: the `Progress.loss` that goes with a state from the middle of an epoch.
         watch: a step such as one of `watching`, whose aux callbacks want now and then.
+        until: asked after each epoch, before the callbacks; where it says so, training ends.
         callbacks: called after each step, in order.
 
     Raises:
@@ -84,29 +89,25 @@ def fit(
     (total,) = sizes
     callbacks = tuple(callbacks)
     per_epoch = data.steps_per_epoch(total, batch_size)
-    order_key, noise_key = random.split(state.key).unbind(-2)
     done = int(state.step)
     for epoch in range(done // per_epoch, epochs):
-        order = data.epoch_order(total, key=order_key, epoch=epoch)
-        keys = _example_keys(noise_key, order, first_step=epoch * per_epoch, batch_size=batch_size)
+        drawn = epoch_draws(state.key, total, epoch=epoch, batch_size=batch_size, order=order)
         start = done - epoch * per_epoch
-        loss = torch.zeros((), dtype=torch.float64, device=order.device) if loss is None or start == 0 else loss
-        for batch in data.batches(order, batch_size=batch_size, start=start, pad=pad):
-            rows = [tensor[batch.examples] for tensor in (*examples, keys)]
+        loss = torch.zeros((), dtype=torch.float64, device=state.key.device) if loss is None or start == 0 else loss
+        places = torch.arange(total, device=state.key.device)
+        for batch in data.batches(places, batch_size=batch_size, start=start, pad=pad):
+            examples_of = drawn.examples[batch.examples]
+            rows = [*[tensor[examples_of] for tensor in examples], drawn.keys[batch.examples]]
             seen = min((done - epoch * per_epoch + 1) * batch_size, total)
             count = seen - (done - epoch * per_epoch) * batch_size
             chosen = step if watch is None or done % watch.every else watch.step
             state, aux = chosen(state, *rows, mask=batch.mask, divisor=torch.tensor(float(count)))
             loss = loss + aux["loss"]
             done += 1
+            progress = Progress(state, loss, seen, epoch, done, seen == total, aux)
+            ended = until is not None and progress.epoch_ended and until(progress)
             for callback in callbacks:
-                callback(Progress(state, loss, seen, epoch, done, seen == total, aux))
+                callback(progress)
+            if ended:
+                return state
     return state
-
-
-def _example_keys(key: Tensor, order: Tensor, *, first_step: int, batch_size: int) -> Tensor:
-    """The key of each example in the step that sees it, `fold_in(fold_in(key, step), example)`: (N, 2)."""
-    step_keys = random.fold_in(key, first_step + torch.arange(len(order), device=order.device) // batch_size)
-    keys = torch.empty_like(step_keys)
-    keys[order] = random.fold_in(step_keys, order)
-    return keys

@@ -1,0 +1,115 @@
+"""Descent on hyperparameters by the gradient through training.
+
+Each hyperparameter moves on a scale of its own, on which any number stands for a value it may take. There it moves by a
+step that grows while the gradient keeps its sign and shrinks where it turns (Rprop): hypergradients differ by many
+powers of ten from one hyperparameter and one place to the next, and their signs say most of what they know.
+
+Reference: Riedmiller, Braun, "A direct adaptive method for faster backpropagation learning: the RPROP algorithm", IEEE
+International Conference on Neural Networks, 1993.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .lanes import Values
+
+
+class Scale(NamedTuple):
+    """How a hyperparameter is written as an unbounded number."""
+
+    to: Callable[[Tensor], Tensor]
+    back: Callable[[Tensor], Tensor]
+
+
+LOG = Scale(torch.log, torch.exp)
+"""For what is above 0, such as learning rates: a step multiplies."""
+LOG_FROM_ONE = Scale(lambda value: -torch.log1p(-value), lambda number: -torch.expm1(-number.clamp(min=0)))
+"""For what is in [0, 1), such as momentum: a step multiplies the distance from 1; below 0 it stays at 0."""
+
+
+class Trial(NamedTuple):
+    """What was tried in a round."""
+
+    hyper: Values
+    loss: float
+    """What it gave; infinite where training did not stay finite."""
+
+
+class Tuned(NamedTuple):
+    """What descent has found."""
+
+    hyper: Values
+    """Those of the least loss of all trials."""
+    loss: float
+    trials: list[Trial]
+    """In order."""
+
+
+def tune(
+    objective: Callable[[Values], tuple[Tensor, Values]],
+    start: Values,
+    *,
+    scales: Mapping[str, Scale],
+    rounds: int,
+    first_step: float = 0.5,
+    most: float = 1.0,
+    callback: Callable[[Trial], None] = lambda _: None,
+) -> Tuned:
+    """The best hyperparameters that some rounds of descent find.
+
+    Args:
+        objective: `objective(hyper) -> (loss, grads)`, such as a hypergradient's; the same for the same values.
+        start: where to begin, 0-d float tensors.
+        scales: of each hyperparameter, its scale.
+        rounds: how often the objective is asked, at least 1.
+        first_step: of the first move, on the scale.
+        most: the longest move.
+        callback: told of each trial.
+
+    Raises:
+        ValueError: `rounds` is below 1, a scale is missing, or a start lies at the end of its scale.
+
+    Guarantees: never gives a place worse than the start. From a place where training is not finite it goes back half
+        the way to the best one.
+    """
+    if rounds < 1 or set(start) != set(scales):
+        raise ValueError(
+            f"tune: rounds must be at least 1, and scales for {list(start)}. Found {rounds}, {list(scales)}."
+        )
+    numbers = {name: scales[name].to(value.double()) for name, value in start.items()}
+    for name, number in numbers.items():
+        if not math.isfinite(number):
+            raise ValueError(f"tune: {name} must lie within its scale. Found {float(start[name])}.")
+    steps = dict.fromkeys(numbers, first_step)
+    signs = dict.fromkeys(numbers, 0.0)
+    best, best_loss, trials = numbers, math.inf, list[Trial]()
+    for _ in range(rounds):
+        hyper = {name: scales[name].back(number).to(start[name].dtype) for name, number in numbers.items()}
+        loss, grads = objective(hyper)
+        slopes = {name: float(slope) for name, slope in grads.items()}
+        finite = math.isfinite(loss) and all(map(math.isfinite, slopes.values()))
+        trials.append(Trial(hyper, float(loss) if finite else math.inf))
+        callback(trials[-1])
+        if not finite:
+            if best_loss == math.inf:  # not even the start: try smaller ones
+                numbers = {name: number - most for name, number in numbers.items()}
+            else:
+                numbers = {name: (number + best[name]) / 2 for name, number in numbers.items()}
+            steps = {name: step / 2 for name, step in steps.items()}
+            signs = dict.fromkeys(signs, 0.0)
+            continue
+        if float(loss) < best_loss:
+            best, best_loss = numbers, float(loss)
+        moved = {}
+        for name, number in numbers.items():
+            sign = math.copysign(1.0, slopes[name]) if slopes[name] else 0.0
+            turned = sign * signs[name]
+            steps[name] = min(most, steps[name] * (1.2 if turned > 0 else 0.5 if turned < 0 else 1.0))
+            moved[name], signs[name] = number - sign * steps[name], sign
+        numbers = moved
+    found = {name: scales[name].back(number).to(start[name].dtype) for name, number in best.items()}
+    return Tuned(found, best_loss, trials)
