@@ -1,0 +1,162 @@
+"""The options of the commands that look at a run, and of `plan`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from .train import Train
+from .words import Rule, UsageError, check_ranges, listed
+
+SCORES = ("loss", "el2n", "grand", "margin", "self-influence", "forgetting")
+"""The scores of a training example, in the order in which they are shown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Print a run's accuracy on the test images, per class, and its confusion matrix."""
+
+    run: tyro.conf.Positional[Path]
+    """The run's folder."""
+    dataset: Literal["mnist", "fashion-mnist", "kmnist", "qmnist", "emnist-digits"] | None = None
+    """Which data set; by default the run's own."""
+    data_dir: Path | None = None
+    """Read the data set's four IDX files from this folder instead."""
+    png: Path | None = None
+    """Also draw the confusion matrix into this file (needs the plot extra)."""
+    batch_size: int = 1000
+    """Images per call."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to compute."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict:
+    """Print the digit, and its probability, for image files or for a range of test images."""
+
+    run: tyro.conf.Positional[Path]
+    """The run's folder."""
+    images: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Image files of any kind that Pillow reads: one digit each, dark on light or light on dark."""
+    test: tuple[int, int] | None = None
+    """First and last (not included) of a range of test images."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to compute."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """What the commands that go over the training images have in common."""
+
+    run: tyro.conf.Positional[Path]
+    """The run's folder."""
+    images: int | None = None
+    """Take only so many of the first training images."""
+    data_dir: Path | None = None
+    """Read the data set's four IDX files from this folder instead."""
+    out: Path | None = None
+    """Where the results go; by default into the run's folder."""
+    compile: Literal["on", "off"] = "off"
+    """Compile the passes: worth its start-up time for many checkpoints."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to compute."""
+    threads: int | None = None
+    """Number of CPU threads; torch's own choice by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores(Analysis):
+    """Score every training image: a table, histograms and the images with the highest and lowest scores."""
+
+    scores: str = "loss,el2n,grand,margin"
+    """Which, with commas: loss, el2n, grand, margin, self-influence, forgetting."""
+    checkpoints: Literal["newest", "all"] = "newest"
+    """Score at the newest checkpoint, or at all that the run keeps: scores are then means over them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mislabelled(Analysis):
+    """Rank the training images by how likely their label is wrong; with --flip, plant wrong labels and find them."""
+
+    flip: float | None = None
+    """Train anew with this part of the labels flipped, and say how many of the flips each score finds."""
+    seed: int = 0
+    """Names which labels are flipped."""
+    scores: str = "loss,el2n,grand,margin,self-influence"
+    """Rank by these, with commas: loss, el2n, grand, margin, self-influence, forgetting."""
+    top: int = 20
+    """How many of the most suspicious images are listed and shown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Influence(Analysis):
+    """Find the training images that helped and hurt most on a test image."""
+
+    test: int
+    """The number of the test image."""
+    method: Literal["tracin", "dot", "cosine"] = "tracin"
+    """TracIn over all checkpoints that the run keeps, or the dot or cosine of gradients at the newest."""
+    top: int = 10
+    """How many images of each kind are listed and shown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseScale(Analysis):
+    """Print the gradient noise scale during training, with error bars, and what it says of the batch size."""
+
+    images: int | None = 4096
+    """Estimate it at each checkpoint from so many of the first training images."""
+    windows: int = 20
+    """Parts of the training over which the records of train --watch noise-scale are averaged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Print how a model's per-sample gradients are taken, and what that costs; dropout is off."""
+
+    model: Literal["cnn", "mlp", "linear", "small-cnn", "scattering"] = "cnn"
+    """Which model."""
+    hidden: tuple[int, ...] = (128,)
+    """Widths of the mlp's hidden layers."""
+    activation: Literal["relu", "sigmoid", "tanh"] = "relu"
+    """Activation of the cnns and the mlp."""
+    batch_size: int = 64
+    """Images per batch, for the costs."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the forward and backward pass."""
+    override: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Take a parameter another way, as NAME=WAY, such as conv2.weight=gram; may be given again."""
+
+    @property
+    def training(self) -> Train:
+        """The run whose model this is."""
+        return Train(
+            model=self.model,
+            hidden=self.hidden,
+            activation=self.activation,
+            batch_size=self.batch_size,
+            precision=self.precision,
+        )
+
+
+_RULES: tuple[Rule, ...] = (
+    ("at least 1", lambda v: v >= 1, ("images", "windows")),
+    ("from 1 to 100", lambda v: 1 <= v <= 100, ("top",)),
+    ("at least 0", lambda v: v >= 0, ("test",)),
+    ("at least 0 and below 2**63", lambda v: 0 <= v < 2**63, ("seed",)),
+    ("above 0 and below 1", lambda v: 0 < v < 1, ("flip",)),
+    ("from 1 to 1024", lambda v: 1 <= v <= 1024, ("threads",)),
+)
+
+
+def check_analysis(options: Analysis) -> None:
+    """Refuses what can be refused before torch is imported.
+
+    Raises:
+        UsageError: a number is out of its range, or a score is unknown.
+    """
+    check_ranges(options, _RULES)
+    scores = getattr(options, "scores", None)
+    if scores is not None and not listed("--scores", scores, SCORES):
+        raise UsageError(f"--scores must name one of {', '.join(SCORES)} at least. Found none.")

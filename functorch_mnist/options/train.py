@@ -1,0 +1,215 @@
+"""The options of `train`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+from .words import Rule, UsageError, check_ranges, flag, listed
+
+WATCHES = ("noise-scale", "norms")
+"""What a training run can record of sample gradients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a classifier, and print its accuracy on the test images."""
+
+    recipe: Literal["article", "fast", "private"] = "article"
+    """Named defaults for all other options: the article's, those that reach 99 % soonest, or the best private ones."""
+    dataset: Literal["mnist", "fashion-mnist", "kmnist", "qmnist", "emnist-digits"] = "mnist"
+    """Which data set; all but mnist are downloaded once."""
+    data_dir: Path | None = None
+    """Read the data set's four IDX files from this folder instead."""
+    model: Literal["cnn", "mlp", "linear", "small-cnn", "scattering"] = "cnn"
+    """Which model; scattering is a linear map of fixed wavelet features of the straightened image."""
+    hidden: tuple[int, ...] = (128,)
+    """Widths of the mlp's hidden layers."""
+    activation: Literal["relu", "sigmoid", "tanh"] = "relu"
+    """Activation of the cnns and the mlp."""
+    dropout: tuple[float, float] = (0.25, 0.5)
+    """The cnn's dropout rates: of channels after pooling, and of units before the last layer."""
+    loss: Literal["cross-entropy", "mse"] = "cross-entropy"
+    """Cross-entropy, or the squared error of the probabilities."""
+    label_smoothing: float = 0.0
+    """Part of the cross-entropy's target that is spread over all classes."""
+    epochs: int = 1
+    """How often each training image is seen."""
+    batch_size: int = 64
+    """Images per step."""
+    lr: float = 0.01
+    """Learning rate, the highest one of a schedule."""
+    schedule: Literal["constant", "cosine", "one-cycle", "step-decay"] = "constant"
+    """Learning rate over training; step-decay divides it by 10 after each epoch."""
+    warmup: float = 0.3
+    """Part of the training in which one-cycle goes up."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    dampening: float = 0.0
+    """Dampening of SGD's momentum."""
+    weight_decay: float = 0.0
+    """Weight decay of SGD."""
+    nesterov: bool = False
+    """Nesterov's form of momentum."""
+    max_norm: float | None = None
+    """Scale the mean gradient down to this norm where it is larger."""
+    average: float = 0.0
+    """Keep a moving average of the parameters with this decay, and test that; 0 keeps none."""
+    copies: int = 0
+    """Average each image's loss over so many randomly shifted copies; 0 takes the image as it is."""
+    shift: int = 2
+    """Most pixels that a copy is shifted by."""
+    private: bool = False
+    """Train with differential privacy: clipped gradients of single images, with noise."""
+    epsilon: float | None = None
+    """Find the noise multiplier that spends this ε over all epochs."""
+    noise_multiplier: float | None = None
+    """Or give it: the noise's standard deviation over the sensitivity of a step."""
+    delta: float = 1e-5
+    """δ at which ε is told."""
+    clipping: Literal["flat", "automatic", "global", "per-layer", "quantile"] = "flat"
+    """How single gradients are clipped; with quantile the norm follows their median."""
+    clip_norm: float = 1.0
+    """The largest norm of a single image's gradient; with quantile the first."""
+    sampling: Literal["poisson", "shuffled"] = "poisson"
+    """Draw each image by a coin of its own, or cut shuffled epochs into batches, whose account is not amplified."""
+    accountant: Literal["pld", "rdp", "rdp-old"] = "pld"
+    """How ε is computed; pld needs the privacy extra."""
+    noise_seed: int | None = None
+    """Draw sampling and noise from this seed: a reproduction, which is not private."""
+    seed: int = 0
+    """Names all random streams: initial parameters, order of images, dropout; of a private run only what is public."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the forward and backward pass; parameters, loss and optimizer are always float32."""
+    compile: Literal["on", "off"] = "off"
+    """Compile the step: worth its start-up time in long runs."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to train."""
+    threads: int | None = None
+    """Number of CPU threads; torch's own choice by default."""
+    watch: str | None = None
+    """Record what sample gradients are like: noise-scale, norms, or both with a comma."""
+    watch_every: int = 1
+    """Steps from one record to the next."""
+    out: Path | None = None
+    """The run's folder, which must not hold a run yet; by default runs/ and the date and time."""
+    resume: Path | None = None
+    """Go on with the run in this folder, with its options."""
+    save_every: int = 500
+    """Steps between checkpoints; there is also one at the end."""
+    keep: int = 3
+    """How many checkpoints to keep."""
+
+
+RECIPES: Mapping[str, Train] = MappingProxyType(
+    {
+        "article": Train(),
+        "fast": Train(
+            recipe="fast",
+            dropout=(0.1, 0.25),
+            epochs=2,
+            lr=0.05,
+            schedule="one-cycle",
+            warmup=0.2,
+            weight_decay=5e-4,
+            precision="bfloat16",
+        ),
+        "private": Train(
+            recipe="private",
+            private=True,
+            epsilon=2.93,
+            model="scattering",
+            epochs=40,
+            batch_size=4096,
+            lr=667.0,
+            clip_norm=0.03,
+        ),
+    }
+)
+"""The defaults that `--recipe` chooses from."""
+
+PRIVATE = (
+    "epsilon", "noise_multiplier", "delta", "clipping", "clip_norm", "sampling", "accountant", "noise_seed",
+)  # fmt: skip
+"""The options that do nothing without `private`."""
+
+CHANGEABLE = frozenset({"epochs", "device", "compile", "threads", "save_every", "keep", "resume", "data_dir"})
+"""The options that a resumed run may change."""
+
+
+_RULES: tuple[Rule, ...] = (
+    ("at least 0 and below 2**31", lambda v: 0 <= v < 2**31, ("epochs",)),
+    (
+        "at least 1 and below 2**31",
+        lambda v: 1 <= v < 2**31,
+        ("hidden", "batch_size", "save_every", "keep", "watch_every"),
+    ),
+    ("at least 0 and below 2**63", lambda v: 0 <= v < 2**63, ("seed",)),
+    ("from 1 to 1024", lambda v: 1 <= v <= 1024, ("threads",)),  # torch crashes at some number above
+    ("at least 0 and below 2**63", lambda v: 0 <= v < 2**63, ("noise_seed",)),
+    ("from 0 to 64", lambda v: 0 <= v <= 64, ("copies",)),
+    ("from 1 to 27", lambda v: 1 <= v <= 27, ("shift",)),
+    ("from 0 to 1", lambda v: 0 <= v <= 1, ("label_smoothing", "dampening")),
+    ("at least 0 and below 1", lambda v: 0 <= v < 1, ("dropout", "average")),
+    ("above 0 and below 1", lambda v: 0 < v < 1, ("warmup", "delta")),
+    ("above 0 and below 1e4", lambda v: 0 < v < 1e4, ("epsilon", "noise_multiplier")),
+    ("above 0 and below 1e38", lambda v: 0 < v < 1e38, ("max_norm", "clip_norm")),  # float32 ends at 3.4e38
+    ("at least 0 and below 1e38", lambda v: 0 <= v < 1e38, ("lr", "momentum", "weight_decay")),
+)
+_ONLY_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "hidden": ("model", ("mlp",)),
+        "activation": ("model", ("cnn", "mlp", "small-cnn")),
+        "dropout": ("model", ("cnn",)),
+        "label_smoothing": ("loss", ("cross-entropy",)),
+        "warmup": ("schedule", ("one-cycle",)),
+    }
+)
+
+
+def check(options: Train) -> None:
+    """Refuses what can be refused before torch is imported.
+
+    Raises:
+        UsageError: a number is out of its range, or an option has no effect beside the others.
+    """
+    check_ranges(options, _RULES)
+    for name, (other, values) in _ONLY_WITH.items():
+        if chosen_of(options, name) and getattr(options, other) not in values:
+            raise UsageError(f"{flag(name)} has no effect with {flag(other)} {getattr(options, other)}.")
+
+    if options.copies and options.model == "scattering":
+        raise UsageError("--copies has no effect with --model scattering, whose features are computed once.")
+    if not options.copies and chosen_of(options, "shift"):
+        raise UsageError("--shift has no effect without --copies.")
+    if options.private:
+        _check_private(options)
+    else:
+        for name in PRIVATE:
+            if chosen_of(options, name):
+                raise UsageError(f"{flag(name)} has no effect without --private.")
+    if options.watch is None and options.watch_every != 1:
+        raise UsageError("--watch-every has no effect without --watch.")
+    if options.watch is not None:
+        watches = listed("--watch", options.watch, WATCHES)
+        if not watches:
+            raise UsageError(f"--watch must name one of {', '.join(WATCHES)} at least. Found none.")
+        if "noise-scale" in watches and options.batch_size < 2:
+            raise UsageError("--watch noise-scale needs a --batch-size of 2 at least. Found 1.")
+
+
+def chosen_of(options: Train, name: str) -> bool:
+    """Whether an option is neither the article's nor its recipe's."""
+    value = getattr(options, name)
+    return all(value != getattr(one, name) for one in (RECIPES["article"], RECIPES[options.recipe]))
+
+
+def _check_private(options: Train) -> None:
+    if (options.epsilon is None) == (options.noise_multiplier is None):
+        found = "neither" if options.epsilon is None else "both"
+        raise UsageError(f"--private needs one of --epsilon and --noise-multiplier. Found {found}.")
+    if options.watch is not None:
+        raise UsageError("--watch records single gradients without noise, which --private must not. Leave one out.")
+    if options.sampling == "shuffled" and chosen_of(options, "accountant"):
+        raise UsageError("--accountant has no effect with --sampling shuffled, whose account is exact.")
