@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from . import attribution as attribution
+    from . import calibration as calibration
     from . import checkpoint as checkpoint
     from . import data as data
+    from . import ensemble as ensemble
     from . import layers as layers
     from . import losses as losses
     from . import models as models
@@ -33,8 +35,8 @@ if TYPE_CHECKING:
 __version__ = version("functorch-mnist")
 
 _NAMESPACES = (
-    "attribution", "checkpoint", "data", "layers", "losses", "models", "optim", "per_sample", "privacy", "random",
-    "statistics", "sweep", "train", "tree",
+    "attribution", "calibration", "checkpoint", "data", "ensemble", "layers", "losses", "models", "optim", "per_sample",
+    "privacy", "random", "statistics", "sweep", "train", "tree",
 )  # fmt: skip
 
 

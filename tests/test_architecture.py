@@ -14,7 +14,7 @@ ROWS = [
     {"layers", "losses", "optim", "data"},
     {"models"},
     {"per_sample"},
-    {"statistics", "attribution", "privacy"},
+    {"statistics", "attribution", "privacy", "calibration", "ensemble"},
     {"train", "checkpoint"},
     {"sweep"},
     {"run_folder", "plots"},

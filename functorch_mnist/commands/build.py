@@ -1,17 +1,19 @@
 """From options to the pure functions that a command runs."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import data, layers, models, optim, privacy, random, train
 from .. import losses as losses_of
+from .. import options as options_of
 from ..models import Model, Params
-from ..options import Train, UsageError
+from ..options import Train, UsageError, cut_classes, given_weights
 from .faults import refusing
 
 SIDE = 28
@@ -21,6 +23,12 @@ NORM_GROUPS = 27
 """In which they are normalised: by the image alone."""
 PUBLIC_PIXELS = (0.1307, 0.3081)
 """Mean and standard deviation of pixels that are customary for MNIST, whatever the data set."""
+
+
+HELD_OUT = 2024
+"""The seed of the choice of held-out images: one for all runs, so that they can be compared."""
+EFFECTIVE = 0.999
+"""β of effective numbers of images."""
 
 
 class Classifier(NamedTuple):
@@ -34,8 +42,12 @@ class Classifier(NamedTuple):
     It takes what `inputs` makes of images as well."""
     inputs: Callable[[Tensor], Tensor]
     """What does not change in training, computed once: images to what `outputs` would make of them first."""
+    scaled: Callable[[Tensor], Tensor]
+    """Images of numbers from 0 to 255 as the network takes them: what `outputs` does with images as they are stored."""
     loss: Callable[[Tensor, Tensor], Tensor]
-    """`loss(outputs (..., classes), labels (...)) -> (...)`."""
+    """`loss(outputs (..., classes), labels (...)) -> (...)`: what training makes small."""
+    test_loss: Callable[[Tensor, Tensor], Tensor]
+    """The same without what is for training alone: weights, adjustment, focus and smoothing."""
 
 
 class Origin(NamedTuple):
@@ -47,6 +59,18 @@ class Origin(NamedTuple):
     examples: int
     """How many training images there are."""
     classes: int
+    counts: tuple[int, ...] = ()
+    """How many training images of each class there are, where the loss hangs on it."""
+
+
+class Best(NamedTuple):
+    """A run's best epoch on the held-out images."""
+
+    params: Params
+    correct: Tensor
+    """0-d int64: how many of them were right, -1 before the first epoch."""
+    epoch: Tensor
+    """0-d int64: from 0, -1 before the first."""
 
 
 class Saved(NamedTuple):
@@ -55,6 +79,22 @@ class Saved(NamedTuple):
     state: train.State
     loss: Tensor
     """The `Progress.loss` that goes with the state."""
+    best: Best | tuple[()] = ()
+    """Where the best epoch is kept."""
+
+
+class Parts(NamedTuple):
+    """A data set as a run uses it."""
+
+    train: data.Split
+    held_out: data.Split | None
+    test: data.Split
+    classes: int
+
+
+def with_values(options: Train, values: Mapping[str, Any]) -> Train:
+    """The options with others for some; a hyperparameter may be a 0-d tensor, which the pure functions take as well."""
+    return replace(options, **values)
 
 
 def device(name: str) -> torch.device:
@@ -78,7 +118,39 @@ def load(name: str, folder: Path | None, where: torch.device) -> data.Dataset:
     return data.Dataset(moved(dataset.train), moved(dataset.test), dataset.classes)
 
 
-def origin(options: Train, dataset: data.Dataset) -> Origin:
+def parts(options: Train, dataset: data.Dataset) -> Parts:
+    """The data set as a run uses it: some images held out, some cut away, some drawn.
+
+    Raises:
+        UsageError: there are not as many images as asked for.
+    """
+    train, held_out = dataset.train, None
+    where, total = train.images.device, len(train.labels)
+    if options.hold_out:
+        if options.hold_out >= total:
+            raise UsageError(f"--hold-out must be below the {total} training images. Found {options.hold_out}.")
+        order = random.permutation(random.key(HELD_OUT, device=where), total)
+        held_out = _of(train, order[: options.hold_out].sort().values)
+        train = _of(train, order[options.hold_out :].sort().values)
+    cut_key, draw_key = random.split(random.fold_in(random.key(options.seed, device=where), HELD_OUT)).unbind(0)
+    cut = cut_classes(options)
+    if cut:
+        with refusing(ValueError):
+            train = data.imbalance(train, cut, key=cut_key)
+    if options.images is not None:
+        if options.images > len(train.labels):
+            raise UsageError(f"--images must be at most {len(train.labels)}, all there are. Found {options.images}.")
+        train = _of(train, random.permutation(draw_key, len(train.labels))[: options.images].sort().values)
+    if not len(train.labels):
+        raise UsageError("There must be a training image. Found none after --cut.")
+    return Parts(train, held_out, dataset.test, dataset.classes)
+
+
+def _of(split: data.Split, which: Tensor) -> data.Split:
+    return data.Split(split.images[which], split.labels[which])
+
+
+def origin(options: Train, dataset: Parts) -> Origin:
     """The origin of a new run; a private one takes fixed statistics of pixels, for the images' own would tell of them.
 
     Raises:
@@ -87,12 +159,14 @@ def origin(options: Train, dataset: data.Dataset) -> Origin:
     images = dataset.train.images
     with refusing(ValueError):
         pixels = PUBLIC_PIXELS if options.private else data.normalization(images)
-    return Origin(options, pixels, len(images), dataset.classes)
+    counts = torch.bincount(dataset.train.labels, minlength=dataset.classes).tolist()
+    counted = options.logit_adjustment or options.class_weights in ("balanced", "effective")
+    return Origin(options, pixels, len(images), dataset.classes, tuple(counts) if counted else ())
 
 
 def classifier(begun: Origin) -> Classifier:
     """The run's model and loss."""
-    options, (mean, std), _, classes = begun
+    options, (mean, std), _, classes, _ = begun
     model = _model(options, classes)
     apply = train.in_precision(model.apply, getattr(torch, options.precision))
     if options.model == "scattering":
@@ -109,12 +183,59 @@ def classifier(begun: Origin) -> Classifier:
     def outputs(params: Params, images: Tensor, key: Tensor | None = None) -> Tensor:
         return apply(params, images if images.is_floating_point() else inputs(images), key)
 
-    def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+    def test_loss(outputs: Tensor, labels: Tensor) -> Tensor:
         if options.loss == "mse":
             return losses_of.mse(outputs.softmax(-1), losses_of.one_hot(labels, classes))
-        return losses_of.cross_entropy(outputs, labels, label_smoothing=options.label_smoothing)
+        return losses_of.cross_entropy(outputs, labels)
 
-    return Classifier(model.init, outputs, inputs if options.model == "scattering" else lambda images: images, loss)
+    fixed = options.model == "scattering"
+    return Classifier(
+        model.init, outputs, inputs if fixed else lambda images: images, inputs, _training_loss(begun), test_loss
+    )
+
+
+def _training_loss(begun: Origin) -> Callable[[Tensor, Tensor], Tensor]:
+    """What training makes small, of outputs and labels."""
+    options, classes, weights = begun.options, begun.classes, _class_weights(begun)
+    if options.loss == "mse":
+
+        def squared(outputs: Tensor, labels: Tensor) -> Tensor:
+            errors = losses_of.mse(outputs.softmax(-1), losses_of.one_hot(labels, classes))
+            return errors if weights is None else errors * _looked_up(weights, labels)
+
+        return squared
+    counts = torch.tensor(begun.counts or [1] * classes, dtype=torch.float32)
+    log_priors = (counts.clamp(min=0.5) / counts.sum()).log()  # finite for a class without images
+
+    def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+        if options.logit_adjustment:
+            priors = log_priors.to(outputs.device)
+            outputs = losses_of.logit_adjusted(outputs, priors, strength=options.logit_adjustment)
+        of_class = None if weights is None else weights.to(outputs.device)
+        if options.focal:
+            return losses_of.focal(outputs, labels, gamma=options.focal, class_weights=of_class)
+        return losses_of.cross_entropy(outputs, labels, class_weights=of_class, label_smoothing=options.label_smoothing)
+
+    return loss
+
+
+def _class_weights(begun: Origin) -> Tensor | None:
+    """What the loss of each class is multiplied by: (K,), or none for ones."""
+    options = begun.options
+    if options.class_weights is None:
+        return None
+    given = given_weights(options)
+    if given is not None:
+        return torch.tensor(given)
+    counts = torch.tensor(begun.counts)
+    if options.class_weights == "balanced":
+        return losses_of.balanced_weights(counts)
+    return losses_of.effective_number_weights(counts, beta=EFFECTIVE)
+
+
+def _looked_up(weights: Tensor, labels: Tensor) -> Tensor:
+    """`weights[labels]`, also under `vmap`."""
+    return weights.to(labels.device).index_select(0, labels.reshape(-1)).view(labels.shape)
 
 
 def _model(options: Train, classes: int) -> Model:
@@ -153,29 +274,76 @@ def optimizer(options: Train, steps_per_epoch: int) -> optim.Optimizer:
     Raises:
         UsageError: numbers that do not go together.
     """
+    lr = options.lr if options.schedule == "constant" else schedule(options, steps_per_epoch)
+    decay = options.weight_decay
     with refusing(ValueError):
-        chosen = optim.sgd(
-            options.lr if options.schedule == "constant" else schedule(options, steps_per_epoch),
-            momentum=options.momentum,
-            dampening=options.dampening,
-            weight_decay=options.weight_decay,
-            nesterov=options.nesterov,
-        )
+        if options.optimizer == "sgd":
+            chosen = optim.sgd(
+                lr,
+                momentum=options.momentum,
+                dampening=options.dampening,
+                weight_decay=decay,
+                nesterov=options.nesterov,
+            )
+        else:
+            made = optim.adam if options.optimizer == "adam" else optim.adamw
+            chosen = made(lr, b1=options.momentum, b2=options.square_decay, weight_decay=decay)
     if options.max_norm is not None:
         chosen = optim.clip_by_global_norm(chosen, max_norm=options.max_norm)
-    return optim.averaging(chosen, decay=options.average) if options.average else chosen
+    if options.average:
+        return optim.averaging(chosen, decay=options.average)
+    if options.average_from is not None:
+        first = max(1, math.ceil(options.average_from * options.epochs)) * steps_per_epoch
+        return optim.stochastic_weight_averaging(chosen, start=first, every=steps_per_epoch)
+    return chosen
 
 
-def tested(options: Train, state: train.State) -> Params:
-    """The parameters that are tested: their average, where one is kept."""
-    params: Params = state.optimizer.average if options.average else state.params
+def averages(options: Train) -> bool:
+    """Whether an average of the parameters is kept."""
+    return bool(options.average) or options.average_from is not None
+
+
+def current(options: Train, state: train.State) -> Params:
+    """The parameters that a state stands for: their average, where one is kept."""
+    params: Params = state.optimizer.average if averages(options) else state.params
     return params
 
 
-def losses(made: Classifier, options: Train) -> Callable[..., Tensor]:
-    """`losses(params, images (..., 1, 28, 28), labels (...), keys (..., 2)) -> (...)`: what training makes small."""
+def tested(options: Train, saved: Saved) -> Params:
+    """The parameters that are tested: the best epoch's, where it is kept."""
+    return saved.best.params if isinstance(saved.best, Best) else current(options, saved.state)
+
+
+def losses(made: Classifier, options: Train, examples: data.Split) -> Callable[..., Tensor]:
+    """`losses(params, images (..., 1, 28, 28), labels (...), keys (..., 2)) -> (...)`: what training makes small.
+
+    Args:
+        made: the model and its loss.
+        options: of the run.
+        examples: all training images, from which mixup draws an image's partner.
+    """
+    augmentation = data.Augmentation(**options_of.augmentation(options))
+
+    def changed(images: Tensor, keys: Tensor) -> Tensor:
+        return made.scaled(data.augmented(images.float(), keys, augmentation))
+
+    def mixed(params: Params, images: Tensor, labels: Tensor, keys: Tensor) -> Tensor:
+        partner_key, share_key, change_key, keys = random.split(keys, 4).unbind(-2)
+        partners = random.randint(partner_key, (), 0, len(examples.labels))
+        others = examples.images.index_select(0, partners.reshape(-1)).view(images.shape)
+        share = data.mixing_share(share_key, options.mixup)
+        pixels = torch.lerp(others.float(), images.float(), share[..., None, None, None])
+        outputs = made.outputs(params, changed(pixels, change_key), keys)
+        return share * made.loss(outputs, labels) + (1 - share) * made.loss(
+            outputs, _looked_up(examples.labels, partners)
+        )
 
     def losses_fn(params: Params, images: Tensor, labels: Tensor, keys: Tensor) -> Tensor:
+        if options.mixup:
+            return mixed(params, images, labels, keys)
+        if options.augment is not None:
+            change_key, keys = random.split(keys).unbind(-2)
+            return made.loss(made.outputs(params, changed(images, change_key), keys), labels)
         if not options.copies:
             return made.loss(made.outputs(params, images, keys), labels)
         shift_keys, keys = random.split(random.split(keys, options.copies)).unbind(-2)  # (..., copies, 2)
@@ -184,6 +352,13 @@ def losses(made: Classifier, options: Train) -> Callable[..., Tensor]:
         return made.loss(outputs, labels.unsqueeze(-1).expand(keys.shape[:-1])).mean(-1)
 
     return losses_fn
+
+
+def order(options: Train, labels: Tensor) -> train.Order | None:
+    """Which images an epoch sees; none for each once."""
+    if options.draw == "shuffled":
+        return None
+    return lambda key, epoch: data.balanced_order(labels, key=key, epoch=epoch)
 
 
 def clipping(options: Train) -> privacy.Clipping:
@@ -210,4 +385,8 @@ def start(options: Train, made: Classifier, chosen: optim.Optimizer, where: torc
         state = train.init_state(made.init(init_key), chosen, train_key)
     if options.private:
         state = state._replace(estimator=clipping(options).init())
-    return Saved(state, torch.zeros((), dtype=torch.float64, device=where))
+    best: Best | tuple[()] = ()
+    if options.patience is not None:
+        nothing = torch.full((), -1, dtype=torch.int64, device=where)
+        best = Best({name: p.clone() for name, p in current(options, state).items()}, nothing, nothing.clone())
+    return Saved(state, torch.zeros((), dtype=torch.float64, device=where), best)

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .. import checkpoint, run_folder, statistics
-from ..train import Progress
-from .build import Saved
+from .. import checkpoint, data, run_folder, statistics
+from ..options import Train
+from ..train import Progress, evaluate
+from . import build
+from .build import Best, Classifier, Saved
 from .faults import check_finite
 from .passes import bar
 
@@ -20,13 +22,21 @@ class Saver:
     """Saves every so many steps, and holds the newest state for the last save."""
 
     def __init__(
-        self, run: Path, newest: Saved, *, saved_step: int, every: int, keep: int, config: Callable[[int], Any]
+        self,
+        run: Path,
+        newest: Saved,
+        judge: "Judge",
+        *,
+        saved_step: int,
+        every: int,
+        keep: int,
+        config: Callable[[int], Any],
     ) -> None:
         self.folder, self.every, self.keep, self.config = run / run_folder.CHECKPOINTS, every, keep, config
-        self.newest, self.saved_step = newest, saved_step
+        self.newest, self.saved_step, self.judge = newest, saved_step, judge
 
     def __call__(self, progress: Progress) -> None:
-        self.newest = Saved(progress.state, progress.loss)
+        self.newest = Saved(progress.state, progress.loss, self.judge.best)
         if progress.step % self.every == 0:
             self.save()
 
@@ -42,6 +52,38 @@ class Saver:
             checkpoint.save(self.folder, self.newest, step=step, config=self.config(step), keep=self.keep)
             self.saved_step = step
         return step
+
+
+class Judge:
+    """Evaluates held-out images after each epoch, holds the best epoch, and says when no better one has come."""
+
+    def __init__(
+        self, run: Path, options: Train, made: Classifier, held_out: data.Split | None, best: Best | tuple[()]
+    ) -> None:
+        self.run, self.options, self.made, self.held_out, self.best = run, options, made, held_out, best
+
+    def __call__(self, progress: Progress) -> bool:
+        """Whether training ends after this epoch."""
+        if self.held_out is None:
+            return False
+        params = build.current(self.options, progress.state)
+        check_finite((params, progress.loss), f"Loss and parameters after step {progress.step}")
+        found = evaluate(self.made.outputs, self.made.test_loss, params, *self.held_out)
+        record = {"loss": found.loss.item(), "correct": found.correct, "total": found.total}
+        run_folder.append_metrics(
+            self.run, {"kind": "held-out", "epoch": progress.epoch, "step": progress.step, **record}
+        )
+        told = f"Accuracy on the {found.total:,} held-out images after epoch {progress.epoch + 1}"
+        tqdm.write(f"{told}: {100 * found.accuracy:.2f}%", file=sys.stdout)
+        if isinstance(self.best, Best) and found.correct > int(self.best.correct):
+            correct, epoch = (self.best.epoch.new_tensor(value) for value in (found.correct, progress.epoch))
+            self.best = Best({name: p.clone() for name, p in params.items()}, correct, epoch)
+        return self.over(progress.epoch + 1)
+
+    def over(self, epochs: int) -> bool:
+        """Whether a run of so many epochs has waited long enough for a better one."""
+        patience = self.options.patience
+        return isinstance(self.best, Best) and patience is not None and epochs - 1 - int(self.best.epoch) >= patience
 
 
 class Reporter:

@@ -1,8 +1,6 @@
-"""`evaluate`: accuracy, recall per class and the confusion matrix on the test images."""
+"""`evaluate`: accuracy, recall, precision and F1 per class, and the confusion matrix on the test images."""
 
 import math
-
-from torch import Tensor
 
 from .. import run_folder
 from .. import train as training
@@ -20,11 +18,12 @@ def evaluate(options: Evaluate) -> int:
     folder = options.data_dir if options.dataset else options.data_dir or run.options.data_dir
     test = build.load(options.dataset or run.options.dataset, folder, where).test
     batch_size = min(options.batch_size, len(test.images))
-    result = training.evaluate(run.made.outputs, run.made.loss, run.params, *test, batch_size=batch_size)
+    result = training.evaluate(run.made.outputs, run.made.test_loss, run.params, *test, batch_size=batch_size)
     check_finite(result.loss, "The loss on the test images")
     print(f"Accuracy of the network on the {result.total} test images: {100 * result.accuracy:.2f}%")
-    print(f"Mean loss: {result.loss.item():.4f}\n")
-    print(_table(result.confusion, result.recall))
+    print(f"Mean loss: {result.loss.item():.4f}")
+    print(f"Macro-F1: {result.macro_f1:.4f}, balanced accuracy: {100 * result.balanced_accuracy:.2f}%\n")
+    print(_table(result))
     if options.png is not None:
         from .. import plots  # needs the plot extra
 
@@ -33,13 +32,16 @@ def evaluate(options: Evaluate) -> int:
     return 0
 
 
-def _table(confusion: Tensor, recall: Tensor) -> str:
+def _table(found: training.Evaluation) -> str:
     """Rows are true classes, columns given ones."""
+    confusion = found.confusion
     classes = len(confusion)
     width = max(5, len(str(int(confusion.max()))) + 1)
-    head = "true \\ given" + "".join(f"{c:>{width}}" for c in range(classes)) + "   recall"
+    head = "true \\ given" + "".join(f"{c:>{width}}" for c in range(classes)) + "   recall  precision      F1"
     rows = [
-        f"{c:>12}" + "".join(f"{int(n):>{width}}" for n in confusion[c]) + f"{_percent(recall[c].item()):>9}"
+        f"{c:>12}"
+        + "".join(f"{int(n):>{width}}" for n in confusion[c])
+        + f"{_percent(found.recall[c].item()):>9}{_percent(found.precision[c].item()):>11}{found.f1[c].item():>8.4f}"
         for c in range(classes)
     ]
     return "\n".join([head, *rows])

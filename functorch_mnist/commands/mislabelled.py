@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import attribution, data, plots, random, run_folder
 from ..options import SCORES, Mislabelled, Train, UsageError, listed
 from . import build, restore
+from .build import Parts
 from .passes import digest, forget
 from .restore import Trained
 from .scoring import rows, scored, suspicion, write_csv, write_picture
@@ -38,7 +39,7 @@ def mislabelled(options: Mislabelled) -> int:
     if not flipped.any() or flipped.all():
         raise UsageError(f"--flip must flip some of {len(labels)} labels and not all. Found {options.flip}.")
     folder = options.out or options.run / "mislabelled" / f"flip-{options.flip:g}-of-{len(labels)}-seed-{options.seed}"
-    changed = data.Dataset(data.Split(images, planted), dataset.test, dataset.classes)
+    changed = Parts(data.Split(images, planted), None, dataset.test, dataset.classes)
     wanted = _options(run.options, changed, options)
     # Named after all that it hangs on, so that no training on other labels is taken for it.
     name = digest((images, planted)) + repr(replace(wanted, device="cpu", compile="off", threads=None))
@@ -52,7 +53,7 @@ def mislabelled(options: Mislabelled) -> int:
     return status or _planted(options, folder, training, names, changed, flipped.cpu())
 
 
-def _options(trained: Train, dataset: data.Dataset, options: Mislabelled) -> Train:
+def _options(trained: Train, dataset: Parts, options: Mislabelled) -> Train:
     """Those of training as the run was trained, with a checkpoint of each epoch."""
     count = len(dataset.train.images)
     return replace(
@@ -67,6 +68,11 @@ def _options(trained: Train, dataset: data.Dataset, options: Mislabelled) -> Tra
         threads=options.threads,
         watch=None,
         watch_every=1,
+        images=None,
+        hold_out=0,
+        patience=None,
+        cut=None,
+        tune=None,
     )
 
 
@@ -75,7 +81,7 @@ def _planted(
     folder: Path,
     training: Path,
     names: tuple[str, ...],
-    dataset: data.Dataset,
+    dataset: Parts,
     flipped: Tensor,
 ) -> int:
     """Looks for the flips with the scores over the training."""

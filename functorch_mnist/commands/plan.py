@@ -15,7 +15,7 @@ from .faults import refusing
 
 def plan(options: Plan) -> int:
     """Prints the plan as a table."""
-    made = build.classifier(build.Origin(options.training, (0.0, 1.0), 1, 10))  # no pixel changes the plan
+    made = build.classifier(build.Origin(options.training, (0.0, 1.0), 1, 10, (1,) * 10))  # no image changes the plan
 
     def loss_fn(params: Params, image: Tensor, label: Tensor) -> Tensor:
         return made.loss(made.outputs(params, image), label)

@@ -11,7 +11,7 @@ from .. import checkpoint, data, run_folder
 from ..models import Params
 from ..options import Train, UsageError, differences, from_json, to_json
 from . import build
-from .build import Classifier, Origin, Saved
+from .build import Classifier, Origin, Parts, Saved
 
 
 class Trained(NamedTuple):
@@ -19,7 +19,7 @@ class Trained(NamedTuple):
 
     made: Classifier
     params: Params
-    """The newest good ones."""
+    """The newest good ones, or those of the best epoch."""
     options: Train
     begun: Origin
 
@@ -37,7 +37,11 @@ class Point(NamedTuple):
 
 def to_config(begun: Origin) -> dict[str, Any]:
     """The origin as a checkpoint's config."""
-    return begun._asdict() | {"options": to_json(begun.options), "pixels": list(begun.pixels)}
+    return begun._asdict() | {
+        "options": to_json(begun.options),
+        "pixels": list(begun.pixels),
+        "counts": list(begun.counts),
+    }
 
 
 def from_config(config: Mapping[str, Any]) -> Origin:
@@ -49,7 +53,8 @@ def from_config(config: Mapping[str, Any]) -> Origin:
     try:
         mean, std = config["pixels"]
         pixels = float(mean), float(std)
-        return Origin(from_json(config["options"]), pixels, int(config["examples"]), int(config["classes"]))
+        counts = tuple(int(count) for count in config["counts"])
+        return Origin(from_json(config["options"]), pixels, int(config["examples"]), int(config["classes"]), counts)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UsageError(f"A run's checkpoint must say what the run began with. Found: {error!r}.") from error
 
@@ -96,7 +101,7 @@ def trained(run: Path, where: torch.device) -> Trained:
     made = build.classifier(begun)
     optimizer = build.optimizer(begun.options, steps_per_epoch=1)
     template = build.start(begun.options, made, optimizer, where)
-    return Trained(made, build.tested(begun.options, newest(run, template).state.state), options, begun)
+    return Trained(made, build.tested(begun.options, newest(run, template).state), options, begun)
 
 
 def points(run: Path, found: Trained, where: torch.device) -> list[Point]:
@@ -120,12 +125,12 @@ def points(run: Path, found: Trained, where: torch.device) -> list[Point]:
         rate = build.schedule(from_config(one.config).options, per_epoch)  # a resumed run may have had another
         lr = float(rate(torch.tensor(max(0, one.step - 1))))
         state = one.state.state
-        good.append(Point(one.step, build.tested(options, state), state.key, lr))
+        good.append(Point(one.step, build.current(options, state), state.key, lr))
     return good
 
 
-def training_images(found: Trained, folder: Path | None, where: torch.device) -> data.Dataset:
-    """The data set that a run was trained on, on a device.
+def training_images(found: Trained, folder: Path | None, where: torch.device) -> Parts:
+    """The images that a run was trained on, on a device.
 
     Raises:
         UsageError: the one found has other training images, or the run's folder is of two runs.
@@ -136,10 +141,11 @@ def training_images(found: Trained, folder: Path | None, where: torch.device) ->
             f"The run's config.json and its checkpoints must be of one run. Found different {', '.join(differing)}."
         )
     dataset = build.load(found.options.dataset, folder or found.options.data_dir, where)
-    begun = build.origin(found.begun.options, dataset)
+    parts = build.parts(found.begun.options, dataset)
+    begun = build.origin(found.begun.options, parts)
     if begun[1:] != found.begun[1:]:
         raise UsageError(
             f"The run's {found.begun.examples} training images are needed. Found other {begun.examples}. "
             "Is --data-dir the right one?"
         )
-    return dataset
+    return parts

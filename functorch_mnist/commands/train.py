@@ -14,18 +14,21 @@ from .. import allocator, checkpoint, data, run_folder
 from .. import train as training
 from ..options import INTERRUPTED, WATCHES, Train, UsageError, check_resumed, listed
 from . import build, restore
-from .build import Origin, Saved
-from .callbacks import Reporter, Saver, Watcher
+from .build import Best, Origin, Parts, Saved
+from .callbacks import Judge, Reporter, Saver, Watcher
 from .faults import check_finite, first_line, undisturbed
 from .private import LEDGER, Private, steps_per_epoch
+from .tuning import tuned
 
 
 def train(options: Train) -> int:
     """Trains as the options say, or goes on; prints the accuracy on the test images."""
     prepare(options.threads)
-    dataset = build.load(options.dataset, options.data_dir, build.device(options.device))
+    parts = build.parts(options, build.load(options.dataset, options.data_dir, build.device(options.device)))
+    if options.tune is not None and options.resume is None:
+        options = tuned(options, parts)
     folder = options.resume or options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
-    return run(options, dataset, folder, again=f"functorch-mnist train --resume {shlex.quote(str(folder))}")
+    return run(options, parts, folder, again=f"functorch-mnist train --resume {shlex.quote(str(folder))}")
 
 
 def prepare(threads: int | None) -> None:
@@ -35,17 +38,17 @@ def prepare(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def run(options: Train, dataset: data.Dataset, folder: Path, *, again: str) -> int:
-    """Trains on a data set in a folder, or goes on there if `options.resume` is set; the exit status.
+def run(options: Train, parts: Parts, folder: Path, *, again: str) -> int:
+    """Trains on images in a folder, or goes on there if `options.resume` is set; the exit status.
 
     Args:
         options: of the run.
-        dataset: what it is trained and tested on, on the run's device.
+        parts: what it is trained and tested on, on the run's device.
         folder: the run's.
         again: the command that goes on with it, for whoever breaks it off.
     """
-    where = dataset.train.images.device
-    begun = build.origin(options, dataset)
+    where = parts.train.images.device
+    begun = build.origin(options, parts)
     batch_size = min(options.batch_size, begun.examples)
     per_epoch = data.steps_per_epoch(begun.examples, batch_size)
     if options.private:
@@ -53,7 +56,7 @@ def run(options: Train, dataset: data.Dataset, folder: Path, *, again: str) -> i
     total = options.epochs * per_epoch
     made = build.classifier(begun)
     optimizer = build.optimizer(options, per_epoch)
-    private = Private(options, dataset.train, made, optimizer) if options.private else None
+    private = Private(options, parts.train, made, optimizer) if options.private else None
     saved, saved_step = build.start(options, made, optimizer, where), -1
     if options.resume is None:
         run_folder.create(folder, options)
@@ -63,7 +66,7 @@ def run(options: Train, dataset: data.Dataset, folder: Path, *, again: str) -> i
     print(f"Run folder: {folder}", flush=True)
     if private:
         print(private.start_line(), flush=True)
-    losses_fn = build.losses(made, options)
+    losses_fn = build.losses(made, options, parts.train)
     compiled = options.compile == "on"
 
     def step_of(estimator: training.Estimator) -> training.Step:
@@ -78,31 +81,39 @@ def run(options: Train, dataset: data.Dataset, folder: Path, *, again: str) -> i
         return restore.to_config(begun) | ({LEDGER: private.ledger(step).to_json()} if private else {})
 
     done = int(saved.state.step)
-    examples = (_inputs(made, dataset.train.images), dataset.train.labels)
+    examples = (_inputs(made, parts.train.images), parts.train.labels)
     reporter = Reporter(
         folder, epochs=options.epochs, total=total, done=done, seen=done % per_epoch * batch_size,
         epsilon=private.epsilon if private else None,
     )  # fmt: skip
-    saver = Saver(folder, saved, saved_step=saved_step, every=options.save_every, keep=options.keep, config=config)
+    judge = Judge(folder, options, made, parts.held_out, saved.best)
+    saver = Saver(
+        folder, saved, judge, saved_step=saved_step, every=options.save_every, keep=options.keep, config=config
+    )
     callbacks = (reporter, watcher, saver)  # a checkpoint never comes before the records of its steps
     try:
         with closing(reporter):
             if private:
-                state = private.fit(saved, examples, callbacks)
-            else:
-                state = training.fit(
+                private.fit(saved, examples, callbacks)
+            elif done % per_epoch or not judge.over(done // per_epoch):
+                training.fit(
                     step_of(training.batch_gradient(losses_fn)),
                     saved.state,
                     examples,
                     epochs=options.epochs,
                     batch_size=batch_size,
                     pad=compiled,
+                    order=build.order(options, parts.train.labels),
                     loss=saved.loss,
                     watch=watch,
+                    until=judge,
                     callbacks=callbacks,
                 )
         saver.save()
-        result = training.evaluate(made.outputs, made.loss, build.tested(options, state), *dataset.test)
+        if isinstance(judge.best, Best) and int(judge.best.epoch) >= 0:
+            print(f"Testing the parameters of epoch {int(judge.best.epoch) + 1}, the best on the held-out images.")
+        tested = build.tested(options, saver.newest)
+        result = training.evaluate(made.outputs, made.test_loss, tested, *parts.test)
         check_finite(result.loss, "The loss on the test images")
         record = {"loss": result.loss.item(), "correct": result.correct, "total": result.total}
         run_folder.append_metrics(folder, {"kind": "test", "step": saver.saved_step, **record})

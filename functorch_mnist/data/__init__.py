@@ -6,9 +6,11 @@
 | `sets.py` | a data set by name or from a folder |
 | `pixels.py` | the statistics of pixels, and pixels as a network takes them |
 | `augment.py` | random changes of images that leave their class: one resampling, and erasing |
+| `mixing.py` | shares of images in their mixtures |
 | `shifted.py` | moves by whole pixels |
 | `upright.py` | images straightened, each by its own ink |
 | `batches.py` | the order of an epoch and its batches |
+| `imbalance.py` | classes of unequal sizes: made so, and sampled equally often |
 | `mnist/` | the four files of MNIST, shipped with the package, and their licence |
 """
 
@@ -20,6 +22,9 @@ from .batches import epoch_order as epoch_order
 from .batches import steps_per_epoch as steps_per_epoch
 from .idx import DataError as DataError
 from .idx import read_idx as read_idx
+from .imbalance import balanced_order as balanced_order
+from .imbalance import imbalance as imbalance
+from .mixing import mixing_share as mixing_share
 from .pixels import normalization as normalization
 from .pixels import normalize as normalize
 from .sets import NAMES as NAMES

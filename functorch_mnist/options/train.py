@@ -6,7 +6,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from .words import Rule, UsageError, check_ranges, flag, listed
+from .words import Rule, UsageError, check_ranges, flag, listed, named, number_of
+
+AUGMENTATIONS = ("shift", "rotate", "scale", "shear", "elastic", "erase")
+"""What images can be changed by."""
+
+TUNED = ("lr", "momentum", "weight-decay")
+"""What gradients through training can improve."""
 
 WATCHES = ("noise-scale", "norms")
 """What a training run can record of sample gradients."""
@@ -16,12 +22,19 @@ WATCHES = ("noise-scale", "norms")
 class Train:
     """Train a classifier, and print its accuracy on the test images."""
 
-    recipe: Literal["article", "fast", "private"] = "article"
-    """Named defaults for all other options: the article's, those that reach 99 % soonest, or the best private ones."""
+    recipe: Literal["article", "fast", "best", "private"] = "article"
+    """Named defaults for all other options: the article's, those that reach 99 % soonest, the most accurate ones, or the
+    best private ones."""
     dataset: Literal["mnist", "fashion-mnist", "kmnist", "qmnist", "emnist-digits"] = "mnist"
     """Which data set; all but mnist are downloaded once."""
     data_dir: Path | None = None
     """Read the data set's four IDX files from this folder instead."""
+    images: int | None = None
+    """Train on so many training images only, drawn by the seed."""
+    hold_out: int = 0
+    """Keep so many training images apart, the same for all seeds; their accuracy is printed after each epoch."""
+    cut: str | None = None
+    """Keep only a part of a class's training images, as CLASS=PART with commas, such as 8=0.01,9=0.01."""
     model: Literal["cnn", "mlp", "linear", "small-cnn", "scattering"] = "cnn"
     """Which model; scattering is a linear map of fixed wavelet features of the straightened image."""
     hidden: tuple[int, ...] = (128,)
@@ -34,6 +47,19 @@ class Train:
     """Cross-entropy, or the squared error of the probabilities."""
     label_smoothing: float = 0.0
     """Part of the cross-entropy's target that is spread over all classes."""
+    focal: float = 0.0
+    """Focal loss: weigh an image's cross-entropy by (1 - its class's probability) to this power."""
+    class_weights: str | None = None
+    """Weigh the loss of each class: balanced, effective (by its effective number of images), or numbers with commas."""
+    logit_adjustment: float = 0.0
+    """Train on outputs to which so many times the logarithm of each class's share of the images is added."""
+    draw: Literal["shuffled", "balanced"] = "shuffled"
+    """Each image once in an epoch, or each class as often as the others."""
+    augment: str | None = None
+    """Change images at random, each time anew, as NAME=STRENGTH with commas: shift (pixels), rotate (degrees), scale
+    (part), shear (pixels per pixel), elastic (pixels), erase (part of the side)."""
+    mixup: float = 0.0
+    """Mix each image and its label with another's, by a share drawn from a beta distribution of this parameter."""
     epochs: int = 1
     """How often each training image is seen."""
     batch_size: int = 64
@@ -44,18 +70,33 @@ class Train:
     """Learning rate over training; step-decay divides it by 10 after each epoch."""
     warmup: float = 0.3
     """Part of the training in which one-cycle goes up."""
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """What makes steps of gradients."""
     momentum: float = 0.9
-    """Momentum of SGD."""
+    """Momentum of SGD, or the decay of Adam's mean."""
+    square_decay: float = 0.999
+    """Decay of Adam's mean square."""
     dampening: float = 0.0
     """Dampening of SGD's momentum."""
     weight_decay: float = 0.0
-    """Weight decay of SGD."""
+    """Weight decay: added to the gradient, but for adamw, which takes it off the parameters."""
     nesterov: bool = False
     """Nesterov's form of momentum."""
     max_norm: float | None = None
     """Scale the mean gradient down to this norm where it is larger."""
     average: float = 0.0
     """Keep a moving average of the parameters with this decay, and test that; 0 keeps none."""
+    average_from: float | None = None
+    """Instead, average the parameters of the epochs' ends from this part of the training on (stochastic weight
+    averaging)."""
+    patience: int | None = None
+    """End after so many epochs without a higher accuracy on held-out images, and keep the best epoch's parameters."""
+    tune: str | None = None
+    """First improve these by gradients through training: lr, momentum, weight-decay, with commas."""
+    tune_steps: int = 200
+    """Steps of the training that is differentiated."""
+    tune_rounds: int = 15
+    """How often it is made."""
     copies: int = 0
     """Average each image's loss over so many randomly shifted copies; 0 takes the image as it is."""
     shift: int = 2
@@ -150,8 +191,13 @@ _RULES: tuple[Rule, ...] = (
     ("at least 0 and below 2**63", lambda v: 0 <= v < 2**63, ("noise_seed",)),
     ("from 0 to 64", lambda v: 0 <= v <= 64, ("copies",)),
     ("from 1 to 27", lambda v: 1 <= v <= 27, ("shift",)),
+    ("at least 1", lambda v: v >= 1, ("images", "patience")),
+    ("at least 0", lambda v: v >= 0, ("hold_out",)),
+    ("from 1 to 100000", lambda v: 1 <= v <= 100_000, ("tune_steps", "tune_rounds")),
+    ("from 0 to 10", lambda v: 0 <= v <= 10, ("focal", "logit_adjustment")),
+    ("0 or from 0.05 to 100", lambda v: v == 0 or 0.05 <= v <= 100, ("mixup",)),
     ("from 0 to 1", lambda v: 0 <= v <= 1, ("label_smoothing", "dampening")),
-    ("at least 0 and below 1", lambda v: 0 <= v < 1, ("dropout", "average")),
+    ("at least 0 and below 1", lambda v: 0 <= v < 1, ("dropout", "average", "average_from", "square_decay")),
     ("above 0 and below 1", lambda v: 0 < v < 1, ("warmup", "delta")),
     ("above 0 and below 1e4", lambda v: 0 < v < 1e4, ("epsilon", "noise_multiplier")),
     ("above 0 and below 1e38", lambda v: 0 < v < 1e38, ("max_norm", "clip_norm")),  # float32 ends at 3.4e38
@@ -163,6 +209,11 @@ _ONLY_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
         "activation": ("model", ("cnn", "mlp", "small-cnn")),
         "dropout": ("model", ("cnn",)),
         "label_smoothing": ("loss", ("cross-entropy",)),
+        "focal": ("loss", ("cross-entropy",)),
+        "logit_adjustment": ("loss", ("cross-entropy",)),
+        "dampening": ("optimizer", ("sgd",)),
+        "nesterov": ("optimizer", ("sgd",)),
+        "square_decay": ("optimizer", ("adam", "adamw")),
         "warmup": ("schedule", ("one-cycle",)),
     }
 )
@@ -183,6 +234,8 @@ def check(options: Train) -> None:
         raise UsageError("--copies has no effect with --model scattering, whose features are computed once.")
     if not options.copies and chosen_of(options, "shift"):
         raise UsageError("--shift has no effect without --copies.")
+    _check_parts(options)
+    _check_tuning(options)
     if options.private:
         _check_private(options)
     else:
@@ -199,6 +252,66 @@ def check(options: Train) -> None:
             raise UsageError("--watch noise-scale needs a --batch-size of 2 at least. Found 1.")
 
 
+def augmentation(options: Train) -> dict[str, float]:
+    """The strengths that `--augment` names."""
+    return {} if options.augment is None else named("--augment", options.augment, most=100.0, known=AUGMENTATIONS)
+
+
+def cut_classes(options: Train) -> dict[int, float]:
+    """The parts of classes that `--cut` names."""
+    parts = {} if options.cut is None else named("--cut", options.cut, most=1.0)
+    return {int(name): part for name, part in parts.items()}
+
+
+def given_weights(options: Train) -> tuple[float, ...] | None:
+    """The numbers of `--class-weights`; None where a word or nothing stands there."""
+    if options.class_weights in (None, "balanced", "effective"):
+        return None
+    texts = str(options.class_weights).split(",")
+    if len(texts) != 10:
+        raise UsageError(
+            f"--class-weights must be balanced, effective or a number for each of 10 classes. "
+            f"Found {options.class_weights!r:.80}."
+        )
+    return tuple(number_of("--class-weights", text, least=0.0, most=1e6) for text in texts)
+
+
+def _check_parts(options: Train) -> None:
+    """What is told of images and classes."""
+    cut_classes(options)
+    given_weights(options)
+    changed = [flag(name) for name in ("augment", "mixup") if chosen_of(options, name)]
+    if augmentation(options) and options.model == "scattering":
+        raise UsageError("--augment has no effect with --model scattering, whose features are computed once.")
+    if options.mixup and options.model == "scattering":
+        raise UsageError("--mixup has no effect with --model scattering, whose features are computed once.")
+    if options.copies and changed:
+        raise UsageError(f"--copies is of shifted images. Found {' and '.join(changed)} as well. Leave one out.")
+    if options.mixup and options.loss != "cross-entropy":
+        raise UsageError("--mixup mixes losses of labels: it needs --loss cross-entropy.")
+    if options.average and options.average_from is not None:
+        raise UsageError("--average and --average-from are two averages. Found both. Leave one out.")
+
+
+def _check_tuning(options: Train) -> None:
+    if options.patience is not None and not options.hold_out:
+        raise UsageError("--patience needs held-out images. Found none. Set --hold-out, such as 5000.")
+    if options.tune is None:
+        for name in ("tune_steps", "tune_rounds"):
+            if chosen_of(options, name):
+                raise UsageError(f"{flag(name)} has no effect without --tune.")
+        return
+    names = listed("--tune", options.tune, TUNED)
+    if not names:
+        raise UsageError(f"--tune must name one of {', '.join(TUNED)} at least. Found none.")
+    if not options.hold_out:
+        raise UsageError("--tune needs held-out images. Found none. Set --hold-out, such as 5000.")
+    if "lr" in names and options.lr == 0:
+        raise UsageError("--tune lr begins at --lr, which must be above 0. Found 0.")
+    if options.draw == "balanced":
+        raise UsageError("--tune differentiates shuffled batches. Found --draw balanced. Leave one out.")
+
+
 def chosen_of(options: Train, name: str) -> bool:
     """Whether an option is neither the article's nor its recipe's."""
     value = getattr(options, name)
@@ -211,5 +324,10 @@ def _check_private(options: Train) -> None:
         raise UsageError(f"--private needs one of --epsilon and --noise-multiplier. Found {found}.")
     if options.watch is not None:
         raise UsageError("--watch records single gradients without noise, which --private must not. Leave one out.")
+    for name in ("hold_out", "class_weights", "logit_adjustment", "mixup", "tune"):
+        if chosen_of(options, name):
+            raise UsageError(f"{flag(name)} uses more of the images than private steps do. Leave it or --private out.")
+    if options.draw == "balanced":
+        raise UsageError("--draw balanced uses the classes' counts, which --private must not. Leave one out.")
     if options.sampling == "shuffled" and chosen_of(options, "accountant"):
         raise UsageError("--accountant has no effect with --sampling shuffled, whose account is exact.")

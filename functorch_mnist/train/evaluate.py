@@ -38,6 +38,27 @@ class Evaluation(NamedTuple):
         """(K,) float64: for each class, the part of its examples that were given it; NaN for a class without any."""
         return self.confusion.diagonal().double() / self.confusion.sum(1)
 
+    @property
+    def precision(self) -> Tensor:
+        """(K,) float64: for each class, the part that is its own of the examples given it; 0 for a class never given."""
+        return self.confusion.diagonal().double() / self.confusion.sum(0).clamp(min=1)
+
+    @property
+    def f1(self) -> Tensor:
+        """(K,) float64: for each class, the harmonic mean of recall and precision; 0 where it has no example right."""
+        either = self.confusion.sum(0) + self.confusion.sum(1)
+        return 2 * self.confusion.diagonal().double() / either.clamp(min=1)
+
+    @property
+    def macro_f1(self) -> float:
+        """The mean of `f1` over the classes that have examples."""
+        return self.f1[self.confusion.sum(1) > 0].mean().item()
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """The mean of `recall` over the classes that have examples."""
+        return self.recall.nanmean().item()
+
 
 def evaluate(
     apply_fn: Callable[[Tree, Tensor], Tensor],

@@ -1,20 +1,21 @@
-"""Losses of one example or of each example of a batch, and accuracy.
+"""Losses of classes, and accuracy. With y the label,
 
-    cross_entropy      -Σ_k t_k log p_k,  t = (1 - s) onehot(label) + s / K,  p = softmax(output)
-    mse                mean over the last axis of (output - target)²
+    cross_entropy      -Σ_k w_k t_k log p_k,  t = (1 - s) onehot(y) + s / K
+    focal              -w_y (1 - p_y)^γ log p_y
 
-A loss returns one number per example: it never averages over examples, so a batch is the stack of its examples.
+where p = softmax(output) and w are the weights of classes.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import tree
+from .. import tree
+from .numbers import check, like
 
 
 def cross_entropy(
-    outputs: Tensor, labels: Tensor, *, class_weights: Tensor | None = None, label_smoothing: float = 0.0
+    outputs: Tensor, labels: Tensor, *, class_weights: Tensor | None = None, label_smoothing: float | Tensor = 0.0
 ) -> Tensor:
     """The cross-entropy of softmax probabilities, per example.
 
@@ -28,7 +29,7 @@ def cross_entropy(
         (...) losses in nats, float32 or wider.
 
     Raises:
-        ValueError: shapes do not agree, or `label_smoothing` is outside [0, 1].
+        ValueError: shapes do not agree, or `label_smoothing` is a number outside [0, 1] or a tensor that is not 0-d.
         TypeError: the labels are not integers.
 
     Guarantees: equals `torch.nn.functional.cross_entropy(..., reduction="none")`.
@@ -38,43 +39,55 @@ def cross_entropy(
         tensor([2.3026, 2.3026, 2.3026])
     """
     check_labels("cross_entropy", outputs, labels)
-    if class_weights is not None and class_weights.shape != outputs.shape[-1:]:
-        raise ValueError(
-            f"cross_entropy: class_weights must be (K,), {tuple(outputs.shape[-1:])}. "
-            f"Found {tuple(class_weights.shape)}."
-        )
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"cross_entropy: label_smoothing must be in [0, 1]. Found {label_smoothing}.")
+    _check_weights("cross_entropy", outputs, class_weights)
+    check("cross_entropy", "in [0, 1]", 0, 1, label_smoothing=label_smoothing)
     log_probs = F.log_softmax(tree.wide(outputs), dim=-1)
     terms = log_probs if class_weights is None else log_probs * class_weights
     hit = terms.gather(-1, labels[..., None].long()).squeeze(-1)
-    if label_smoothing == 0:
+    if not isinstance(label_smoothing, Tensor) and label_smoothing == 0:
         return -hit
-    return -(1 - label_smoothing) * hit - label_smoothing * terms.mean(-1)
+    spread = like(label_smoothing, log_probs)
+    return -(1 - spread) * hit - spread * terms.mean(-1)
 
 
-def mse(outputs: Tensor, targets: Tensor) -> Tensor:
-    """The mean squared error over the last axis, per example.
+def focal(
+    outputs: Tensor, labels: Tensor, *, gamma: float | Tensor = 2.0, class_weights: Tensor | None = None
+) -> Tensor:
+    """The focal loss, per example: cross-entropy that counts an example less the surer the model is of its label.
 
     Args:
-        outputs: (..., K).
-        targets: (..., K).
+        outputs: (..., K) logits or log-probabilities.
+        labels: (...) integers in [0, K).
+        gamma: the power γ of the factor `(1 - p_y)^γ`, at least 0.
+        class_weights: (K,) factors of each class's loss, or none for ones.
 
     Returns:
-        (...), float32 or wider.
+        (...) losses in nats, float32 or wider.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: shapes do not agree, or `gamma` is a number below 0 or infinite, or a tensor that is not 0-d.
+        TypeError: the labels are not integers.
+
+    Guarantees: at γ = 0 equals `cross_entropy`. However close p_y is to 1, the loss and its derivatives by the outputs
+        and by a tensor `gamma` are finite, for finite outputs.
 
     Example:
-        >>> mse(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]))
-        tensor(2.)
+        >>> focal(torch.zeros(3, 10), torch.tensor([1, 2, 3]))
+        tensor([1.8651, 1.8651, 1.8651])
+
+    Reference: Lin, Goyal, Girshick, He, Dollár, "Focal loss for dense object detection", ICCV 2017, equation 5,
+        https://arxiv.org/abs/1708.02002.
     """
-    if outputs.shape != targets.shape:
-        raise ValueError(
-            f"mse: outputs and targets must have one shape. Found {tuple(outputs.shape)} and {tuple(targets.shape)}."
-        )
-    return (tree.wide(outputs) - targets).square().mean(-1)
+    check_labels("focal", outputs, labels)
+    _check_weights("focal", outputs, class_weights)
+    check("focal", "a number of float32, at least 0", 0, torch.finfo(torch.float32).max, gamma=gamma)
+    log_probs = F.log_softmax(tree.wide(outputs), dim=-1)
+    terms = log_probs if class_weights is None else log_probs * class_weights
+    hit = terms.gather(-1, labels[..., None].long()).squeeze(-1)
+    # 1 - p_y is added up from the other classes: no difference cancels, and no power of 0 is taken.
+    own = one_hot(labels, outputs.shape[-1]).bool()
+    log_rest = torch.logsumexp(log_probs.masked_fill(own, torch.finfo(log_probs.dtype).min), dim=-1)
+    return -torch.exp(like(gamma, log_rest) * log_rest) * hit
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
@@ -126,3 +139,10 @@ def check_labels(where: str, outputs: Tensor, labels: Tensor) -> None:
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"{where}: labels must be integers in [0, K). Found {labels.dtype}.")
+
+
+def _check_weights(where: str, outputs: Tensor, class_weights: Tensor | None) -> None:
+    if class_weights is not None and class_weights.shape != outputs.shape[-1:]:
+        raise ValueError(
+            f"{where}: class_weights must be (K,), {tuple(outputs.shape[-1:])}. Found {tuple(class_weights.shape)}."
+        )

@@ -1,0 +1,160 @@
+"""Whether a classifier is as sure as it is right, and a temperature that makes it so. With p the probabilities,
+
+    confidence             max_k p_k
+    expected error         Σ_b n_b / N |accuracy_b - confidence_b|,  over bins b of equal width of the confidence
+    temperature            argmin over T of the mean cross-entropy of softmax(output / T)
+    Brier score            mean of Σ_k (p_k - onehot(label)_k)²
+
+Reference: Guo, Pleiss, Sun, Weinberger, "On calibration of modern neural networks", ICML 2017,
+https://arxiv.org/abs/1706.04599. Brier, "Verification of forecasts expressed in terms of probability", Monthly Weather
+Review 78, 1950.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .losses import check_labels, one_hot
+
+_MOST = 100.0
+"""The highest temperature, and the inverse of the lowest."""
+
+
+class Reliability(NamedTuple):
+    """How often a classifier is right where it is how sure: for each bin of the confidence, (bins,) each."""
+
+    confidence: Tensor
+    """float64: the mean confidence; NaN in an empty bin."""
+    accuracy: Tensor
+    """float64: the part of examples that are right; NaN in an empty bin."""
+    count: Tensor
+    """int64: how many examples there are."""
+
+    @property
+    def expected_error(self) -> Tensor:
+        """0-d float64: the expected calibration error, the mean over examples of their bin's gap."""
+        return (self._gaps * self.count).sum() / self.count.sum()
+
+    @property
+    def maximum_error(self) -> Tensor:
+        """0-d float64: the largest gap of a bin."""
+        return self._gaps.amax()
+
+    @property
+    def _gaps(self) -> Tensor:
+        """(bins,): 0 for an empty bin."""
+        return torch.where(self.count > 0, (self.accuracy - self.confidence).abs(), 0)
+
+
+def reliability(probs: Tensor, labels: Tensor, *, bins: int = 15) -> Reliability:
+    """Accuracy against confidence, in bins of equal width of the confidence.
+
+    Args:
+        probs: (N, K) probabilities, N at least 1: `outputs.softmax(-1)`.
+        labels: (N,) integers in [0, K).
+        bins: how many; bin b holds the confidences in (b / bins, (b + 1) / bins].
+
+    Raises:
+        ValueError: shapes do not agree, there is no example, or `bins` is below 1.
+        TypeError: the labels are not integers.
+
+    Guarantees: each example is in one bin. With one bin, `expected_error` is the gap between accuracy and mean
+        confidence.
+
+    Cost: N · bins float64.
+
+    Example:
+        >>> found = reliability(torch.tensor([[0.75, 0.25], [0.25, 0.75]]), torch.tensor([0, 0]), bins=2)
+        >>> found.count, found.expected_error
+        (tensor([0, 2]), tensor(0.2500, dtype=torch.float64))
+    """
+    _check("reliability", probs, labels)
+    if bins < 1:
+        raise ValueError(f"reliability: bins must be at least 1. Found {bins}.")
+    confidence, given = probs.double().max(-1)
+    inner = torch.arange(1, bins, dtype=torch.float64, device=probs.device) / bins
+    member = one_hot((confidence[:, None] > inner).sum(-1), bins).double()  # (N, bins)
+    count = member.sum(0)
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.where(count > 0, values @ member / count.clamp(min=1), math.nan)
+
+    return Reliability(mean(confidence), mean((given == labels).double()), count.long())
+
+
+def temperature(outputs: Tensor, labels: Tensor, *, steps: int = 50) -> Tensor:
+    """The temperature T at which softmax(output / T) has the least mean cross-entropy.
+
+    The cross-entropy is convex in 1 / T, so its derivative changes sign once: that place is found by bisection of
+    log T. Take examples that the model was not trained on. The class of the largest output stays the same at any T.
+
+    Args:
+        outputs: (N, K) logits or log-probabilities, N at least 1.
+        labels: (N,) integers in [0, K).
+        steps: halvings, at least 1; 50 reach the precision of float64.
+
+    Returns:
+        0-d float64 in [0.01, 100], within a factor `100^(2 / 2^steps)` of the least; no gradient flows to it. An end
+        of the range is the best in it: where the model is always right T tends to 0, where it knows nothing to
+        infinity. It is 1 where every T is as good.
+
+    Raises:
+        ValueError: shapes do not agree, there is no example, or `steps` is below 1.
+        TypeError: the labels are not integers.
+
+    Guarantees: outputs multiplied by a factor have their temperature multiplied by it, within the range. Works under
+        `vmap`, over models say.
+
+    Cost: each step is one softmax in float64.
+
+    Example:
+        >>> temperature(torch.tensor([[2.0, 0.0]] * 4), torch.tensor([0, 0, 0, 1])).item()  # 2 / log 3
+        1.8204784532536746
+
+    Reference: Guo, Pleiss, Sun, Weinberger, "On calibration of modern neural networks", ICML 2017, section 4.2.
+    """
+    _check("temperature", outputs, labels)
+    if steps < 1:
+        raise ValueError(f"temperature: steps must be at least 1. Found {steps}.")
+    with torch.no_grad():
+        # Relative to the largest, and finite where a probability is 0.
+        z = (outputs.double() - outputs.double().amax(-1, keepdim=True)).clamp(min=-torch.finfo(torch.float32).max)
+        own = one_hot(labels, outputs.shape[-1]).double()
+        low = z.new_full((), -math.log(_MOST))
+        high = -low
+        for _ in range(steps):
+            middle = (low + high) / 2
+            # d mean cross-entropy / d (1 / T): positive where T is too low.
+            slope = (((z * torch.exp(-middle)).softmax(-1) - own) * z).sum(-1).mean()
+            low, high = torch.where(slope >= 0, middle, low), torch.where(slope <= 0, middle, high)
+        return torch.exp((low + high) / 2)
+
+
+def brier(probs: Tensor, labels: Tensor) -> Tensor:
+    """The Brier score: the mean over examples of the squared distance from probabilities to the label.
+
+    Args:
+        probs: (N, K) probabilities, N at least 1: `outputs.softmax(-1)`.
+        labels: (N,) integers in [0, K).
+
+    Returns:
+        0-d float64: 0 for certainty that is right, 2 for certainty that is wrong.
+
+    Raises:
+        ValueError: shapes do not agree, or there is no example.
+        TypeError: the labels are not integers.
+
+    Example:
+        >>> brier(torch.tensor([[0.5, 0.5], [1.0, 0.0]]), torch.tensor([0, 0]))
+        tensor(0.2500, dtype=torch.float64)
+    """
+    _check("brier", probs, labels)
+    return (probs.double() - one_hot(labels, probs.shape[-1])).square().sum(-1).mean()
+
+
+def _check(where: str, outputs: Tensor, labels: Tensor) -> None:
+    check_labels(where, outputs, labels)
+    if labels.dim() != 1 or len(labels) == 0:
+        raise ValueError(f"{where}: labels must be (N,), at least one. Found {tuple(labels.shape)}.")

@@ -1,0 +1,22 @@
+"""Losses of one example or of each example of a batch, what they weigh unequal classes with, and accuracy.
+
+| file | what it holds |
+|---|---|
+| `classification.py` | cross-entropy, focal loss, accuracy |
+| `regression.py` | the squared error |
+| `imbalance.py` | weights of classes from their counts, and outputs adjusted by how common a class is |
+
+A loss returns one number per example: it never averages over examples, so a batch is the stack of its examples. A
+hyperparameter is a number, which is checked, or a 0-d tensor, whose value is never read: so a loss can be mapped over
+it with `vmap`, differentiated by it, and compiled once for all its values.
+"""
+
+from .classification import accuracy as accuracy
+from .classification import check_labels as check_labels
+from .classification import cross_entropy as cross_entropy
+from .classification import focal as focal
+from .classification import one_hot as one_hot
+from .imbalance import balanced_weights as balanced_weights
+from .imbalance import effective_number_weights as effective_number_weights
+from .imbalance import logit_adjusted as logit_adjusted
+from .regression import mse as mse
