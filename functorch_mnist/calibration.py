@@ -29,13 +29,13 @@ class Reliability(NamedTuple):
     """float64: the mean confidence; NaN in an empty bin."""
     accuracy: Tensor
     """float64: the part of examples that are right; NaN in an empty bin."""
-    count: Tensor
+    examples: Tensor
     """int64: how many examples there are."""
 
     @property
     def expected_error(self) -> Tensor:
         """0-d float64: the expected calibration error, the mean over examples of their bin's gap."""
-        return (self._gaps * self.count).sum() / self.count.sum()
+        return (self._gaps * self.examples).sum() / self.examples.sum()
 
     @property
     def maximum_error(self) -> Tensor:
@@ -45,7 +45,7 @@ class Reliability(NamedTuple):
     @property
     def _gaps(self) -> Tensor:
         """(bins,): 0 for an empty bin."""
-        return torch.where(self.count > 0, (self.accuracy - self.confidence).abs(), 0)
+        return torch.where(self.examples > 0, (self.accuracy - self.confidence).abs(), 0)
 
 
 def reliability(probs: Tensor, labels: Tensor, *, bins: int = 15) -> Reliability:
@@ -67,7 +67,7 @@ def reliability(probs: Tensor, labels: Tensor, *, bins: int = 15) -> Reliability
 
     Example:
         >>> found = reliability(torch.tensor([[0.75, 0.25], [0.25, 0.75]]), torch.tensor([0, 0]), bins=2)
-        >>> found.count, found.expected_error
+        >>> found.examples, found.expected_error
         (tensor([0, 2]), tensor(0.2500, dtype=torch.float64))
     """
     _check("reliability", probs, labels)

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Annotated, Any, Union
 
 import tyro
@@ -70,6 +71,10 @@ def _parse(arguments: list[str]) -> Any:
         elif options.recipe != "article":
             options = _read(arguments, opt.RECIPES[options.recipe])
         opt.check(options)
+    elif isinstance(options, opt.Sweep | opt.Compare):
+        if options.training.recipe != "article":
+            options = _read(arguments, opt.RECIPES[options.training.recipe])
+        (opt.check_sweep if isinstance(options, opt.Sweep) else opt.check_compare)(options)
     elif isinstance(options, opt.Plan):
         opt.check(options.training)
     elif isinstance(options, opt.Analysis):
@@ -81,6 +86,8 @@ def _parse(arguments: list[str]) -> Any:
 
 def _read(arguments: list[str], defaults: opt.Train) -> Any:
     """The options as tyro reads them, those of `train` with these defaults."""
+    held = replace(defaults, hold_out=defaults.hold_out or opt.SWEPT.hold_out)
+    compared = opt.COMPARED if defaults == opt.RECIPES["article"] else held
     command = Union[  # noqa: UP007 (built at run time)
         Annotated[opt.Train, tyro.conf.subcommand("train", default=defaults)],
         Annotated[opt.Evaluate, tyro.conf.subcommand("evaluate")],
@@ -91,6 +98,8 @@ def _read(arguments: list[str], defaults: opt.Train) -> Any:
         Annotated[opt.Influence, tyro.conf.subcommand("influence")],
         Annotated[opt.NoiseScale, tyro.conf.subcommand("noise-scale")],
         Annotated[opt.Account, tyro.conf.subcommand("account")],
+        Annotated[opt.Sweep, tyro.conf.subcommand("sweep", default=opt.Sweep(training=held))],
+        Annotated[opt.Compare, tyro.conf.subcommand("compare", default=opt.Compare(training=compared))],
     ]
     return tyro.cli(command, args=arguments, prog="functorch-mnist", description="Train on MNIST, purely functionally.")
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .calibration import Reliability
 from .options import UsageError
 
 
@@ -100,6 +101,45 @@ def noise_scale(bands: Sequence[Band], *, batch_size: int) -> bytes:
     heights = [batch_size, *(y for band in bands for y in band.y)]
     axes.set_ylim(min(heights) / 3, max(heights) * 3)  # an error bar may reach below zero
     axes.legend(fontsize=8)
+    return _picture(figure)
+
+
+def scores(panels: Mapping[str, Sequence[Band]], *, across: str, logarithmic: bool, height: str) -> bytes:
+    """A score against what it hangs on, a line for each band, side by side for each panel: a PNG.
+
+    Args:
+        panels: bands by the panel's title; all panels have one scale.
+        across, height: what the axes show.
+        logarithmic: of the axis across.
+    """
+    count = len(panels)
+    figure, places = _subplots(1, count, figsize=(1.2 + 4.2 * count, 4), squeeze=False, sharey=True)
+    for axes, (title, bands) in zip(places[0], panels.items(), strict=True):
+        for band in bands:
+            axes.errorbar(band.x, band.y, yerr=band.error, fmt="o-", markersize=3, capsize=2, label=band.name)
+        if logarithmic:
+            axes.set_xscale("log")
+        axes.set(xlabel=across)
+        axes.set_title(title, fontsize=9)
+        axes.grid(alpha=0.3)
+    places[0][0].set(ylabel=height)
+    if any(band.name for bands in panels.values() for band in bands):
+        places[0][-1].legend(fontsize=8)
+    return _picture(figure)
+
+
+def reliability(curves: Mapping[str, Reliability]) -> bytes:
+    """Accuracy against confidence, and how many examples are how sure, for each curve: a PNG."""
+    figure, (above, below) = _subplots(2, 1, figsize=(5.2, 6), sharex=True, height_ratios=(3, 1))
+    above.plot([0, 1], [0, 1], ":", color="gray")
+    for name, found in curves.items():
+        some = found.examples > 0
+        confidence = found.confidence[some].cpu().numpy()
+        above.plot(confidence, found.accuracy[some].cpu().numpy(), "o-", markersize=4, label=name)
+        below.plot(confidence, found.examples[some].cpu().numpy(), "o-", markersize=4)
+    above.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
+    above.legend(loc="upper left", fontsize=8)
+    below.set(xlabel="confidence", ylabel="images", yscale="log")
     return _picture(figure)
 
 

@@ -8,6 +8,7 @@ from .. import options
 from ..checkpoint import CheckpointError
 from ..data import DataError
 from .account import account
+from .compare import compare
 from .evaluate import evaluate
 from .faults import DivergedError
 from .influence import influence
@@ -16,6 +17,7 @@ from .noise_scale import noise_scale
 from .plan import plan
 from .predict import predict
 from .scores import scores
+from .sweep import sweep
 from .train import train
 
 COMMANDS: Mapping[type, Callable[[Any], int]] = MappingProxyType(
@@ -29,6 +31,8 @@ COMMANDS: Mapping[type, Callable[[Any], int]] = MappingProxyType(
         options.Influence: influence,
         options.NoiseScale: noise_scale,
         options.Account: account,
+        options.Sweep: sweep,
+        options.Compare: compare,
     }
 )
 """By the type of their options."""

@@ -91,6 +91,13 @@ class Parts(NamedTuple):
     test: data.Split
     classes: int
 
+    @property
+    def judging(self) -> data.Split:
+        """The held-out images, for what cannot do without."""
+        if self.held_out is None:
+            raise UsageError("There must be held-out images. Found none. Set --hold-out, such as 5000.")
+        return self.held_out
+
 
 def with_values(options: Train, values: Mapping[str, Any]) -> Train:
     """The options with others for some; a hyperparameter may be a 0-d tensor, which the pure functions take as well."""

@@ -26,13 +26,11 @@ class Tuning:
     """A short training with a run's options, of which hyperparameters are left open."""
 
     def __init__(self, options: Train, parts: Parts) -> None:
-        if parts.held_out is None:
-            raise UsageError("--tune needs held-out images. Found none. Set --hold-out, such as 5000.")
         self.options, self.parts = replace(options, epochs=1, average_from=None, average=0.0), parts
         self.steps = options.tune_steps
         self.made = build.classifier(build.origin(options, parts))
         self.batch_size = min(options.batch_size, len(parts.train.labels))
-        held_out = tuple(part[:JUDGED] for part in parts.held_out)
+        held_out = tuple(part[:JUDGED] for part in parts.judging)
         losses_fn = build.losses(self.made, options, parts.train)
         images = torch.cat([self.made.inputs(part) for part in parts.train.images.split(1000)])
         self._examples = images, parts.train.labels

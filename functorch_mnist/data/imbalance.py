@@ -97,4 +97,5 @@ def balanced_order(labels: Tensor, *, key: Tensor, epoch: int) -> Tensor:
     words = random.bits(round_key, (len(owner),)).long() & 0xFFFFFFFF
     turn = (round_start << 32 | words).argsort(stable=True) - round_start
     seen = members[(sizes.cumsum(0) - sizes)[owner] + turn][draw < wanted[owner]]
-    return seen[random.permutation(order_key, len(labels))]
+    shuffled: Tensor = seen[random.permutation(order_key, len(labels))]
+    return shuffled

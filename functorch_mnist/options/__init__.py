@@ -16,6 +16,21 @@ from .saved import check_resumed as check_resumed
 from .saved import differences as differences
 from .saved import from_json as from_json
 from .saved import to_json as to_json
+from .sweep import COMPARED as COMPARED
+from .sweep import LOGARITHMIC as LOGARITHMIC
+from .sweep import OPTIMIZERS as OPTIMIZERS
+from .sweep import OVER as OVER
+from .sweep import PRIVATE_OVER as PRIVATE_OVER
+from .sweep import SWEPT as SWEPT
+from .sweep import Axis as Axis
+from .sweep import Compare as Compare
+from .sweep import Sweep as Sweep
+from .sweep import axes as axes
+from .sweep import check_compare as check_compare
+from .sweep import check_sweep as check_sweep
+from .sweep import combinations as combinations
+from .sweep import lrs as lrs
+from .sweep import set_to as set_to
 from .train import AUGMENTATIONS as AUGMENTATIONS
 from .train import CHANGEABLE as CHANGEABLE
 from .train import PRIVATE as PRIVATE
@@ -30,4 +45,5 @@ from .train import cut_classes as cut_classes
 from .train import given_weights as given_weights
 from .words import INTERRUPTED as INTERRUPTED
 from .words import UsageError as UsageError
+from .words import flag as flag
 from .words import listed as listed

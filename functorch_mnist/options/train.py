@@ -23,8 +23,8 @@ class Train:
     """Train a classifier, and print its accuracy on the test images."""
 
     recipe: Literal["article", "fast", "best", "private"] = "article"
-    """Named defaults for all other options: the article's, those that reach 99 % soonest, the most accurate ones, or the
-    best private ones."""
+    """Named defaults of all other options: the article's, those that reach 99 % soonest, the most accurate, or the best
+    private ones."""
     dataset: Literal["mnist", "fashion-mnist", "kmnist", "qmnist", "emnist-digits"] = "mnist"
     """Which data set; all but mnist are downloaded once."""
     data_dir: Path | None = None

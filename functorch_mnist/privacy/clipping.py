@@ -58,7 +58,7 @@ class Clipping:
         leaf = tree.leaves(norms)[0]
         return leaf.new_zeros(len(leaf), 0)
 
-    def deviations(self, noise_multiplier: float) -> tuple[float, float]:
+    def deviations(self, noise_multiplier: float | Tensor) -> tuple[float | Tensor, float]:
         """How the noise of a step is divided between what it releases.
 
         Args:
@@ -85,13 +85,14 @@ class Flat(Clipping):
     Reference: Abadi et al., "Deep learning with differential privacy", CCS 2016, algorithm 1.
     """
 
-    max_norm: float
-    """C, above 0."""
+    max_norm: float | Tensor
+    """C, above 0, or a 0-d tensor, whose value is not read: so many runs differ in it under `vmap`."""
 
     def __post_init__(self) -> None:
-        _check_norm("Flat", self.max_norm)
+        if not (isinstance(self.max_norm, Tensor) and self.max_norm.shape == ()):
+            _check_norm("Flat", self.max_norm)
 
-    def sensitivity(self, state: Tree = ()) -> float:  # noqa: ARG002
+    def sensitivity(self, state: Tree = ()) -> float | Tensor:  # noqa: ARG002
         return self.max_norm
 
     def factors(self, norms: Tree, state: Tree = ()) -> Tree:  # noqa: ARG002
@@ -248,7 +249,7 @@ class Quantile(Clipping):
         whole = _total(tree.leaves(norms))
         return ((whole <= self.sensitivity(state)).to(whole.dtype) - 0.5)[:, None]
 
-    def deviations(self, noise_multiplier: float) -> tuple[float, float]:
+    def deviations(self, noise_multiplier: float | Tensor) -> tuple[float | Tensor, float]:
         if not 2 * self.count_deviation > noise_multiplier:
             raise ValueError(
                 f"Quantile: count_deviation must be above half the noise multiplier. Found {self.count_deviation} and "
@@ -295,7 +296,7 @@ def _margin(norms: Tensor) -> float:
     return 1 - 16 * torch.finfo(norms.dtype).eps
 
 
-def _check_norm(where: str, value: float, name: str = "max_norm") -> None:
+def _check_norm(where: str, value: object, name: str = "max_norm") -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{where}: {name} must be a number. Found {type(value).__name__}.")
     if not 0 < value < math.inf:

@@ -87,8 +87,8 @@ def released(
     key: Tensor,
     *,
     clipping: Clipping,
-    noise_multiplier: float,
-    expected: float,
+    noise_multiplier: float | Tensor,
+    expected: float | Tensor,
     clipping_state: Tree = (),
 ) -> tuple[Tree, Tree]:
     """The mean gradient and the clipping rule's next state, with Gaussian noise: all that a step lets out.
@@ -99,7 +99,8 @@ def released(
         key: (2,), of this step's noise and of nothing else.
         clipping, clipping_state: the rule and its state.
         noise_multiplier: σ, at least 0: the deviation of all that is let out, over its sensitivity. 0 adds no noise.
-        expected: n, the expected number of examples of a step, above 0.
+            A 0-d tensor too, for a rule without votes.
+        expected: n, the expected number of examples of a step, above 0, a number or a 0-d tensor.
 
     Returns:
         The mean gradient, like the parameters, and the rule's state.
@@ -109,7 +110,7 @@ def released(
     Cost: memory of the parameters.
     """
     grads, votes = tree.leaves(sums.grads), sums.votes
-    if noise_multiplier:
+    if isinstance(noise_multiplier, Tensor) or noise_multiplier:
         multiplier, votes_deviation = clipping.deviations(noise_multiplier)
         deviation = multiplier * clipping.sensitivity(clipping_state)
         sizes = [g.numel() for g in grads]

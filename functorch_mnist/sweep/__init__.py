@@ -13,6 +13,7 @@
 | `tune.py` | descent on hyperparameters by that gradient |
 """
 
+from .fit import RUNNING as RUNNING
 from .fit import WORDS as WORDS
 from .fit import Halving as Halving
 from .fit import Sweep as Sweep
@@ -26,6 +27,7 @@ from .lanes import Measured as Measured
 from .lanes import Program as Program
 from .lanes import Values as Values
 from .lanes import measure as measure
+from .runs import SEED as SEED
 from .runs import LogUniform as LogUniform
 from .runs import OneOf as OneOf
 from .runs import Runs as Runs

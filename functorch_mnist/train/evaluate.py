@@ -40,7 +40,7 @@ class Evaluation(NamedTuple):
 
     @property
     def precision(self) -> Tensor:
-        """(K,) float64: for each class, the part that is its own of the examples given it; 0 for a class never given."""
+        """(K,) float64: for each class, the part of the examples given it that are its own; 0 for one never given."""
         return self.confusion.diagonal().double() / self.confusion.sum(0).clamp(min=1)
 
     @property

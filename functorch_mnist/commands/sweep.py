@@ -1,0 +1,192 @@
+"""`sweep`: many runs at once, which setting did best, and what its models say together."""
+
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import calibration, ensemble, plots, random
+from .. import sweep as sweeps
+from ..options import LOGARITHMIC, Axis, Sweep, Train, axes, flag
+from . import build
+from .build import Parts
+from .scoring import write, write_picture
+from .sweeping import Swept, outputs_of, spread, swept, words
+from .train import prepare
+
+SHOWN = 10
+"""Settings in the table."""
+DRAWS = 7
+"""Names the random draw of settings, beside the seed."""
+
+
+def sweep(options: Sweep) -> int:
+    """Trains all runs, and prints and draws what they reached."""
+    one = options.training
+    prepare(one.threads)
+    parts = build.parts(one, build.load(one.dataset, one.data_dir, build.device(one.device)))
+    runs = table(options)
+    folder = one.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    print(f"Sweep folder: {folder}")
+    settings = int(sweeps.settings(runs).max()) + 1
+    seeds = "a seed" if options.seeds == 1 else f"{options.seeds} seeds"
+    print(f"{len(runs[sweeps.SEED])} runs: {settings} setting{'s' * (settings > 1)}, each with {seeds}.", flush=True)
+    if {"clip_norm", "noise_multiplier"} & set(runs):
+        print("Steps are clipped and noisy as private ones, of fixed batches; what they spend is not accounted for.")
+    halving = None if options.halve_every is None else sweeps.Halving(options.halve_every, options.halve_keep)
+    done = swept(one, parts, runs, folder, lanes=options.lanes, halving=halving)
+    held_out = spread(runs, done.held_out)
+    print(f"\n{_ended(done)}")
+    write(folder / "runs.csv", rows(done).encode())
+    if held_out.mean.isnan().all():
+        print("No setting has made an epoch with all its seeds.")
+        return 1
+    tested = spread(runs, done.tested)
+    order = held_out.mean.nan_to_num(nan=-1).argsort(descending=True, stable=True)
+    order = order[~held_out.mean[order].isnan()]
+    names = [name for name in runs if name != sweeps.SEED]
+    held = len(parts.judging.labels)
+    print(f"\nThe best settings by accuracy on {held:,} held-out images, at each run's best epoch:")
+    print(
+        "".join(f"{name.replace('_', '-'):>18}" for name in names) + f"{'epochs':>9}{'held out, %':>18}{'test, %':>18}"
+    )
+    for place in order[:SHOWN].tolist():
+        first = int(held_out.rows[place])
+        values = "".join(f"{runs[name][first].item():>18.5g}" for name in names)
+        print(
+            values
+            + f"{epochs_made(done.found)[first]:>9}"
+            + f"{percent(held_out.mean[place], held_out.deviation[place]):>18}"
+            + f"{percent(tested.mean[place], tested.deviation[place]):>18}"
+        )
+    best = (sweeps.settings(runs) == order[0]).nonzero().squeeze(1)
+    print()
+    _together(done, one, parts, best, folder)
+    panels = {axis.field: axis for axis in axes(options)}
+    for name, axis in panels.items():
+        write_picture(folder / f"{axis.name}.png", lambda n=name, a=axis: _picture(done, n, a))  # type: ignore[misc]
+    first = int(best[0])
+    print(f"One run of the best setting, by train: {command(runs, first)}")
+    return 0
+
+
+def table(options: Sweep) -> sweeps.Runs:
+    """The runs that the options ask for."""
+    seed = options.training.seed
+    seeds = range(seed, seed + options.seeds)
+    found = axes(options)
+    if options.draws is None:
+        return sweeps.grid(seeds=seeds, **{axis.field: axis.values for axis in found})
+    key = random.fold_in(random.key(seed), DRAWS)
+    return sweeps.drawn(key, options.draws, seeds=seeds, **{axis.field: _range(axis) for axis in found})
+
+
+def rows(done: Swept) -> str:
+    """One line for each run, as CSV."""
+    names = [name for name in done.runs if name != sweeps.SEED]
+    head = [*names, "seed", "setting", "status", "epochs", "failed_at_step", "best_epoch"]
+    lines = [",".join([*head, "held_out_accuracy", "held_out_loss", "train_loss", "test_accuracy"])]
+    found, setting = done.found, sweeps.settings(done.runs)
+    held_out_loss = found.at_best("loss")
+    train_loss = found.losses.gather(1, found.best_epoch.clamp(min=0)[:, None]).squeeze(1)
+    for k in range(len(done.runs[sweeps.SEED])):
+        epochs = epochs_made(found)[k]
+        best, failed = int(found.best_epoch[k]), int(found.failed[k])
+        values = [f"{done.runs[name][k].item():.7g}" for name in names]
+        values += [str(int(done.runs[sweeps.SEED][k])), str(int(setting[k])), sweeps.WORDS[int(found.ended[k])]]
+        values += [str(epochs), "" if failed < 0 else str(failed), "" if best < 0 else str(best + 1)]
+        numbers = [done.held_out[k], held_out_loss[k], train_loss[k], done.tested[k]]
+        lines.append(",".join([*values, *("" if best < 0 else f"{number.item():.7g}" for number in numbers)]))
+    return "\n".join(lines) + "\n"
+
+
+def epochs_made(found: sweeps.Sweep) -> list[int]:
+    """How many epochs each run has made."""
+    made: list[int] = (~found.score.isnan()).sum(1).tolist()
+    return made
+
+
+def percent(mean: Tensor, deviation: Tensor) -> str:
+    """A part as percent, with its deviation where there is one."""
+    told = f"{100 * mean.item():.2f}"
+    return told if deviation.isnan() else f"{told} ± {100 * deviation.item():.2f}"
+
+
+def command(runs: sweeps.Runs, place: int) -> str:
+    """A run of a sweep as options of `train`."""
+    told = []
+    for name, column in runs.items():
+        value = column[place].item()
+        values = (value / 2, value) if name == "dropout" else (value,)
+        told.append(" ".join([flag(name), *(f"{number:.7g}" for number in values)]))
+    return " ".join(told)
+
+
+def _range(axis: Axis) -> sweeps.Uniform | sweeps.LogUniform | sweeps.OneOf:
+    if not axis.ranged:
+        return sweeps.OneOf(axis.values)
+    low, high = axis.values
+    return sweeps.LogUniform(low, high) if axis.name in LOGARITHMIC else sweeps.Uniform(low, high)
+
+
+def _ended(done: Swept) -> str:
+    """How the runs ended, and which have failed."""
+    found = done.found
+    counts = torch.bincount(found.ended, minlength=len(sweeps.WORDS)).tolist()
+    told = ", ".join(f"{count} {word}" for word, count in zip(sweeps.WORDS, counts, strict=True) if count)
+    lines = [f"Runs: {told}."]
+    for k in (found.failed >= 0).nonzero().squeeze(1).tolist()[:SHOWN]:
+        lines.append(f"Not finite after step {int(found.failed[k])}: {words(done.runs, k)}")
+    return "\n".join(lines)
+
+
+def _together(done: Swept, one: Train, parts: Parts, best: Tensor, folder: Path) -> None:
+    """What the models of the best setting say together, and how sure they are."""
+    held_out = parts.judging
+    outputs = outputs_of(done, one, parts, best, parts.test.images)
+    labels = parts.test.labels
+    single = (outputs.argmax(-1) == labels).double().mean(-1)
+    mean = ensemble.mean(outputs)
+    if len(best) > 1:
+        averaged, voted = (_accuracy(given, labels) for given in (mean, ensemble.vote(outputs)))
+        apart, informed = ensemble.disagreement(outputs).mean(), ensemble.mutual_information(outputs).mean()
+        print(
+            f"The {len(best)} models of the best setting together, on the test images: {averaged} by their mean, "
+            f"{voted} by vote; one alone {100 * single.mean().item():.2f}%. Two of them differ on "
+            f"{100 * apart.item():.2f}% of the images; mutual information {informed.item():.4f} nats."
+        )
+    scale = calibration.temperature(ensemble.mean(outputs_of(done, one, parts, best, held_out.images)), held_out.labels)
+    curves = {}
+    for name, given in (("as trained", mean), (f"temperature {scale.item():.2f}", mean / scale)):
+        curves[name] = calibration.reliability(given.softmax(-1), labels)
+        error, brier = curves[name].expected_error.item(), calibration.brier(given.softmax(-1), labels).item()
+        print(f"Expected calibration error, {name}: {100 * error:.2f}%; Brier score {brier:.4f}")
+    write_picture(folder / "reliability.png", lambda: plots.reliability(curves))
+
+
+def _accuracy(outputs: Tensor, labels: Tensor) -> str:
+    return f"{100 * (outputs.argmax(-1) == labels).double().mean().item():.2f}%"
+
+
+def _picture(done: Swept, name: str, axis: Axis) -> bytes:
+    """Accuracy against one thing that runs differ in; a line for each combination of the others, if they are few."""
+    runs = done.runs
+    found = spread(runs, done.held_out)
+    others = [other for other in runs if other not in (name, sweeps.SEED)]
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    for place, first in enumerate(found.rows.tolist()):
+        if found.mean[place].isnan():
+            continue
+        label = ", ".join(f"{other.replace('_', '-')} {runs[other][first].item():.3g}" for other in others)
+        deviation = found.deviation[place].nan_to_num(nan=0.0).item()
+        point = (runs[name][first].item(), 100 * found.mean[place].item(), 100 * deviation)
+        lines.setdefault(label, []).append(point)
+    points = [sorted(line) for line in lines.values()]
+    if len(points) > 12:  # a cloud: a point for each setting
+        bands = [plots.Band("", *zip(*[point], strict=True)) for line in points for point in line]
+    else:
+        bands = [plots.Band(label, *zip(*sorted(line), strict=True)) for label, line in lines.items()]
+    return plots.scores(
+        {"": bands}, across=axis.name, logarithmic=axis.name in LOGARITHMIC, height="accuracy on held-out images, %"
+    )

@@ -1,0 +1,254 @@
+"""Many runs of the same kind as one sweep: the program of one run, how many at once, and a folder to go on in."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from .. import checkpoint, data, privacy, random, sweep, tree
+from .. import train as training
+from ..checkpoint import JSON
+from ..models import Params
+from ..options import CHANGEABLE, PRIVATE_OVER, Train, UsageError, set_to, to_json
+from ..run_folder import CHECKPOINTS
+from . import build
+from .build import Parts
+from .faults import undisturbed
+from .passes import digest
+
+NOISE = 1
+"""Folded into a run's key for the noise of its steps."""
+_WIDTHS = (1, 8, 64)
+"""How many runs at once are tried, as far as there are so many."""
+
+
+class Swept(NamedTuple):
+    """A sweep that has ended, as results are taken from it."""
+
+    runs: sweep.Runs
+    found: sweep.Sweep
+    width: int
+    """How many runs were made at once."""
+    held_out: Tensor
+    """(K,) float64: accuracy on the held-out images at each run's best epoch, NaN for a run without one."""
+    tested: Tensor
+    """(K,) float64: accuracy on the test images there, NaN likewise."""
+
+
+class Spread(NamedTuple):
+    """Means and standard deviations over the seeds of each setting: (settings,) each."""
+
+    rows: Tensor
+    """int64: the first run of each setting."""
+    mean: Tensor
+    """NaN where a run of the setting has failed or ended without an epoch."""
+    deviation: Tensor
+    """NaN where there is one seed alone."""
+
+
+def program(options: Train, parts: Parts) -> sweep.Program:
+    """A run of these options, as pure functions of what its sweep sets it to."""
+    begun = build.origin(options, parts)
+    begun = begun._replace(options=options)
+    batch_size = min(options.batch_size, begun.examples)
+    per_epoch = data.steps_per_epoch(begun.examples, batch_size)
+    held_out = parts.judging
+    judged = torch.cat([build.classifier(begun).inputs(part) for part in held_out.images.split(1000)])
+
+    def made(hyper: sweep.Values) -> tuple[Train, build.Classifier]:
+        one = options
+        for name, value in hyper.items():
+            if name not in (sweep.SEED, *(n.replace("-", "_") for n in PRIVATE_OVER)):
+                one = set_to(one, name.replace("_", "-"), value)
+        return one, build.classifier(begun._replace(options=one))
+
+    def init(hyper: sweep.Values, key: Tensor) -> training.State:
+        one, classifier = made(hyper)
+        init_key, train_key = random.split(key).unbind(0)
+        return training.init_state(classifier.init(init_key), build.optimizer(one, per_epoch), train_key)
+
+    def step(
+        hyper: sweep.Values, state: training.State, *rows: Tensor, mask: Tensor | None, divisor: Tensor
+    ) -> tuple[training.State, dict[str, Tensor]]:
+        one, classifier = made(hyper)
+        losses_fn = build.losses(classifier, one, parts.train)
+        optimizer = build.optimizer(one, per_epoch)
+        if "clip_norm" not in hyper and "noise_multiplier" not in hyper:
+            return training.make_step(training.batch_gradient(losses_fn), optimizer)(
+                state, *rows, mask=mask, divisor=divisor
+            )
+        clipping = privacy.Flat(hyper.get("clip_norm", options.clip_norm))
+        sums = privacy.clipped_sums(losses_fn, state.params, *rows, clipping=clipping, mask=mask)
+        noise_key = random.fold_in(random.fold_in(state.key, NOISE), state.step)
+        grads, _ = privacy.released(
+            state.params, sums, noise_key, clipping=clipping, expected=batch_size,
+            noise_multiplier=hyper.get("noise_multiplier", 0.0),
+        )  # fmt: skip
+        params, optimizer_state = optimizer.update(state.params, state.optimizer, grads)
+        return state._replace(params=params, optimizer=optimizer_state, step=state.step + 1), sums.seen
+
+    def judge(hyper: sweep.Values, state: training.State) -> dict[str, Tensor]:
+        one, classifier = made(hyper)
+        outputs = training.predictions(classifier.outputs, build.current(one, state), judged)
+        right = (outputs.argmax(-1) == held_out.labels).double().mean()
+        return {"accuracy": right, "loss": classifier.test_loss(outputs, held_out.labels).double().mean()}
+
+    return sweep.Program(init, step, judge)
+
+
+def swept(
+    options: Train,
+    parts: Parts,
+    runs: sweep.Runs,
+    folder: Path,
+    *,
+    lanes: str,
+    halving: sweep.Halving | None = None,
+    told: bool = True,
+) -> Swept:
+    """The sweep after all its runs have ended; goes on with one that was broken off in the folder.
+
+    Args:
+        options: of all runs.
+        parts: the images.
+        runs: what they differ in.
+        folder: where the sweep is kept, after each epoch.
+        lanes: a number of runs at once, or `auto`.
+        halving: whether only the better settings go on.
+        told: print how far it is.
+
+    Raises:
+        UsageError: the folder holds another sweep.
+        KeyboardInterrupt: after Ctrl-C; it says how to go on.
+    """
+    where = parts.train.images.device
+    runs = {name: column.to(where) for name, column in runs.items()}
+    made = build.classifier(build.origin(options, parts))
+    images = torch.cat([made.inputs(part) for part in parts.train.images.split(1000)])
+    kept = program(options, parts)
+    several = sweep.Lanes(
+        kept,
+        (images, parts.train.labels),
+        batch_size=min(options.batch_size, len(images)),
+        compile=options.compile == "on",
+    )
+    begun = sweep.start(kept, runs, epochs=options.epochs)
+    fixed = {name: value for name, value in to_json(options).items() if name not in CHANGEABLE - {"epochs"}}
+    config: dict[str, JSON] = {
+        "options": fixed | {"out": None},
+        "digest": digest((runs, parts.train, parts.held_out)),
+        "halving": list(halving) if halving else None,
+    }
+    found, width = _kept(folder, begun, config, lanes)
+    if width is None:
+        width = _chosen(several, runs, begun, lanes, told=told)
+    config["width"] = width
+    total = len(runs[sweep.SEED])
+    newest = [found]
+
+    def keep(now: sweep.Sweep) -> None:
+        newest[0] = now
+        epoch = int(now.epoch)
+        checkpoint.save(folder / CHECKPOINTS, now, step=epoch, config=config, keep=2)
+        if told:
+            left = int((now.ended == sweep.RUNNING).sum())
+            score = now.score[:, :epoch].nan_to_num(nan=-1).amax(1)
+            best = int(score.argmax())
+            leader = f"the best so far {100 * score[best].item():.2f}% with {words(runs, best)}"
+            print(f"epoch {epoch}/{options.epochs}: {left} of {total} runs go on; {leader}", flush=True)
+
+    try:
+        found = sweep.fit(
+            several, runs, found, width=width, halving=halving, patience=options.patience, callbacks=(keep,)
+        )
+    except KeyboardInterrupt:
+        with undisturbed():
+            epoch = int(newest[0].epoch)
+        raise KeyboardInterrupt(
+            f"Interrupted after epoch {epoch} of {options.epochs}. The same command with --out {folder} goes on."
+        ) from None
+    tested = torch.full((total,), torch.nan, dtype=torch.float64)
+    with_epoch = (found.best_epoch >= 0).nonzero().squeeze(1)
+    for some in with_epoch.split(width):
+        given = _outputs(made, found.best, some, parts.test.images, width).argmax(-1)
+        tested[some.cpu()] = (given == parts.test.labels).double().mean(-1).cpu()
+    return Swept(tree.map(Tensor.cpu, runs), found, width, found.at_best("accuracy").cpu(), tested)
+
+
+def outputs_of(swept: Swept, options: Train, parts: Parts, which: Tensor, images: Tensor) -> Tensor:
+    """What some runs say of images after their best epochs: (len(which), N, classes)."""
+    made = build.classifier(build.origin(options, parts))  # what runs differ in changes no output
+    return _outputs(made, swept.found.best, which, images, swept.width)
+
+
+def spread(runs: sweep.Runs, values: Tensor) -> Spread:
+    """A number of each run, over the seeds of each setting."""
+    setting = sweep.settings(runs)
+    groups = [(setting == number).nonzero().squeeze(1) for number in range(int(setting.max()) + 1)]
+    alone = torch.tensor(torch.nan, dtype=values.dtype)
+    return Spread(
+        torch.stack([group[0] for group in groups]),
+        torch.stack([values[group].mean().cpu() for group in groups]),
+        torch.stack([values[group].std().cpu() if len(group) > 1 else alone for group in groups]),
+    )
+
+
+def words(runs: sweep.Runs, place: int) -> str:
+    """What a run is set to, as it is typed."""
+    return ", ".join(f"{name.replace('_', '-')} {column[place].item():.4g}" for name, column in runs.items())
+
+
+def _outputs(made: build.Classifier, params: Params, which: Tensor, images: Tensor, width: int) -> Tensor:
+    """Outputs of stacked models, some at a time."""
+    found = []
+    for some in which.split(width):
+        part = {name: leaf[some] for name, leaf in params.items()}
+        if width == 1:
+            one = {name: leaf[0] for name, leaf in part.items()}
+            found.append(training.predictions(made.outputs, one, images)[None])
+        else:
+            found.append(vmap(lambda one: training.predictions(made.outputs, one, images))(part))
+    return torch.cat(found)
+
+
+def _kept(folder: Path, begun: sweep.Sweep, config: Mapping[str, Any], lanes: str) -> tuple[sweep.Sweep, int | None]:
+    """Where a sweep stands in its folder, and how many runs it makes at once."""
+    good, faults = None, list[checkpoint.CheckpointError]()
+    for path in reversed(checkpoint.steps(folder / CHECKPOINTS)):
+        try:
+            before = checkpoint.read_manifest(path)["config"]
+            if {name: before.get(name) for name in config} != config:
+                raise UsageError(f"{folder} holds another sweep. Choose another --out.")
+            if lanes not in ("auto", str(before["width"])):
+                raise UsageError(f"A sweep goes on with its --lanes, which is {before['width']}. Found {lanes}.")
+            good = checkpoint.load(path, begun)
+            break
+        except checkpoint.CheckpointError as error:
+            faults.append(error)
+    for fault in faults:
+        print(f"Passed over a damaged checkpoint: {fault}")
+    if good is None:
+        if folder.exists() and any(folder.iterdir()):
+            raise UsageError(f"{folder} must be empty or hold this sweep. Found other files. Choose another --out.")
+        folder.mkdir(parents=True, exist_ok=True)
+        return begun, None
+    print(f"Going on after epoch {good.step}.", flush=True)
+    state: sweep.Sweep = good.state
+    return state, int(str(good.config["width"]))
+
+
+def _chosen(several: sweep.Lanes, runs: sweep.Runs, begun: sweep.Sweep, lanes: str, *, told: bool) -> int:
+    """How many runs are made at once."""
+    total = len(runs[sweep.SEED])
+    if lanes != "auto":
+        return int(lanes)
+    widths = sorted({min(width, total) for width in _WIDTHS})
+    if len(widths) == 1:
+        return widths[0]
+    measured = sweep.measure(several, runs, begun.states, widths)
+    if told:
+        print(measured, flush=True)
+    return measured.best

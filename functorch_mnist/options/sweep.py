@@ -1,0 +1,223 @@
+"""The options of `sweep` and `compare`: many runs, and what they differ in."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import tyro
+
+from .train import Train, check, chosen_of
+from .words import Rule, UsageError, check_ranges, flag, listed, number_of
+
+SWEPT = Train(hold_out=5000)
+"""The defaults of a sweep's runs."""
+COMPARED = Train(model="mlp", images=10_000, hold_out=5000, epochs=3)
+"""The defaults of what is compared."""
+
+OVER = ("lr", "momentum", "weight-decay", "label-smoothing", "dropout", "max-norm", "clip-norm", "noise-multiplier")
+"""What the runs of a sweep can differ in, besides the seed."""
+LOGARITHMIC = frozenset({"lr", "weight-decay", "max-norm", "clip-norm", "noise-multiplier"})
+"""Those of which a range is drawn evenly in the logarithm."""
+PRIVATE_OVER = ("clip-norm", "noise-multiplier")
+
+LOSSES = ("cross-entropy", "mse")
+OPTIMIZERS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "sgd": {"optimizer": "sgd", "momentum": 0.0},
+        "momentum": {"optimizer": "sgd", "momentum": 0.9},
+        "nesterov": {"optimizer": "sgd", "momentum": 0.9, "nesterov": True},
+        "adam": {"optimizer": "adam"},
+        "adamw": {"optimizer": "adamw"},
+    }
+)
+"""The optimizers that are compared, as options of `train`."""
+SCHEDULES = ("constant", "cosine", "one-cycle", "step-decay")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Train many runs at once, and tell which did best on held-out images; the same command goes on after a stop."""
+
+    over: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """What the runs differ in, as NAME=VALUE,VALUE or NAME=LOW:HIGH; may be given again. NAME is lr, momentum,
+    weight-decay, label-smoothing, dropout, max-norm, or for clipped and noisy steps clip-norm, noise-multiplier."""
+    draws: int | None = None
+    """Draw so many settings at random; without, all combinations of values are made."""
+    seeds: int = 1
+    """Make each setting with so many seeds, from --seed on: error bars are over them."""
+    lanes: str = "auto"
+    """How many runs are trained in one call: a number, or auto to measure what is fastest."""
+    halve_every: int | None = None
+    """After each so many epochs, only the better settings go on."""
+    halve_keep: float = 0.5
+    """The part of the settings that goes on."""
+    training: tyro.conf.OmitArgPrefixes[Train] = SWEPT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Compare losses, optimizers and schedules, each at its own best learning rate on held-out images."""
+
+    losses: str = "cross-entropy,mse"
+    """Which, with commas: cross-entropy, mse."""
+    optimizers: str = "sgd,momentum,nesterov,adam,adamw"
+    """Which, with commas: sgd, momentum, nesterov, adam, adamw."""
+    schedules: str = "constant,one-cycle"
+    """Which, with commas: constant, cosine, one-cycle, step-decay."""
+    lrs: str = "0.0003,0.001,0.003,0.01,0.03,0.1,0.3,1"
+    """The learning rates of which each takes its best."""
+    seeds: int = 3
+    """Make each run with so many seeds, from --seed on: error bars are over them."""
+    lanes: str = "auto"
+    """How many runs are trained in one call: a number, or auto to measure what is fastest."""
+    training: tyro.conf.OmitArgPrefixes[Train] = COMPARED
+
+
+class Axis(NamedTuple):
+    """One thing that runs differ in."""
+
+    name: str
+    values: tuple[float, ...]
+    """To choose from; of a range its two ends."""
+    ranged: bool
+
+    @property
+    def field(self) -> str:
+        """The name of the option."""
+        return self.name.replace("-", "_")
+
+
+_RULES: tuple[Rule, ...] = (
+    ("from 1 to 1000", lambda v: 1 <= v <= 1000, ("seeds", "draws", "halve_every")),
+    ("above 0 and below 1", lambda v: 0 < v < 1, ("halve_keep",)),
+)
+_UNUSED = (
+    "private", "watch", "watch_every", "tune", "tune_steps", "tune_rounds", "resume", "save_every", "keep",
+)  # fmt: skip
+
+
+def axes(options: Sweep) -> tuple[Axis, ...]:
+    """What `--over` says.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    found: dict[str, Axis] = {}
+    for text in options.over:
+        name, equals, values = (part.strip() for part in text.partition("="))
+        if not equals or name not in OVER or name in found:
+            raise UsageError(f"--over takes each of {', '.join(OVER)} once, as NAME=VALUES. Found {text!r:.80}.")
+        ranged = ":" in values
+        parts = [part for part in values.split(":" if ranged else ",") if part.strip()]
+        numbers = tuple(number_of(f"--over {name}", part, least=0.0, most=1e6) for part in parts)
+        if not numbers or len(set(numbers)) != len(numbers):
+            raise UsageError(f"--over {name} needs different numbers. Found {values!r:.80}.")
+        if ranged and (len(numbers) != 2 or numbers[0] > numbers[1] or (name in LOGARITHMIC and numbers[0] == 0)):
+            above = ", above 0," if name in LOGARITHMIC else ""
+            raise UsageError(f"--over {name} takes a range as LOW:HIGH{above} from low to high. Found {values!r:.80}.")
+        found[name] = Axis(name, numbers, ranged)
+    return tuple(found.values())
+
+
+def set_to(options: Train, name: str, value: Any) -> Train:
+    """The options with another value of what `OVER` names; of dropout, channels have half the rate of units."""
+    field = name.replace("-", "_")
+    given: dict[str, Any] = {field: (value / 2, value) if name == "dropout" else value}
+    return replace(options, **given)
+
+
+def check_sweep(options: Sweep) -> None:
+    """Refuses options of a sweep that do not go together.
+
+    Raises:
+        UsageError: with what to change.
+    """
+    check_ranges(options, _RULES)
+    _check_many(options.training, options.lanes)
+    found = axes(options)
+    if any(axis.ranged for axis in found) and options.draws is None:
+        raise UsageError("A range is drawn from: set --draws, such as 20. Found a range without it.")
+    if options.draws is not None and not found:
+        raise UsageError("--draws has no effect without --over.")
+    if options.halve_every is None and options.halve_keep != Sweep.halve_keep:
+        raise UsageError("--halve-keep has no effect without --halve-every.")
+    for axis in found:
+        if chosen_of(options.training, axis.field):
+            raise UsageError(f"--{axis.name} differs between the runs. Found {flag(axis.field)} as well: leave it out.")
+        for value in axis.values:
+            if axis.name in PRIVATE_OVER:
+                if axis.name == "clip-norm" and value == 0:
+                    raise UsageError("--over clip-norm must be above 0. Found 0.")
+                continue
+            one = set_to(options.training, axis.name, value)
+            check(replace(one, dropout=(value, value)) if axis.name == "dropout" else one)
+
+
+def combinations(options: Compare) -> dict[tuple[str, str, str], Train]:
+    """The runs that are compared but for their learning rates, by loss, optimizer and schedule.
+
+    Raises:
+        UsageError: a name is unknown, or there is none of a kind.
+    """
+    found = {}
+    for loss, optimizer, schedule in product(
+        _some("--losses", options.losses, LOSSES),
+        _some("--optimizers", options.optimizers, tuple(OPTIMIZERS)),
+        _some("--schedules", options.schedules, SCHEDULES),
+    ):
+        given: dict[str, Any] = {"loss": loss, "schedule": schedule, **OPTIMIZERS[optimizer]}
+        found[loss, optimizer, schedule] = replace(options.training, **given)
+    return found
+
+
+def lrs(options: Compare) -> tuple[float, ...]:
+    """What `--lrs` says.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    numbers = tuple(number_of("--lrs", part, least=0.0, most=1e6) for part in options.lrs.split(",") if part.strip())
+    if not numbers or len(set(numbers)) != len(numbers):
+        raise UsageError(f"--lrs needs different numbers. Found {options.lrs!r:.80}.")
+    return numbers
+
+
+def check_compare(options: Compare) -> None:
+    """Refuses options of a comparison that do not go together.
+
+    Raises:
+        UsageError: with what to change.
+    """
+    check_ranges(options, _RULES)
+    _check_many(options.training, options.lanes)
+    for name in ("loss", "optimizer", "schedule", "lr", "momentum", "nesterov", "dampening", "warmup"):
+        if chosen_of(options.training, name):
+            raise UsageError(f"{flag(name)} is what is compared. Leave it out.")
+    lrs(options)
+    for one in combinations(options).values():
+        check(one)
+
+
+def _some(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    found = listed(option, text, known)
+    if not found:
+        raise UsageError(f"{option} must name one of {', '.join(known)} at least. Found none.")
+    return found
+
+
+def _check_many(training: Train, lanes: str) -> None:
+    """What sweeps and comparisons ask of the options of their runs."""
+    for name in _UNUSED:
+        if chosen_of(training, name) or (name == "private" and training.private):
+            raise UsageError(f"{flag(name)} is for single runs. Leave it out.")
+    check(training)
+    if not training.hold_out:
+        raise UsageError("Runs are told apart by held-out images. Found none. Set --hold-out, such as 5000.")
+    if training.draw == "balanced":
+        raise UsageError("--draw balanced is for single runs. Leave it out.")
+    if not training.epochs:
+        raise UsageError("--epochs must be at least 1. Found 0.")
+    if lanes != "auto" and not (lanes.isdecimal() and 1 <= int(lanes) <= 1024):
+        raise UsageError(f"--lanes must be auto or a number from 1 to 1024. Found {lanes!r:.80}.")
