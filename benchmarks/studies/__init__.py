@@ -6,6 +6,11 @@
 | `noise_scale.py` | whether two estimators of the gradient noise scale agree, and what an epoch's average is |
 | `ground_truth.py` | how well attributions foretell what leaving examples out does |
 | `private.py` | what accuracy differential privacy costs, and what helps |
+| `overfitting.py` | what helps where there are 1,000 images |
+| `imbalance.py` | what helps where two classes are rare |
+| `tuning.py` | how a sweep and gradients through training find hyperparameters; losses and optimizers compared |
+| `best.py` | how good one network of the tutorial's can be, with a recipe chosen on held-out images |
+| `runs.py` | runs of `train`, side by side, which several studies are made of |
 | `__main__.py` | the command: runs studies, writes their records, prints their tables |
 
 A study is a module with a `QUESTION`; `run`, whose record is JSON; and `table`, which reads the record alone.
@@ -15,7 +20,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, Protocol, cast
 
-NAMES = ("mislabelled", "noise_scale", "ground_truth", "private")
+NAMES = ("mislabelled", "noise_scale", "ground_truth", "private", "overfitting", "imbalance", "tuning", "best")
 PREFIX = "study-"
 """What the names of records begin with."""
 

@@ -31,7 +31,8 @@ def sweep(options: Sweep) -> int:
     print(f"Sweep folder: {folder}")
     settings = int(sweeps.settings(runs).max()) + 1
     seeds = "a seed" if options.seeds == 1 else f"{options.seeds} seeds"
-    print(f"{len(runs[sweeps.SEED])} runs: {settings} setting{'s' * (settings > 1)}, each with {seeds}.", flush=True)
+    total = len(runs[sweeps.SEED])
+    print(f"{total} run{'s' * (total > 1)}: {settings} setting{'s' * (settings > 1)}, each with {seeds}.", flush=True)
     if {"clip_norm", "noise_multiplier"} & set(runs):
         print("Steps are clipped and noisy as private ones, of fixed batches; what they spend is not accounted for.")
     halving = None if options.halve_every is None else sweeps.Halving(options.halve_every, options.halve_keep)

@@ -61,7 +61,7 @@ def augmented(images: Tensor, keys: Tensor, augmentation: Augmentation) -> Tenso
     Guarantees: an image's change hangs on its key and the strengths alone. Strengths of 0 give the images themselves.
         Differentiable by strengths that are tensors, but for the erasing.
 
-    Cost: one `affine_grid` and one `grid_sample`; with `elastic`, 2 height width normal numbers for each image.
+    Cost: one affine grid and one `grid_sample`; with `elastic`, 2 height width normal numbers for each image.
 
     Example:
         >>> dot = torch.zeros(1, 3, 3)
@@ -104,17 +104,29 @@ def _resampled(images: Tensor, move_key: Tensor, field_key: Tensor, augmentation
     angle = turn * augmentation.rotate * (math.pi / 180)
     shrunk = torch.exp(-size * _log1p(augmentation.scale))
     cos, sin, lean = torch.cos(angle) * shrunk, torch.sin(angle) * shrunk, lean * augmentation.shear
-    # Rows of the map from a pixel shown to the place it is taken from, in units of half an image.
-    across = [cos, (cos * lean - sin) * (height / width), right * augmentation.shift * (2 / width)]
-    along = [sin * (width / height), sin * lean + cos, down * augmentation.shift * (2 / height)]
-    maps = torch.stack([torch.stack(across, -1), torch.stack(along, -1)], -2)  # (N, 2, 3)
-    grid = F.affine_grid(maps, [len(flat), 1, height, width], align_corners=False)
+    # The map from a pixel shown to the place it is taken from, in units of half an image: `affine_grid`, which has no
+    # rule for `vmap`, written out.
+    across = cos, (cos * lean - sin) * (height / width), right * augmentation.shift * (2 / width)
+    along = sin * (width / height), sin * lean + cos, down * augmentation.shift * (2 / height)
+    x, y = _places(width, images), _places(height, images)[:, None]
+    grid = torch.stack([_line(across, x, y), _line(along, x, y)], -1)  # (N, height, width, 2)
     if _on(augmentation.elastic):
         noise = random.box_muller(field_key.reshape(-1, 2), (2, height, width)).to(images.dtype)
         rows, columns = (_smoothing(side, images) for side in (height, width))
         field = (rows @ noise @ columns.T).movedim(1, -1)  # (N, height, width, 2)
         grid = grid + field * augmentation.elastic * images.new_tensor([2 / width, 2 / height])
     return F.grid_sample(flat, grid, align_corners=False).view(images.shape)
+
+
+def _places(side: int, like: Tensor) -> Tensor:
+    """The centres of a row of pixels, from -1 to 1: (side,)."""
+    return (2 * torch.arange(side, dtype=like.dtype, device=like.device) + 1) / side - 1
+
+
+def _line(factors: tuple[Tensor, Tensor, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """a x + b y + c, with a, b and c of each image: (N, height, width)."""
+    a, b, c = (factor[:, None, None] for factor in factors)
+    return a * x + b * y + c
 
 
 def _log1p(strength: float | Tensor) -> float | Tensor:

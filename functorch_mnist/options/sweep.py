@@ -29,10 +29,10 @@ OPTIMIZERS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "momentum": {"optimizer": "sgd", "momentum": 0.9},
         "nesterov": {"optimizer": "sgd", "momentum": 0.9, "nesterov": True},
         "adam": {"optimizer": "adam"},
-        "adamw": {"optimizer": "adamw"},
+        "adamw": {"optimizer": "adamw", "weight_decay": 0.01},
     }
 )
-"""The optimizers that are compared, as options of `train`."""
+"""The optimizers that are compared, as options of `train`; a weight decay that is given is that of all."""
 SCHEDULES = ("constant", "cosine", "one-cycle", "step-decay")
 
 
@@ -168,6 +168,8 @@ def combinations(options: Compare) -> dict[tuple[str, str, str], Train]:
         _some("--schedules", options.schedules, SCHEDULES),
     ):
         given: dict[str, Any] = {"loss": loss, "schedule": schedule, **OPTIMIZERS[optimizer]}
+        if chosen_of(options.training, "weight_decay"):
+            given.pop("weight_decay", None)
         found[loss, optimizer, schedule] = replace(options.training, **given)
     return found
 
