@@ -1,8 +1,8 @@
-"""How hyperparameters are found: by a sweep, by a sweep with halving, and by gradients through training; and what losses,
+"""How hyperparameters are found: by sweeps, with and without halving, and by gradients through training; what losses,
 optimizers and schedules do, each at its best learning rate.
 
-An MLP 784-128-10 on 10,000 images, five epochs of one cycle. Each way begins with a learning rate a hundred times too
-small. What it finds is trained with seeds of its own, by `train`; seconds are of the search alone.
+An MLP 784-128-10 on 10,000 images, five epochs of one cycle. The gradients begin at a learning rate that is far too
+small. What each way finds is trained by `train` with five seeds; seconds are of the search alone.
 """
 
 import contextlib
@@ -48,8 +48,8 @@ def run(*, quick: bool, progress: Callable[[str], object]) -> dict[str, Any]:
         out = Path(folder) / "tuned"
         tuning = f"--tune lr,weight-decay --tune-steps {5 if quick else STEPS} --tune-rounds {2 if quick else ROUNDS}"
         whole = _called(f"train {COMMON} {START} {tuning} {more} --out {out}")
-        options = run_folder.read_config(out)
-        chosen = f"--lr {options.lr:.6g} --weight-decay {options.weight_decay:.6g}"
+        tuned = run_folder.read_config(out)
+        chosen = f"--lr {tuned.lr:.6g} --weight-decay {tuned.weight_decay:.6g}"
         alone = _called(f"train {COMMON} {chosen} {more} --out {Path(folder) / 'alone'}")
         found[TUNED] = chosen, whole - alone
         progress(f"{TUNED}: {found[TUNED]}")
