@@ -83,6 +83,15 @@ class Saved(NamedTuple):
     """Where the best epoch is kept."""
 
 
+class Partners(NamedTuple):
+    """What mixup mixes an image with."""
+
+    examples: data.Split
+    """All training images: each partner is one of them."""
+    shares: Callable[[Tensor], Tensor]
+    """From keys to the shares of the images themselves."""
+
+
 class Parts(NamedTuple):
     """A data set as a run uses it."""
 
@@ -321,33 +330,38 @@ def tested(options: Train, saved: Saved) -> Params:
     return saved.best.params if isinstance(saved.best, Best) else current(options, saved.state)
 
 
-def losses(made: Classifier, options: Train, examples: data.Split) -> Callable[..., Tensor]:
+def partners(options: Train, examples: data.Split) -> Partners | None:
+    """What mixup draws from, if there is any."""
+    return Partners(examples, data.mixing_shares(options.mixup)) if options.mixup else None
+
+
+def losses(made: Classifier, options: Train, others: Partners | None = None) -> Callable[..., Tensor]:
     """`losses(params, images (..., 1, 28, 28), labels (...), keys (..., 2)) -> (...)`: what training makes small.
 
     Args:
         made: the model and its loss.
         options: of the run.
-        examples: all training images, from which mixup draws an image's partner.
+        others: what images are mixed with, if they are.
     """
     augmentation = data.Augmentation(**options_of.augmentation(options))
 
     def changed(images: Tensor, keys: Tensor) -> Tensor:
         return made.scaled(data.augmented(images.float(), keys, augmentation))
 
-    def mixed(params: Params, images: Tensor, labels: Tensor, keys: Tensor) -> Tensor:
+    def mixed(others: Partners, params: Params, images: Tensor, labels: Tensor, keys: Tensor) -> Tensor:
         partner_key, share_key, change_key, keys = random.split(keys, 4).unbind(-2)
-        partners = random.randint(partner_key, (), 0, len(examples.labels))
-        others = examples.images.index_select(0, partners.reshape(-1)).view(images.shape)
-        share = data.mixing_share(share_key, options.mixup)
-        pixels = torch.lerp(others.float(), images.float(), share[..., None, None, None])
+        which = random.randint(partner_key, (), 0, len(others.examples.labels))
+        second = others.examples.images.index_select(0, which.reshape(-1)).view(images.shape)
+        share = others.shares(share_key)
+        pixels = torch.lerp(second.float(), images.float(), share[..., None, None, None])
         outputs = made.outputs(params, changed(pixels, change_key), keys)
         return share * made.loss(outputs, labels) + (1 - share) * made.loss(
-            outputs, _looked_up(examples.labels, partners)
+            outputs, _looked_up(others.examples.labels, which)
         )
 
     def losses_fn(params: Params, images: Tensor, labels: Tensor, keys: Tensor) -> Tensor:
-        if options.mixup:
-            return mixed(params, images, labels, keys)
+        if others is not None:
+            return mixed(others, params, images, labels, keys)
         if options.augment is not None:
             change_key, keys = random.split(keys).unbind(-2)
             return made.loss(made.outputs(params, changed(images, change_key), keys), labels)

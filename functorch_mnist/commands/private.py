@@ -33,7 +33,7 @@ class Private:
         Raises:
             UsageError: the numbers do not go together, or the accountant is not installed.
         """
-        self.options, self.made, self.optimizer, self.examples = options, made, optimizer, examples
+        self.options, self.made, self.optimizer = options, made, optimizer
         self.clipping = build.clipping(options)
         self.data = digest(list(examples))
         total = len(examples.labels)
@@ -91,7 +91,7 @@ class Private:
         """The run's step."""
         with refusing(ValueError):
             step = training.make_private_step(
-                build.losses(self.made, self.options, self.examples),
+                build.losses(self.made, self.options),
                 self.optimizer,
                 clipping=self.clipping,
                 noise_multiplier=self.mechanism.noise_multiplier,

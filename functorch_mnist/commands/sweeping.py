@@ -52,7 +52,7 @@ class Spread(NamedTuple):
 def program(options: Train, parts: Parts) -> sweep.Program:
     """A run of these options, as pure functions of what its sweep sets it to."""
     begun = build.origin(options, parts)
-    begun = begun._replace(options=options)
+    others = build.partners(options, parts.train)
     batch_size = min(options.batch_size, begun.examples)
     per_epoch = data.steps_per_epoch(begun.examples, batch_size)
     held_out = parts.judging
@@ -74,7 +74,7 @@ def program(options: Train, parts: Parts) -> sweep.Program:
         hyper: sweep.Values, state: training.State, *rows: Tensor, mask: Tensor | None, divisor: Tensor
     ) -> tuple[training.State, dict[str, Tensor]]:
         one, classifier = made(hyper)
-        losses_fn = build.losses(classifier, one, parts.train)
+        losses_fn = build.losses(classifier, one, others)
         optimizer = build.optimizer(one, per_epoch)
         if "clip_norm" not in hyper and "noise_multiplier" not in hyper:
             return training.make_step(training.batch_gradient(losses_fn), optimizer)(
@@ -155,10 +155,12 @@ def swept(
         checkpoint.save(folder / CHECKPOINTS, now, step=epoch, config=config, keep=2)
         if told:
             left = int((now.ended == sweep.RUNNING).sum())
-            score = now.score[:, :epoch].nan_to_num(nan=-1).amax(1)
+            score = now.at_best("accuracy").nan_to_num(nan=-1)
             best = int(score.argmax())
-            leader = f"the best so far {100 * score[best].item():.2f}% with {words(runs, best)}"
-            print(f"epoch {epoch}/{options.epochs}: {left} of {total} runs go on; {leader}", flush=True)
+            leader = f"; the best so far {100 * score[best].item():.2f}% with {words(runs, best)}" * bool(
+                score[best] >= 0
+            )
+            print(f"epoch {epoch}/{options.epochs}: {left} of {total} runs go on{leader}", flush=True)
 
     try:
         found = sweep.fit(
@@ -172,7 +174,7 @@ def swept(
         ) from None
     tested = torch.full((total,), torch.nan, dtype=torch.float64)
     with_epoch = (found.best_epoch >= 0).nonzero().squeeze(1)
-    for some in with_epoch.split(width):
+    for some in with_epoch.split(width) if len(with_epoch) else ():
         given = _outputs(made, found.best, some, parts.test.images, width).argmax(-1)
         tested[some.cpu()] = (given == parts.test.labels).double().mean(-1).cpu()
     return Swept(tree.map(Tensor.cpu, runs), found, width, found.at_best("accuracy").cpu(), tested)

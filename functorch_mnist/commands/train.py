@@ -66,7 +66,7 @@ def run(options: Train, parts: Parts, folder: Path, *, again: str) -> int:
     print(f"Run folder: {folder}", flush=True)
     if private:
         print(private.start_line(), flush=True)
-    losses_fn = build.losses(made, options, parts.train)
+    losses_fn = build.losses(made, options, build.partners(options, parts.train))
     compiled = options.compile == "on"
 
     def step_of(estimator: training.Estimator) -> training.Step:

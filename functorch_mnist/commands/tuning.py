@@ -31,7 +31,7 @@ class Tuning:
         self.made = build.classifier(build.origin(options, parts))
         self.batch_size = min(options.batch_size, len(parts.train.labels))
         held_out = tuple(part[:JUDGED] for part in parts.judging)
-        losses_fn = build.losses(self.made, options, parts.train)
+        losses_fn = build.losses(self.made, options, build.partners(options, parts.train))
         images = torch.cat([self.made.inputs(part) for part in parts.train.images.split(1000)])
         self._examples = images, parts.train.labels
 

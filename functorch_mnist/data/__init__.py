@@ -24,7 +24,7 @@ from .idx import DataError as DataError
 from .idx import read_idx as read_idx
 from .imbalance import balanced_order as balanced_order
 from .imbalance import imbalance as imbalance
-from .mixing import mixing_share as mixing_share
+from .mixing import mixing_shares as mixing_shares
 from .pixels import normalization as normalization
 from .pixels import normalize as normalize
 from .sets import NAMES as NAMES

@@ -111,7 +111,7 @@ def axes(options: Sweep) -> tuple[Axis, ...]:
             raise UsageError(f"--over takes each of {', '.join(OVER)} once, as NAME=VALUES. Found {text!r:.80}.")
         ranged = ":" in values
         parts = [part for part in values.split(":" if ranged else ",") if part.strip()]
-        numbers = tuple(number_of(f"--over {name}", part, least=0.0, most=1e6) for part in parts)
+        numbers = tuple(number_of(f"--over {name}", part, least=0.0, most=1e38) for part in parts)
         if not numbers or len(set(numbers)) != len(numbers):
             raise UsageError(f"--over {name} needs different numbers. Found {values!r:.80}.")
         if ranged and (len(numbers) != 2 or numbers[0] > numbers[1] or (name in LOGARITHMIC and numbers[0] == 0)):
@@ -180,7 +180,7 @@ def lrs(options: Compare) -> tuple[float, ...]:
     Raises:
         UsageError: it cannot be read.
     """
-    numbers = tuple(number_of("--lrs", part, least=0.0, most=1e6) for part in options.lrs.split(",") if part.strip())
+    numbers = tuple(number_of("--lrs", part, least=0.0, most=1e38) for part in options.lrs.split(",") if part.strip())
     if not numbers or len(set(numbers)) != len(numbers):
         raise UsageError(f"--lrs needs different numbers. Found {options.lrs!r:.80}.")
     return numbers

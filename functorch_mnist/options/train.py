@@ -234,6 +234,8 @@ def check(options: Train) -> None:
         raise UsageError("--copies has no effect with --model scattering, whose features are computed once.")
     if not options.copies and chosen_of(options, "shift"):
         raise UsageError("--shift has no effect without --copies.")
+    if options.optimizer != "sgd" and options.momentum >= 1:
+        raise UsageError(f"--momentum must be below 1 with --optimizer {options.optimizer}. Found {options.momentum}.")
     _check_parts(options)
     _check_tuning(options)
     if options.private:
