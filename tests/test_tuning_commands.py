@@ -115,8 +115,10 @@ def test_each_remedy_changes_the_run_and_goes_on_bit_equal(name, plain, data_dir
 
 
 def test_compiled_remedies_equal_eager_ones(data_dir, tmp_path):
-    shared = ("--data-dir", data_dir, *LINES, "--epochs", 1, "--mixup", "0.4", "--augment", "shift=2,rotate=10,elastic=1",
-              "--class-weights", "balanced", "--logit-adjustment", "1", "--focal", "1", "--average-from", "0")  # fmt: skip
+    remedies = (
+        "--mixup 0.4 --augment shift=2,rotate=10,elastic=1 --class-weights balanced --logit-adjustment 1 --focal 1"
+    )
+    shared = ("--data-dir", data_dir, *LINES, "--epochs", 1, *remedies.split(), "--average-from", "0")
     found = []
     for compile in ("off", "on"):
         assert ask("train", *shared, "--compile", compile, "--out", tmp_path / compile).status == 0
@@ -256,16 +258,16 @@ def test_a_sweep_that_was_broken_off_goes_on_to_the_same_bits(swept, data_dir, t
 
 def test_failures_cuts_and_stops_are_told_of(data_dir, tmp_path):
     out = succeed(
-        "sweep", "--data-dir", data_dir, *LINES, "--over", "lr=0.00001,0.01,0.1,1e30", "--epochs", 6, "--halve-every", 2,
-        "--patience", 1, "--out", tmp_path / "sweep", "--lanes", 1,
+        "sweep", "--data-dir", data_dir, *LINES, "--over", "lr=0.00001,0.01,0.1,3e37", "--epochs", 6,
+        "--halve-every", 2, "--patience", 1, "--out", tmp_path / "sweep", "--lanes", 1,
     )  # fmt: skip
     rows = table(tmp_path / "sweep" / "runs.csv")
     assert rows[3]["status"] == "failed"
     assert rows[3]["held_out_accuracy"] == ""
     assert int(rows[3]["failed_at_step"]) < 6
     assert "cut" in {row["status"] for row in rows}
-    assert f"Not finite after step {rows[3]['failed_at_step']}: lr 1e+30, seed 0" in out
-    out = ask("sweep", "--data-dir", data_dir, *LINES, "--over", "lr=1e30", "--epochs", 1, "--out", tmp_path / "none")
+    assert f"Not finite after step {rows[3]['failed_at_step']}: lr 3e+37, seed 0" in out
+    out = ask("sweep", "--data-dir", data_dir, *LINES, "--over", "lr=3e37", "--epochs", 1, "--out", tmp_path / "none")
     assert out.status == 1
     assert "No setting has made an epoch" in out.out
 

@@ -157,10 +157,9 @@ def swept(
             left = int((now.ended == sweep.RUNNING).sum())
             score = now.at_best("accuracy").nan_to_num(nan=-1)
             best = int(score.argmax())
-            leader = f"; the best so far {100 * score[best].item():.2f}% with {words(runs, best)}" * bool(
-                score[best] >= 0
-            )
-            print(f"epoch {epoch}/{options.epochs}: {left} of {total} runs go on{leader}", flush=True)
+            leader = f"; the best so far {100 * score[best].item():.2f}% with {words(runs, best)}"
+            line = f"epoch {epoch}/{options.epochs}: {left} of {total} runs go on"
+            print(line + leader * bool(score[best] >= 0), flush=True)
 
     try:
         found = sweep.fit(
