@@ -6,7 +6,7 @@ from .measure import Question
 
 NAMES = (
     "step", "epoch", "per_sample", "scaling", "models", "start_up", "memory", "strategies", "normals",
-    "watch", "gram", "scores", "private",
+    "watch", "gram", "scores", "private", "sweep", "hypergradient",
 )  # fmt: skip
 
 

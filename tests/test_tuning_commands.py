@@ -256,10 +256,10 @@ def test_a_sweep_that_was_broken_off_goes_on_to_the_same_bits(swept, data_dir, t
     assert (folder / "runs.csv").read_bytes() == (swept[0] / "runs.csv").read_bytes()
 
 
-def test_failures_cuts_and_stops_are_told_of(data_dir, tmp_path):
+def test_failures_and_cuts_are_told_of(data_dir, tmp_path):
     out = succeed(
         "sweep", "--data-dir", data_dir, *LINES, "--over", "lr=0.00001,0.01,0.1,3e37", "--epochs", 6,
-        "--halve-every", 2, "--patience", 1, "--out", tmp_path / "sweep", "--lanes", 1,
+        "--halve-every", 2, "--out", tmp_path / "sweep", "--lanes", 1,
     )  # fmt: skip
     rows = table(tmp_path / "sweep" / "runs.csv")
     assert rows[3]["status"] == "failed"

@@ -79,7 +79,7 @@ def all_made(jobs: Sequence[Job], progress: Callable[[str], object]) -> list[Res
     """All runs, in the order of the jobs."""
     results: dict[Job, Result] = {}
     workers = len(os.sched_getaffinity(0))
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         waiting = {pool.submit(made, job): job for job in jobs}
         for done in as_completed(waiting):
             job = waiting[done]

@@ -27,6 +27,7 @@ from .lanes import Measured as Measured
 from .lanes import Program as Program
 from .lanes import Values as Values
 from .lanes import measure as measure
+from .lanes import stacked as stacked
 from .runs import SEED as SEED
 from .runs import LogUniform as LogUniform
 from .runs import OneOf as OneOf
@@ -35,6 +36,7 @@ from .runs import Uniform as Uniform
 from .runs import drawn as drawn
 from .runs import grid as grid
 from .runs import settings as settings
+from .runs import with_seeds as with_seeds
 from .tune import LOG as LOG
 from .tune import LOG_FROM_ONE as LOG_FROM_ONE
 from .tune import Scale as Scale

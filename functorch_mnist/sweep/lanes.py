@@ -63,7 +63,11 @@ class Measured(NamedTuple):
 
 def init(program: Program, runs: Runs) -> State:
     """The states before the first step, stacked: leaves (K, …). Each is the program's own, bit for bit."""
-    states = [program.init(_lane(runs, k), random.key(int(runs[SEED][k]))) for k in range(count(runs))]
+    return stacked([program.init(_lane(runs, k), random.key(int(runs[SEED][k]))) for k in range(count(runs))])
+
+
+def stacked(states: Sequence[T]) -> T:
+    """Lanes of these states: leaves (L, …)."""
     return tree.map(lambda *leaves: torch.stack(leaves), *states)
 
 
