@@ -16,7 +16,7 @@ from torch import Tensor
 
 from functorch_mnist import data, losses, models, optim, random, sweep, train, tree
 
-from . import problems, report
+from . import networks, problems, report
 from .measure import Arm, Case, Comparison, Question, Setup, Start, Work
 from .problems import Problem, start
 from .steps import MOMENTUM, relative_difference
@@ -29,7 +29,7 @@ class Many(NamedTuple):
     """So many runs of one kind."""
 
     problem: Callable[[int, str], Problem]
-    count: int
+    runs: int
     widths: tuple[int, ...]
     rounds: int
 
@@ -45,20 +45,20 @@ class Group:
     """The runs: weights, learning rates and examples, the same for all arms."""
 
     def __init__(self, many: Many, device: str) -> None:
-        self.problem, self.count = many.problem(BATCH_SIZE, device), many.count
+        self.problem, self.count = many.problem(BATCH_SIZE, device), many.runs
         images = data.load("mnist").train
-        total = many.count * BATCH_SIZE
+        total = many.runs * BATCH_SIZE
         self.images, self.labels = images.images[:total].to(device), images.labels[:total].to(device)
-        self.lrs = [0.01 * 1.02**k for k in range(many.count)]
+        self.lrs = [0.01 * 1.02**k for k in range(many.runs)]
         self.params = [
             {
                 name: w + 0.01 * random.normal(random.fold_in(random.key(k, device=device), place), tuple(w.shape))
                 for place, (name, w) in enumerate(self.problem.params.items())
             }
-            for k in range(many.count)
+            for k in range(many.runs)
         ]
-        self.index = torch.arange(total, device=device).view(many.count, BATCH_SIZE)
-        self.keys = random.split(random.key(1, device=device), total).view(many.count, BATCH_SIZE, 2)
+        self.index = torch.arange(total, device=device).view(many.runs, BATCH_SIZE)
+        self.keys = random.split(random.key(1, device=device), total).view(many.runs, BATCH_SIZE, 2)
 
     def updates(self, params: Sequence[models.Params]) -> list[models.Params]:
         """How far the runs have moved."""
@@ -153,13 +153,15 @@ def lanes(group: Group, *, width: int, compile: bool) -> Work:
 
 def arms(group: Group, many: Many) -> list[Arm]:
     """Loops, then lanes."""
-    convolutional = group.count == KINDS["8 tutorial CNNs"].count
-    found = []
+    convolutional = group.problem.module is networks.Net
+    found: list[Arm] = []
     for compile, form in ((False, "eager"), (True, "compiled")):
         for fused in (False, True):
+            if compile and group.count > 8:
+                continue  # a compiler that is given more modules than eight gives up
             name = f"loop of {form} nn.Modules{', fused SGD' if fused else ''}"
             make = partial(modules, group, compile=compile, fused=fused, channels_last=convolutional)
-            found.append(Arm(name, make, TOLERANCE, baseline=not compile and not found))
+            found.append(Arm(name, make, TOLERANCE, baseline=not found))
     for width in many.widths:
         name = "loop over one compiled step" if width == 1 else f"lanes, {width} at once"
         found.append(Arm(name, partial(lanes, group, width=width, compile=True), TOLERANCE))
@@ -175,7 +177,7 @@ def cases(setup: Setup) -> Iterator[Case]:
     """A case for each kind of run."""
     for name, many in KINDS.items():
         if setup.quick:
-            many = many._replace(count=4, widths=(1, 4), rounds=5)
+            many = many._replace(runs=4, widths=(1, 4), rounds=5)
         group = Group(many, setup.device)
         yield Case(
             f"{name}, B={BATCH_SIZE}",
@@ -183,7 +185,7 @@ def cases(setup: Setup) -> Iterator[Case]:
             difference,
             many.rounds,
             warmups=2,
-            settings={"runs": many.count, "batch_size": BATCH_SIZE},
+            settings={"runs": many.runs, "batch_size": BATCH_SIZE},
         )
         if setup.quick:
             return
