@@ -110,8 +110,8 @@ def temperature(outputs: Tensor, labels: Tensor, *, steps: int = 50) -> Tensor:
     Cost: each step is one softmax in float64.
 
     Example:
-        >>> temperature(torch.tensor([[2.0, 0.0]] * 4), torch.tensor([0, 0, 0, 1])).item()  # 2 / log 3
-        1.8204784532536746
+        >>> temperature(torch.tensor([[2.0, 0.0]] * 4), torch.tensor([0, 0, 0, 1]))  # 2 / log 3
+        tensor(1.8205, dtype=torch.float64)
 
     Reference: Guo, Pleiss, Sun, Weinberger, "On calibration of modern neural networks", ICML 2017, section 4.2.
     """

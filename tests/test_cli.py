@@ -815,9 +815,9 @@ def test_closed_streams_are_no_fault(copy, linear, monkeypatch):
 
 
 def table(out):
-    """The confusion matrix and the recalls that `evaluate` printed."""
+    """The confusion matrix, and recall, precision and F1 of each class, that `evaluate` printed."""
     rows = [line.split() for line in out.splitlines() if re.match(r" +\d ", line)]
-    return torch.tensor([[int(n) for n in row[1:-1]] for row in rows]), [row[-1] for row in rows]
+    return torch.tensor([[int(n) for n in row[1:-3]] for row in rows]), *zip(*[row[-3:] for row in rows], strict=True)
 
 
 def test_evaluate_prints_accuracy_recall_and_the_confusion_matrix(linear, mnist):
@@ -829,12 +829,16 @@ def test_evaluate_prints_accuracy_recall_and_the_confusion_matrix(linear, mnist)
     for image, label in zip(mnist.test.images[:TEST], mnist.test.labels[:TEST], strict=True):
         given = (weight @ ((image.flatten() / 255 - mean) / deviation) + bias).argmax()
         counts[label, given] += 1
-    confusion, recalls = table(out)
+    confusion, recalls, precisions, scores = table(out)
     assert torch.equal(confusion, counts)
     correct = int(counts.diagonal().sum())
     assert out.startswith(f"Accuracy of the network on the 64 test images: {100 * correct / TEST:.2f}%\n")
     for row, recall in enumerate(recalls):
         assert recall == f"{100 * counts[row, row] / counts[row].sum():.2f}%"
+        assert precisions[row] == f"{100 * counts[row, row] / counts[:, row].sum().clamp(min=1):.2f}%"
+    harmonic = [2 * counts[k, k].item() / (counts[k].sum() + counts[:, k].sum()).item() for k in range(10)]
+    assert list(scores) == [f"{one:.4f}" for one in harmonic]
+    assert f"Macro-F1: {sum(harmonic) / 10:.4f}, " in out
     assert succeed("evaluate", linear, "--batch-size", "7") == out
     assert succeed("evaluate", linear, "--batch-size", 10**30) == out
 
@@ -844,7 +848,7 @@ def test_a_class_without_images_has_no_recall(linear, mnist, tmp_path):
     split = fm.data.Split(mnist.test.images[sevens][:20], mnist.test.labels[sevens][:20])
     write_idx(tmp_path / "sevens", fm.data.Dataset(split, split, 10))
     out = succeed("evaluate", linear, "--data-dir", tmp_path / "sevens")
-    confusion, recalls = table(out)
+    confusion, recalls, _, _ = table(out)
     assert int(confusion[7].sum()) == int(confusion.sum()) == 20
     assert [recall == "none" for recall in recalls] == [row != 7 for row in range(10)]
 

@@ -171,6 +171,7 @@ def test_the_last_batch_of_an_epoch_may_be_smaller():
 
 def test_compiled_lanes_equal_eager_ones_and_compile_once_for_each_width():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     lanes = sweep.Lanes(PROGRAM, EXAMPLES, batch_size=BATCH, compile=True)
     found = sweep.fit(lanes, RUNS, sweep.start(PROGRAM, RUNS, epochs=EPOCHS), width=6)
     torch.testing.assert_close(found.states.params, made(width=6).states.params, rtol=1e-4, atol=1e-5)
