@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.func import vmap
 
-from functorch_mnist import losses, optim, random, sweep, train, tree
+from functorch_mnist import data, losses, optim, random, sweep, train, tree
 
 N, BATCH, EPOCHS = 48, 16, 3
 IMAGES = random.normal(random.key(0), (N, 6))
@@ -286,6 +286,32 @@ def test_hypergradients_equal_finite_differences(name):
     slope = (found.grads[name] * moved).sum()
     torch.testing.assert_close(slope, (high - low) / (2 * step), rtol=1e-6, atol=1e-10)
     assert slope.abs() > 1e-7
+
+
+@pytest.mark.parametrize("name", ["shift", "rotate", "elastic"])
+def test_hypergradients_by_a_strength_of_augmentation_equal_finite_differences(name):
+    images, keys = random.uniform(random.key(4), (6, 1, 8, 8)).double(), random.split(random.key(5), 24).view(4, 6, 2)
+    labels, chosen = torch.arange(6) % 3, optim.sgd(0.1, momentum=0.5)
+
+    def losses_of(params, x, y):
+        return losses.cross_entropy(torch.tanh(x.flatten(1)) @ params, y)
+
+    def one(strength, state, keys):
+        changed = data.augmented(images, keys, data.Augmentation(**{name: strength}))
+        return train.make_step(train.batch_gradient(losses_of), chosen)(state, changed, labels)[0]
+
+    def through(strength):
+        begun = train.init_state(random.normal(random.key(6), (64, 3)).double(), chosen, random.key(0))
+        return sweep.hypergradient(
+            one, lambda _, state: losses_of(state.params, images, labels).mean(), strength, begun,
+            lambda t: (keys[t],), steps=4,
+        )  # fmt: skip
+
+    strength = torch.tensor({"shift": 1.3, "rotate": 20.0, "elastic": 0.7}[name], dtype=torch.float64)
+    step = 1e-6 * strength
+    slope = (through(strength + step).loss - through(strength - step).loss) / (2 * step)
+    torch.testing.assert_close(through(strength).grads, slope, rtol=1e-6, atol=1e-10)
+    assert slope.abs() > 1e-6
 
 
 def test_hypergradients_are_the_same_bits_however_many_states_are_kept_and_compiled_up_to_rounding():

@@ -29,7 +29,7 @@ REMEDIES: dict[str, tuple[str, ...]] = {
     "erasing": ("--augment erase=0.3", "--augment erase=0.6"),
     "early stopping": ("--patience 10",),
     "moving average": ("--average 0.98",),
-    "stochastic weight averaging": ("--average-from 0.5 --schedule constant --lr 0.02",),
+    "stochastic weight averaging": ("--average-from 0.5 --schedule constant --warmup 0.3 --lr 0.02",),
     "together": (
         f"--augment {MOVED},elastic=1 --weight-decay 0.001 --dropout 0.1 0.25 --average 0.98",
         f"--augment {MOVED},elastic=2 --weight-decay 0.001 --dropout 0.1 0.25 --average 0.98",
