@@ -330,6 +330,11 @@ def tested(options: Train, saved: Saved) -> Params:
     return saved.best.params if isinstance(saved.best, Best) else current(options, saved.state)
 
 
+def prepared(made: Classifier, images: Tensor) -> Tensor:
+    """What the training images become before it starts, some at a time."""
+    return torch.cat([made.inputs(part) for part in images.split(1000)])
+
+
 def partners(options: Train, examples: data.Split) -> Partners | None:
     """What mixup draws from, if there is any."""
     return Partners(examples, data.mixing_shares(options.mixup)) if options.mixup else None

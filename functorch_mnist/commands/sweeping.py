@@ -56,7 +56,7 @@ def program(options: Train, parts: Parts) -> sweep.Program:
     batch_size = min(options.batch_size, begun.examples)
     per_epoch = data.steps_per_epoch(begun.examples, batch_size)
     held_out = parts.judging
-    judged = torch.cat([build.classifier(begun).inputs(part) for part in held_out.images.split(1000)])
+    judged = build.prepared(build.classifier(begun), held_out.images)
 
     def made(hyper: sweep.Values) -> tuple[Train, build.Classifier]:
         one = options
@@ -127,7 +127,7 @@ def swept(
     where = parts.train.images.device
     runs = {name: column.to(where) for name, column in runs.items()}
     made = build.classifier(build.origin(options, parts))
-    images = torch.cat([made.inputs(part) for part in parts.train.images.split(1000)])
+    images = build.prepared(made, parts.train.images)
     kept = program(options, parts)
     several = sweep.Lanes(
         kept,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import allocator, checkpoint, data, run_folder
 from .. import train as training
@@ -81,7 +80,7 @@ def run(options: Train, parts: Parts, folder: Path, *, again: str) -> int:
         return restore.to_config(begun) | ({LEDGER: private.ledger(step).to_json()} if private else {})
 
     done = int(saved.state.step)
-    examples = (_inputs(made, parts.train.images), parts.train.labels)
+    examples = (build.prepared(made, parts.train.images), parts.train.labels)
     reporter = Reporter(
         folder, epochs=options.epochs, total=total, done=done, seen=done % per_epoch * batch_size,
         epsilon=private.epsilon if private else None,
@@ -136,11 +135,6 @@ def run(options: Train, parts: Parts, folder: Path, *, again: str) -> int:
             "Is the batch too large for the memory, or is there no C++ compiler for --compile on?"
         ) from error
     return 0
-
-
-def _inputs(made: build.Classifier, images: Tensor) -> Tensor:
-    """What the training images become before it starts, some at a time."""
-    return torch.cat([made.inputs(part) for part in images.split(1000)])
 
 
 def _resumed(run: Path, start: Saved, begun: Origin, total: int, private: Private | None) -> tuple[Saved, int]:

@@ -32,8 +32,7 @@ class Tuning:
         self.batch_size = min(options.batch_size, len(parts.train.labels))
         held_out = tuple(part[:JUDGED] for part in parts.judging)
         losses_fn = build.losses(self.made, options, build.partners(options, parts.train))
-        images = torch.cat([self.made.inputs(part) for part in parts.train.images.split(1000)])
-        self._examples = images, parts.train.labels
+        self._examples = build.prepared(self.made, parts.train.images), parts.train.labels
 
         def step(hyper: sweep.Values, state: training.State, *rows: Tensor) -> training.State:
             made = training.make_step(training.batch_gradient(losses_fn), self._optimizer(hyper))
