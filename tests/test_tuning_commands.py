@@ -9,7 +9,7 @@ from shell import ask, complain, succeed
 
 import functorch_mnist as fm
 from functorch_mnist import options, sweep
-from functorch_mnist.commands import sweeping
+from functorch_mnist.commands import sources, sweeping
 
 LINES = ("--model", "linear", "--batch-size", "32", "--hold-out", "64")
 """192 images are left to train on: six steps an epoch."""
@@ -293,7 +293,7 @@ def test_ranges_are_drawn_from_and_clipped_and_noisy_steps_swept(data_dir, tmp_p
 def test_a_clipped_run_of_a_sweep_clips_and_adds_noise_as_it_says(mnist):
     given = options.Train(model="linear", hold_out=64, batch_size=8, lr=1.0, momentum=0.0)
     images, labels = (part[:200] for part in mnist.train)
-    parts = sweeping.Parts(fm.data.Split(images, labels), fm.data.Split(images[:64], labels[:64]), mnist.test, 10)
+    parts = sources.Parts(fm.data.Split(images, labels), fm.data.Split(images[:64], labels[:64]), mnist.test, 10)
     program = sweeping.program(given, parts)
 
     def moved(noise, key):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from functorch_mnist import cli, run_folder, train
-from functorch_mnist.commands import build, restore
+from functorch_mnist.commands import restore, sources
 
 
 class Job(NamedTuple):
@@ -62,7 +62,7 @@ def made(job: Job, threads: int = 1) -> Result:
             raise RuntimeError(f"the run {job} failed with status {status}: {told.getvalue()[-500:]}")
         records = {record["kind"]: record for record in run_folder.read_metrics(run)}
         found = restore.trained(run, torch.device("cpu"))
-        test = build.load("mnist", None, torch.device("cpu")).test
+        test = sources.load("mnist", None, torch.device("cpu")).test
         recall = 100 * train.evaluate(found.made.outputs, found.made.test_loss, found.params, *test).recall
     held_out, test_record = records.get("held-out"), records["test"]
     return Result(

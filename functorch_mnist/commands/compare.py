@@ -6,7 +6,7 @@ from pathlib import Path
 from .. import plots
 from .. import sweep as sweeps
 from ..options import Compare, combinations, lrs
-from . import build
+from . import sources
 from .scoring import write, write_picture
 from .sweep import percent
 from .sweeping import spread, swept
@@ -17,7 +17,7 @@ def compare(options: Compare) -> int:
     """Sweeps the learning rate of each combination, and prints and draws what it reached."""
     one = options.training
     prepare(one.threads)
-    parts = build.parts(one, build.load(one.dataset, one.data_dir, build.device(one.device)))
+    parts = sources.divided(one, sources.load(one.dataset, one.data_dir, sources.device(one.device)))
     folder = one.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
     print(f"Comparison folder: {folder}", flush=True)
     runs = sweeps.grid(seeds=range(one.seed, one.seed + options.seeds), lr=lrs(options))

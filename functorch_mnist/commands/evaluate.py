@@ -5,7 +5,7 @@ import math
 from .. import run_folder
 from .. import train as training
 from ..options import Evaluate, UsageError
-from . import build, restore
+from . import restore, sources
 from .faults import check_finite
 
 
@@ -13,10 +13,10 @@ def evaluate(options: Evaluate) -> int:
     """Prints what a run's newest parameters do on the test images."""
     if options.batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1. Found {options.batch_size}.")
-    where = build.device(options.device)
+    where = sources.device(options.device)
     run = restore.trained(options.run, where)
     folder = options.data_dir if options.dataset else options.data_dir or run.options.data_dir
-    test = build.load(options.dataset or run.options.dataset, folder, where).test
+    test = sources.load(options.dataset or run.options.dataset, folder, where).test
     batch_size = min(options.batch_size, len(test.images))
     result = training.evaluate(run.made.outputs, run.made.test_loss, run.params, *test, batch_size=batch_size)
     check_finite(result.loss, "The loss on the test images")

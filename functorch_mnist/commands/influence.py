@@ -11,7 +11,7 @@ from .. import train as training
 from ..models import Params
 from ..options import Influence, UsageError
 from ..tree import Tree
-from . import build, restore
+from . import restore, sources
 from .faults import check_finite
 from .passes import forget, passes
 from .restore import Point
@@ -22,7 +22,7 @@ from .train import prepare
 def influence(options: Influence) -> int:
     """Writes influence.csv and influence.png, and prints both ends."""
     prepare(options.threads)
-    where = build.device(options.device)
+    where = sources.device(options.device)
     run = restore.trained(options.run, where)
     dataset = restore.training_images(run, options.data_dir, where)
     if options.test >= len(dataset.test.images):

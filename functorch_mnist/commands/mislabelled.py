@@ -9,11 +9,11 @@ from torch import Tensor
 
 from .. import attribution, data, plots, random, run_folder
 from ..options import SCORES, Mislabelled, Train, UsageError, listed
-from . import build, restore
-from .build import Parts
+from . import restore, sources
 from .passes import digest, forget
 from .restore import Trained
 from .scoring import rows, scored, suspicion, write_csv, write_picture
+from .sources import Parts
 from .train import prepare
 from .train import run as train_run
 
@@ -26,7 +26,7 @@ _ALL = 2**31 - 1
 def mislabelled(options: Mislabelled) -> int:
     """Ranks the labels as they are, or plants wrong ones, trains anew and looks for them."""
     prepare(options.threads)
-    where = build.device(options.device)
+    where = sources.device(options.device)
     run = restore.trained(options.run, where)
     names = listed("--scores", options.scores, SCORES)
     dataset = restore.training_images(run, options.data_dir, where)

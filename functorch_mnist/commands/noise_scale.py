@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import plots, random, run_folder, statistics
 from ..models import Params
 from ..options import NoiseScale, UsageError
-from . import build, restore
+from . import restore, sources
 from .faults import check_finite
 from .passes import CHUNK, bar, digest
 from .restore import Point, Trained
@@ -33,17 +33,17 @@ class Measured(NamedTuple):
 def noise_scale(options: NoiseScale) -> int:
     """Prints a line for each part of the run that was watched and for each checkpoint; writes a table and a picture."""
     prepare(options.threads)
-    where = build.device(options.device)
+    where = sources.device(options.device)
     run = restore.trained(options.run, where)
     folder = options.out or options.run / "noise-scale"
     records = [r for r in run_folder.read_metrics(options.run) if r["kind"] == "watch" and _is_noise(r)]
-    sources = {
+    estimates = {
         "batches": _watched(records, options.windows),
         "checkpoint": _at_checkpoints(options, run, where, folder),
     }
     print(f"{'from':>12}{'steps':>16}{'noise scale':>14}{'error':>10}{'tr Σ':>12}{'|E ∇|²':>12}")
     lines = ["from,first_step,last_step,noise_scale,error,trace,trace_error,square_norm,square_norm_error,samples"]
-    for source, measured in sources.items():
+    for source, measured in estimates.items():
         for first, last, found in measured:
             steps = str(last) if first == last else f"{first} to {last}"
             numbers = (
@@ -54,9 +54,9 @@ def noise_scale(options: NoiseScale) -> int:
     whole = _watched(records, 1)
     if whole:
         print(f"Noise scale of the watched steps together: {whole[0].found}")
-    print(_advice((whole or sources["checkpoint"])[-1].found, run.begun.options.batch_size))
+    print(_advice((whole or estimates["checkpoint"])[-1].found, run.begun.options.batch_size))
     write(folder / "noise-scale.csv", ("\n".join(lines) + "\n").encode())
-    bands = [_band(source, measured) for source, measured in sources.items() if measured]
+    bands = [_band(source, measured) for source, measured in estimates.items() if measured]
     write_picture(folder / "noise-scale.png", lambda: plots.noise_scale(bands, batch_size=run.begun.options.batch_size))
     (folder / _KEPT).unlink(missing_ok=True)
     return 0

@@ -4,7 +4,7 @@ import torch
 
 from .. import train as training
 from ..options import Predict, Train, UsageError
-from . import build, images, restore
+from . import images, restore, sources
 from .faults import check_finite
 
 
@@ -12,7 +12,7 @@ def predict(options: Predict) -> int:
     """Prints a line per image: its name, the likeliest class and the class's probability."""
     if bool(options.images) == (options.test is not None):
         raise UsageError("predict needs image files, or a range of test images by --test FIRST LAST, and not both.")
-    where = build.device(options.device)
+    where = sources.device(options.device)
     run = restore.trained(options.run, where)
     if options.test is None:
         names = [str(path) for path in options.images]
@@ -27,7 +27,7 @@ def predict(options: Predict) -> int:
 
 
 def _test_images(saved: Train, first: int, last: int, where: torch.device) -> tuple[list[str], torch.Tensor]:
-    test = build.load(saved.dataset, saved.data_dir, where).test
+    test = sources.load(saved.dataset, saved.data_dir, where).test
     if not 0 <= first < last <= len(test.images):
         raise UsageError(f"--test must be a range within 0 and {len(test.images)}. Found {first} {last}.")
     names = [f"test image {i}, a {int(test.labels[i])}" for i in range(first, last)]

@@ -10,8 +10,9 @@ from torch import Tensor
 from .. import checkpoint, data, run_folder
 from ..models import Params
 from ..options import Train, UsageError, differences, from_json, to_json
-from . import build
-from .build import Classifier, Origin, Parts, Saved
+from . import build, sources
+from .build import Classifier, Origin, Saved
+from .sources import Parts
 
 
 class Trained(NamedTuple):
@@ -140,8 +141,8 @@ def training_images(found: Trained, folder: Path | None, where: torch.device) ->
         raise UsageError(
             f"The run's config.json and its checkpoints must be of one run. Found different {', '.join(differing)}."
         )
-    dataset = build.load(found.options.dataset, folder or found.options.data_dir, where)
-    parts = build.parts(found.begun.options, dataset)
+    dataset = sources.load(found.options.dataset, folder or found.options.data_dir, where)
+    parts = sources.divided(found.begun.options, dataset)
     begun = build.origin(found.begun.options, parts)
     if begun[1:] != found.begun[1:]:
         raise UsageError(

@@ -4,7 +4,7 @@ import torch
 
 from .. import plots
 from ..options import SCORES, Scores, listed
-from . import build, restore
+from . import restore, sources
 from .passes import forget
 from .scoring import WIDTH, rows, scored, write_csv, write_picture
 from .train import prepare
@@ -13,7 +13,7 @@ from .train import prepare
 def scores(options: Scores) -> int:
     """Writes scores.csv, histograms.png and gallery.png."""
     prepare(options.threads)
-    where = build.device(options.device)
+    where = sources.device(options.device)
     run = restore.trained(options.run, where)
     names = listed("--scores", options.scores, SCORES)
     points = restore.points(options.run, run, where)

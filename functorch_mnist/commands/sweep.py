@@ -9,9 +9,9 @@ from torch import Tensor
 from .. import calibration, ensemble, plots, random
 from .. import sweep as sweeps
 from ..options import LOGARITHMIC, Axis, Sweep, Train, axes, flag
-from . import build
-from .build import Parts
+from . import sources
 from .scoring import write, write_picture
+from .sources import Parts
 from .sweeping import Swept, outputs_of, spread, swept, words
 from .train import prepare
 
@@ -25,7 +25,7 @@ def sweep(options: Sweep) -> int:
     """Trains all runs, and prints and draws what they reached."""
     one = options.training
     prepare(one.threads)
-    parts = build.parts(one, build.load(one.dataset, one.data_dir, build.device(one.device)))
+    parts = sources.divided(one, sources.load(one.dataset, one.data_dir, sources.device(one.device)))
     runs = table(options)
     folder = one.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
     print(f"Sweep folder: {folder}")

@@ -15,9 +15,9 @@ from ..models import Params
 from ..options import CHANGEABLE, PRIVATE_OVER, Train, UsageError, set_to, to_json
 from ..run_folder import CHECKPOINTS
 from . import build
-from .build import Parts
 from .faults import undisturbed
 from .passes import digest
+from .sources import Parts
 
 NOISE = 1
 """Folded into a run's key for the noise of its steps."""

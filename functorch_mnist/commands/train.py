@@ -12,18 +12,19 @@ import torch
 from .. import allocator, checkpoint, data, run_folder
 from .. import train as training
 from ..options import INTERRUPTED, WATCHES, Train, UsageError, check_resumed, listed
-from . import build, restore
-from .build import Best, Origin, Parts, Saved
+from . import build, restore, sources
+from .build import Best, Origin, Saved
 from .callbacks import Judge, Reporter, Saver, Watcher
 from .faults import check_finite, first_line, undisturbed
 from .private import LEDGER, Private, steps_per_epoch
+from .sources import Parts
 from .tuning import tuned
 
 
 def train(options: Train) -> int:
     """Trains as the options say, or goes on; prints the accuracy on the test images."""
     prepare(options.threads)
-    parts = build.parts(options, build.load(options.dataset, options.data_dir, build.device(options.device)))
+    parts = sources.divided(options, sources.load(options.dataset, options.data_dir, sources.device(options.device)))
     if options.tune is not None and options.resume is None:
         options = tuned(options, parts)
     folder = options.resume or options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")

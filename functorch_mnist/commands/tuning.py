@@ -11,8 +11,8 @@ from .. import optim, sweep
 from .. import train as training
 from ..options import TUNED, Train, UsageError, listed
 from . import build
-from .build import Parts
 from .faults import refusing
+from .sources import Parts
 
 JUDGED = 2000
 """At most so many held-out images judge a training: their activations are in memory at once."""
