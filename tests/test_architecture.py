@@ -9,7 +9,7 @@ import functorch_mnist
 
 ROOT = Path(functorch_mnist.__file__).parent
 ROWS = [
-    {"tree", "fusion", "allocator", "batch", "options"},
+    {"tree", "fusion", "allocator", "batch", "hyperparameters", "options"},
     {"random"},
     {"layers", "losses", "optim", "data"},
     {"models"},

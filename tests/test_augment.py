@@ -126,8 +126,10 @@ def test_changes_refuse_what_does_not_fit():
     with pytest.raises(ValueError, match="leading axes"):
         augmented(IMAGES, KEYS[:3], KINDS["all"])
     for value in (-1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match="rotate must be a finite number"):
+        with pytest.raises(ValueError, match="rotate must be a number of float32, at least 0"):
             augmented(IMAGES, KEYS, Augmentation(rotate=value))
+    with pytest.raises(ValueError, match="a tensor shift must be 0-d"):
+        augmented(IMAGES, KEYS, Augmentation(shift=torch.ones(4)))
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.4, 1.0, 3.0])

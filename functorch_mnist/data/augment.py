@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import random
+from ..hyperparameters import AT_LEAST_ZERO, check
 
 _REACH = 4.0
 """Standard deviation, in pixels, of the Gaussian that smooths the elastic field."""
@@ -82,9 +83,7 @@ def augmented(images: Tensor, keys: Tensor, augmentation: Augmentation) -> Tenso
             f"augmented: images (*lead, C, height, width) and keys (*lead, 2) must share their leading axes. "
             f"Found {tuple(images.shape)} and {tuple(keys.shape)}."
         )
-    for name, value in augmentation._asdict().items():
-        if not isinstance(value, Tensor) and not (0 <= value < math.inf):
-            raise ValueError(f"augmented: {name} must be a finite number, at least 0. Found {value}.")
+    check("augmented", AT_LEAST_ZERO, **augmentation._asdict())
     move_key, field_key, erase_key = random.split(keys, 3).unbind(-2)
     if augmentation.moves:
         images = _resampled(images, move_key, field_key, augmentation)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import tree
-from .numbers import check, like
+from ..hyperparameters import AT_LEAST_ZERO, PART, check, like
 
 
 def cross_entropy(
@@ -40,7 +40,7 @@ def cross_entropy(
     """
     check_labels("cross_entropy", outputs, labels)
     _check_weights("cross_entropy", outputs, class_weights)
-    check("cross_entropy", "in [0, 1]", 0, 1, label_smoothing=label_smoothing)
+    check("cross_entropy", PART, label_smoothing=label_smoothing)
     log_probs = F.log_softmax(tree.wide(outputs), dim=-1)
     terms = log_probs if class_weights is None else log_probs * class_weights
     hit = terms.gather(-1, labels[..., None].long()).squeeze(-1)
@@ -80,7 +80,7 @@ def focal(
     """
     check_labels("focal", outputs, labels)
     _check_weights("focal", outputs, class_weights)
-    check("focal", "a number of float32, at least 0", 0, torch.finfo(torch.float32).max, gamma=gamma)
+    check("focal", AT_LEAST_ZERO, gamma=gamma)
     log_probs = F.log_softmax(tree.wide(outputs), dim=-1)
     terms = log_probs if class_weights is None else log_probs * class_weights
     hit = terms.gather(-1, labels[..., None].long()).squeeze(-1)

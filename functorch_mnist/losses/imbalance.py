@@ -8,13 +8,11 @@ Weights of either kind are scaled alike: Σ_k n_k w_k = N, so that their mean ov
 keeps its meaning. They go into the `class_weights` of a loss.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from .. import tree
-from .numbers import check, like
+from ..hyperparameters import DECAY, FINITE, check, like
 
 
 def balanced_weights(counts: Tensor) -> Tensor:
@@ -68,7 +66,7 @@ def effective_number_weights(counts: Tensor, *, beta: float | Tensor) -> Tensor:
         equation 4, https://arxiv.org/abs/1901.05555. There the weights add up to K instead.
     """
     n = _checked("effective_number_weights", counts)
-    check("effective_number_weights", "in [0, 1)", 0, math.nextafter(1, 0), beta=beta)
+    check("effective_number_weights", DECAY, beta=beta)
     decay = torch.log(torch.as_tensor(beta, dtype=n.dtype, device=n.device))
     return _scaled(-1 / torch.expm1(n.clamp(min=1) * decay), n)
 
@@ -102,8 +100,7 @@ def logit_adjusted(outputs: Tensor, log_priors: Tensor, *, strength: float | Ten
             f"logit_adjusted: outputs must be (..., K) and log_priors (K,). "
             f"Found {tuple(outputs.shape)} and {tuple(log_priors.shape)}."
         )
-    most = torch.finfo(torch.float32).max
-    check("logit_adjusted", "a number of float32", -most, most, strength=strength)
+    check("logit_adjusted", FINITE, strength=strength)
     wide = tree.wide(outputs)
     return wide + like(strength, wide) * log_priors.to(wide.dtype)
 

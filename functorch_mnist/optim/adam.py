@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import tree
+from ..hyperparameters import AT_LEAST_ZERO, DECAY, add_scaled, check, check_rate, double, like, used
 from ..tree import Tree
-from .numbers import AT_LEAST_ZERO, DECAY, add_scaled, check, check_rate, double, like, used
 from .optimizer import Optimizer, check_grads, check_params, no_updates
 from .schedules import Schedule
 

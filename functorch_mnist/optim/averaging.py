@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import tree
+from ..hyperparameters import COUNT, DECAY, PERIOD, check
 from ..tree import Tree
-from .numbers import COUNT, DECAY, PERIOD, check
 from .optimizer import Optimizer, no_updates
 
 

@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from .. import tree
+from ..hyperparameters import ABOVE_ZERO, check
 from ..tree import Tree
-from .numbers import ABOVE_ZERO, check
 from .optimizer import Optimizer
 
 

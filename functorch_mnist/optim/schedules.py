@@ -17,7 +17,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .numbers import AT_LEAST_ZERO, PERIOD, check
+from ..hyperparameters import AT_LEAST_ZERO, PERIOD, check
 
 Schedule: TypeAlias = Callable[[Tensor], Tensor]
 """`schedule(count) -> lr`."""

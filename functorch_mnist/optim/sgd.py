@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import tree
+from ..hyperparameters import AT_LEAST_ZERO, FINITE, add_scaled, check, check_rate, like, used
 from ..tree import Tree
-from .numbers import AT_LEAST_ZERO, FINITE, add_scaled, check, check_rate, like, used
 from .optimizer import Optimizer, check_grads, check_params, no_updates
 from .schedules import Schedule
 

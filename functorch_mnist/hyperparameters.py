@@ -23,6 +23,7 @@ class Rule(NamedTuple):
 FINITE = Rule("a number of float32", lambda value: abs(value) <= _FLOAT32_MAX)
 AT_LEAST_ZERO = Rule("a number of float32, at least 0", lambda value: 0 <= value <= _FLOAT32_MAX)
 ABOVE_ZERO = Rule("above 0", lambda value: value > 0)
+PART = Rule("in [0, 1]", lambda value: 0 <= value <= 1)
 DECAY = Rule("in [0, 1)", lambda value: 0 <= value < 1)
 COUNT = Rule("a whole number, at least 0", lambda value: 0 <= value < math.inf and value % 1 == 0)
 PERIOD = Rule("a whole number, at least 1", lambda value: 1 <= value < math.inf and value % 1 == 0)
