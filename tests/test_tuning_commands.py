@@ -226,6 +226,15 @@ def test_a_run_of_a_sweep_is_that_of_train(swept, data_dir, tmp_path):
     assert records(tmp_path / "run", "held-out")[-1]["correct"] == round(64 * float(row["held_out_accuracy"]))
 
 
+def test_a_sweep_tests_the_average_where_one_is_kept(data_dir, tmp_path):
+    shared = ("--data-dir", data_dir, *LINES, "--average", "0.9", "--epochs", 2)
+    succeed("sweep", *shared, "--lanes", 2, "--out", tmp_path / "sweep")
+    (row,) = table(tmp_path / "sweep" / "runs.csv")
+    out = succeed("train", *shared, "--epochs", row["best_epoch"], "--out", tmp_path / "run")
+    assert f"{100 * float(row['test_accuracy']):.2f}%" in out.splitlines()[-1]
+    assert records(tmp_path / "run", "held-out")[-1]["correct"] == round(64 * float(row["held_out_accuracy"]))
+
+
 def test_a_sweep_that_is_finished_tells_the_same_again_and_another_is_refused(swept, data_dir):
     folder, out = swept
     before = (folder / "runs.csv").read_bytes()

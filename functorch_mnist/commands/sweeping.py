@@ -96,7 +96,7 @@ def program(options: Train, parts: Parts) -> sweep.Program:
         right = (outputs.argmax(-1) == held_out.labels).double().mean()
         return {"accuracy": right, "loss": classifier.test_loss(outputs, held_out.labels).double().mean()}
 
-    return sweep.Program(init, step, judge)
+    return sweep.Program(init, step, judge, lambda state: build.current(options, state))
 
 
 def swept(

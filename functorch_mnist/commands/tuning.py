@@ -72,14 +72,15 @@ class Tuning:
 
 def tuned(options: Train, parts: Parts) -> Train:
     """The options with better values of those that `--tune` names; prints each trial."""
-    names = [name.replace("-", "_") for name in listed("--tune", options.tune or "", TUNED)]
+    wanted = listed("--tune", options.tune or "", TUNED)
+    names = [name.replace("-", "_") for name in wanted]
     where = parts.train.images.device
     tuning = Tuning(options, parts)
     values = {name: getattr(options, name) for name in names}
     if "weight_decay" in values and values["weight_decay"] == 0:
         values["weight_decay"] = FIRST_DECAY
     start = {name: torch.tensor(value, dtype=torch.float32, device=where) for name, value in values.items()}
-    print(f"Tuning {', '.join(names)} by gradients through {tuning.steps} steps.", flush=True)
+    print(f"Tuning {', '.join(wanted)} by gradients through {tuning.steps} steps.", flush=True)
     began = time.perf_counter()
 
     def objective(hyper: sweep.Values) -> tuple[Tensor, sweep.Values]:

@@ -43,7 +43,7 @@ class Sweep(NamedTuple):
     states: State
     """Leaves (K, …): each run's, where it stands or ended."""
     best: Tree
-    """Leaves (K, …): each run's parameters after its best epoch."""
+    """Leaves (K, …): what the program keeps of each run's best epoch, its parameters by default."""
     ended: Tensor
     """(K,) int64: `RUNNING` or why it has ended."""
     failed: Tensor
@@ -88,7 +88,7 @@ def start(program: Program, runs: Runs, *, epochs: int) -> Sweep:
     nothing = torch.full((total, epochs), torch.nan, dtype=torch.float64)
     return Sweep(
         states,
-        tree.map(torch.clone, states.params),
+        tree.map(torch.clone, program.kept(states)),
         torch.zeros(total, dtype=torch.int64),
         torch.full((total,), -1),
         nothing,
@@ -168,7 +168,7 @@ def _epoch_(lanes: Lanes, runs: Runs, sweep: Sweep, width: int) -> None:
             column[some, epoch] = torch.where(failed < 0, scores[name], torch.nan).to(column)
         put_(sweep.states, some, states)
         better = (sweep.score[some, epoch] > before[some]).nonzero().squeeze(1)
-        put_(sweep.best, some[better], take(states.params, better))
+        put_(sweep.best, some[better], take(lanes.program.kept(states), better))
     sweep.epoch.add_(1)
     _end_(sweep, sweep.failed >= 0, FAILED)
 

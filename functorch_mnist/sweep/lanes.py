@@ -39,6 +39,8 @@ class Program(NamedTuple):
     judge: Callable[[Values, State], dict[str, Tensor]]
     """`judge(hyper, state) -> {name: ()}`: what a run is worth, such as its accuracy on a held-out split. The first
     counts: the higher, the better."""
+    kept: Callable[[State], Tree] = lambda state: state.params
+    """What is kept of a run's best epoch: some leaves of its state, such as the parameters or their average."""
 
 
 class Measured(NamedTuple):
