@@ -2,6 +2,7 @@
 
 import json
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def result(name, options, seed, accuracy, held_out=None):
 def jobs():
     yield from overfitting.candidates(1)
     yield from imbalance.jobs((0,), 1)
-    yield from (Job(name, one, 0) for name, one in best.CANDIDATES.items())
+    yield from (Job("candidate", f"{best.SHARED} {one}", 0) for one in best.CANDIDATES)
     yield Job("best", "--recipe best", 0)
     yield Job("start", f"{tuning.COMMON} {tuning.START}", 0)
 
@@ -40,6 +41,11 @@ def test_a_job_is_a_run_that_can_be_made(job):
 @pytest.mark.parametrize("options", tuning.SWEEPS.values())
 def test_a_sweep_of_the_study_can_be_made(options):
     assert cli._parse(["sweep", *tuning.COMMON.split(), *options.split()])
+
+
+def test_the_recipe_is_the_last_candidate():
+    recipe = cli._parse(["train", "--recipe", "best"])
+    assert replace(recipe, recipe="article") == cli._parse(["train", *f"{best.SHARED} {best.CANDIDATES[-1]}".split()])
 
 
 def test_a_run_is_made_and_tells_what_train_tells():
@@ -82,7 +88,7 @@ def test_tables_are_made_from_records_alone():
         "runs": [result("best", "--recipe best", seed, 99.5 + seed / 10)._asdict() for seed in (0, 1, 2)],
     }
     tables = best.table(record)
-    assert "| a | 99.50 | 99.00 |" in tables["Candidates"]
+    assert "| `a` | 99.50 | 99.00 |" in tables["Candidates"]
     assert "| all | 99.60 ± 0.10 |" in tables["Recipe"]
 
 
