@@ -85,6 +85,8 @@ REMEDIES = {
     "adamw": ("--optimizer", "adamw", "--square-decay", "0.99", "--weight-decay", "0.1"),
     "weight average": ("--average-from", "0.5"),
     "average": ("--average", "0.9"),
+    "straighten": ("--straighten",),
+    "straighten and augment": ("--straighten", "--augment", "shift=1"),
 }
 
 
@@ -156,6 +158,7 @@ MISTAKES = {
     ("--augment", "shift=-1"): "from 0 to 100",
     ("--augment", "shift=1", "--copies", "2"): "Leave one out",
     ("--augment", "shift=1", "--model", "scattering"): "computed once",
+    ("--straighten", "--model", "scattering"): "--straighten has no effect",
     ("--mixup", "0.01"): "0 or from 0.05 to 100",
     ("--mixup", "0.4", "--loss", "mse"): "--loss cross-entropy",
     ("--focal", "2", "--loss", "mse"): "--focal",

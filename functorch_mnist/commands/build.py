@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -37,11 +38,10 @@ class Classifier(NamedTuple):
     outputs: Callable[..., Tensor]
     """`outputs(params, images (..., 1, 28, 28) uint8, key=None) -> (..., classes)`, whose softmax is the answer.
 
-    It takes what `inputs` makes of images as well."""
+    It takes what `inputs` makes of images as well; such pixels, from 0 to 255, may have been changed."""
     inputs: Callable[[Tensor], Tensor]
-    """What does not change in training, computed once: images to what `outputs` would make of them first."""
-    scaled: Callable[[Tensor], Tensor]
-    """Images of numbers from 0 to 255 as the network takes them: what `outputs` does with images as they are stored."""
+    """What does not change in training, computed once: images to what `outputs` would make of them first. Pixels stay
+    from 0 to 255."""
     loss: Callable[[Tensor, Tensor], Tensor]
     """`loss(outputs (..., classes), labels (...)) -> (...)`: what training makes small."""
     test_loss: Callable[[Tensor, Tensor], Tensor]
@@ -114,29 +114,35 @@ def classifier(begun: Origin) -> Classifier:
     options, (mean, std), _, classes, _ = begun
     model = _model(options, classes)
     apply = train.in_precision(model.apply, getattr(torch, options.precision))
-    if options.model == "scattering":
-        filters = models.scattering_filters(SIDE, SIDE, scale=2, angles=8)
-
-        def inputs(images: Tensor) -> Tensor:
-            features = models.scattering(data.upright(images[..., 0, :, :].float() / 255), filters)
-            return layers.group_norm(features, NORM_GROUPS).flatten(-3) / math.sqrt(FEATURES)
-    else:
-
-        def inputs(images: Tensor) -> Tensor:
-            return data.normalize(images, mean, std)
+    scaled = _same if options.model == "scattering" else partial(data.normalize, mean=mean, deviation=std)
+    fixed = _fixed(options)
 
     def outputs(params: Params, images: Tensor, key: Tensor | None = None) -> Tensor:
-        return apply(params, images if images.is_floating_point() else inputs(images), key)
+        return apply(params, scaled(images if images.is_floating_point() else fixed(images)), key)
 
     def test_loss(outputs: Tensor, labels: Tensor) -> Tensor:
         if options.loss == "mse":
             return losses_of.mse(outputs.softmax(-1), losses_of.one_hot(labels, classes))
         return losses_of.cross_entropy(outputs, labels)
 
-    fixed = options.model == "scattering"
-    return Classifier(
-        model.init, outputs, inputs if fixed else lambda images: images, inputs, _training_loss(begun), test_loss
-    )
+    return Classifier(model.init, outputs, fixed, _training_loss(begun), test_loss)
+
+
+def _fixed(options: Train) -> Callable[[Tensor], Tensor]:
+    """What does not change in training, of images (..., 1, 28, 28) as they are stored."""
+    if options.model == "scattering":
+        filters = models.scattering_filters(SIDE, SIDE, scale=2, angles=8)
+
+        def features(images: Tensor) -> Tensor:
+            found = models.scattering(data.upright(images[..., 0, :, :].float()) / 255, filters)
+            return layers.group_norm(found, NORM_GROUPS).flatten(-3) / math.sqrt(FEATURES)
+
+        return features
+    return (lambda images: data.upright(images.float())) if options.straighten else _same
+
+
+def _same(images: Tensor) -> Tensor:
+    return images
 
 
 def _training_loss(begun: Origin) -> Callable[[Tensor, Tensor], Tensor]:
@@ -280,7 +286,7 @@ def losses(made: Classifier, options: Train, others: Partners | None = None) -> 
     augmentation = data.Augmentation(**options_of.augmentation(options))
 
     def changed(images: Tensor, keys: Tensor) -> Tensor:
-        return made.scaled(data.augmented(images.float(), keys, augmentation))
+        return data.augmented(images.float(), keys, augmentation)
 
     def mixed(others: Partners, params: Params, images: Tensor, labels: Tensor, keys: Tensor) -> Tensor:
         partner_key, share_key, change_key, keys = random.split(keys, 4).unbind(-2)

@@ -7,6 +7,7 @@
 | `pixels.py` | the statistics of pixels, and pixels as a network takes them |
 | `augment.py` | random changes of images that leave their class: one resampling, and erasing |
 | `mixing.py` | shares of images in their mixtures |
+| `resampling.py` | images seen through affine maps |
 | `shifted.py` | moves by whole pixels |
 | `upright.py` | images straightened, each by its own ink |
 | `batches.py` | the order of an epoch and its batches |

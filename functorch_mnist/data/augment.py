@@ -12,11 +12,11 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import random
 from ..hyperparameters import AT_LEAST_ZERO, check
+from .resampling import resampled
 
 _REACH = 4.0
 """Standard deviation, in pixels, of the Gaussian that smooths the elastic field."""
@@ -103,29 +103,16 @@ def _resampled(images: Tensor, move_key: Tensor, field_key: Tensor, augmentation
     angle = turn * augmentation.rotate * (math.pi / 180)
     shrunk = torch.exp(-size * _log1p(augmentation.scale))
     cos, sin, lean = torch.cos(angle) * shrunk, torch.sin(angle) * shrunk, lean * augmentation.shear
-    # The map from a pixel shown to the place it is taken from, in units of half an image: `affine_grid`, which has no
-    # rule for `vmap`, written out.
+    # The map from a pixel shown to the place it is taken from, in units of half an image.
     across = cos, (cos * lean - sin) * (height / width), right * augmentation.shift * (2 / width)
     along = sin * (width / height), sin * lean + cos, down * augmentation.shift * (2 / height)
-    x, y = _places(width, images), _places(height, images)[:, None]
-    grid = torch.stack([_line(across, x, y), _line(along, x, y)], -1)  # (N, height, width, 2)
+    field = None
     if _on(augmentation.elastic):
         noise = random.box_muller(field_key.reshape(-1, 2), (2, height, width)).to(images.dtype)
         rows, columns = (_smoothing(side, images) for side in (height, width))
-        field = (rows @ noise @ columns.T).movedim(1, -1)  # (N, height, width, 2)
-        grid = grid + field * augmentation.elastic * images.new_tensor([2 / width, 2 / height])
-    return F.grid_sample(flat, grid, align_corners=False).view(images.shape)
-
-
-def _places(side: int, like: Tensor) -> Tensor:
-    """The centres of a row of pixels, from -1 to 1: (side,)."""
-    return (2 * torch.arange(side, dtype=like.dtype, device=like.device) + 1) / side - 1
-
-
-def _line(factors: tuple[Tensor, Tensor, Tensor], x: Tensor, y: Tensor) -> Tensor:
-    """a x + b y + c, with a, b and c of each image: (N, height, width)."""
-    a, b, c = (factor[:, None, None] for factor in factors)
-    return a * x + b * y + c
+        smooth = (rows @ noise @ columns.T).movedim(1, -1)  # (N, height, width, 2)
+        field = smooth * augmentation.elastic * images.new_tensor([2 / width, 2 / height])
+    return resampled(flat, across, along, field).view(images.shape)
 
 
 def _log1p(strength: float | Tensor) -> float | Tensor:

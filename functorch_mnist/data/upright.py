@@ -1,8 +1,9 @@
 """Images of strokes, straightened: each by its own ink, so by nothing that it does not show itself."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from .resampling import resampled
 
 
 def upright(images: Tensor) -> Tensor:
@@ -38,7 +39,6 @@ def upright(images: Tensor) -> Tensor:
     covariance = torch.einsum("nij,ni,nj->n", flat, down, right) / ink
     slant = covariance / variance.clamp(min=torch.finfo(flat.dtype).eps)
     zero, one = torch.zeros_like(row), torch.ones_like(row)
-    across = torch.stack([one, slant * height / width, 2 * column / width], 1)  # in units of half an image
-    along = torch.stack([zero, one, 2 * row / height], 1)
-    grid = F.affine_grid(torch.stack([across, along], 1), [len(flat), 1, height, width], align_corners=False)
-    return F.grid_sample(flat[:, None], grid, align_corners=False).view(images.shape)
+    across = one, slant * height / width, 2 * column / width  # in units of half an image
+    along = zero, one, 2 * row / height
+    return resampled(flat[:, None], across, along).view(images.shape)

@@ -35,6 +35,8 @@ class Train:
     """Keep so many training images apart, the same for all seeds; their accuracy is printed after each epoch."""
     cut: str | None = None
     """Keep only a part of a class's training images, as CLASS=PART with commas, such as 8=0.01,9=0.01."""
+    straighten: bool = False
+    """First straighten each image by its own ink, as --model scattering always does."""
     model: Literal["cnn", "mlp", "linear", "small-cnn", "scattering"] = "cnn"
     """Which model; scattering is a linear map of fixed wavelet features of the straightened image."""
     hidden: tuple[int, ...] = (128,)
@@ -222,6 +224,7 @@ _ONLY_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
         "hidden": ("model", ("mlp",)),
         "activation": ("model", ("cnn", "mlp", "small-cnn")),
         "dropout": ("model", ("cnn",)),
+        "straighten": ("model", ("cnn", "mlp", "linear", "small-cnn")),
         "label_smoothing": ("loss", ("cross-entropy",)),
         "focal": ("loss", ("cross-entropy",)),
         "logit_adjustment": ("loss", ("cross-entropy",)),
