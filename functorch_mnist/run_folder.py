@@ -30,13 +30,22 @@ def create(folder: Path, options: opt.Train) -> None:
         UsageError: the folder holds a run already, or a part of one.
         OSError: it cannot be made or written.
     """
+    check_free(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(folder, options)
+
+
+def check_free(folder: Path) -> None:
+    """Refuses a folder that holds a run already, or a part of one.
+
+    Raises:
+        UsageError: it does.
+    """
     for name in (_CONFIG, _METRICS, CHECKPOINTS):
         if (folder / name).exists():
             raise opt.UsageError(
                 f"{folder} holds a run already. Found {name}. Go on with it by --resume, or choose another --out."
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_config(folder, options)
 
 
 def write_config(folder: Path, options: opt.Train) -> None:

@@ -376,6 +376,16 @@ def test_descent_goes_back_from_where_training_does_not_stay_finite():
     assert 0.8 < found.hyper["lr"] < 1
 
 
+def test_descent_keeps_a_finite_loss_whose_gradient_is_not():
+    def objective(hyper):
+        lr = hyper["lr"]
+        return (lr, {"lr": torch.ones(()) if lr < 0.5 else torch.tensor(math.nan)})
+
+    found = sweep.tune(objective, {"lr": torch.tensor(0.7)}, scales={"lr": sweep.LOG}, rounds=1)
+    assert found.loss == pytest.approx(0.7)
+    assert sweep.tune(objective, {"lr": torch.tensor(0.7)}, scales={"lr": sweep.LOG}, rounds=4).loss < 0.5
+
+
 def test_descent_from_where_nothing_is_finite_tries_smaller_values():
     def objective(hyper):
         lr = hyper["lr"]

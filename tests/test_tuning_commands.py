@@ -162,6 +162,13 @@ MISTAKES = {
     ("--mixup", "0.01"): "0 or from 0.05 to 100",
     ("--mixup", "0.4", "--loss", "mse"): "--loss cross-entropy",
     ("--focal", "2", "--loss", "mse"): "--focal",
+    ("--focal", "2", "--label-smoothing", "0.1"): "no smoothed labels",
+    ("--recipe", "best", "--compile", "off", "--copies", "2"): "--copies is of shifted images. Found --augment",
+    ("--tune", "momentum", "--momentum", "1"): "must be below 1",
+    ("--tune", "lr", "--lr", "1e-50"): "1e-30 at least",
+    ("--tune", "weight-decay", "--weight-decay", "1e-50"): "1e-30 at least",
+    ("--tune", "momentum", "--momentum", "0", "--nesterov"): "nesterov needs momentum",
+    ("--watch", "noise-scale", "--images", "1"): "two training images",
     ("--average", "0.9", "--average-from", "0.5"): "two averages",
     ("--nesterov", "--optimizer", "adam"): "--nesterov",
     ("--square-decay", "0.9"): "--square-decay",
@@ -169,7 +176,7 @@ MISTAKES = {
     ("--tune", "lr", "--hold-out", "0"): "--tune needs held-out images",
     ("--tune", "dropout"): "--tune must be of lr, momentum, weight-decay",
     ("--tune", ","): "at least",
-    ("--tune", "lr", "--lr", "0"): "above 0",
+    ("--tune", "lr", "--lr", "0"): "1e-30 at least",
     ("--tune", "lr", "--draw", "balanced"): "Leave one out",
     ("--tune-steps", "10"): "no effect without --tune",
     ("--private", "--epsilon", "3"): "--hold-out uses more of the images than private steps do",
@@ -284,6 +291,42 @@ def test_failures_and_cuts_are_told_of(data_dir, tmp_path):
     assert "No setting has made an epoch" in out.out
 
 
+def test_a_setting_that_failed_after_a_good_epoch_is_not_the_best(data_dir, tmp_path):
+    """Momentum makes the first epoch of one large step look fine; the second is not finite."""
+    shared = ("--data-dir", data_dir, *LINES, "--batch-size", 192, "--epochs", 6, "--lanes", 2)
+    out = succeed("sweep", *shared, "--over", "lr=0.0001,5e37", "--out", tmp_path / "sweep")
+    rows = table(tmp_path / "sweep" / "runs.csv")
+    assert [row["status"] for row in rows] == ["finished", "failed"]
+    lines = out.splitlines()
+    best = lines[lines.index(next(line for line in lines if "held out, %" in line)) + 1]
+    assert float(best.split()[0]) == 1e-4
+    names = ("--losses", "cross-entropy", "--optimizers", "momentum", "--schedules", "constant")
+    answer = ask("compare", *shared, *names, "--images", 192, "--seeds", 2, "--lrs", "5e37", "--out", tmp_path / "compare")
+    assert (answer.status, answer.err) == (1, "")
+    assert answer.out.splitlines()[-1] == "Nothing has stayed finite with all seeds."
+
+
+def test_a_comparison_that_was_broken_off_tells_its_own_folder(data_dir, tmp_path, monkeypatch):
+    def broken(self, *arguments, epoch):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep.Lanes, "epoch_", broken)
+    line = complain(
+        options.INTERRUPTED, "compare", "--data-dir", data_dir, *LINES, "--images", 100, "--out", tmp_path / "my runs"
+    )
+    assert line == f"Interrupted after epoch 0 of 3. The same command with --out '{tmp_path / 'my runs'}' goes on."
+
+
+def test_a_sweep_goes_on_where_only_a_part_of_its_first_checkpoint_was_written(data_dir, tmp_path):
+    (tmp_path / "sweep" / "checkpoints" / ".tmp-1").mkdir(parents=True)
+    succeed("sweep", "--data-dir", data_dir, *LINES, "--over", "lr=0.1", "--lanes", 2, "--out", tmp_path / "sweep")
+
+
+def test_tuning_is_refused_before_it_begins_where_the_folder_holds_a_run(plain, data_dir):
+    line = complain(2, "train", "--data-dir", data_dir, *LINES, "--tune", "lr", "--out", plain)
+    assert "holds a run already" in line
+
+
 def test_ranges_are_drawn_from_and_clipped_and_noisy_steps_swept(data_dir, tmp_path):
     out = succeed(
         "sweep", "--data-dir", data_dir, *LINES, "--over", "clip-norm=0.1:10", "--over", "noise-multiplier=0.1,2",
@@ -330,6 +373,12 @@ SWEEP_MISTAKES = {
     ("--over", "lr=0.1", "--over", "lr=0.2"): "once",
     ("--over", "lr="): "different numbers",
     ("--over", "lr=0.1,0.1"): "different numbers",
+    ("--over", "lr=0.1,0.1000000001"): "different numbers of float32",
+    ("--over", "momentum=0,0.9", "--draws", "5"): "--draws draws from a range",
+    ("--over", "momentum=0,0.9", "--nesterov"): "--nesterov needs a momentum above 0",
+    ("--over", "label-smoothing=0,0.1", "--focal", "1"): "without --focal",
+    ("--over", "label-smoothing=0", "--loss", "mse"): "needs --loss cross-entropy",
+    ("--over", "lr=0.1", "--seeds", "2", "--seed", str(2**63 - 1)): "below 2**63",
     ("--over", "lr=0.1:1"): "set --draws",
     ("--over", "lr=0:1", "--draws", "2"): "above 0",
     ("--over", "momentum=0.9:0.1", "--draws", "2"): "from low to high",
@@ -337,7 +386,7 @@ SWEEP_MISTAKES = {
     ("--over", "dropout=0.1"): "--dropout",
     ("--over", "clip-norm=0"): "above 0",
     ("--over", "lr=0.1", "--lr", "0.2"): "leave it out",
-    ("--draws", "2"): "no effect without --over",
+    ("--draws", "2"): "--draws draws from a range",
     ("--halve-keep", "0.3"): "no effect without --halve-every",
     ("--halve-every", "1", "--halve-keep", "1"): "above 0 and below 1",
     ("--seeds", "0"): "from 1 to 1000",

@@ -1,5 +1,6 @@
 """`compare`: losses, optimizers and schedules, each at its own best learning rate."""
 
+import shlex
 from datetime import datetime
 from pathlib import Path
 
@@ -24,12 +25,12 @@ def compare(options: Compare) -> int:
     panels: dict[str, list[plots.Band]] = {}
     lines = ["loss,optimizer,schedule,lr,held_out_accuracy,held_out_deviation,test_accuracy,test_deviation"]
     best = []
+    again = f"The same command with --out {shlex.quote(str(folder))}"
     for (loss, optimizer, schedule), given in combinations(options).items():
         name = f"{loss}, {optimizer}, {schedule}"
         print(f"{name}: {len(runs[sweeps.SEED])} runs", flush=True)
-        done = swept(
-            given, parts, runs, folder / "-".join((loss, optimizer, schedule)), lanes=options.lanes, told=False
-        )
+        own = folder / "-".join((loss, optimizer, schedule))
+        done = swept(given, parts, runs, own, lanes=options.lanes, told=False, again=again)
         held_out, tested = spread(runs, done.held_out), spread(runs, done.tested)
         points = []
         for place, first in enumerate(held_out.rows.tolist()):
@@ -45,6 +46,10 @@ def compare(options: Compare) -> int:
             best.append((name, runs["lr"][int(held_out.rows[place])].item(), place, held_out, tested))
         else:
             print(f"{name}: no learning rate has stayed finite with all seeds.")
+    write(folder / "compared.csv", ("\n".join(lines) + "\n").encode())
+    if not best:
+        print("Nothing has stayed finite with all seeds.")
+        return 1
     seeds = f", mean ± standard deviation over {options.seeds} seeds" if options.seeds > 1 else ""
     print(f"\nEach at its best learning rate on the held-out images{seeds}:")
     print(f"{'':<36}{'best lr':>10}{'held out, %':>18}{'test, %':>18}")
@@ -52,7 +57,6 @@ def compare(options: Compare) -> int:
         columns = (percent(table.mean[place], table.deviation[place]) for table in (held_out, tested))
         print(f"{name:<36}{lr:>10.4g}" + "".join(f"{column:>18}" for column in columns))
     print()
-    write(folder / "compared.csv", ("\n".join(lines) + "\n").encode())
     height = "accuracy on held-out images, %"
     write_picture(
         folder / "compared.png",

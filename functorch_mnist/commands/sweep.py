@@ -52,12 +52,14 @@ def sweep(options: Sweep) -> int:
     print(
         "".join(f"{name.replace('_', '-'):>18}" for name in names) + f"{'epochs':>9}{'held out, %':>18}{'test, %':>18}"
     )
+    made, setting = epochs_made(done.found), sweeps.settings(runs)
+    seeds_of = {place: (setting == place).nonzero().squeeze(1).tolist() for place in order.tolist()}
     for place in order[:SHOWN].tolist():
         first = int(held_out.rows[place])
         values = "".join(f"{runs[name][first].item():>18.5g}" for name in names)
         print(
             values
-            + f"{epochs_made(done.found)[first]:>9}"
+            + f"{max(made[k] for k in seeds_of[place]):>9}"
             + f"{percent(held_out.mean[place], held_out.deviation[place]):>18}"
             + f"{percent(tested.mean[place], tested.deviation[place]):>18}"
         )
@@ -67,8 +69,8 @@ def sweep(options: Sweep) -> int:
     panels = {axis.field: axis for axis in axes(options)}
     for name, axis in panels.items():
         write_picture(folder / f"{axis.name}.png", lambda n=name, a=axis: _picture(done, n, a))  # type: ignore[misc]
-    first = int(best[0])
-    print(f"One run of the best setting, by train: {command(runs, first)}")
+    if not {"clip_norm", "noise_multiplier"} & set(runs):
+        print(f"One run of the best, by train with this sweep's other options: {command(runs, int(best[0]))}")
     return 0
 
 
@@ -120,7 +122,7 @@ def command(runs: sweeps.Runs, place: int) -> str:
     for name, column in runs.items():
         value = column[place].item()
         values = (value / 2, value) if name == "dropout" else (value,)
-        told.append(" ".join([flag(name), *(f"{number:.7g}" for number in values)]))
+        told.append(" ".join([flag(name), *(f"{number:.9g}" for number in values)]))
     return " ".join(told)
 
 

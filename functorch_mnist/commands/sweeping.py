@@ -1,5 +1,6 @@
 """Many runs of the same kind as one sweep: the program of one run, how many at once, and a folder to go on in."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ class Swept(NamedTuple):
     width: int
     """How many runs were made at once."""
     held_out: Tensor
-    """(K,) float64: accuracy on the held-out images at each run's best epoch, NaN for a run without one."""
+    """(K,) float64: accuracy on the held-out images at each run's best epoch, NaN for one that failed."""
     tested: Tensor
     """(K,) float64: accuracy on the test images there, NaN likewise."""
 
@@ -108,6 +109,7 @@ def swept(
     lanes: str,
     halving: sweep.Halving | None = None,
     told: bool = True,
+    again: str | None = None,
 ) -> Swept:
     """The sweep after all its runs have ended; goes on with one that was broken off in the folder.
 
@@ -119,6 +121,7 @@ def swept(
         lanes: a number of runs at once, or `auto`.
         halving: whether only the better settings go on.
         told: print how far it is.
+        again: what goes on after Ctrl-C; by default the same command with the folder.
 
     Raises:
         UsageError: the folder holds another sweep.
@@ -169,14 +172,17 @@ def swept(
         with undisturbed():
             epoch = int(newest[0].epoch)
         raise KeyboardInterrupt(
-            f"Interrupted after epoch {epoch} of {options.epochs}. The same command with --out {folder} goes on."
+            f"Interrupted after epoch {epoch} of {options.epochs}. "
+            f"{again or f'The same command with --out {shlex.quote(str(folder))}'} goes on."
         ) from None
     tested = torch.full((total,), torch.nan, dtype=torch.float64)
     with_epoch = (found.best_epoch >= 0).nonzero().squeeze(1)
     for some in with_epoch.split(width) if len(with_epoch) else ():
         given = _outputs(made, found.best, some, parts.test.images, width).argmax(-1)
         tested[some.cpu()] = (given == parts.test.labels).double().mean(-1).cpu()
-    return Swept(tree.map(Tensor.cpu, runs), found, width, found.at_best("accuracy").cpu(), tested)
+    failed = found.ended.cpu() == sweep.FAILED
+    held_out = found.at_best("accuracy").cpu().masked_fill(failed, torch.nan)
+    return Swept(tree.map(Tensor.cpu, runs), found, width, held_out, tested.masked_fill(failed, torch.nan))
 
 
 def outputs_of(swept: Swept, options: Train, parts: Parts, which: Tensor, images: Tensor) -> Tensor:
@@ -232,7 +238,7 @@ def _kept(folder: Path, begun: sweep.Sweep, config: Mapping[str, Any], lanes: st
     for fault in faults:
         print(f"Passed over a damaged checkpoint: {fault}")
     if good is None:
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(path.name != CHECKPOINTS for path in folder.iterdir()):
             raise UsageError(f"{folder} must be empty or hold this sweep. Found other files. Choose another --out.")
         folder.mkdir(parents=True, exist_ok=True)
         return begun, None

@@ -25,9 +25,10 @@ def train(options: Train) -> int:
     """Trains as the options say, or goes on; prints the accuracy on the test images."""
     prepare(options.threads)
     parts = sources.divided(options, sources.load(options.dataset, options.data_dir, sources.device(options.device)))
-    if options.tune is not None and options.resume is None:
-        options = tuned(options, parts)
     folder = options.resume or options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    if options.tune is not None and options.resume is None:
+        run_folder.check_free(folder)
+        options = tuned(options, parts)
     return run(options, parts, folder, again=f"functorch-mnist train --resume {shlex.quote(str(folder))}")
 
 
@@ -49,6 +50,8 @@ def run(options: Train, parts: Parts, folder: Path, *, again: str) -> int:
     """
     where = parts.train.images.device
     begun = build.origin(options, parts)
+    if begun.examples < 2 and "noise-scale" in listed("--watch", options.watch or "", WATCHES):
+        raise UsageError("--watch noise-scale needs two training images at least. Found one.")
     batch_size = min(options.batch_size, begun.examples)
     per_epoch = data.steps_per_epoch(begun.examples, batch_size)
     if options.private:

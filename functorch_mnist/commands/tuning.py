@@ -80,6 +80,7 @@ def tuned(options: Train, parts: Parts) -> Train:
     if "weight_decay" in values and values["weight_decay"] == 0:
         values["weight_decay"] = FIRST_DECAY
     start = {name: torch.tensor(value, dtype=torch.float32, device=where) for name, value in values.items()}
+    build.optimizer(options, 1)  # refuses numbers that do not go together
     print(f"Tuning {', '.join(wanted)} by gradients through {tuning.steps} steps.", flush=True)
     began = time.perf_counter()
 
@@ -97,7 +98,10 @@ def tuned(options: Train, parts: Parts) -> Train:
     if found.loss == float("inf"):
         raise UsageError("--tune found no value with which training stays finite. Start at a smaller --lr.")
     print(f"The best is {words(found.hyper)}, found in {time.perf_counter() - began:.0f} s.", flush=True)
-    return build.with_values(options, {name: float(f"{value.item():.6g}") for name, value in found.hyper.items()})
+    values = {name: float(f"{value.item():.6g}") for name, value in found.hyper.items()}
+    if options.nesterov and "momentum" in values:
+        values["momentum"] = max(values["momentum"], 1e-6)
+    return build.with_values(options, values)
 
 
 def words(hyper: sweep.Values) -> str:

@@ -1,5 +1,6 @@
 """The options of `sweep` and `compare`: many runs, and what they differ in."""
 
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
@@ -32,13 +33,15 @@ OPTIMIZERS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "adamw": {"optimizer": "adamw", "weight_decay": 0.01},
     }
 )
-"""The optimizers that are compared, as options of `train`; a weight decay that is given is that of all."""
+"""The optimizers that are compared, as options of `train`; a weight decay above 0 that is given is that of all."""
 SCHEDULES = ("constant", "cosine", "one-cycle", "step-decay")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """Train many runs at once, and tell which did best on held-out images; the same command goes on after a stop."""
+    """Train many runs at once, and tell which did best on held-out images; the same command goes on after a stop.
+
+    All runs have the images that --seed draws for --images and --cut."""
 
     over: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """What the runs differ in, as NAME=VALUE,VALUE or NAME=LOW:HIGH; may be given again. NAME is lr, momentum,
@@ -112,8 +115,8 @@ def axes(options: Sweep) -> tuple[Axis, ...]:
         ranged = ":" in values
         parts = [part for part in values.split(":" if ranged else ",") if part.strip()]
         numbers = tuple(number_of(f"--over {name}", part, least=0.0, most=1e38) for part in parts)
-        if not numbers or len(set(numbers)) != len(numbers):
-            raise UsageError(f"--over {name} needs different numbers. Found {values!r:.80}.")
+        if not numbers or len(set(map(_rounded, numbers))) != len(numbers):
+            raise UsageError(f"--over {name} needs different numbers of float32. Found {values!r:.80}.")
         if ranged and (len(numbers) != 2 or numbers[0] > numbers[1] or (name in LOGARITHMIC and numbers[0] == 0)):
             above = ", above 0," if name in LOGARITHMIC else ""
             raise UsageError(f"--over {name} takes a range as LOW:HIGH{above} from low to high. Found {values!r:.80}.")
@@ -135,17 +138,21 @@ def check_sweep(options: Sweep) -> None:
         UsageError: with what to change.
     """
     check_ranges(options, _RULES)
-    _check_many(options.training, options.lanes)
+    _check_many(options.training, options.lanes, options.seeds)
     found = axes(options)
     if any(axis.ranged for axis in found) and options.draws is None:
         raise UsageError("A range is drawn from: set --draws, such as 20. Found a range without it.")
-    if options.draws is not None and not found:
-        raise UsageError("--draws has no effect without --over.")
+    if options.draws is not None and not any(axis.ranged for axis in found):
+        raise UsageError("--draws draws from a range, as in --over lr=0.01:1. Found none.")
     if options.halve_every is None and options.halve_keep != Sweep.halve_keep:
         raise UsageError("--halve-keep has no effect without --halve-every.")
     for axis in found:
         if chosen_of(options.training, axis.field):
             raise UsageError(f"--{axis.name} differs between the runs. Found {flag(axis.field)} as well: leave it out.")
+        if axis.name == "label-smoothing" and (options.training.loss != "cross-entropy" or options.training.focal):
+            raise UsageError("--over label-smoothing needs --loss cross-entropy without --focal.")
+        if axis.name == "momentum" and options.training.nesterov and 0 in axis.values:
+            raise UsageError("--nesterov needs a momentum above 0. Found 0 in --over momentum.")
         for value in axis.values:
             if axis.name in PRIVATE_OVER:
                 if axis.name == "clip-norm" and value == 0:
@@ -168,7 +175,7 @@ def combinations(options: Compare) -> dict[tuple[str, str, str], Train]:
         _some("--schedules", options.schedules, SCHEDULES),
     ):
         given: dict[str, Any] = {"loss": loss, "schedule": schedule, **OPTIMIZERS[optimizer]}
-        if chosen_of(options.training, "weight_decay"):
+        if options.training.weight_decay:
             given.pop("weight_decay", None)
         found[loss, optimizer, schedule] = replace(options.training, **given)
     return found
@@ -181,8 +188,8 @@ def lrs(options: Compare) -> tuple[float, ...]:
         UsageError: it cannot be read.
     """
     numbers = tuple(number_of("--lrs", part, least=0.0, most=1e38) for part in options.lrs.split(",") if part.strip())
-    if not numbers or len(set(numbers)) != len(numbers):
-        raise UsageError(f"--lrs needs different numbers. Found {options.lrs!r:.80}.")
+    if not numbers or len(set(map(_rounded, numbers))) != len(numbers):
+        raise UsageError(f"--lrs needs different numbers of float32. Found {options.lrs!r:.80}.")
     return numbers
 
 
@@ -193,7 +200,7 @@ def check_compare(options: Compare) -> None:
         UsageError: with what to change.
     """
     check_ranges(options, _RULES)
-    _check_many(options.training, options.lanes)
+    _check_many(options.training, options.lanes, options.seeds)
     for name in ("loss", "optimizer", "schedule", "lr", "momentum", "nesterov", "dampening", "warmup"):
         if chosen_of(options.training, name):
             raise UsageError(f"{flag(name)} is what is compared. Leave it out.")
@@ -209,7 +216,13 @@ def _some(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
     return found
 
 
-def _check_many(training: Train, lanes: str) -> None:
+def _rounded(value: float) -> float:
+    """The number as float32."""
+    rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    return rounded
+
+
+def _check_many(training: Train, lanes: str, seeds: int) -> None:
     """What sweeps and comparisons ask of the options of their runs."""
     for name in _UNUSED:
         if chosen_of(training, name) or (name == "private" and training.private):
@@ -219,6 +232,8 @@ def _check_many(training: Train, lanes: str) -> None:
         raise UsageError("Runs are told apart by held-out images. Found none. Set --hold-out, such as 5000.")
     if training.draw == "balanced":
         raise UsageError("--draw balanced is for single runs. Leave it out.")
+    if training.seed + seeds > 2**63:
+        raise UsageError(f"--seed and --seeds must end below 2**63. Found {training.seed} and {seeds}.")
     if not training.epochs:
         raise UsageError("--epochs must be at least 1. Found 0.")
     if lanes != "auto" and not (lanes.isdecimal() and 1 <= int(lanes) <= 1024):

@@ -94,7 +94,8 @@ class Train:
     patience: int | None = None
     """End after so many epochs without a higher accuracy on held-out images, and keep the best epoch's parameters."""
     tune: str | None = None
-    """First improve these by gradients through training: lr, momentum, weight-decay, with commas."""
+    """First improve these by gradients through a short training: lr, momentum, weight-decay, with commas; a decay of 0
+    begins at 1e-4."""
     tune_steps: int = 200
     """Steps of the training that is differentiated."""
     tune_rounds: int = 15
@@ -299,7 +300,9 @@ def _check_parts(options: Train) -> None:
     """What is told of images and classes."""
     cut_classes(options)
     given_weights(options)
-    changed = [flag(name) for name in ("augment", "mixup") if chosen_of(options, name)]
+    changed = [flag(name) for name in ("augment", "mixup") if getattr(options, name)]
+    if options.focal and options.label_smoothing:
+        raise UsageError("--focal has no smoothed labels. Found --label-smoothing as well. Leave one out.")
     if augmentation(options) and options.model == "scattering":
         raise UsageError("--augment has no effect with --model scattering, whose features are computed once.")
     if options.mixup and options.model == "scattering":
@@ -325,8 +328,14 @@ def _check_tuning(options: Train) -> None:
         raise UsageError(f"--tune must name one of {', '.join(TUNED)} at least. Found none.")
     if not options.hold_out:
         raise UsageError("--tune needs held-out images. Found none. Set --hold-out, such as 5000.")
-    if "lr" in names and options.lr == 0:
-        raise UsageError("--tune lr begins at --lr, which must be above 0. Found 0.")
+    if "lr" in names and options.lr < 1e-30:
+        raise UsageError(f"--tune lr begins at --lr, which must be 1e-30 at least. Found {options.lr}.")
+    if "weight-decay" in names and 0 < options.weight_decay < 1e-30:
+        raise UsageError(
+            f"--tune begins at --weight-decay, which must be 0 or 1e-30 at least. Found {options.weight_decay}."
+        )
+    if "momentum" in names and options.momentum >= 1:
+        raise UsageError(f"--tune momentum begins at --momentum, which must be below 1. Found {options.momentum}.")
     if options.draw == "balanced":
         raise UsageError("--tune differentiates shuffled batches. Found --draw balanced. Leave one out.")
 

@@ -13,6 +13,7 @@
 | `tune.py` | descent on hyperparameters by that gradient |
 """
 
+from .fit import FAILED as FAILED
 from .fit import RUNNING as RUNNING
 from .fit import WORDS as WORDS
 from .fit import Halving as Halving

@@ -65,7 +65,8 @@ class Measured(NamedTuple):
 
 def init(program: Program, runs: Runs) -> State:
     """The states before the first step, stacked: leaves (K, …). Each is the program's own, bit for bit."""
-    return stacked([program.init(_lane(runs, k), random.key(int(runs[SEED][k]))) for k in range(count(runs))])
+    keys = [random.key(int(seed), device=runs[SEED].device) for seed in runs[SEED]]
+    return stacked([program.init(_lane(runs, k), key) for k, key in enumerate(keys[: count(runs)])])
 
 
 def stacked(states: Sequence[T]) -> T:

@@ -27,8 +27,8 @@ class Scale(NamedTuple):
 
 LOG = Scale(torch.log, torch.exp)
 """For what is above 0, such as learning rates: a step multiplies."""
-LOG_FROM_ONE = Scale(lambda value: -torch.log1p(-value), lambda number: -torch.expm1(-number.clamp(min=0)))
-"""For what is in [0, 1), such as momentum: a step multiplies the distance from 1; below 0 it stays at 0."""
+LOG_FROM_ONE = Scale(lambda value: -torch.log1p(-value), lambda number: -torch.expm1(-number.clamp(0, 13.8)))
+"""For what is in [0, 1), such as momentum: a step multiplies the distance from 1; it stays from 0 to 1 - 1e-6."""
 
 
 class Trial(NamedTuple):
@@ -91,19 +91,18 @@ def tune(
         hyper = {name: scales[name].back(number).to(start[name].dtype) for name, number in numbers.items()}
         loss, grads = objective(hyper)
         slopes = {name: float(slope) for name, slope in grads.items()}
-        finite = math.isfinite(loss) and all(map(math.isfinite, slopes.values()))
-        trials.append(Trial(hyper, float(loss) if finite else math.inf))
+        trials.append(Trial(hyper, float(loss) if math.isfinite(loss) else math.inf))
         callback(trials[-1])
-        if not finite:
-            if best_loss == math.inf:  # not even the start: try smaller ones
+        if trials[-1].loss < best_loss:
+            best, best_loss = numbers, trials[-1].loss
+        if not math.isfinite(loss) or not all(map(math.isfinite, slopes.values())):
+            if best_loss == math.inf or best is numbers:  # there is no way back: try smaller ones
                 numbers = {name: number - most for name, number in numbers.items()}
             else:
                 numbers = {name: (number + best[name]) / 2 for name, number in numbers.items()}
             steps = {name: step / 2 for name, step in steps.items()}
             signs = dict.fromkeys(signs, 0.0)
             continue
-        if float(loss) < best_loss:
-            best, best_loss = numbers, float(loss)
         moved = {}
         for name, number in numbers.items():
             sign = math.copysign(1.0, slopes[name]) if slopes[name] else 0.0
