@@ -301,7 +301,9 @@ def test_a_setting_that_failed_after_a_good_epoch_is_not_the_best(data_dir, tmp_
     best = lines[lines.index(next(line for line in lines if "held out, %" in line)) + 1]
     assert float(best.split()[0]) == 1e-4
     names = ("--losses", "cross-entropy", "--optimizers", "momentum", "--schedules", "constant")
-    answer = ask("compare", *shared, *names, "--images", 192, "--seeds", 2, "--lrs", "5e37", "--out", tmp_path / "compare")
+    answer = ask(
+        "compare", *shared, *names, "--images", 192, "--seeds", 2, "--lrs", "5e37", "--out", tmp_path / "compare"
+    )
     assert (answer.status, answer.err) == (1, "")
     assert answer.out.splitlines()[-1] == "Nothing has stayed finite with all seeds."
 
