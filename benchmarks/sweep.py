@@ -2,12 +2,13 @@
 
 Each run has its own weights, learning rate, examples and keys. A round is one step of all runs, at 64 examples. The
 references are loops: over eager `nn.Module`s with `torch.optim.SGD`, over modules compiled, and over this library's
-compiled step. Lanes are what `sweep` trains with; how many go in one call is in the arm's name. Lanes also pick their
-examples from the data set and normalise them, which is done beforehand for modules.
+compiled step. Lanes are what `sweep` trains with; how many go in one call is in the arm's name. All pick their examples
+from the data set and normalise them, but for the modules whose examples lie ready.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -90,31 +91,35 @@ class Group:
         return sweep.Program(init, step, lambda _hyper, _state: {})
 
 
-def modules(group: Group, *, compile: bool, fused: bool, channels_last: bool) -> Work:
+def modules(group: Group, *, compile: bool, fused: bool, channels_last: bool, ready: bool) -> Work:
     """A loop over `nn.Module`s, each with its `torch.optim.SGD`."""
+    form = torch.channels_last if channels_last else torch.contiguous_format
     nets, steps = [], []
+
+    def examples(k: int) -> tuple[Tensor, Tensor]:
+        x = group.problem.prepare(group.images[group.index[k]])
+        return x.contiguous(memory_format=form), group.labels[group.index[k]]
+
     for k in range(group.count):
         net = group.problem.module().to(group.images.device)
         models.load_into(net, group.params[k])
-        x = group.problem.prepare(group.images[group.index[k]])
-        if channels_last:
-            net, x = net.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
-        optimizer = torch.optim.SGD(net.parameters(), lr=group.lrs[k], momentum=MOMENTUM, fused=fused)
+        net = net.to(memory_format=form)
         nets.append(net)
-        steps.append((net, optimizer, x, group.labels[group.index[k]]))
+        optimizer = torch.optim.SGD(net.parameters(), lr=group.lrs[k], momentum=MOMENTUM, fused=fused)
+        steps.append((net, optimizer, examples(k) if ready else None))
     shared = torch.compile(_loss, dynamic=False) if compile else _loss
 
     def call() -> None:
-        for net, optimizer, x, labels in steps:
+        for k, (net, optimizer, batch) in enumerate(steps):
             optimizer.zero_grad()
-            shared(net, x, labels).backward()
+            shared(net, *(batch or examples(k))).backward()
             optimizer.step()
 
     return Work(
         call,
         lambda: group.updates([{name: p.detach() for name, p in net.named_parameters()} for net in nets]),
         group.start(),
-        lambda: [optimizer.zero_grad() for _, optimizer, _, _ in steps],
+        lambda: [optimizer.zero_grad() for _, optimizer, _ in steps],
     )
 
 
@@ -155,13 +160,13 @@ def arms(group: Group, many: Many) -> list[Arm]:
     """Loops, then lanes."""
     convolutional = group.problem.module is networks.Net
     found: list[Arm] = []
-    for compile, form in ((False, "eager"), (True, "compiled")):
-        for fused in (False, True):
-            if compile and group.count > 8:
-                continue  # a compiler that is given more modules than eight gives up
-            name = f"loop of {form} nn.Modules{', fused SGD' if fused else ''}"
-            make = partial(modules, group, compile=compile, fused=fused, channels_last=convolutional)
-            found.append(Arm(name, make, TOLERANCE, baseline=not found))
+    for compile, ready, fused in product((False, True), (False, True), (False, True)):
+        if compile and group.count > 8:
+            continue  # a compiler that is given more modules than eight gives up
+        name = f"loop of {'compiled' if compile else 'eager'} nn.Modules{', fused SGD' if fused else ''}"
+        name += ", examples ready" if ready else ""
+        make = partial(modules, group, compile=compile, fused=fused, channels_last=convolutional, ready=ready)
+        found.append(Arm(name, make, TOLERANCE, baseline=not compile and not ready))
     for width in many.widths:
         name = "loop over one compiled step" if width == 1 else f"lanes, {width} at once"
         found.append(Arm(name, partial(lanes, group, width=width, compile=True), TOLERANCE))
