@@ -5,6 +5,7 @@ recipe, trained on all 60,000; test accuracy is of the 10,000 test images, and s
 """
 
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def table(record: dict[str, Any]) -> dict[str, str]:
     found = [Result(**row) for row in record["runs"]]
     candidates = [[f"`{one.name}`", f"{one.held_out:.2f}", f"{one.accuracy:.2f}"] for one in tried]
     rows = [[str(one.seed), f"{one.accuracy:.2f}", f"{one.seconds:.0f}"] for one in found]
-    rows.append(["all", spread([one.accuracy for one in found]), spread([one.seconds for one in found])])
+    rows.append(["all", spread([one.accuracy for one in found]), f"{fmean(one.seconds for one in found):.0f}"])
     return {
         "Candidates": markdown(("candidate", "held-out %", "test %"), candidates),
         "Recipe": markdown(("seed", "test %", f"seconds, {found[0].threads} threads"), rows),

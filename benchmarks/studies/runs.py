@@ -76,13 +76,19 @@ def made(job: Job, threads: int = 1) -> Result:
 
 
 def all_made(jobs: Sequence[Job], progress: Callable[[str], object]) -> list[Result]:
-    """All runs, in the order of the jobs."""
+    """All runs, in the order of the jobs.
+
+    Raises:
+        RuntimeError: one has failed; those that have not begun are not made.
+    """
     results: dict[Job, Result] = {}
     workers = len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         waiting = {pool.submit(made, job): job for job in jobs}
         for done in as_completed(waiting):
             job = waiting[done]
+            if done.exception() is not None:
+                pool.shutdown(cancel_futures=True)
             results[job] = done.result()
             progress(f"{len(results)} of {len(jobs)}: {job.name}, seed {job.seed}: {results[job].accuracy:.2f} %")
     return [results[job] for job in jobs]
