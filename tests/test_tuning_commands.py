@@ -5,11 +5,14 @@ import json
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from shell import ask, complain, succeed
 
 import functorch_mnist as fm
 from functorch_mnist import options, sweep
 from functorch_mnist.commands import sources, sweeping
+from functorch_mnist.commands.sweep import typed
 
 LINES = ("--model", "linear", "--batch-size", "32", "--hold-out", "64")
 """192 images are left to train on: six steps an epoch."""
@@ -224,6 +227,13 @@ def test_a_sweep_tells_its_best_settings_and_writes_a_row_for_each_run(swept):
     assert "Expected calibration error, temperature" in out
     for name in ("lr.png", "label-smoothing.png", "reliability.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+@given(st.floats(2.0**-100, 2.0**100, width=32))
+def test_a_number_is_typed_so_that_it_is_read_back_and_no_longer(value):
+    text = typed(value)
+    assert torch.tensor(float(text)).item() == value
+    assert len(typed(torch.tensor(0.03).item())) == 4
 
 
 def test_a_run_of_a_sweep_is_that_of_train(swept, data_dir, tmp_path):

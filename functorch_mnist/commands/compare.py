@@ -9,7 +9,7 @@ from .. import sweep as sweeps
 from ..options import Compare, combinations, lrs
 from . import sources
 from .scoring import write, write_picture
-from .sweep import percent
+from .sweep import percent, typed
 from .sweeping import spread, swept
 from .train import prepare
 
@@ -37,7 +37,7 @@ def compare(options: Compare) -> int:
             lr, mean, deviation = runs["lr"][first].item(), held_out.mean[place], held_out.deviation[place]
             numbers = (mean, deviation, tested.mean[place], tested.deviation[place])
             cells = ("" if number.isnan() else f"{number.item():.7g}" for number in numbers)
-            lines.append(",".join([loss, optimizer, schedule, f"{lr:.7g}", *cells]))
+            lines.append(",".join([loss, optimizer, schedule, typed(lr), *cells]))
             if not mean.isnan():
                 points.append((lr, 100 * mean.item(), 100 * deviation.nan_to_num(nan=0.0).item()))
         if points:

@@ -96,7 +96,7 @@ def rows(done: Swept) -> str:
     for k in range(len(done.runs[sweeps.SEED])):
         epochs = epochs_made(found)[k]
         best, failed = int(found.best_epoch[k]), int(found.failed[k])
-        values = [f"{done.runs[name][k].item():.7g}" for name in names]
+        values = [typed(done.runs[name][k].item()) for name in names]
         values += [str(int(done.runs[sweeps.SEED][k])), str(int(setting[k])), sweeps.WORDS[int(found.ended[k])]]
         values += [str(epochs), "" if failed < 0 else str(failed), "" if best < 0 else str(best + 1)]
         numbers = [done.held_out[k], held_out_loss[k], train_loss[k], done.tested[k]]
@@ -116,13 +116,19 @@ def percent(mean: Tensor, deviation: Tensor) -> str:
     return told if deviation.isnan() else f"{told} ± {100 * deviation.item():.2f}"
 
 
+def typed(value: float) -> str:
+    """The shortest decimal number that is the same float32."""
+    texts = (f"{value:.{digits}g}" for digits in range(1, 10))
+    return next(text for text in texts if torch.tensor(float(text)).item() == torch.tensor(value).item())
+
+
 def command(runs: sweeps.Runs, place: int) -> str:
     """A run of a sweep as options of `train`."""
     told = []
     for name, column in runs.items():
         value = column[place].item()
         values = (value / 2, value) if name == "dropout" else (value,)
-        told.append(" ".join([flag(name), *(f"{number:.9g}" for number in values)]))
+        told.append(" ".join([flag(name), *map(typed, values)]))
     return " ".join(told)
 
 
