@@ -11,7 +11,7 @@ from shell import ask, complain, succeed
 
 import functorch_mnist as fm
 from functorch_mnist import options, sweep
-from functorch_mnist.commands import sources, sweeping
+from functorch_mnist.commands import build, sources, sweeping
 from functorch_mnist.commands.sweep import typed
 
 LINES = ("--model", "linear", "--batch-size", "32", "--hold-out", "64")
@@ -361,7 +361,7 @@ def test_a_clipped_run_of_a_sweep_clips_and_adds_noise_as_it_says(mnist):
     given = options.Train(model="linear", hold_out=64, batch_size=8, lr=1.0, momentum=0.0)
     images, labels = (part[:200] for part in mnist.train)
     parts = sources.Parts(fm.data.Split(images, labels), fm.data.Split(images[:64], labels[:64]), mnist.test, 10)
-    program = sweeping.program(given, parts)
+    program = sweeping.program(build.origin(given, parts), parts)
 
     def moved(noise, key):
         hyper = {"clip_norm": torch.tensor(1e-3), "noise_multiplier": torch.tensor(noise)}

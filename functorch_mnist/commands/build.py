@@ -122,7 +122,7 @@ def classifier(begun: Origin) -> Classifier:
 
     def test_loss(outputs: Tensor, labels: Tensor) -> Tensor:
         if options.loss == "mse":
-            return losses_of.mse(outputs.softmax(-1), losses_of.one_hot(labels, classes))
+            return _squared(outputs, labels)
         return losses_of.cross_entropy(outputs, labels)
 
     return Classifier(model.init, outputs, fixed, _training_loss(begun), test_loss)
@@ -151,7 +151,7 @@ def _training_loss(begun: Origin) -> Callable[[Tensor, Tensor], Tensor]:
     if options.loss == "mse":
 
         def squared(outputs: Tensor, labels: Tensor) -> Tensor:
-            errors = losses_of.mse(outputs.softmax(-1), losses_of.one_hot(labels, classes))
+            errors = _squared(outputs, labels)
             return errors if weights is None else errors * _looked_up(weights, labels)
 
         return squared
@@ -168,6 +168,11 @@ def _training_loss(begun: Origin) -> Callable[[Tensor, Tensor], Tensor]:
         return losses_of.cross_entropy(outputs, labels, class_weights=of_class, label_smoothing=options.label_smoothing)
 
     return loss
+
+
+def _squared(outputs: Tensor, labels: Tensor) -> Tensor:
+    """The squared error of the probabilities."""
+    return losses_of.mse(outputs.softmax(-1), losses_of.one_hot(labels, outputs.shape[-1]))
 
 
 def _class_weights(begun: Origin) -> Tensor | None:

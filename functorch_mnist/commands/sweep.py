@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import calibration, ensemble, plots, random
 from .. import sweep as sweeps
-from ..options import LOGARITHMIC, Axis, Sweep, Train, axes, flag
+from ..options import LOGARITHMIC, PRIVATE_OVER, Axis, Sweep, axes, flag
 from . import sources
 from .scoring import write, write_picture
 from .sources import Parts
@@ -33,7 +33,7 @@ def sweep(options: Sweep) -> int:
     seeds = "a seed" if options.seeds == 1 else f"{options.seeds} seeds"
     total = len(runs[sweeps.SEED])
     print(f"{total} run{'s' * (total > 1)}: {settings} setting{'s' * (settings > 1)}, each with {seeds}.", flush=True)
-    if {"clip_norm", "noise_multiplier"} & set(runs):
+    if PRIVATE_OVER & runs.keys():
         print("Steps are clipped and noisy as private ones, of fixed batches; what they spend is not accounted for.")
     halving = None if options.halve_every is None else sweeps.Halving(options.halve_every, options.halve_keep)
     done = swept(one, parts, runs, folder, lanes=options.lanes, halving=halving)
@@ -65,11 +65,11 @@ def sweep(options: Sweep) -> int:
         )
     best = (sweeps.settings(runs) == order[0]).nonzero().squeeze(1)
     print()
-    _together(done, one, parts, best, folder)
+    _together(done, parts, best, folder)
     panels = {axis.field: axis for axis in axes(options)}
     for name, axis in panels.items():
         write_picture(folder / f"{axis.name}.png", lambda n=name, a=axis: _picture(done, n, a))  # type: ignore[misc]
-    if not {"clip_norm", "noise_multiplier"} & set(runs):
+    if not PRIVATE_OVER & runs.keys():
         print(f"One run of the best, by train with this sweep's other options: {command(runs, int(best[0]))}")
     return 0
 
@@ -150,10 +150,10 @@ def _ended(done: Swept) -> str:
     return "\n".join(lines)
 
 
-def _together(done: Swept, one: Train, parts: Parts, best: Tensor, folder: Path) -> None:
+def _together(done: Swept, parts: Parts, best: Tensor, folder: Path) -> None:
     """What the models of the best setting say together, and how sure they are."""
     held_out = parts.judging
-    outputs = outputs_of(done, one, parts, best, parts.test.images)
+    outputs = outputs_of(done, best, parts.test.images)
     labels = parts.test.labels
     single = (outputs.argmax(-1) == labels).double().mean(-1)
     mean = ensemble.mean(outputs)
@@ -165,7 +165,7 @@ def _together(done: Swept, one: Train, parts: Parts, best: Tensor, folder: Path)
             f"{voted} by vote; one alone {100 * single.mean().item():.2f}%. Two of them differ on "
             f"{100 * apart.item():.2f}% of the images; mutual information {informed.item():.4f} nats."
         )
-    scale = calibration.temperature(ensemble.mean(outputs_of(done, one, parts, best, held_out.images)), held_out.labels)
+    scale = calibration.temperature(ensemble.mean(outputs_of(done, best, held_out.images)), held_out.labels)
     curves = {}
     for name, given in (("as trained", mean), (f"temperature {scale.item():.2f}", mean / scale)):
         curves[name] = calibration.reliability(given.softmax(-1), labels)
@@ -191,9 +191,8 @@ def _picture(done: Swept, name: str, axis: Axis) -> bytes:
         deviation = found.deviation[place].nan_to_num(nan=0.0).item()
         point = (runs[name][first].item(), 100 * found.mean[place].item(), 100 * deviation)
         lines.setdefault(label, []).append(point)
-    points = [sorted(line) for line in lines.values()]
-    if len(points) > 12:  # a cloud: a point for each setting
-        bands = [plots.Band("", *zip(*[point], strict=True)) for line in points for point in line]
+    if len(lines) > 12:  # a cloud: a point for each setting
+        bands = [plots.Band("", [x], [y], [error]) for line in lines.values() for x, y, error in line]
     else:
         bands = [plots.Band(label, *zip(*sorted(line), strict=True)) for label, line in lines.items()]
     return plots.scores(

@@ -16,7 +16,7 @@ from ..models import Params
 from ..options import CHANGEABLE, PRIVATE_OVER, Train, UsageError, set_to, to_json
 from ..run_folder import CHECKPOINTS
 from . import build
-from .faults import undisturbed
+from .build import Classifier, Origin
 from .passes import digest
 from .sources import Parts
 
@@ -31,6 +31,8 @@ class Swept(NamedTuple):
 
     runs: sweep.Runs
     found: sweep.Sweep
+    made: Classifier
+    """Of all runs: what they differ in changes no output."""
     width: int
     """How many runs were made at once."""
     held_out: Tensor
@@ -50,20 +52,20 @@ class Spread(NamedTuple):
     """NaN where there is one seed alone."""
 
 
-def program(options: Train, parts: Parts) -> sweep.Program:
-    """A run of these options, as pure functions of what its sweep sets it to."""
-    begun = build.origin(options, parts)
+def program(begun: Origin, parts: Parts) -> sweep.Program:
+    """A run of this origin, as pure functions of what its sweep sets it to."""
+    options = begun.options
     others = build.partners(options, parts.train)
     batch_size = min(options.batch_size, begun.examples)
     per_epoch = data.steps_per_epoch(begun.examples, batch_size)
     held_out = parts.judging
     judged = build.prepared(build.classifier(begun), held_out.images)
 
-    def made(hyper: sweep.Values) -> tuple[Train, build.Classifier]:
+    def made(hyper: sweep.Values) -> tuple[Train, Classifier]:
         one = options
         for name, value in hyper.items():
-            if name not in (sweep.SEED, *(n.replace("-", "_") for n in PRIVATE_OVER)):
-                one = set_to(one, name.replace("_", "-"), value)
+            if name != sweep.SEED and name not in PRIVATE_OVER:
+                one = set_to(one, name, value)
         return one, build.classifier(begun._replace(options=one))
 
     def init(hyper: sweep.Values, key: Tensor) -> training.State:
@@ -77,7 +79,7 @@ def program(options: Train, parts: Parts) -> sweep.Program:
         one, classifier = made(hyper)
         losses_fn = build.losses(classifier, one, others)
         optimizer = build.optimizer(one, per_epoch)
-        if "clip_norm" not in hyper and "noise_multiplier" not in hyper:
+        if not PRIVATE_OVER & hyper.keys():
             return training.make_step(training.batch_gradient(losses_fn), optimizer)(
                 state, *rows, mask=mask, divisor=divisor
             )
@@ -129,9 +131,10 @@ def swept(
     """
     where = parts.train.images.device
     runs = {name: column.to(where) for name, column in runs.items()}
-    made = build.classifier(build.origin(options, parts))
+    origin = build.origin(options, parts)
+    made = build.classifier(origin)
     images = build.prepared(made, parts.train.images)
-    kept = program(options, parts)
+    kept = program(origin, parts)
     several = sweep.Lanes(
         kept,
         (images, parts.train.labels),
@@ -149,13 +152,13 @@ def swept(
     if width is None:
         width = _chosen(several, runs, begun, lanes, told=told)
     config["width"] = width
-    total = len(runs[sweep.SEED])
-    newest = [found]
+    total, saved = len(runs[sweep.SEED]), int(found.epoch)
 
     def keep(now: sweep.Sweep) -> None:
-        newest[0] = now
+        nonlocal saved
         epoch = int(now.epoch)
         checkpoint.save(folder / CHECKPOINTS, now, step=epoch, config=config, keep=2)
+        saved = epoch
         if told:
             left = int((now.ended == sweep.RUNNING).sum())
             score = now.at_best("accuracy").nan_to_num(nan=-1)
@@ -169,10 +172,8 @@ def swept(
             several, runs, found, width=width, halving=halving, patience=options.patience, callbacks=(keep,)
         )
     except KeyboardInterrupt:
-        with undisturbed():
-            epoch = int(newest[0].epoch)
         raise KeyboardInterrupt(
-            f"Interrupted after epoch {epoch} of {options.epochs}. "
+            f"Interrupted after epoch {saved} of {options.epochs}. "
             f"{again or f'The same command with --out {shlex.quote(str(folder))}'} goes on."
         ) from None
     tested = torch.full((total,), torch.nan, dtype=torch.float64)
@@ -182,13 +183,12 @@ def swept(
         tested[some.cpu()] = (given == parts.test.labels).double().mean(-1).cpu()
     failed = found.ended.cpu() == sweep.FAILED
     held_out = found.at_best("accuracy").cpu().masked_fill(failed, torch.nan)
-    return Swept(tree.map(Tensor.cpu, runs), found, width, held_out, tested.masked_fill(failed, torch.nan))
+    return Swept(tree.map(Tensor.cpu, runs), found, made, width, held_out, tested.masked_fill(failed, torch.nan))
 
 
-def outputs_of(swept: Swept, options: Train, parts: Parts, which: Tensor, images: Tensor) -> Tensor:
+def outputs_of(swept: Swept, which: Tensor, images: Tensor) -> Tensor:
     """What some runs say of images after their best epochs: (len(which), N, classes)."""
-    made = build.classifier(build.origin(options, parts))  # what runs differ in changes no output
-    return _outputs(made, swept.found.best, which, images, swept.width)
+    return _outputs(swept.made, swept.found.best, which, images, swept.width)
 
 
 def spread(runs: sweep.Runs, values: Tensor) -> Spread:
@@ -208,7 +208,7 @@ def words(runs: sweep.Runs, place: int) -> str:
     return ", ".join(f"{name.replace('_', '-')} {column[place].item():.4g}" for name, column in runs.items())
 
 
-def _outputs(made: build.Classifier, params: Params, which: Tensor, images: Tensor, width: int) -> Tensor:
+def _outputs(made: Classifier, params: Params, which: Tensor, images: Tensor, width: int) -> Tensor:
     """Outputs of stacked models, some at a time."""
     found = []
     for some in which.split(width):

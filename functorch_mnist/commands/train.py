@@ -50,7 +50,8 @@ def run(options: Train, parts: Parts, folder: Path, *, again: str) -> int:
     """
     where = parts.train.images.device
     begun = build.origin(options, parts)
-    if begun.examples < 2 and "noise-scale" in listed("--watch", options.watch or "", WATCHES):
+    watches = listed("--watch", options.watch or "", WATCHES)
+    if begun.examples < 2 and "noise-scale" in watches:
         raise UsageError("--watch noise-scale needs two training images at least. Found one.")
     batch_size = min(options.batch_size, begun.examples)
     per_epoch = data.steps_per_epoch(begun.examples, batch_size)
@@ -76,7 +77,7 @@ def run(options: Train, parts: Parts, folder: Path, *, again: str) -> int:
         step = training.make_step(estimator, optimizer)
         return training.compiled(step) if compiled else step
 
-    watch, watcher = None, Watcher(folder, listed("--watch", options.watch or "", WATCHES))
+    watch, watcher = None, Watcher(folder, watches)
     if options.watch:  # a batch's loss of one example is that example's loss
         watch = training.Watch(step_of(training.watching(losses_fn)), options.watch_every)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import optim, sweep
 from .. import train as training
-from ..options import TUNED, Train, UsageError, listed
+from ..options import TUNED, Train, UsageError, flag, listed
 from . import build
 from .faults import refusing
 from .sources import Parts
@@ -106,4 +106,4 @@ def tuned(options: Train, parts: Parts) -> Train:
 
 def words(hyper: sweep.Values) -> str:
     """Hyperparameters as they are typed."""
-    return ", ".join(f"--{name.replace('_', '-')} {value.item():.4g}" for name, value in hyper.items())
+    return ", ".join(f"{flag(name)} {value.item():.4g}" for name, value in hyper.items())

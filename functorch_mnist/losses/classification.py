@@ -38,12 +38,8 @@ def cross_entropy(
         >>> cross_entropy(torch.zeros(3, 10), torch.tensor([1, 2, 3]))
         tensor([2.3026, 2.3026, 2.3026])
     """
-    check_labels("cross_entropy", outputs, labels)
-    _check_weights("cross_entropy", outputs, class_weights)
+    log_probs, terms, hit = _terms("cross_entropy", outputs, labels, class_weights)
     check("cross_entropy", PART, label_smoothing=label_smoothing)
-    log_probs = F.log_softmax(tree.wide(outputs), dim=-1)
-    terms = log_probs if class_weights is None else log_probs * class_weights
-    hit = terms.gather(-1, labels[..., None].long()).squeeze(-1)
     if not isinstance(label_smoothing, Tensor) and label_smoothing == 0:
         return -hit
     spread = like(label_smoothing, log_probs)
@@ -78,12 +74,8 @@ def focal(
     Reference: Lin, Goyal, Girshick, He, Dollár, "Focal loss for dense object detection", ICCV 2017, equation 5,
         https://arxiv.org/abs/1708.02002.
     """
-    check_labels("focal", outputs, labels)
-    _check_weights("focal", outputs, class_weights)
+    log_probs, _, hit = _terms("focal", outputs, labels, class_weights)
     check("focal", AT_LEAST_ZERO, gamma=gamma)
-    log_probs = F.log_softmax(tree.wide(outputs), dim=-1)
-    terms = log_probs if class_weights is None else log_probs * class_weights
-    hit = terms.gather(-1, labels[..., None].long()).squeeze(-1)
     # 1 - p_y is added up from the other classes: no difference cancels, and no power of 0 is taken.
     own = one_hot(labels, outputs.shape[-1]).bool()
     log_rest = torch.logsumexp(log_probs.masked_fill(own, torch.finfo(log_probs.dtype).min), dim=-1)
@@ -141,8 +133,13 @@ def check_labels(where: str, outputs: Tensor, labels: Tensor) -> None:
         raise TypeError(f"{where}: labels must be integers in [0, K). Found {labels.dtype}.")
 
 
-def _check_weights(where: str, outputs: Tensor, class_weights: Tensor | None) -> None:
+def _terms(where: str, outputs: Tensor, labels: Tensor, class_weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """log p_k and w_k log p_k (..., K), and the latter of the label (...)."""
+    check_labels(where, outputs, labels)
     if class_weights is not None and class_weights.shape != outputs.shape[-1:]:
         raise ValueError(
             f"{where}: class_weights must be (K,), {tuple(outputs.shape[-1:])}. Found {tuple(class_weights.shape)}."
         )
+    log_probs = F.log_softmax(tree.wide(outputs), dim=-1)
+    terms = log_probs if class_weights is None else log_probs * class_weights
+    return log_probs, terms, terms.gather(-1, labels[..., None].long()).squeeze(-1)

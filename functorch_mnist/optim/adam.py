@@ -7,6 +7,7 @@ d_t = (m_t / (1 - b1^t)) / (√(s_t / (1 - b2^t)) + epsilon)
 w_{t+1} = w_t - lr · d_t                          (adamw: (1 - lr · weight_decay) · w_t - lr · d_t)
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -70,22 +71,11 @@ def adam(
 
     Reference: Kingma, Ba, "Adam: a method for stochastic optimization", ICLR 2015, algorithm 1.
     """
-    check_rate("adam", lr)
-    check("adam", DECAY, b1=b1, b2=b2)
-    check("adam", AT_LEAST_ZERO, epsilon=epsilon, weight_decay=weight_decay)
 
-    def init(params: Tree) -> AdamState:
-        check_params("adam", params)
-        return _init(params)
+    def decayed(params: Tree, grads: Tree, _rate: float | Tensor) -> tuple[Tree, Tree]:
+        return params, tree.map(lambda g, w: add_scaled(g, w, weight_decay), grads, params)
 
-    def update(params: Tree, state: AdamState, grads: Tree) -> tuple[Tree, AdamState]:
-        check_grads("adam", params, grads)
-        rate = lr(state.updates) if callable(lr) else lr
-        if used(weight_decay):
-            grads = tree.map(lambda g, w: add_scaled(g, w, weight_decay), grads, params)
-        return _descend(params, state, grads, rate, b1=b1, b2=b2, epsilon=epsilon)
-
-    return Optimizer(init, update)
+    return _optimizer("adam", lr, decayed, b1=b1, b2=b2, epsilon=epsilon, weight_decay=weight_decay)
 
 
 def adamw(
@@ -127,27 +117,41 @@ def adamw(
     Reference: Loshchilov, Hutter, "Decoupled weight decay regularization", ICLR 2019, algorithm 2 in the form of
         `torch.optim.AdamW`, whose decay is multiplied by `lr`.
     """
-    check_rate("adamw", lr)
-    check("adamw", DECAY, b1=b1, b2=b2)
-    check("adamw", AT_LEAST_ZERO, epsilon=epsilon, weight_decay=weight_decay)
+
+    def decayed(params: Tree, grads: Tree, rate: float | Tensor) -> tuple[Tree, Tree]:
+        keep = 1 - double(rate) * double(weight_decay)
+        return tree.map(lambda w: w * like(keep, w), params), grads
+
+    return _optimizer("adamw", lr, decayed, b1=b1, b2=b2, epsilon=epsilon, weight_decay=weight_decay)
+
+
+def _optimizer(
+    where: str,
+    lr: float | Tensor | Schedule,
+    decayed: Callable[[Tree, Tree, float | Tensor], tuple[Tree, Tree]],
+    *,
+    b1: float | Tensor,
+    b2: float | Tensor,
+    epsilon: float | Tensor,
+    weight_decay: float | Tensor,
+) -> Optimizer:
+    """Either of the two: `decayed(params, grads, rate)` is how weight decay, where it is used, changes them."""
+    check_rate(where, lr)
+    check(where, DECAY, b1=b1, b2=b2)
+    check(where, AT_LEAST_ZERO, epsilon=epsilon, weight_decay=weight_decay)
 
     def init(params: Tree) -> AdamState:
-        check_params("adamw", params)
-        return _init(params)
+        check_params(where, params)
+        return AdamState(no_updates(params), tree.zeros_like(params), tree.zeros_like(params))
 
     def update(params: Tree, state: AdamState, grads: Tree) -> tuple[Tree, AdamState]:
-        check_grads("adamw", params, grads)
+        check_grads(where, params, grads)
         rate = lr(state.updates) if callable(lr) else lr
         if used(weight_decay):
-            keep = 1 - double(rate) * double(weight_decay)
-            params = tree.map(lambda w: w * like(keep, w), params)
+            params, grads = decayed(params, grads, rate)
         return _descend(params, state, grads, rate, b1=b1, b2=b2, epsilon=epsilon)
 
     return Optimizer(init, update)
-
-
-def _init(params: Tree) -> AdamState:
-    return AdamState(no_updates(params), tree.zeros_like(params), tree.zeros_like(params))
 
 
 def _descend(

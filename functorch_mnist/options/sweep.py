@@ -21,7 +21,8 @@ OVER = ("lr", "momentum", "weight-decay", "label-smoothing", "dropout", "max-nor
 """What the runs of a sweep can differ in, besides the seed."""
 LOGARITHMIC = frozenset({"lr", "weight-decay", "max-norm", "clip-norm", "noise-multiplier"})
 """Those of which a range is drawn evenly in the logarithm."""
-PRIVATE_OVER = ("clip-norm", "noise-multiplier")
+PRIVATE_OVER = frozenset({"clip_norm", "noise_multiplier"})
+"""The options among them that make steps clipped and noisy."""
 
 LOSSES = ("cross-entropy", "mse")
 OPTIMIZERS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -124,10 +125,9 @@ def axes(options: Sweep) -> tuple[Axis, ...]:
     return tuple(found.values())
 
 
-def set_to(options: Train, name: str, value: Any) -> Train:
-    """The options with another value of what `OVER` names; of dropout, channels have half the rate of units."""
-    field = name.replace("-", "_")
-    given: dict[str, Any] = {field: (value / 2, value) if name == "dropout" else value}
+def set_to(options: Train, field: str, value: Any) -> Train:
+    """The options with another value of what runs differ in; of dropout, channels have half the rate of units."""
+    given: dict[str, Any] = {field: (value / 2, value) if field == "dropout" else value}
     return replace(options, **given)
 
 
@@ -154,11 +154,11 @@ def check_sweep(options: Sweep) -> None:
         if axis.name == "momentum" and options.training.nesterov and 0 in axis.values:
             raise UsageError("--nesterov needs a momentum above 0. Found 0 in --over momentum.")
         for value in axis.values:
-            if axis.name in PRIVATE_OVER:
+            if axis.field in PRIVATE_OVER:
                 if axis.name == "clip-norm" and value == 0:
                     raise UsageError("--over clip-norm must be above 0. Found 0.")
                 continue
-            one = set_to(options.training, axis.name, value)
+            one = set_to(options.training, axis.field, value)
             check(replace(one, dropout=(value, value)) if axis.name == "dropout" else one)
 
 

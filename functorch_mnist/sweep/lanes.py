@@ -21,7 +21,7 @@ from .. import random, tree
 from ..data import batches
 from ..train import State, compiled, epoch_draws
 from ..tree import Tree
-from .runs import SEED, Runs, count
+from .runs import SEED, Runs
 
 T = TypeVar("T")
 
@@ -65,8 +65,9 @@ class Measured(NamedTuple):
 
 def init(program: Program, runs: Runs) -> State:
     """The states before the first step, stacked: leaves (K, …). Each is the program's own, bit for bit."""
-    keys = [random.key(int(seed), device=runs[SEED].device) for seed in runs[SEED]]
-    return stacked([program.init(_lane(runs, k), key) for k, key in enumerate(keys[: count(runs)])])
+    seeds = runs[SEED]
+    keys = [random.key(int(seed), device=seeds.device) for seed in seeds]
+    return stacked([program.init(_lane(runs, k), key) for k, key in enumerate(keys)])
 
 
 def stacked(states: Sequence[T]) -> T:
