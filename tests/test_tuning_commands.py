@@ -307,6 +307,7 @@ def test_a_setting_that_failed_after_a_good_epoch_is_not_the_best(data_dir, tmp_
     out = succeed("sweep", *shared, "--over", "lr=0.0001,5e37", "--out", tmp_path / "sweep")
     rows = table(tmp_path / "sweep" / "runs.csv")
     assert [row["status"] for row in rows] == ["finished", "failed"]
+    assert (rows[1]["best_epoch"] != "", rows[1]["held_out_accuracy"], rows[1]["test_accuracy"]) == (True, "", "")
     lines = out.splitlines()
     best = lines[lines.index(next(line for line in lines if "held out, %" in line)) + 1]
     assert float(best.split()[0]) == 1e-4

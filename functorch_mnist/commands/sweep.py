@@ -100,7 +100,9 @@ def rows(done: Swept) -> str:
         values += [str(int(done.runs[sweeps.SEED][k])), str(int(setting[k])), sweeps.WORDS[int(found.ended[k])]]
         values += [str(epochs), "" if failed < 0 else str(failed), "" if best < 0 else str(best + 1)]
         numbers = [done.held_out[k], held_out_loss[k], train_loss[k], done.tested[k]]
-        lines.append(",".join([*values, *("" if best < 0 else f"{number.item():.7g}" for number in numbers)]))
+        lines.append(
+            ",".join([*values, *("" if best < 0 or number.isnan() else f"{number.item():.7g}" for number in numbers)])
+        )
     return "\n".join(lines) + "\n"
 
 
