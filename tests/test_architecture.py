@@ -11,7 +11,7 @@ ROOT = Path(functorch_mnist.__file__).parent
 ROWS = [
     {"tree", "fusion", "allocator", "batch", "hyperparameters", "options"},
     {"random"},
-    {"layers", "losses", "optim", "data"},
+    {"layers", "losses", "optim", "data", "decompositions"},
     {"models"},
     {"per_sample"},
     {"statistics", "attribution", "privacy", "calibration", "ensemble"},

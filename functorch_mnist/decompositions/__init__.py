@@ -1,0 +1,41 @@
+"""Ops that hide linear maps of their parameters, written in ops that show them.
+
+    recurrent.py    torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, and the cells of each
+
+A recurrent layer is many products with the same matrices, and torch computes it in one op: whoever follows parameters
+through a loss sees them enter it and no more. Each function here has the signature of its op and computes the same by
+`F.linear`, called with the parameters themselves, and by elementwise ops. It is plain code without
+branches on values of tensors, so it runs under `vmap`, `grad` and `torch.compile`, where several of the ops do not.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import recurrent
+
+__all__ = ["decomposition"]
+
+_DECOMPOSITIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.lstm: recurrent.lstm,
+    torch.gru: recurrent.gru,
+    torch.rnn_tanh: recurrent.rnn_tanh,
+    torch.rnn_relu: recurrent.rnn_relu,
+    torch.lstm_cell: recurrent.lstm_cell,
+    torch.gru_cell: recurrent.gru_cell,
+    torch.rnn_tanh_cell: recurrent.rnn_tanh_cell,
+    torch.rnn_relu_cell: recurrent.rnn_relu_cell,
+}
+
+
+def decomposition(op: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The function that computes the same as an op by plain ops and is called alike, if there is one.
+
+    Example:
+        >>> decomposition(torch.gru_cell).__name__
+        'gru_cell'
+        >>> decomposition(torch.relu) is None
+        True
+    """
+    return _DECOMPOSITIONS.get(op)
