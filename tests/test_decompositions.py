@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.func import grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -263,6 +264,190 @@ def test_a_recurrent_layer_runs_in_mixed_precision(name):
         torch.testing.assert_close(a.float(), b, rtol=0, atol=0.05)  # eight bits of mantissa over four positions
 
 
+# Attention
+
+
+def attention(
+    *,
+    shared="qkv",
+    separate=False,
+    biases=True,
+    batched=True,
+    extra=False,
+    static=False,
+    zero=False,
+    sizes=(3, 4, 2, 6),
+):
+    """The positional arguments up to the output's bias, and the named ones, of two heads."""
+    length, s, n, e = sizes
+    s = length if shared == "qkv" else s
+    size_k, size_v = (e - 1, e + 1) if separate else (e, e)
+
+    def sequence(t, size):
+        return randn(t, n, size) if batched else randn(t, size)
+
+    query = sequence(length, e)
+    key = query if shared == "qkv" else sequence(s, size_k)
+    value = key if shared in ("qkv", "kv") else sequence(s, size_v)
+    one = n if batched else 1
+    named = {}
+    if separate:
+        named = {"use_separate_proj_weight": True, "q_proj_weight": randn(e, e)}
+        named |= {"k_proj_weight": randn(e, key.shape[-1]), "v_proj_weight": randn(e, value.shape[-1])}
+    if static:
+        named |= {"static_k": randn(2 * one, s, e // 2), "static_v": randn(2 * one, s, e // 2)}
+    args = (
+        query, key, value, e, 2,
+        None if separate else randn(3 * e, e), randn(3 * e) if biases else None,
+        randn(1, 1, e) if extra else None, randn(1, 1, e) if extra else None,
+        zero, 0.0, randn(e, e), randn(e) if biases else None,
+    )  # fmt: skip
+    return args, named
+
+
+def padding(n, s, kind):
+    """A mask (N, S) in which the first key is open."""
+    lengths = torch.arange(1, n + 1).clamp(max=s)
+    is_padding = torch.arange(s) >= lengths[:, None]
+    return is_padding if kind == "bool" else randn(n, s).masked_fill(is_padding, -torch.inf)
+
+
+def causal(length, s, kind):
+    closed = torch.ones(length, s).triu(1).bool()
+    return closed if kind == "bool" else randn(length, s).masked_fill(closed, -torch.inf)
+
+
+SHARED = [("qkv", False), ("kv", False), ("none", False), ("kv", True), ("none", True)]
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize(("shared", "separate"), SHARED)
+def test_attention_of_any_projection_equals_torchs(shared, separate, biases, batched, need_weights):
+    args, named = attention(shared=shared, separate=separate, biases=biases, batched=batched)
+    agree(F.multi_head_attention_forward, *args, need_weights=need_weights, **named)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("mask", [None, "2-D", "3-D", "causal"])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("added", ["nothing", "extra", "zero", "both", "static"])
+def test_attention_under_any_mask_equals_torchs(kind, padded, mask, batched, need_weights, added):
+    args, named = attention(
+        shared="kv",
+        batched=batched,
+        extra=added in ("extra", "both"),
+        zero=added in ("zero", "both"),
+        static=added == "static",
+    )
+    n = 2 if batched else 1
+    masks = {"need_weights": need_weights, "is_causal": mask == "causal"}
+    if mask is not None:
+        masks["attn_mask"] = causal(3, 4, kind)
+    if mask == "3-D":
+        masks["attn_mask"] = torch.stack([causal(3, 4, kind) for _ in range(2 * n)])
+    if padded:
+        masks["key_padding_mask"] = padding(n, 4, kind) if batched else padding(2, 4, kind)[1]
+    agree(F.multi_head_attention_forward, *args, **masks, **named)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_attention_weights_of_each_head_equal_torchs(batched):
+    args, named = attention(batched=batched)
+    agree(F.multi_head_attention_forward, *args, average_attn_weights=False, **named)
+
+
+@given(st.tuples(*[st.integers(1, 4)] * 3), st.integers(1, 3), st.booleans(), st.sampled_from(["qkv", "kv", "none"]))
+def test_attention_of_any_size_equals_torchs(sizes, half, need_weights, shared):
+    args, named = attention(shared=shared, sizes=(*sizes, 2 * half))
+    agree(F.multi_head_attention_forward, *args, need_weights=need_weights, **named)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("batched", [False, True])
+def test_attention_equals_torchs_under_grad_of_vmap_and_compiled(batched, need_weights):
+    (query, _, _, *sizes, w, b, _, _, zero, rate, w_out, b_out), _ = attention(batched=batched, sizes=(3, 3, 1, 6))
+    params = [w, b, randn(1, 1, 6), randn(1, 1, 6), w_out, b_out]
+    mask = causal(3, 3, "bool")
+
+    def call(op, params, x, is_padding):
+        w, b, b_k, b_v, w_out, b_out = params
+        is_padding = is_padding[None] if batched else is_padding
+        return op(
+            x, x, x, *sizes, w, b, b_k, b_v, zero, rate, w_out, b_out,
+            key_padding_mask=is_padding, need_weights=need_weights, attn_mask=mask,
+        )  # fmt: skip
+
+    batch = (randn(2, *query.shape), padding(2, 3, "bool"))
+    with sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for the kernel of CPUs
+        agree_under_transforms(F.multi_head_attention_forward, batch, params, call)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_linear_gets_the_packed_parameters_themselves_in_self_attention(batched):
+    args, named = attention(batched=batched)
+    with Record() as record:
+        decomposition(F.multi_head_attention_forward)(*args, **named)
+    calls = [linear for linear, _ in record.of(F.linear)]
+    assert [(call[1] is w, call[2] is b) for call, (w, b) in zip(calls, (args[5:7], args[11:13]), strict=True)] == [
+        (True, True)
+    ] * 2
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_attention_drops_weights_where_torch_does_and_draws_as_it_does(need_weights, training):
+    args, named = attention()
+    args = (*args[:10], 0.3, *args[11:])
+    named |= {"training": training, "need_weights": need_weights}
+    torch.manual_seed(1)
+    expected = F.multi_head_attention_forward(*args, **named)
+    torch.manual_seed(1)
+    with Record() as record:
+        found = decomposition(F.multi_head_attention_forward)(*args, **named)
+    same(found, expected)
+    dropped = [(x.shape, named["p"], named["training"]) for (x,), named in record.of(F.dropout)]
+    assert dropped == ([((4, 3, 3), 0.3, True)] if need_weights and training else [])
+    attended = [call[4] for call, _ in record.of(F.scaled_dot_product_attention)]
+    assert attended == ([] if need_weights else [0.3 if training else 0.0])
+
+
+def test_attention_refuses_shapes_that_disagree():
+    args, _ = attention(shared="kv")
+    op = decomposition(F.multi_head_attention_forward)
+    query, key, value, size, heads, w, b, *_ = args
+    named = {
+        "attn_mask": torch.zeros(1, 4), "key_padding_mask": torch.zeros(1, 4), "static_k": randn(4, 4, 1),
+        "static_v": randn(1, 4, 3), "is_causal": True, "use_separate_proj_weight": True,
+    }  # fmt: skip
+    for name, value_ in named.items():
+        with pytest.raises(ValueError, match="multi_head_attention_forward: "):
+            op(*args, **{name: value_})
+    with pytest.raises(ValueError, match="bools or floats"):
+        op(*args, attn_mask=torch.zeros(3, 4, dtype=torch.long))
+    wrong = [
+        (query[:, 0], key, value, size, heads, w, b),
+        (query, key[:, :1], value, size, heads, w, b),
+        (query[:, :1], key, value, size, heads, w, b),
+        (query, key, value[:1], size, heads, w, b),
+        (query, key, value, size - 1, heads, w, b),
+        (query, key, value, size, 4, w, b),
+        (query, key, value, size, heads, w[1:], b),
+        (query, key, value, size, heads, None, b),
+    ]
+    for given_ in wrong:
+        with pytest.raises(ValueError, match="multi_head_attention_forward: "):
+            op(*given_, *args[7:])
+    extra, _ = attention(extra=True)
+    with pytest.raises(ValueError, match="bias_k and bias_v"):
+        op(*extra[:8], None, *extra[9:])
+    with pytest.raises(ValueError, match="static"):
+        op(*extra, static_k=randn(4, 3, 3))
+
+
 # All of them
 
 
@@ -278,6 +463,7 @@ def modules():
         torch.gru_cell: (nn.GRUCell(3, 5), x[0, 0]),
         torch.rnn_tanh_cell: (nn.RNNCell(3, 5), x[0]),
         torch.rnn_relu_cell: (nn.RNNCell(3, 5, nonlinearity="relu"), x[0]),
+        F.multi_head_attention_forward: (nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True), randn(2, 3, 4)),
     }
 
 

@@ -1,6 +1,7 @@
 """Ops that hide linear maps of their parameters, written in ops that show them.
 
     recurrent.py    torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, and the cells of each
+    attention.py    F.multi_head_attention_forward
 
 A recurrent layer is many products with the same matrices, and torch computes it in one op: whoever follows parameters
 through a loss sees them enter it and no more. Each function here has the signature of its op and computes the same by
@@ -12,8 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from . import recurrent
+from . import attention, recurrent
 
 __all__ = ["decomposition"]
 
@@ -26,6 +28,7 @@ _DECOMPOSITIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.gru_cell: recurrent.gru_cell,
     torch.rnn_tanh_cell: recurrent.rnn_tanh_cell,
     torch.rnn_relu_cell: recurrent.rnn_relu_cell,
+    F.multi_head_attention_forward: attention.multi_head_attention_forward,
 }
 
 
