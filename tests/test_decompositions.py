@@ -448,6 +448,91 @@ def test_attention_refuses_shapes_that_disagree():
         op(*extra, static_k=randn(4, 3, 3))
 
 
+# Bags of embeddings
+
+
+def bag_options():
+    for mode, padding_idx, by_frequency in itertools.product(("sum", "mean", "max"), (None, 2, -3), (False, True)):
+        if mode != "max" or not by_frequency:
+            yield {"mode": mode, "padding_idx": padding_idx, "scale_grad_by_freq": by_frequency}
+
+
+@pytest.mark.parametrize("options", list(bag_options()), ids=str)
+@pytest.mark.parametrize("offsets", [None, [0, 2, 2, 5], [0, 0, 6], [0]])
+def test_an_embedding_bag_equals_torchs(options, offsets):
+    table = randn(5, 3)
+    index = torch.tensor([2, 1, 2, 2, 4, 2]) if offsets else torch.tensor([[2, 1, 2], [2, 2, 2], [0, 4, 4]])
+    offsets = torch.tensor(offsets) if offsets else None
+    agree(F.embedding_bag, index, table, offsets, **options)
+    if offsets is not None:
+        ends = torch.cat([offsets, torch.tensor([6])])
+        agree(F.embedding_bag, index, table, ends, include_last_offset=True, **options)
+    if options["mode"] == "sum":
+        agree(F.embedding_bag, index, table, offsets, per_sample_weights=randn(*index.shape), **options)
+
+
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=4).filter(sum),
+    st.sampled_from(["sum", "mean", "max"]),
+    st.sampled_from([torch.int32, torch.int64]),
+)
+def test_an_embedding_bag_of_any_sizes_equals_torchs(sizes, mode, dtype):
+    ends = torch.tensor([0, *itertools.accumulate(sizes)], dtype=dtype)
+    index = torch.randint(5, (sum(sizes),), dtype=dtype)
+    agree(F.embedding_bag, index, randn(5, 3), ends[:-1], mode=mode)
+    agree(F.embedding_bag, index, randn(5, 3), ends, mode=mode, include_last_offset=True)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_indices_from_the_last_offset_on_are_in_no_bag(mode):
+    table, index = randn(5, 3), torch.tensor([2, 1, 4, 0, 3])
+    bag = decomposition(F.embedding_bag)
+    args = (table, torch.tensor([0, 1, 3]))
+    found = bag(index, *args, mode=mode, include_last_offset=True)
+    same(found, bag(index[:3], *args, mode=mode, include_last_offset=True))
+
+
+def test_a_maximum_that_ties_passes_its_gradient_to_the_row_torch_passes_it_to():
+    agree(F.embedding_bag, torch.tensor([[2, 1, 3]]), torch.zeros(4, 3, dtype=torch.float64), mode="max")
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_an_embedding_bag_equals_torchs_under_grad_of_vmap_and_compiled(mode):
+    table = randn(5, 3)
+    index = torch.tensor([[2, 1, 2, 4], [0, 2, 3, 3]])
+
+    def bags(op, params, index, offsets):
+        return op(index, params[0], offsets, mode=mode, padding_idx=2)
+
+    agree_under_transforms(F.embedding_bag, (index, torch.tensor([[0, 0, 3], [0, 1, 4]])), [table], bags)
+
+    def rows(op, params, index):
+        return op(index, params[0], mode=mode, padding_idx=2)
+
+    agree_under_transforms(F.embedding_bag, (index.view(2, 2, 2),), [table], rows)
+
+
+def test_an_embedding_bag_refuses_what_it_cannot_do():
+    bag = decomposition(F.embedding_bag)
+    index, table = torch.tensor([1, 2]), randn(4, 3)
+    offsets = torch.tensor([0])
+    with pytest.raises(ValueError, match="written to"):
+        bag(index, table, offsets, max_norm=1.0)
+    with pytest.raises(ValueError, match="mode must be"):
+        bag(index, table, offsets, mode="median")
+    for wrong in ((index, table), (index[None], table, offsets), (index, table, offsets[None])):
+        with pytest.raises(ValueError, match="must have offsets"):
+            bag(*wrong)
+    for wrong in ((index[None, None], table), (index, table[0], offsets)):
+        with pytest.raises(ValueError, match="1 or 2 axes"):
+            bag(*wrong)
+    for mode, weights in (("mean", randn(2)), ("sum", randn(1))):
+        with pytest.raises(ValueError, match="per_sample_weights must be"):
+            bag(index, table, offsets, mode=mode, per_sample_weights=weights)
+    with pytest.raises(ValueError, match="scale_grad_by_freq and sparse"):
+        bag(index, table, offsets, mode="max", scale_grad_by_freq=True)
+
+
 # All of them
 
 
@@ -464,6 +549,7 @@ def modules():
         torch.rnn_tanh_cell: (nn.RNNCell(3, 5), x[0]),
         torch.rnn_relu_cell: (nn.RNNCell(3, 5, nonlinearity="relu"), x[0]),
         F.multi_head_attention_forward: (nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True), randn(2, 3, 4)),
+        F.embedding_bag: (nn.EmbeddingBag(5, 3), torch.tensor([[1, 2], [0, 2]])),
     }
 
 

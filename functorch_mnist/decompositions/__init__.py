@@ -2,10 +2,11 @@
 
     recurrent.py    torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, and the cells of each
     attention.py    F.multi_head_attention_forward
+    embedding.py    F.embedding_bag
 
 A recurrent layer is many products with the same matrices, and torch computes it in one op: whoever follows parameters
 through a loss sees them enter it and no more. Each function here has the signature of its op and computes the same by
-`F.linear`, called with the parameters themselves, and by elementwise ops. It is plain code without
+`F.linear` and `F.embedding`, called with the parameters themselves, and by elementwise ops. It is plain code without
 branches on values of tensors, so it runs under `vmap`, `grad` and `torch.compile`, where several of the ops do not.
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import attention, recurrent
+from . import attention, embedding, recurrent
 
 __all__ = ["decomposition"]
 
@@ -29,6 +30,7 @@ _DECOMPOSITIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.rnn_tanh_cell: recurrent.rnn_tanh_cell,
     torch.rnn_relu_cell: recurrent.rnn_relu_cell,
     F.multi_head_attention_forward: attention.multi_head_attention_forward,
+    F.embedding_bag: embedding.embedding_bag,
 }
 
 
