@@ -78,9 +78,9 @@ def mlp():
     return of_model(model.apply, {name: p.to(D) for name, p in model.init(random.key(0)).items()}, normals(B, 6))
 
 
-def of_module(module, x, *, dense=()):
+def of_module(module, x):
     params, model = models.from_module(module.to(D))
-    return of_model(model.apply, params, x)._replace(dense=frozenset(dense))
+    return of_model(model.apply, params, x)
 
 
 def sequence_linear():
@@ -175,7 +175,7 @@ def regularised():
     def loss_fn(p, x, y):
         return losses.cross_entropy(F.linear(x, p["w"], p["b"]), y) + 0.1 * p["w"].square().sum()
 
-    return Case(loss_fn, params, (normals(B, 5), labels()), frozenset({"w"}))
+    return Case(loss_fn, params, (normals(B, 5), labels()))
 
 
 def transformed_first():
@@ -185,7 +185,7 @@ def transformed_first():
         direction = p["w"] / p["w"].norm(dim=1, keepdim=True)
         return F.linear(x, direction * p["g"]) + F.linear(x, torch.sigmoid(p["mask"]))
 
-    return of_model(apply, params, normals(B, 5))._replace(dense=frozenset({"w", "g", "mask"}))
+    return of_model(apply, params, normals(B, 5))
 
 
 def slices():
@@ -195,7 +195,7 @@ def slices():
         q, k, v = p["qkv"].chunk(3)
         return F.linear(x, q) * F.linear(x, k) + F.linear(x, v)
 
-    return of_model(apply, params, normals(B, 5))._replace(dense=frozenset({"qkv"}))
+    return of_model(apply, params, normals(B, 5))
 
 
 def unused():
@@ -241,7 +241,7 @@ def stop_gradient(change):
             y = F.linear(x, p["w"])
             return (y * change(p["w"], x)).sin().sum()
 
-        return Case(loss_fn, {"w": normals(3, 5, seed=1)}, (normals(B, 5),), frozenset({"w"}))
+        return Case(loss_fn, {"w": normals(3, 5, seed=1)}, (normals(B, 5),))
 
     return make
 
@@ -274,7 +274,7 @@ def keywords():
         h = F.layer_norm(h, normalized_shape=(4,), weight=p["c"], bias=p["d"])
         return F.linear(weight=p["b"], input=torch.mv(h.T @ h, vec=p["c"]))
 
-    return of_model(apply, params, normals(B, 5))._replace(dense=frozenset({"c", "d"}))
+    return of_model(apply, params, normals(B, 5))
 
 
 def degenerate_shapes():
@@ -289,7 +289,7 @@ def degenerate_shapes():
         y = torch.einsum("td,->td", x, p["scalar"]) + F.linear(x[:, :0], p["none"], p["b"])
         return torch.einsum("td,dh->th", y, p["one"]).sin().sum() + (y * p["scalar"]).sum()
 
-    return Case(loss_fn, params, (normals(B, 2, 3),), frozenset({"scalar", "one"}))
+    return Case(loss_fn, params, (normals(B, 2, 3),))
 
 
 class Squared(torch.autograd.Function):
@@ -310,9 +310,7 @@ class Squared(torch.autograd.Function):
 
 def custom_function():
     params = {"w": normals(3, 5, seed=1)}
-    return of_model(
-        lambda p, x: F.linear(x, p["w"]) + F.linear(x, Squared.apply(p["w"])), params, normals(B, 5)
-    )._replace(dense=frozenset({"w"}))
+    return of_model(lambda p, x: F.linear(x, p["w"]) + F.linear(x, Squared.apply(p["w"])), params, normals(B, 5))
 
 
 def norms_net():
@@ -323,13 +321,12 @@ def norms_net():
     )  # fmt: skip
     for p in net.parameters():
         nn.init.normal_(p, generator=torch.Generator().manual_seed(p.numel()))
-    elementwise = {"1.weight", "1.bias", "4.weight", "4.bias", "6.weight", "6.bias", "8.weight"}
-    return of_module(net, normals(B, 2, 6, 6), dense=elementwise)
+    return of_module(net, normals(B, 2, 6, 6))
 
 
 def frozen_batch_norm():
     net = nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).eval()
-    return of_module(net, normals(B, 2, 6), dense={"1.weight", "1.bias"})
+    return of_module(net, normals(B, 2, 6))
 
 
 def attention():
@@ -342,8 +339,7 @@ def attention():
         def forward(self, x):
             return self.head(self.attention(x, x, x)[0].mean(1))
 
-    packed = {"attention." + name for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")}
-    return of_module(Net(), normals(B, 5, 8), dense=packed)
+    return of_module(Net(), normals(B, 5, 8))
 
 
 CASES = {

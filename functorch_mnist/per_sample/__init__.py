@@ -5,8 +5,13 @@ the cotangent of its output. Nearly everything one wants of it follows from the 
 
     layout.py        how a parameter is read by an op: as matrices, and through views
     terms.py         the sample gradients of one parameter, in factored form
-    rules.py         what an op says about its parameters; where a new op is added
-    capture.py       from a loss to terms: which ops use which parameter, and the one backward pass
+    weights.py       what is made of parameters, and the way back to them
+    forms.py         how an op's inputs and its output's cotangent become a term
+    calls.py         the same for any op, by its own vector-Jacobian product
+    rules.py         what each op says about its weights; where a new op is added
+    kernels.py       ops that run on the whole batch
+    following.py     which ops of a loss use which parameter
+    capture.py       from a loss to terms: the survey, and the one backward pass
     strategies.py    which way inner products are taken
     plan.py          the plan: all of this as a table that can be changed
     factored.py      the terms of all parameters, and the algebra on them

@@ -9,13 +9,12 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.func import grad, vmap
 
 from .. import tree
 from ..tree import Tree
-from .capture import LossFn, Survey, survey
-from .rules import Cost, Sizes
-from .strategies import choose
+from .capture import LossFn, Survey, factor, survey
+from .forms import Cost, Sizes
+from .strategies import choose_all, together
 from .terms import Strategy
 
 Way: TypeAlias = Strategy | Literal["dense"]
@@ -134,21 +133,22 @@ def plan(loss_fn: LossFn, params: Tree, *example: Tensor, batch_size: int) -> Pl
     if batch_size < 1:
         raise ValueError(f"plan: batch_size must be at least 1. Found {batch_size}.")
     batch = [torch.as_tensor(x)[None] for x in example]
+    found = survey(loss_fn, params, batch)
+    table = planned(params, found, batch_size)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = survey(loss_fn, params, batch)
         twice = [torch.cat([rows, rows]) for rows in batch]  # vmap warns where it takes examples one at a time
-        vmap(grad(loss_fn), in_dims=(None, *[0] * len(twice)))(params, *twice)
+        factor(loss_fn, params, twice, found, strategies(params, found, table))
     texts = [str(warning.message) for warning in caught]
     slow = [text.split("batching rule for ")[1].split(".")[0] for text in texts if "batching rule for " in text]
-    return replace(planned(params, found, batch_size), slow=tuple(dict.fromkeys(slow)))
+    return replace(table, slow=tuple(dict.fromkeys(slow)))
 
 
 def planned(params: Tree, found: Survey, batch_size: int) -> Plan:
     """The plan that follows from a survey."""
     rows = []
-    for path, leaf, uses in zip(tree.paths(params), tree.leaves(params), found.uses, strict=True):
-        choice = choose(uses)
+    leaves = zip(tree.paths(params), tree.leaves(params), found.uses, choose_all(found), strict=True)
+    for path, leaf, uses, choice in leaves:
         costs: dict[Way, Cost] = {"dense": Cost(leaf.numel(), 2 * leaf.numel())}
         costs.update(choice.costs.items())
         way: Way = choice.strategy or "dense"
@@ -163,16 +163,17 @@ def strategies(params: Tree, found: Survey, given: Plan | None) -> Sequence[Stra
     Raises:
         ValueError: the plan is of other parameters, or asks for what a parameter cannot have.
     """
+    choices = choose_all(found)
     if given is None:
-        return [choose(uses).strategy for uses in found.uses]
+        return [choice.strategy for choice in choices]
     names, shapes = tree.paths(params), [tuple(leaf.shape) for leaf in tree.leaves(params)]
     if [(row.path, row.shape) for row in given.rows] != list(zip(names, shapes, strict=True)):
         raise ValueError(
             f"per_sample: the plan must be of these parameters. Found a plan of {[r.path for r in given.rows]}."
         )
-    chosen: list[Strategy | None] = []
-    for row, uses in zip(given.rows, found.uses, strict=True):
-        if row.way != "dense" and row.way not in choose(uses).costs:
+    for row, choice in zip(given.rows, choices, strict=True):
+        if row.way != "dense" and row.way not in choice.costs:
             raise ValueError(f"per_sample: the plan takes {row.path} as {row.way!r}, which this loss does not allow.")
-        chosen.append(None if row.way == "dense" else row.way)
-    return chosen
+    ways = [None if row.way == "dense" else row.way for row in given.rows]
+    dense = together(found, [way is None for way in ways])
+    return [None if alone else way for way, alone in zip(ways, dense, strict=True)]

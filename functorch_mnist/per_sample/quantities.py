@@ -22,13 +22,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad, vmap
 
 from .. import batch as batches
 from .. import tree
 from ..batch import Chunk, masked
 from ..tree import Tree
-from .capture import LossFn
+from .capture import LossFn, dense_grads
 from .factored import Factored, factored
 from .plan import Plan
 from .terms import Kronecker
@@ -50,7 +49,7 @@ class ClippedSum(NamedTuple):
 def grads(
     loss_fn: LossFn, params: Tree, *batch: Tensor, mask: Tensor | None = None, chunk_size: int | None = None
 ) -> Tree:
-    """The dense gradients: a tree with leaves (B, *w). The oracle of all the others, by `vmap(grad(loss_fn))`.
+    """The dense gradients: a tree with leaves (B, *w). The oracle of all the others: no rule and no factor in it.
 
     Cost: B times the parameters in memory.
 
@@ -58,10 +57,10 @@ def grads(
         >>> grads(lambda w, x: w * x, torch.tensor(2.0), torch.tensor([1.0, 3.0]))
         tensor([1., 3.])
     """
-    sample_grads = vmap(grad(loss_fn), in_dims=(None, *[0] * len(batch)))
+
     parts = []
     for chunk in batches.chunks("per_sample.grads", batch, mask, chunk_size):
-        leaves = tree.leaves(sample_grads(params, *batches.blanked(chunk.batch, chunk.mask)))
+        leaves = dense_grads(loss_fn, params, batches.blanked(chunk.batch, chunk.mask))
         if chunk.mask is not None:
             leaves = [masked(leaf, chunk.mask) for leaf in leaves]
         parts.append([chunk.unpadded(leaf) for leaf in leaves])

@@ -1,58 +1,24 @@
 """Rules: what an op's inputs and its output's cotangent say about the sample gradients of its parameters.
 
 A rule is a function with the signature of its op, registered under it. It sees one example and returns an entry for
-each parameter it knows the op to be linear in; the others are differentiated with the rest of the loss. So a rule can
+each weight whose sample gradients it knows. For the others the op's own vector-Jacobian product is taken. So a rule can
 only make things faster: what it leaves out is exact all the same.
 """
 
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import Layout, layout
-from .terms import Convolution, Dense, Lookup, Outer, Strategy, Term
-
-
-class Sizes(NamedTuple):
-    """What the cost of one example's term hangs on."""
-
-    groups: int
-    positions: int
-    inputs: int
-    outputs: int
-
-
-class Cost(NamedTuple):
-    """What the inner product of one example's gradient with itself costs."""
-
-    memory: int
-    """Numbers stored besides the factors."""
-    arithmetic: int
-    """Multiplications and additions."""
-
-
-class Form(Protocol):
-    """How a parameter's sample gradients follow from what a rule saved and from the cotangent of the op's output."""
-
-    def sizes(self, saved: Any, output: torch.Size) -> Sizes:
-        """From the shapes of one example."""
-        ...
-
-    def costs(self, sizes: Sizes) -> dict[Strategy, Cost]:
-        """Of each strategy that applies."""
-        ...
-
-    def term(self, saved: Any, cotangent: Tensor, strategy: Strategy) -> Term:
-        """From the tensors of B examples."""
-        ...
+from .forms import ConvolutionForm, Form, LookupForm, MatrixForm, ScaleForm, ShiftForm
+from .layout import layout
 
 
 class Entry(NamedTuple):
@@ -61,7 +27,7 @@ class Entry(NamedTuple):
     parameter: Tensor | None
     """As the op got it; an entry for anything but a parameter of the model is ignored."""
     form: Form | None = None
-    """None where its sample gradient is best left to autograd: it is no larger than the cotangent itself."""
+    """None where it is best left to the op's own vector-Jacobian product."""
     saved: Tensor | None = None
     """What the form needs of the op's inputs, for one example."""
 
@@ -75,7 +41,7 @@ def rule(*ops: Callable[..., Any]) -> Callable[[Rule], Rule]:
     """Registers the decorated rule for ops such as `torch.nn.functional.linear`, in place of any before it.
 
     The rule is called with the arguments of the op, for one example. It returns entries; none at all where it does not
-    apply, and then the op's parameters are differentiated densely.
+    apply, and then the op's own vector-Jacobian product is taken.
 
     Example:
         >>> @rule(F.bilinear)
@@ -97,124 +63,20 @@ def find(op: Callable[..., Any]) -> Rule | None:
     return _RULES.get(op)
 
 
-@dataclass(frozen=True)
-class MatrixForm:
-    """`y[positions, outputs] = Σ_inputs W[outputs, inputs] a[positions, inputs]`, for each group."""
-
-    layout: Layout
-    order: tuple[int, ...]
-    """The axes of the op's output: those of groups, of positions, of outputs."""
-
-    def sizes(self, saved: Any, output: torch.Size) -> Sizes:  # noqa: ARG002 (the layout knows)
-        groups, outputs, inputs = self.layout.sizes
-        return Sizes(groups, saved[1], inputs, outputs)
-
-    def costs(self, sizes: Sizes) -> dict[Strategy, Cost]:
-        return _matrix_costs(sizes, patches=0)
-
-    def term(self, saved: Any, cotangent: Tensor, strategy: Strategy) -> Outer:
-        groups, outputs, _ = self.layout.sizes
-        saved = saved.to(cotangent.dtype)  # autocast runs the op in another precision than its input's
-        g = cotangent.permute(0, *[axis + 1 for axis in self.order])
-        return Outer(saved, g.reshape(len(saved), groups, saved.shape[2], outputs), self.layout, strategy)
-
-
-@dataclass(frozen=True)
-class ConvolutionForm:
-    """A convolution; `swapped` for a transposed one."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-    swapped: bool
-
-    def sizes(self, saved: Any, output: torch.Size) -> Sizes:
-        positions = saved if self.swapped else output
-        space = len(self.stride)
-        count = math.prod(positions[-space:]) * saved[0]
-        return Sizes(self.groups, count, math.prod(self.shape[1:]), self.shape[0] // self.groups)
-
-    def costs(self, sizes: Sizes) -> dict[Strategy, Cost]:
-        return _matrix_costs(sizes, patches=sizes.groups * sizes.positions * sizes.inputs)
-
-    def term(self, saved: Any, cotangent: Tensor, strategy: Strategy) -> Convolution:
-        saved = saved.to(cotangent.dtype)
-        cotangent = cotangent.reshape(*saved.shape[:2], *cotangent.shape[-len(self.stride) - 1 :])
-        image, cotangent = (cotangent, saved) if self.swapped else (saved, cotangent)
-        padding = self.padding
-        if self.swapped:  # output_padding adds places at the end that the kernel does not reach at so many positions
-            reach = [
-                s * (n - 1) + d * (k - 1) + 1
-                for s, n, d, k in zip(self.stride, saved.shape[3:], self.dilation, self.shape[2:], strict=True)
-            ]
-            sides = [(p, r - p - n) for p, r, n in zip(padding, reach, image.shape[3:], strict=True)]
-            image = F.pad(image, [side for pair in reversed(sides) for side in pair])
-            padding = (0,) * len(padding)
-        return Convolution(image, cotangent, self.shape, self.stride, padding, self.dilation, self.groups, strategy)
-
-
-@dataclass(frozen=True)
-class LookupForm:
-    """Rows of a table (V, H)."""
-
-    shape: tuple[int, ...]
-    padding_idx: int | None
-
-    def sizes(self, saved: Any, output: torch.Size) -> Sizes:  # noqa: ARG002 (the table knows)
-        return Sizes(1, saved[0], *self.shape)
-
-    def costs(self, sizes: Sizes) -> dict[Strategy, Cost]:
-        _, t, v, h = sizes
-        return {"gram": Cost(t * t + t * h, 2 * t * t * h), "build": Cost(v * h, t * h + 2 * v * h)}
-
-    def term(self, saved: Any, cotangent: Tensor, strategy: Strategy) -> Lookup:
-        live = torch.ones_like(saved, dtype=torch.bool) if self.padding_idx is None else saved != self.padding_idx
-        g = cotangent.reshape(*saved.shape, self.shape[1])
-        g = torch.where(live[..., None], g, torch.zeros((), dtype=g.dtype, device=g.device))
-        return Lookup(saved, g, live, self.shape, strategy)
-
-
-@dataclass(frozen=True)
-class ShiftForm:
-    """A parameter that is added to the op's output: its sample gradient is the cotangent's sum where it is repeated."""
-
-    shape: tuple[int, ...]
-    """Of the parameter."""
-    broadcast: tuple[int, ...]
-    """The same with axes of 1, as it is broadcast to the output."""
-
-    def sizes(self, saved: Any, output: torch.Size) -> Sizes:  # noqa: ARG002 (nothing is saved)
-        outputs = math.prod(self.shape)
-        return Sizes(1, math.prod(output) // max(outputs, 1), 1, outputs)
-
-    def costs(self, sizes: Sizes) -> dict[Strategy, Cost]:
-        return {"sum": Cost(sizes.outputs, sizes.positions * sizes.outputs)}
-
-    def term(self, saved: Any, cotangent: Tensor, strategy: Strategy) -> Dense:  # noqa: ARG002
-        full = (1,) * (cotangent.dim() - 1 - len(self.broadcast)) + self.broadcast
-        repeated = [i + 1 for i, size in enumerate(full) if size == 1]
-        sums = cotangent.sum(repeated) if repeated else cotangent
-        return Dense(sums.reshape(len(cotangent), *self.shape))
-
-
-def _matrix_costs(sizes: Sizes, patches: int) -> dict[Strategy, Cost]:
-    """Of G matrices (H, D) at T positions, where the (T, D) inputs must first be stored for all but `build`."""
-    g, t, d, h = sizes
-    costs: dict[Strategy, Cost] = {
-        "gram": Cost(2 * g * t * t + patches, 2 * g * t * t * (d + h)),
-        "build": Cost(g * h * d, 2 * g * t * h * d),
-    }
-    return {"outer product": Cost(0 if t * d == patches else patches, 2 * g * (d + h)), **costs} if t == 1 else costs
-
-
-def shift(parameter: Tensor | None, axes_after: int = 0) -> Entry:
+def shift(parameter: Tensor | None, axes_after: int = 0, *, factor: float = 1) -> Entry:
     """The entry of a shift: a parameter that the op adds to its output, `axes_after` axes before the last."""
     if parameter is None:
         return Entry(None)
     shape = tuple(parameter.shape)
-    return Entry(parameter, ShiftForm(shape, shape + (1,) * axes_after))
+    return Entry(parameter, ShiftForm(shape, shape + (1,) * axes_after, factor))
+
+
+def scale(parameter: Tensor | None, inputs: Tensor, axes_after: int = 0) -> Entry:
+    """The entry of a scale: a parameter that the op multiplies with `inputs`, `axes_after` axes before the last."""
+    if parameter is None:
+        return Entry(None)
+    shape = tuple(parameter.shape)
+    return Entry(parameter, ScaleForm(shape, shape + (1,) * axes_after), inputs)
 
 
 def matrix(parameter: Tensor, inputs: Tensor) -> Entry:
@@ -305,10 +167,16 @@ def embedding(
     return [Entry(weight, LookupForm(tuple(weight.shape), padding_idx), input.reshape(-1))]
 
 
-@rule(torch.matmul, Tensor.matmul, Tensor.__matmul__)
+@rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
 def matmul(input: Tensor, other: Tensor) -> list[Entry]:
-    """`y = x W` and `y = W x`, with W of two axes."""
+    """`y = x W` and `y = W x`, with W of any axes: those before its last two number groups."""
     return _product(input, other)
+
+
+@rule(Tensor.__rmatmul__)
+def rmatmul(input: Tensor, other: Tensor) -> list[Entry]:
+    """`y = other @ input`."""
+    return _product(other, input)
 
 
 @rule(torch.mm, Tensor.mm)
@@ -323,7 +191,30 @@ def mv(input: Tensor, vec: Tensor) -> list[Entry]:
     return _product(input, vec)
 
 
+@rule(torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm)
+def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> list[Entry]:
+    """`y = β b + α x W`."""
+    return _added_product(input, mat1, mat2, beta, alpha)
+
+
+@rule(torch.addmv, Tensor.addmv)
+def addmv(input: Tensor, mat: Tensor, vec: Tensor, *, beta: float = 1, alpha: float = 1) -> list[Entry]:
+    """`y = β b + α W x`."""
+    return _added_product(input, mat, vec, beta, alpha)
+
+
+def _added_product(input: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float) -> list[Entry]:
+    entries = [] if beta == 0 else [shift(input, factor=beta)]
+    return entries + [
+        entry if alpha == 1 or entry.saved is None else entry._replace(saved=entry.saved * alpha)
+        for entry in _product(left, right)
+    ]
+
+
 def _product(left: Tensor, right: Tensor) -> list[Entry]:
+    """The entries of `left @ right`."""
+    if left.dim() == 0 or right.dim() == 0:
+        return []
     entries = []
     if right.dim() == 2:
         form = MatrixForm(layout(tuple(right.shape), outputs=(1,)), tuple(range(left.dim())))
@@ -331,7 +222,25 @@ def _product(left: Tensor, right: Tensor) -> list[Entry]:
     if left.dim() == 2 and right.dim() <= 2:
         columns, order = (right, (0,)) if right.dim() == 1 else (right.T, (1, 0))
         entries.append(Entry(left, MatrixForm(layout(tuple(left.shape)), order), _rows(columns)))
+    if left.dim() > 1 and right.dim() > 1 and max(left.dim(), right.dim()) > 2:
+        entries += _batched_product(left, right)
     return entries
+
+
+def _batched_product(left: Tensor, right: Tensor) -> list[Entry]:
+    """The entries of a product whose factors have leading axes, as `matmul` aligns them."""
+    names = string.ascii_lowercase[: max(left.dim(), right.dim()) - 2]
+    x, w = (names[len(names) - (side.dim() - 2) :] for side in (left, right))
+    axes = f"{x}XY", f"{w}YZ", f"{names}XZ"
+    entries = [] if right.dim() == 2 else _contraction(*axes, left, right)
+    return entries + ([] if left.dim() == 2 and right.dim() == 2 else _contraction(axes[1], axes[0], axes[2], right, left))
+
+
+@rule(F.bilinear)
+def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[Entry]:
+    """`y_h = x1ᵀ W_h x2 + b_h`."""
+    pairs = (input1[..., :, None] * input2[..., None, :]).flatten(-2)
+    return [matrix(weight, pairs), shift(bias)]
 
 
 @rule(torch.einsum)
@@ -369,58 +278,147 @@ def _contraction(x_axes: str, w_axes: str, y_axes: str, x: Tensor, w: Tensor) ->
     return [Entry(w, MatrixForm(form, order), a.reshape(form.sizes[0], count, form.sizes[2]))]
 
 
-@rule(F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm, F.group_norm, torch.group_norm)
-def norm(*arguments: Any, **named: Any) -> list[Entry]:
-    """A normalisation's scale and shift: elementwise."""
-    return [Entry(p) for p in (*arguments[1:], *named.values()) if isinstance(p, Tensor)]
+@rule(F.layer_norm, torch.layer_norm)
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> list[Entry]:
+    """Scale and shift of the last axes, normalised."""
+    return [scale(weight, F.layer_norm(input, normalized_shape, eps=eps)), shift(bias)]
+
+
+@rule(F.rms_norm, torch.rms_norm)
+def rms_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> list[Entry]:
+    """Scale of the last axes, normalised."""
+    return [scale(weight, F.rms_norm(input, normalized_shape, eps=eps))]
+
+
+@rule(F.group_norm, torch.group_norm)
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> list[Entry]:
+    """Scale and shift of channels, normalised by groups."""
+    space = input.dim() - 2
+    return [scale(weight, F.group_norm(input, num_groups, eps=eps), space), shift(bias, space)]
 
 
 @rule(F.instance_norm)
 def instance_norm(
-    input: Tensor,  # noqa: ARG001
+    input: Tensor,
     running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,  # noqa: ARG001
+    running_var: Tensor | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     use_input_stats: bool = True,
-    *_: Any,
-    **__: Any,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
 ) -> list[Entry]:
-    """Scale and shift: elementwise."""
-    if use_input_stats and running_mean is not None:
-        raise ValueError(
-            "per_sample: an example must not change what the next one sees. The loss calls instance_norm with running "
-            "statistics in training mode. Use track_running_stats=False or evaluation mode."
-        )
-    return [Entry(weight), Entry(bias)]
+    """Scale and shift of channels, normalised one by one."""
+    space = input.dim() - 2
+    plain = F.instance_norm(input, running_mean, running_var, None, None, use_input_stats, momentum, eps)
+    return [scale(weight, plain, space), shift(bias, space)]
 
 
 @rule(F.batch_norm)
 def batch_norm(
-    input: Tensor,  # noqa: ARG001
-    running_mean: Tensor | None,  # noqa: ARG001
-    running_var: Tensor | None,  # noqa: ARG001
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     training: bool = False,
-    *_: Any,
-    **__: Any,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
 ) -> list[Entry]:
-    """Scale and shift by fixed statistics: elementwise. Batch statistics would mix examples."""
-    if training:
+    """Scale and shift of channels, by fixed statistics."""
+    space = max(input.dim() - 2, 0)
+    plain = F.batch_norm(input, running_mean, running_var, None, None, training, momentum, eps)
+    return [scale(weight, plain, space), shift(bias, space)]
+
+
+def may_mix(op: Callable[..., Any]) -> bool:
+    """Whether an op may average over a batch."""
+    return op is F.batch_norm or op is F.instance_norm
+
+
+def refuse_mixing(op: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Raises for a norm that averages over examples.
+
+    Raises:
+        ValueError: an example would change what the next one sees.
+    """
+    given = {**dict(zip(_NORM_ARGUMENTS, args, strict=False)), **kwargs}
+    if op is F.batch_norm and given.get("training", False):
         raise ValueError(
             "per_sample: examples must not mix. The loss calls batch_norm in training mode, where it averages over the "
             "batch. Use evaluation mode, or a group norm instead."
         )
-    return [Entry(weight), Entry(bias)]
+    if op is F.instance_norm and given.get("training", True) and given.get("running_mean") is not None:
+        raise ValueError(
+            "per_sample: an example must not change what the next one sees. The loss calls instance_norm with running "
+            "statistics in training mode. Use track_running_stats=False or evaluation mode."
+        )
 
 
-@rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+_NORM_ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "training")
+
+
+@rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__)
 def add(input: Any, other: Any, *more: Any, alpha: float = 1, **_: Any) -> list[Entry]:
-    """A shift outside an op: `y = x + b`."""
-    if more or alpha != 1 or (isinstance(input, Tensor) and isinstance(other, Tensor) and input.dtype != other.dtype):
+    """A shift outside an op: `y = x + α b`."""
+    return [] if more else _shifts(input, other, 1, alpha)
+
+
+@rule(torch.sub, Tensor.sub, Tensor.__sub__, torch.subtract, Tensor.subtract, Tensor.sub_, Tensor.__isub__)
+def sub(input: Any, other: Any, *more: Any, alpha: float = 1, **_: Any) -> list[Entry]:
+    """`y = x - α b`."""
+    return [] if more else _shifts(input, other, 1, -alpha)
+
+
+@rule(torch.rsub, Tensor.__rsub__)
+def rsub(input: Any, other: Any, *more: Any, alpha: float = 1, **_: Any) -> list[Entry]:
+    """`y = b - α x`."""
+    return [] if more else _shifts(input, other, -alpha, 1)
+
+
+def _shifts(input: Any, other: Any, first: float, second: float) -> list[Entry]:
+    if not _of_one_type(input, other):
         return []
-    return [shift(x) for x in (input, other) if isinstance(x, Tensor)]
+    return [shift(x, factor=factor) for x, factor in ((input, first), (other, second)) if isinstance(x, Tensor)]
+
+
+@rule(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.multiply, Tensor.multiply, Tensor.mul_, Tensor.__imul__)
+def mul(input: Any, other: Any, *more: Any, **_: Any) -> list[Entry]:
+    """A scale outside an op: `y = w ∘ x`."""
+    if more or not (isinstance(input, Tensor) and isinstance(other, Tensor)) or not _of_one_type(input, other):
+        return []
+    return [scale(input, other), scale(other, input)]
+
+
+@rule(torch.div, Tensor.div, Tensor.__truediv__, torch.true_divide, Tensor.true_divide, torch.divide, Tensor.divide)
+def div(input: Any, other: Any, *more: Any, rounding_mode: str | None = None, **_: Any) -> list[Entry]:
+    """`y = x / w`, whose derivative by w is `-x / w²`; and `y = w / x`."""
+    if more or rounding_mode is not None or not (isinstance(input, Tensor) and isinstance(other, Tensor)):
+        return []
+    if not _of_one_type(input, other):
+        return []
+    return [scale(input, 1 / other), scale(other, -input / other.square())]
+
+
+def _of_one_type(input: Any, other: Any) -> bool:
+    """Whether two arguments have one dtype, so that no gradient is cast on its way."""
+    return not (isinstance(input, Tensor) and isinstance(other, Tensor)) or input.dtype == other.dtype
 
 
 def _rows(x: Tensor) -> Tensor:

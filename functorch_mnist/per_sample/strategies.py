@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .capture import Use
-from .rules import Cost, MatrixForm, Sizes
+from .capture import Survey, Use
+from .forms import Cost, MatrixForm, Sizes
 from .terms import Strategy
 
 
@@ -36,29 +36,60 @@ def choose(uses: list[Use]) -> Choice:
             return Choice(None, None, {}, f"{use.op}: {use.reason}")
     forms = [use.form for use in uses if use.form is not None]
     sizes = [use.sizes for use in uses if use.sizes is not None]
-    if len(uses) == 1:
-        return _cheapest(sizes[0], forms[0].costs(sizes[0]))
     total = sizes[0]._replace(positions=sum([s.positions for s in sizes]))
-    costs = forms[0].costs(total)
-    if mergeable(uses):
-        return _cheapest(total, costs)
-    if all(["sum" in form.costs(size) for form, size in zip(forms, sizes, strict=True)]):
-        return Choice("sum", total, {"sum": costs["sum"]}, f"{len(uses)} shifts: the cotangents' sum")
-    costs = {"build": costs["build"] if "build" in costs else costs["sum"]}
-    return Choice("build", total, costs, f"{len(uses)} uses that must be summed before squaring")
+    every = [form.costs(size) for form, size in zip(forms, sizes, strict=True)]
+    selected = all([use.weight.selects for use in uses])
+    if selected and (len(uses) == 1 or mergeable(uses)):
+        return _cheapest(total, forms[0].costs(total))
+    if selected and all(["sum" in costs for costs in every]):
+        return Choice("sum", total, {"sum": every[0]["sum"]}, f"{len(uses)} shifts or scales: sums of cotangents")
+    memory = sum([min([cost.memory for cost in costs.values()]) for costs in every])
+    arithmetic = sum([costs["build"].arithmetic if "build" in costs else costs["sum"].arithmetic for costs in every])
+    reason = f"{len(uses)} uses that must be summed before squaring" if selected else "made into a weight: pulled back"
+    return Choice("build", total, {"build": Cost(memory, arithmetic)}, reason)
+
+
+def choose_all(found: Survey) -> list[Choice]:
+    """The strategies of all parameters: what one weight is made of is taken in one way."""
+    choices = [choose(uses) for uses in found.uses]
+    dense = together(found, [choice.strategy is None for choice in choices])
+    taken = "made into one weight with a parameter that is taken densely"
+    return [
+        choice._replace(strategy=None, reason=taken) if alone and choice.strategy is not None else choice
+        for choice, alone in zip(choices, dense, strict=True)
+    ]
+
+
+def together(found: Survey, dense: list[bool]) -> list[bool]:
+    """Which leaves are taken densely, if these are: with them all that they are made into one weight with."""
+    weights = {use.weight.leaves for uses in found.uses for use in uses if len(use.weight.leaves) > 1}
+    dense = [alone and len(uses) > 0 for alone, uses in zip(dense, found.uses, strict=True)]
+    for _ in found.uses:
+        spread = [leaves for leaves in weights if len({dense[leaf] for leaf in leaves}) > 1]
+        if not spread:
+            break
+        dense = [alone or any([leaf in leaves for leaves in spread]) for leaf, alone in enumerate(dense)]
+    return dense
 
 
 def mergeable(uses: list[Use]) -> bool:
     """Whether several uses are one linear map at the positions of all."""
     first = uses[0]
-    return all([isinstance(use.form, MatrixForm) and use[3:] == first[3:] for use in uses])
+
+    def same(use: Use) -> bool:
+        one, other = use.weight, first.weight
+        return one is other or (one.made is None and other.made is None and one.views == other.views)
+
+    return all([isinstance(use.form, MatrixForm) and use.form == first.form and same(use) for use in uses])
 
 
 def _cheapest(sizes: Sizes, costs: dict[Strategy, Cost]) -> Choice:
     if "sum" in costs:
-        return Choice("sum", sizes, costs, "a shift: the cotangent's sum")
+        return Choice("sum", sizes, costs, "a shift or a scale: a sum of cotangents")
     if "outer product" in costs:
         return Choice("outer product", sizes, costs, "one position: |a|² |g|²")
+    if "gram" not in costs:
+        return Choice("build", sizes, costs, "no rule: the op's own vector-Jacobian product")
     gram, build = costs["gram"], costs["build"]
     gram_first = gram.arithmetic <= build.arithmetic
     fast: Strategy = "gram" if gram_first else "build"

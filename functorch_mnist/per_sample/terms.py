@@ -142,6 +142,36 @@ class Dense(Term):
 
 @tree.register
 @dataclass(frozen=True)
+class Absent(Term):
+    """Sample gradients by a parameter that the loss does not use: zeros, in no memory."""
+
+    zeros: Tensor
+    """(B, *w)."""
+
+    def grads(self) -> Tensor:
+        return self.zeros
+
+    def masked(self, keep: Tensor) -> Absent:  # noqa: ARG002 (zeros are zeros)
+        return self
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:  # noqa: ARG002
+        return torch.zeros_like(self.zeros[0], memory_format=torch.contiguous_format)
+
+    def dot(self, direction: Tensor) -> Tensor:  # noqa: ARG002
+        return tree.wide(self.zeros.new_zeros(len(self.zeros)))
+
+    def square_norms(self) -> Tensor:
+        return tree.wide(self.zeros.new_zeros(len(self.zeros)))
+
+    def gram(self, other: Term) -> Tensor:
+        return tree.wide(self.zeros.new_zeros(len(self.zeros), len(other.grads())))
+
+    def second_moment(self) -> Tensor:
+        return tree.wide(self.weighted_sum(self.zeros))
+
+
+@tree.register
+@dataclass(frozen=True)
 class Parts(Term):
     """Sample gradients as they are, of some examples after others: what comes in parts is not copied into one."""
 

@@ -1,0 +1,94 @@
+"""Out of `vmap` and back, for what runs faster, or only, on a whole batch. All private functions of torch are here.
+
+Inside `vmap` a tensor of one example is a view of the batch, (B, …), with its batch axis hidden. `taken_out` shows it
+again: whatever then runs is native, with the kernels that torch has for a batch. `handed_back` hides the axis. Both
+trace under `torch.compile(fullgraph=True)`. They need the batch to be what the innermost transform maps over, so `grad`
+has to lie outside `vmap`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch._functorch import predispatch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+
+
+def constant_to_the_compiler(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which the compiler runs once while it traces: what `torch.compiler.assume_constant_result` does.
+
+    That one would import the compiler, for 0.8 s.
+    """
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return fn
+
+
+@constant_to_the_compiler
+def level() -> int:
+    """How many transforms of torch.func are being applied."""
+    return int(_functorch.maybe_current_level() or 0)
+
+
+@constant_to_the_compiler
+def mapped() -> tuple[int, int]:
+    """The level and the batch size of `vmap` where it is the innermost transform; else zeros."""
+    innermost = _functorch.peek_interpreter_stack()
+    if innermost is None or innermost.key() != _functorch.TransformType.Vmap:
+        return 0, 0
+    return int(innermost.level()), int(_functorch.CVmapInterpreterPtr(innermost).batchSize())
+
+
+def is_of_an_example(x: Tensor) -> bool:
+    """Whether the innermost `vmap` maps over the tensor."""
+    return bool(_functorch.is_batchedtensor(x))
+
+
+def taken_out(x: Tensor, at: tuple[int, int]) -> Tensor:
+    """The batch (B, …) of which `x` is one example; an `x` that all examples share is repeated, without a copy.
+
+    Args:
+        x: a tensor inside of `vmap`.
+        at: what `mapped()` says there.
+    """
+    batch: Tensor = predispatch._remove_batch_dim(x, *at, 0)
+    return batch
+
+
+def handed_back(batch: Tensor, at: tuple[int, int]) -> Tensor:
+    """One example of a batch (B, …): the way back. A tensor that is still one example may not be handed back."""
+    example: Tensor = predispatch._add_batch_dim(batch, 0, at[0])
+    return example
+
+
+def numbers(x: Tensor) -> Tensor | None:
+    """The tensor below all transforms; none where it holds no numbers: on the meta device, or while compiling."""
+    if torch.compiler.is_compiling():
+        return None
+    while _functorch.is_functorch_wrapped_tensor(x):
+        x = _functorch.get_unwrapped(x)
+    return x.detach() if type(x) in (Tensor, torch.nn.Parameter) and x.device.type != "meta" else None
+
+
+def inside(kind: type[TorchFunctionMode]) -> bool:
+    """Whether a mode of this kind is on."""
+    return any([isinstance(mode, kind) for mode in _get_current_function_mode_stack()])
+
+
+@contextmanager
+def outside() -> Iterator[None]:
+    """Out of all transforms and modes, for what only looks: a trial run on numbers of its own."""
+    modes = []
+    while _get_current_function_mode_stack():
+        modes.append(_pop_mode())
+    try:
+        with temporarily_clear_interpreter_stack(), torch.enable_grad():
+            yield
+    finally:
+        for mode in reversed(modes):
+            _push_mode(mode)

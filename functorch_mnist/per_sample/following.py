@@ -1,0 +1,254 @@
+"""Following parameters through a loss: which tensors are made of them, and the ops where they meet an example.
+
+Parameters are known by identity. An op of parameters and constants makes a weight, which is followed on; an op that a
+weight and a tensor of the example enter uses the weight. Where no gradient flows (under `no_grad`, into integers, out
+of the loss as a Python number) the op gets the parameter's numbers, and its result is a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .. import native
+from ..decompositions import decomposition
+from . import rules
+from .calls import CallForm, Slot
+from .forms import Form
+from .kernels import on_the_batch
+from .layout import permuting_view, reshaping_view
+from .weights import Made, Weight
+
+_PERMUTING = {
+    Tensor.t, Tensor.transpose, Tensor.permute, Tensor.movedim, Tensor.swapaxes, Tensor.swapdims, Tensor.moveaxis,
+    torch.t, torch.transpose, torch.permute, torch.movedim, torch.swapaxes, torch.swapdims, torch.moveaxis,
+    Tensor.T.__get__, Tensor.mT.__get__,  # type: ignore[attr-defined]
+}  # fmt: skip
+_RESHAPING = {
+    Tensor.view, Tensor.reshape, Tensor.flatten, Tensor.unflatten, Tensor.squeeze, Tensor.unsqueeze, Tensor.view_as,
+    Tensor.reshape_as, torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze,
+}  # fmt: skip
+_CASTING = {Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.contiguous, Tensor.clone}
+_DETACHING = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
+_METADATA = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad")),
+    Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.is_contiguous,
+    Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size, Tensor.__len__, torch.numel,
+    torch.is_floating_point, torch.is_complex, torch.is_tensor,
+}  # fmt: skip
+_AUGMENTED = ("iadd__", "isub__", "imul__", "itruediv__", "ifloordiv__", "imod__", "ipow__", "iand__", "ior__", "ixor__")
+_INPLACE = {
+    getattr(space, name)
+    for space in (Tensor, torch)
+    for name in dir(Tensor)
+    if (name.endswith("_") and not name.startswith(("_", "resize_as"))) or name.removeprefix("__") in _AUGMENTED or name == "__setitem__"
+    if hasattr(space, name)
+}
+_WITH_INPLACE = {
+    F.relu, F.relu6, F.leaky_relu, F.elu, F.celu, F.selu, F.silu, F.mish, F.hardtanh, F.hardswish, F.hardsigmoid,
+    F.threshold, F.rrelu, F.dropout, F.alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout,
+}  # fmt: skip
+
+
+class Known(NamedTuple):
+    """A weight, as the loss holds it."""
+
+    tensor: Tensor
+    weight: Weight
+    real: Tensor
+    """Its numbers: what ops get in its place."""
+
+
+class Found(NamedTuple):
+    """A weight that an op uses, and how its sample gradients follow from the op."""
+
+    known: Known
+    form: Form | None
+    """None where they do not."""
+    saved: Any
+    """What the form needs of the op's inputs: tensors."""
+    reason: str = ""
+    """Why there is no form."""
+
+
+class Follower(TorchFunctionMode):
+    """Follows weights through a loss; subclasses say what happens where they are used."""
+
+    def __init__(self, known: Iterable[Known], level: int) -> None:
+        super().__init__()
+        self.known = list(known)
+        self.index: dict[int, Known] = {}
+        if not torch.compiler.is_compiling():  # the compiler cannot tell how tensors are numbered
+            self.index = {id(known.tensor): known for known in self.known}
+        self.level = level
+
+    def find(self, value: Any) -> Known | None:
+        if not isinstance(value, Tensor):
+            return None
+        if not torch.compiler.is_compiling():
+            return self.index.get(id(value))
+        for known in self.known:
+            if known.tensor is value:
+                return known
+        return None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            return func(*args, **kwargs)
+        values = _flat((args, kwargs))
+        self.see(func, args, kwargs, values)
+        found = []
+        for value in values:
+            known = self.find(value)
+            if known is not None:
+                found.append(known)
+        if not found:
+            return on_the_batch(func, args, kwargs)
+        if native.level() != self.level:
+            return self.use(func, args, kwargs, [Found(k, None, (), "inside a transform of torch.func") for k in found])
+        if func in _DETACHING or not torch.is_grad_enabled():
+            return func(*self.real(args), **self.real(kwargs))
+        simpler = decomposition(func)
+        if simpler is not None:
+            with self:
+                return simpler(*args, **kwargs)
+        written = writes(func, args, kwargs)
+        if written and self.find(args[0] if args else None) is not None:
+            return self.use(func, args, kwargs, [Found(k, None, (), "written to") for k in found])
+        if not any([isinstance(x, Tensor) and self.find(x) is None and native.is_of_an_example(x) for x in values]):
+            return self.make(func, args, kwargs, found)
+        return self.use(func, args, kwargs, self.uses(func, args, kwargs, found, written))
+
+    def see(self, func: Any, args: Any, kwargs: Any, values: list[Any]) -> None:
+        """Looks at any op."""
+
+    def use(self, func: Any, args: Any, kwargs: Any, found: list[Found]) -> Any:
+        """Runs an op of weights and of an example."""
+        raise NotImplementedError
+
+    def real(self, value: Any) -> Any:
+        """The arguments with the weights' numbers in their places."""
+        return self.replaced(value, lambda known: known.real)
+
+    def replaced(self, value: Any, put: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)([self.replaced(x, put) for x in value])
+        if isinstance(value, dict):
+            return {name: self.replaced(x, put) for name, x in value.items()}
+        known = self.find(value)
+        return value if known is None else put(known)
+
+    def make(self, func: Any, args: Any, kwargs: Any, found: list[Known]) -> Any:
+        """Runs an op of weights and constants. What it makes of them is a weight where a gradient can flow."""
+        out = func(*args, **kwargs)
+        unreal = any([known.real is not known.tensor for known in found])
+        real = func(*self.real(args), **self.real(kwargs)) if unreal else out
+        if isinstance(out, Tensor):
+            return self.made(out, real, self.way(func, args, kwargs, found, None))
+        if isinstance(out, (list, tuple)):
+            parts = [
+                self.made(x, y, self.way(func, args, kwargs, found, i)) if isinstance(x, Tensor) else y
+                for i, (x, y) in enumerate(zip(out, real, strict=True))
+            ]
+            return type(out)(parts)
+        return real
+
+    def made(self, out: Tensor, real: Tensor, weight: Weight) -> Tensor:
+        if not (out.is_floating_point() or out.is_complex()):
+            return real
+        if self.find(out) is None:
+            known = Known(out, weight, real)
+            self.known.append(known)
+            if not torch.compiler.is_compiling():
+                self.index[id(out)] = known
+        return out
+
+    def way(self, func: Any, args: Any, kwargs: Any, found: list[Known], output: int | None) -> Weight:
+        """How the result of an op is made."""
+        first = found[0]
+        alone = len(found) == 1 and len(args) > 0 and args[0] is first.tensor
+        types = [value for value in _flat((args, kwargs)) if isinstance(value, torch.dtype)]
+        if alone and func in _CASTING and all([dtype.is_floating_point for dtype in types]):
+            return first.weight
+        before = tuple(first.tensor.shape)
+        if alone and func in _PERMUTING:
+            return first.weight.viewed(permuting_view(lambda v: func(v, *args[1:], **kwargs), before))
+        if alone and func in _RESHAPING and not types:
+            shape = tuple(func(first.tensor, *args[1:], **kwargs).shape)
+            return first.weight.viewed(reshaping_view(before, shape))
+        leaves = tuple(sorted({leaf for known in found for leaf in known.weight.leaves}))
+        filled = [self.replaced(value, lambda known: known.weight) for value in (args, kwargs)]
+        return Weight(leaves, Made(func, filled[0], filled[1], output))
+
+    def uses(self, func: Any, args: Any, kwargs: Any, found: list[Known], written: bool) -> list[Found]:
+        """How each weight's sample gradients follow from an op: by its rule, or by the op itself."""
+        rule = rules.find(func)
+        entries = [] if rule is None else list(rule(*self.real(args), **self.real(kwargs)))
+        result: list[Found] = []
+        for known in found:
+            if any([known is use.known for use in result]):
+                continue
+            own = [entry for entry in entries if entry.parameter is known.real and entry.form is not None]
+            times = len([1 for other in found if other is known])
+            if len(own) == times:
+                result += [Found(known, entry.form, () if entry.saved is None else entry.saved) for entry in own]
+            elif written:
+                result.append(Found(known, None, (), "no rule for this op, which writes to a tensor"))
+            else:
+                result.append(self.call(func, args, kwargs, known))
+        return result
+
+    def call(self, func: Any, args: Any, kwargs: Any, known: Known) -> Found:
+        """The op itself as a form."""
+        examples: list[Tensor] = []
+        others: list[Weight] = []
+
+        def slot(value: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return type(value)([slot(x) for x in value])
+            if isinstance(value, dict):
+                return {name: slot(x) for name, x in value.items()}
+            if not isinstance(value, Tensor):
+                return value
+            if value is known.tensor:
+                return Slot("weight")
+            other = self.find(value)
+            if other is not None:
+                others.append(other.weight)
+                return Slot("other", len(others) - 1)
+            examples.append(value)
+            return Slot("saved", len(examples) - 1)
+
+        arguments = slot(args), slot(kwargs)
+        form = CallForm(tuple(known.tensor.shape), tuple(others), func, *arguments)
+        return Found(known, form, tuple(examples))
+
+
+def writes(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an op writes to a tensor in place."""
+    if func in _INPLACE or kwargs.get("out") is not None or kwargs.get("inplace") is True:
+        return True
+    return func in _WITH_INPLACE and any(value is True for value in args)
+
+
+def name_of(func: Any) -> str:
+    """For people; the compiler knows no names of built-in methods."""
+    if torch.compiler.is_dynamo_compiling():
+        return "an op"
+    name = str(getattr(func, "__name__", func))
+    return str(getattr(getattr(func, "__self__", None), "__name__", name)) if name == "__get__" else name
+
+
+def _flat(value: Any) -> list[Any]:
+    """All values in nested lists, tuples and dicts."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [v for part in value for v in _flat(part)]
+    return [value]

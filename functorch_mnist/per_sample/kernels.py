@@ -1,0 +1,84 @@
+"""Ops that `vmap` takes one example at a time, run on the whole batch instead."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .. import native
+
+
+class Kernels(TorchFunctionMode):
+    """Runs such ops of a loss on the whole batch."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return on_the_batch(func, args, kwargs or {})
+
+
+def on_the_batch(func: Any, args: Any, kwargs: Any) -> Any:
+    """Runs an op; one without a batching rule on the whole batch, where the innermost `vmap` lets it be taken out."""
+    if func is F.embedding:
+        return _embedding(*args, **kwargs)
+    run = _OPS.get(func)
+    at = native.mapped()
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    if run is None or at[0] == 0 or not any([native.is_of_an_example(x) for x in tensors]):
+        return func(*args, **kwargs)
+    return native.handed_back(run(func, at, *args, **kwargs), at)
+
+
+def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *rest: Any, **named: Any) -> Tensor:
+    """A lookup: with a table for each example torch would forget that the padding's row gets no gradient."""
+    if padding_idx is None or not native.is_of_an_example(weight):
+        return F.embedding(input, weight, padding_idx, *rest, **named)
+    rows = F.embedding(input, weight, None, *rest, **named)
+    return torch.where((input == padding_idx % weight.shape[0])[..., None], rows.detach(), rows)
+
+
+def _attention(
+    func: Any,
+    at: tuple[int, int],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *rest: Any,
+    **named: Any,
+) -> Tensor:
+    """Attention over (…, heads, T, d): all leading axes are one batch axis to the kernels."""
+    q, k, v = (native.taken_out(x, at) for x in (query, key, value))
+    lead = torch.broadcast_shapes(*[x.shape[:-3] for x in (q, k, v)]) if query.dim() > 2 else q.shape[:1]
+    heads = 1 if query.dim() > 2 else 0
+
+    def flat(x: Tensor) -> Tensor:
+        return x.expand(*lead, *x.shape[len(x.shape) - 2 - heads :]).reshape(math.prod(lead), *x.shape[-2 - heads :])
+
+    if attn_mask is not None:
+        mask = native.taken_out(attn_mask, at)  # (B, *any, T, S), whose axes may be 1 or missing
+        missing = len(lead) + heads + 2 - mask.dim()
+        mask = mask.view(mask.shape[0], *[1] * missing, *mask.shape[1:])
+        full = (*lead, *mask.shape[len(lead) :])
+        attn_mask = mask.expand(full).reshape(math.prod(lead), *full[len(lead) :])
+    out: Tensor = func(flat(q), flat(k), flat(v), attn_mask, *rest, **named)
+    return out.view(*lead, *out.shape[1:])
+
+
+def _pooling(func: Any, at: tuple[int, int], input: Tensor, *rest: Any, **named: Any) -> Tensor:
+    """Adaptive pooling over the last axes: leading ones are flattened."""
+    space = _SPACES[func]
+    images = native.taken_out(input, at)
+    lead = images.shape[: images.dim() - space]
+    out: Tensor = func(images.reshape(math.prod(lead[:-1]), *images.shape[-space - 1 :]), *rest, **named)
+    return out.view(*lead, *out.shape[-space:])
+
+
+_SPACES = {
+    F.adaptive_avg_pool1d: 1, F.adaptive_avg_pool2d: 2, F.adaptive_avg_pool3d: 3,
+    torch.adaptive_avg_pool1d: 1,
+}  # fmt: skip
+_OPS: dict[Any, Any] = {F.scaled_dot_product_attention: _attention, **dict.fromkeys(_SPACES, _pooling)}
