@@ -66,6 +66,22 @@ def handed_back(batch: Tensor, at: tuple[int, int]) -> Tensor:
     return example
 
 
+class PerExample(TorchFunctionMode):
+    """A mode that has to see the ops that parameters enter for one example, not for a batch."""
+
+    def real(self, value: Any) -> Any:
+        """The numbers behind a tensor that stands for a parameter."""
+        return value
+
+
+def one_of(x: Tensor, at: tuple[int, int]) -> Tensor:
+    """The numbers that stand behind a parameter: what a mode that follows it knows, or those of the first example."""
+    for mode in _get_current_function_mode_stack():
+        if isinstance(mode, PerExample):
+            x = mode.real(x)
+    return taken_out(x, at)[0] if at[0] and is_of_an_example(x) else x
+
+
 def numbers(x: Tensor) -> Tensor | None:
     """The tensor below all transforms; none where it holds no numbers: on the meta device, or while compiling."""
     if torch.compiler.is_compiling():

@@ -9,7 +9,7 @@ import functorch_mnist
 
 ROOT = Path(functorch_mnist.__file__).parent
 ROWS = [
-    {"tree", "fusion", "allocator", "batch", "native", "hyperparameters", "options"},
+    {"tree", "fusion", "allocator", "batch", "native", "ops", "hyperparameters", "options"},
     {"random"},
     {"layers", "losses", "optim", "data", "decompositions"},
     {"models"},

@@ -1,7 +1,8 @@
 """Ops that hide linear maps of their parameters, written in ops that show them.
 
     recurrent.py    torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, and the cells of each
-    attention.py    F.multi_head_attention_forward
+    attention.py    F.multi_head_attention_forward, F.scaled_dot_product_attention
+    normalization.py    F.batch_norm by fixed statistics, torch._weight_norm
     embedding.py    F.embedding_bag
 
 A recurrent layer is many products with the same matrices, and torch computes it in one op: whoever follows parameters
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import attention, embedding, recurrent
+from . import attention, embedding, normalization, recurrent
 
 __all__ = ["decomposition"]
 
@@ -30,6 +31,9 @@ _DECOMPOSITIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.rnn_tanh_cell: recurrent.rnn_tanh_cell,
     torch.rnn_relu_cell: recurrent.rnn_relu_cell,
     F.multi_head_attention_forward: attention.multi_head_attention_forward,
+    F.scaled_dot_product_attention: attention.scaled_dot_product_attention,
+    F.batch_norm: normalization.batch_norm,
+    torch._weight_norm: normalization.weight_norm,
     F.embedding_bag: embedding.embedding_bag,
 }
 

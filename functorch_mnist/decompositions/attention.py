@@ -212,3 +212,40 @@ def _shapes(*tensors: Tensor) -> str:
 
 def _wrong(rule: str, found: str) -> ValueError:
     return ValueError(f"{_NAME}: {rule}. Found {found}.")
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`F.scaled_dot_product_attention`, by its weights.
+
+    Args:
+        query: (…, heads, L, E), or without heads; so are
+        key, value: (…, heads or fewer with `enable_gqa`, S, …).
+        attn_mask: True where a query sees a key, or floats to add; or none.
+        dropout_p: the rate of the weights, by `F.dropout`.
+        is_causal: a query sees the keys up to its own position.
+        scale: of the products, by default 1 / √E.
+        enable_gqa: several heads of queries share one of keys.
+    """
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -math.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    weights = torch.softmax(scores, -1)
+    if dropout_p > 0:
+        weights = F.dropout(weights, dropout_p, True)
+    return weights @ value

@@ -1,100 +1,84 @@
 """Any `nn.Module` as a pure model, and back.
 
-The module is copied without its numbers; the copy is only ever run through `torch.func.functional_call`, which lends
-it the parameters that `apply` is given. A `TorchFunctionMode` finds the random functions: it draws dropout from the
-key, and refuses what would draw from the global generator.
+    copies.py    the module without its numbers: what is lent to it, and that nothing stays
+    inputs.py    what a forward gets
+    trial.py     what the module does with a batch: where it lies, and whether examples mix
+    region.py    the forward on the batch, in the middle of a loss of one example
+    draws.py     random functions, drawn from keys
 """
 
-import copy
-from collections.abc import Iterator
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.overrides import TorchFunctionMode
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils import _pytree as pytree
 
-from .. import layers, random
+from .. import native
+from .copies import Copies
+from .inputs import Inputs, Spec, described, leaves_of, rebuilt
 from .model import Model, Params
+from .region import Region
+from .trial import LOOSE, Axis, Trial, hold_trial, joined, named, same, split
 
 
-def from_module(module: nn.Module, *, example_ndim: int | None = None) -> tuple[Params, Model]:
+def from_module(
+    module: nn.Module,
+    *,
+    example_ndim: int | Mapping[str, int] | None = None,
+    batch_axis: int = 0,
+    shared: Collection[str] = (),
+) -> tuple[Params, Model]:
     """The parameters of a module, and the module as a pure model.
 
     Args:
-        module: any module whose forward takes one tensor with a leading batch axis and returns one. It is not changed.
-            Python attributes that a forward sets are not supported: they are not kept.
-        example_ndim: number of axes of one example. With it `apply` takes any leading axes; without it `apply` takes
-            exactly one example, to be batched with `vmap`.
+        module: any module whose forward takes a batch and returns one: tensors, or nested dicts, lists and tuples of
+            them, by position or by name; it may return named tuples and `ModelOutput`s. It is not changed.
+        example_ndim: number of axes of one example, of every input or by the names of the forward's arguments. With it
+            `apply` takes any leading axes; without it `apply` takes exactly one example, to be batched with `vmap`.
+        batch_axis: the axis along which the forward takes its batch; 1 for time-first modules (`batch_first=False`).
+        shared: names of the forward's arguments that all examples share, such as an attention mask (T, T).
 
     Returns:
         `(params, model)`. `params` holds a detached copy of each parameter that requires a gradient, under its
         `named_parameters` name, tied ones once. Frozen parameters and buffers are constants of the model.
-        `model.apply(params, x)` runs in evaluation mode; with a key, dropout is on and drawn from it.
+        `model.apply(params, *inputs, key=None, **named)` runs in evaluation mode; with keys (..., 2), one for each
+        example, dropout is on and drawn from them. Its tensors have the leading axes of the inputs in front. What is
+        neither a tensor nor a Python number in them (a cache) comes back as None.
         `model.init(key)` draws new parameters with each layer's own `reset_parameters`.
 
     Raises:
-        ValueError: a batch norm in training mode, or without running statistics; a lazy layer that has seen no input.
-            From `apply`: a torch function that draws random numbers of its own; parameters whose names or shapes are
-            not the module's; an `x` with too few axes; keys that are not (..., 2) with the leading axes of `x`. From
-            `init`: a layer without `reset_parameters`.
-        TypeError: from `apply`, if the module returns anything but one tensor.
+        ValueError: a batch norm in training mode, or without running statistics; a lazy layer that has seen no input;
+            a layer that renormalises its weight in place or keeps vectors of a power iteration; a tensor that is kept
+            in an attribute and computed from parameters. From `apply`: a forward in which examples mix, that writes to
+            its parameters, decides for a batch what it would decide otherwise for an example, or calls what torch.func
+            cannot differentiate; a torch function that draws random numbers of its own; parameters whose names, shapes
+            or devices are not the module's; inputs with too few axes; keys that are not (..., 2) with the leading axes
+            of the inputs. From `init`: a layer without `reset_parameters`.
+        TypeError: from `apply`, if the forward returns no tensor.
 
-    Guarantees: neither the module nor `x` is changed; equal inputs give equal outputs.
+    Guarantees: neither the module nor an input is changed; equal inputs give equal outputs; a batch is the stack of its
+        examples; no call leaves a trace, whether it returns or raises, also in several threads.
+
+    Cost: the first call for inputs of new shapes tries the module on batches of two and three examples.
 
     Example:
         >>> params, model = from_module(nn.Linear(3, 2), example_ndim=1)
         >>> model.apply(params, torch.zeros(5, 3)).shape
         torch.Size([5, 2])
     """
-    _refuse_mixing_layers(module)
+    _refuse(module)
+    pure = _Pure(module, example_ndim, batch_axis, frozenset(shared))
     params = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
-    constants = {name: p.detach().clone() for name, p in module.named_parameters() if not p.requires_grad}
-    constants |= {name: b.detach().clone() for name, b in module.named_buffers()}
-    shapes = {name: p.shape for name, p in params.items()}
-    quiet, noisy = _skeleton(module).eval(), _skeleton(module).train()
-    for layer in noisy.modules():
-        if isinstance(layer, _NormBase):
-            layer.eval()
-
-    def call(skeleton: nn.Module, params: Params, x: Tensor) -> Tensor:
-        buffers = {name: value.clone() for name, value in constants.items()}  # a forward may write to its buffers
-        outputs = functional_call(skeleton, (params, buffers), (x.clone(),))  # and to its input
-        if not isinstance(outputs, Tensor):
-            raise TypeError(
-                f"from_module: the forward must return one tensor. Found {type(outputs).__name__}. Wrap the module."
-            )
-        return outputs
-
-    def one(params: Params, x: Tensor, key: Tensor | None) -> Tensor:
-        with _KeyedRandomness(key):
-            return call(quiet if key is None else noisy, params, x[None])[0]
-
-    def apply(params: Params, x: Tensor, key: Tensor | None = None) -> Tensor:
-        _check_params("apply", shapes, params)
-        if x.dim() < (example_ndim or 0):
-            raise ValueError(f"apply: one example has {example_ndim} axes. Found an x of {tuple(x.shape)}.")
-        lead = x.shape[: x.dim() - example_ndim] if example_ndim is not None else ()
-        if key is not None:
-            _refuse_hidden_dropout(noisy)
-            if key.shape != (*lead, 2):
-                raise ValueError(
-                    f"apply: there must be one key per example, {(*lead, 2)}. Found {tuple(key.shape)}. "
-                    "Is a random.split or a vmap missing?"
-                )
-        if not lead:
-            return one(params, x, key)
-        examples = x.flatten(0, len(lead) - 1)
-        if key is None or 0 in lead:  # vmap over no example fails in torch; there is nothing to drop either
-            with _KeyedRandomness(None):
-                outputs = call(quiet, params, examples)
-        else:
-            outputs = vmap(one, in_dims=(None, 0, 0))(params, examples, key.reshape(-1, 2))
-        return outputs.reshape(*lead, *outputs.shape[1:])
-
-    return params, Model(lambda key: _reinitialised(quiet, params, key), apply)
+    return params, Model(lambda key: pure.quiet.reinitialised(params, key), pure.apply)
 
 
 def load_into(module: nn.Module, params: Params) -> None:
@@ -114,7 +98,252 @@ def load_into(module: nn.Module, params: Params) -> None:
             p.copy_(params[name])
 
 
-def _check_params(where: str, shapes: dict[str, torch.Size], params: Params) -> None:
+class _Pure:
+    """A module's forward as a pure function."""
+
+    def __init__(
+        self, module: nn.Module, example_ndim: int | Mapping[str, int] | None, batch_axis: int, shared: frozenset[str]
+    ) -> None:
+        self.example_ndim, self.batch_axis, self.shared = example_ndim, batch_axis, shared
+        self.constants = {name: p.detach().clone() for name, p in module.named_parameters() if not p.requires_grad}
+        self.constants |= {name: b.detach().clone() for name, b in module.named_buffers()}
+        self.shapes = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
+        self.quiet, self.noisy = Copies(module, training=False), Copies(module, training=True)
+        self.arguments, self.open_ended = _arguments(module)
+        self.trials: dict[Any, Trial] = {}
+
+    def apply(self, params: Params, *inputs: Any, key: Tensor | None = None, **named: Any) -> Any:
+        """The outputs, see `from_module`."""
+        _check_params("apply", self.shapes, params)
+        spec, tensors, lead = self.described(inputs, named)
+        if key is not None and tuple(key.shape) != (*lead, 2):
+            raise ValueError(
+                f"apply: there must be one key per example, {(*lead, 2)}. Found {tuple(key.shape)}. "
+                "Is a random.split or a vmap missing?"
+            )
+        at = native.mapped()
+        given = (*tensors, *params.values(), *(() if key is None else (key,)))
+        if at[0] and not any([native.is_of_an_example(x) for x in given]):
+            at = (0, 0)
+        per_lane = math.prod(lead)
+        count = max(at[1], 1) * per_lane
+        whole = [
+            x if leaf.shared else self.whole(x, at, count, leaf.shape)
+            for leaf, x in zip(leaves_of(spec), tensors, strict=True)
+        ]
+        keys = None if key is None else (native.taken_out(key, at) if at[0] else key).reshape(count, 2)
+        kinds = tuple([(p.dtype, str(p.device)) for p in params.values()])
+        trial = self.trial(spec, kinds, key is not None, whole)
+        call = _Call(self, params, spec, whole, trial, at, per_lane, keys)
+        return call.handed_back(call.made(), lead)
+
+    def whole(self, x: Tensor, at: tuple[int, int], count: int, shape: tuple[int, ...]) -> Tensor:
+        """All examples of an input, as the forward takes a batch."""
+        batch = native.taken_out(x, at) if at[0] else x
+        return batch.reshape(count, *shape).movedim(0, min(self.batch_axis, len(shape)))
+
+    def described(self, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Spec, list[Tensor], tuple[int, ...]]:
+        """The spec of a call's inputs, their tensors, and the axes that they have in front of an example's."""
+        if len(inputs) > len(self.arguments) and not self.open_ended:
+            raise ValueError(
+                f"apply: the forward takes {len(self.arguments)} inputs, {self.arguments}. Found {len(inputs)}. Pass a "
+                "key as key=…, which is not an input."
+            )
+        names = [*self.arguments[: len(inputs)], *[f"input {i}" for i in range(len(self.arguments), len(inputs))]]
+        leads = []
+        for name, value in (*zip(names, inputs, strict=True), *named.items()):
+            found: list[Tensor] = []
+            described(value, name, False, 0, found)
+            leads += [] if name in self.shared else [(name, x, self.ndim(name, x)) for x in found]
+        lead = tuple(leads[0][1].shape[: leads[0][2]]) if leads else ()
+        for name, x, axes in leads:
+            if axes < 0:
+                raise ValueError(f"apply: one example of {name} has {x.dim() - axes} axes. Found {tuple(x.shape)}.")
+            if x.shape[:axes] != lead:
+                raise ValueError(
+                    f"apply: all inputs must have the same leading axes. Found {tuple(x.shape[:axes])} for {name} and "
+                    f"{lead} for {leads[0][0]}. Name an input that all examples share in from_module(shared=…)."
+                )
+        tensors: list[Tensor] = []
+        parts = [
+            described(value, name, name in self.shared, len(lead), tensors)
+            for name, value in (*zip(names, inputs, strict=True), *named.items())
+        ]
+        spec = ("tuple", tuple(parts[: len(inputs)])), ("dict", tuple(zip(named, parts[len(inputs) :], strict=True)))
+        return ("tuple", spec), tensors, lead
+
+    def ndim(self, name: str, x: Tensor) -> int:
+        """How many axes an input has in front of an example's."""
+        if self.example_ndim is None:
+            return 0
+        if isinstance(self.example_ndim, int):
+            return x.dim() - self.example_ndim
+        if name not in self.example_ndim:
+            raise ValueError(f"apply: example_ndim must name each input. Found {list(self.example_ndim)}, and {name!r}.")
+        return x.dim() - self.example_ndim[name]
+
+    def trial(self, spec: Spec, kinds: Any, keyed: bool, whole: list[Tensor]) -> Trial:
+        """What the module does with such inputs; found once."""
+        if torch.compiler.is_compiling():
+            return self.tried(spec, kinds, keyed)
+        key = (spec, kinds, keyed, False)
+        if key not in self.trials:
+            numbers = [native.numbers(x) for x in whole]
+            rows = [None if n is None or n.shape != x.shape else n for n, x in zip(numbers, whole, strict=True)]
+            self.trials[key] = self.hold(spec, kinds, keyed, rows)
+        return self.trials[key]
+
+    @native.constant_to_the_compiler
+    def tried(self, spec: Spec, kinds: Any, keyed: bool) -> Trial:
+        """The trial of a call that is being compiled, where inputs have no numbers."""
+        key = (spec, kinds, keyed, True)
+        if key not in self.trials:
+            self.trials[key] = self.hold(spec, kinds, keyed, None)
+        return self.trials[key]
+
+    def hold(self, spec: Spec, kinds: Any, keyed: bool, numbers: list[Tensor | None] | None) -> Trial:
+        rows = None
+        if numbers is not None:
+            rows = [
+                n if n is None or leaf.shared else n.movedim(min(self.batch_axis, n.dim() - 1), 0)
+                for n, leaf in zip(numbers, leaves_of(spec), strict=True)
+            ]
+        inputs = Inputs(spec, self.batch_axis, rows)
+        like = {
+            name: torch.empty(shape, dtype=dtype, device=device)
+            for (name, shape), (dtype, device) in zip(self.shapes.items(), kinds, strict=True)
+        }
+        return hold_trial(self.noisy if keyed else self.quiet, like, self.constants, inputs)
+
+
+class _Call:
+    """One call of a forward on a batch."""
+
+    def __init__(
+        self,
+        pure: _Pure,
+        params: Params,
+        spec: Spec,
+        whole: list[Tensor],
+        trial: Trial,
+        at: tuple[int, int],
+        per_lane: int,
+        keys: Tensor | None,
+    ) -> None:
+        self.pure, self.params, self.spec, self.whole, self.trial = pure, params, spec, whole, trial
+        self.at, self.per_lane, self.keys = at, per_lane, keys
+        self.count = max(at[1], 1) * per_lane
+
+    def made(self) -> Any:
+        """What the forward returns."""
+        lifts = self.at[0] > 0 and (
+            native.inside(native.PerExample) or any([native.is_of_an_example(p) for p in self.params.values()])
+        )
+        decisions: list[Any] = []
+        watches = self.count > 1 and not torch.compiler.is_compiling()
+        region = Region(
+            self.params.values(),
+            self.trial,
+            at=self.at,
+            per_lane=self.per_lane,
+            keys=self.keys,
+            lifts=lifts,
+            decided=decisions.append if watches else None,
+        )
+        out = self.forward(self.params, self.whole, region)
+        if decisions:
+            self.check(decisions, out)
+        return out
+
+    def forward(self, params: Mapping[str, Tensor], whole: list[Tensor], region: Region) -> Any:
+        written = self.trial.written
+        constants = {name: c.clone() if name in written else c for name, c in self.pure.constants.items()}
+        found = iter([x.clone() if i in self.trial.overwritten else x for i, x in enumerate(whole)])
+        args, kwargs = rebuilt(self.spec, found)
+        copies = self.pure.quiet if self.keys is None else self.pure.noisy
+        with copies.lent({**constants, **params}) as module, region:
+            return module(*args, **kwargs)
+
+    def check(self, decisions: list[Any], out: Any) -> None:
+        """Refuses a forward that decides for the batch what it would decide otherwise, and to effect, for an example.
+
+        An example is run up to the last decision; where one differs, to the end.
+        """
+        params = {name: native.one_of(p, self.at) for name, p in self.params.items()}
+        for i in range(self.count):
+            alone, _ = self.single(params, i, len(decisions))
+            if alone == decisions:
+                continue
+            _, expected = self.single(params, i, None)
+            for name, x, axis, y in zip(*named(out), self.trial.outputs, named(expected)[1], strict=True):
+                mine = x if axis is None else joined(split(x, axis, self.count)[i : i + 1], axis)
+                if not same(mine, y, LOOSE):
+                    raise ValueError(
+                        "apply: a batch must be the stack of its examples. The forward branches on its data, and for the "
+                        f"batch decides otherwise than for example {i} alone: output {name} differs. Write the branch "
+                        "with torch.where, or apply the module to one example at a time."
+                    )
+
+    def single(self, params: Mapping[str, Tensor], i: int, decisions: int | None) -> tuple[list[Any], Any]:
+        """The decisions of one example alone, and what the forward returns for it if it is run to the end."""
+        made: list[Any] = []
+
+        def decided(value: Any) -> None:
+            made.append(value)
+            if len(made) == decisions:
+                raise _Enough
+
+        leaves = leaves_of(self.spec)
+        whole = [
+            x if leaf.shared else x.narrow(min(self.pure.batch_axis, x.dim() - 1), i, 1)
+            for leaf, x in zip(leaves, self.whole, strict=True)
+        ]
+        keys = None if self.keys is None else self.keys[i : i + 1]
+        region = Region(params.values(), self.trial, at=(0, 0), per_lane=1, keys=keys, lifts=False, decided=decided)
+        try:
+            return made, self.forward(params, whole, region)
+        except _Enough:
+            return made, None
+
+    def handed_back(self, out: Any, lead: tuple[int, ...]) -> Any:
+        """The outputs of one example, or of all in their leading axes."""
+        leaves, structure = pytree.tree_flatten(out)
+        axes = iter(self.trial.outputs)
+        back = []
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor):
+                back.append(leaf if isinstance(leaf, (bool, int, float, str)) else None)
+                continue
+            axis = next(axes)
+            back.append(leaf if axis is None else self.of_examples(leaf, axis, lead))
+        if not any([isinstance(x, Tensor) for x in back]):
+            raise TypeError(
+                "from_module: the forward must return tensors, or nested dicts, lists and tuples of them. Found "
+                f"{type(out).__name__}."
+            )
+        return pytree.tree_unflatten(back, structure)
+
+    def of_examples(self, x: Tensor, axis: Axis, lead: tuple[int, ...]) -> Tensor:
+        parts = split(x, axis, self.count)
+        if axis.before * axis.after == 1:
+            parts = parts.squeeze(axis.axis + 1)
+        lanes = (self.at[1],) if self.at[0] else ()
+        parts = parts.reshape(*lanes, *lead, *parts.shape[1:])
+        return native.handed_back(parts, self.at) if self.at[0] else parts
+
+
+class _Enough(Exception):
+    """All decisions have been seen."""
+
+
+def _arguments(module: nn.Module) -> tuple[list[str], bool]:
+    """The names of the forward's positional arguments, and whether it takes any number of them."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return names, any([p.kind is p.VAR_POSITIONAL for p in parameters])
+
+
+def _check_params(where: str, shapes: Mapping[str, torch.Size], params: Params) -> None:
     if params.keys() != shapes.keys():
         missing, unexpected = sorted(shapes.keys() - params.keys()), sorted(params.keys() - shapes.keys())
         raise ValueError(f"{where}: the names must be the module's. Missing {missing}, unexpected {unexpected}.")
@@ -125,7 +354,8 @@ def _check_params(where: str, shapes: dict[str, torch.Size], params: Params) -> 
             )
 
 
-def _refuse_mixing_layers(module: nn.Module) -> None:
+def _refuse(module: nn.Module) -> None:
+    """Refuses layers that cannot be pure, by their names."""
     for name, layer in module.named_modules():
         kind = f"layer {name!r} ({type(layer).__name__})"
         if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():  # type: ignore[misc]
@@ -140,123 +370,26 @@ def _refuse_mixing_layers(module: nn.Module) -> None:
                 f"from_module: examples must not mix. The {kind} is in training mode, where it averages over the batch "
                 "and updates its statistics. Call eval() on it to use its running statistics, or use nn.GroupNorm."
             )
-
-
-def _skeleton(module: nn.Module) -> nn.Module:
-    """A copy with the same structure and ties whose parameters and buffers hold no numbers."""
-    memo: dict[int, Any] = {}
-    for p in module.parameters():
-        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
-    for b in module.buffers():
-        memo[id(b)] = torch.empty_like(b, device="meta")
-    return copy.deepcopy(module, memo)
-
-
-def _reinitialised(skeleton: nn.Module, params: Params, key: Tensor) -> Params:
-    module = copy.deepcopy(skeleton).to_empty(device="cpu")
-    seed = int(key[..., 0]) << 32 | (int(key[..., 1]) & 0xFFFFFFFF)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for name, layer in module.named_modules():
-            if not any(p.requires_grad for p in layer.parameters(recurse=False)):
-                continue
-            reset = getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
-            if reset is None:
+        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
+            if layer.max_norm is not None:
                 raise ValueError(
-                    f"init: each layer must know how to draw its parameters. Layer {name!r} ({type(layer).__name__}) "
-                    "has no reset_parameters. Start from the parameters that from_module returned."
+                    f"from_module: a forward may not write to its parameters. The {kind} has max_norm, with which it "
+                    "renormalises rows of its weight in place. Normalise the rows after each step instead."
                 )
-            reset()
-    fresh = dict(module.named_parameters())
-    return {name: fresh[name].detach().to(old.device, old.dtype) for name, old in params.items()}
-
-
-def _refuse_hidden_dropout(module: nn.Module) -> None:
-    for name, layer in module.named_modules():
-        hidden = isinstance(layer, (nn.MultiheadAttention, nn.RNNBase)) and layer.dropout > 0
-        if hidden:
+            if layer.scale_grad_by_freq:
+                raise ValueError(
+                    f"from_module: examples must not mix. The {kind} has scale_grad_by_freq, with which gradients are "
+                    "divided by counts over the batch. Leave it out."
+                )
+        hooks = layer._forward_pre_hooks.values()
+        if isinstance(layer, _SpectralNorm) or any([isinstance(hook, SpectralNorm) for hook in hooks]):
             raise ValueError(
-                f"apply: random numbers must come from the key. Layer {name!r} ({type(layer).__name__}) draws its own "
-                "dropout. Set its dropout to 0."
+                f"from_module: a forward may not change what the next one sees. The {kind} is a spectral norm, whose "
+                "power iteration keeps its vectors from call to call. Remove it (torch.nn.utils.parametrize."
+                "remove_parametrizations), or bound torch.linalg.matrix_norm(weight, 2) in the loss."
             )
-
-
-_ELEMENT_DROPOUT = {F.dropout, torch.dropout}
-_CHANNEL_DROPOUT = {F.dropout1d: 3, F.dropout2d: 4, F.dropout3d: 5}
-_NAMES = (
-    "_sample_dirichlet", "_standard_gamma", "bernoulli", "binomial", "cauchy", "exponential", "fractional_max_pool2d",
-    "fractional_max_pool2d_with_indices", "fractional_max_pool3d", "fractional_max_pool3d_with_indices", "geometric",
-    "gumbel_softmax", "lobpcg", "log_normal", "multinomial", "normal", "pca_lowrank", "poisson", "rand", "rand_like",
-    "randint", "randint_like", "randn", "randn_like", "random", "randperm", "svd_lowrank", "uniform",
-)  # fmt: skip
-_SPELLINGS = [(space, name + ending) for space in (torch, Tensor, F) for name in _NAMES for ending in ("", "_")]
-_ALWAYS_RANDOM = {getattr(space, name) for space, name in _SPELLINGS if callable(getattr(space, name, None))}
-_TRAIN, _TRAINING, _RRELU = (2, "train", False), (2, "training", False), (3, "training", False)
-_RANDOM_IF: dict[Any, tuple[tuple[int, str, float], ...]] = {
-    F.alpha_dropout: (_TRAINING,), F.feature_alpha_dropout: (_TRAINING,),
-    F.rrelu: (_RRELU,), torch.rrelu: (_RRELU,), torch.rrelu_: (_RRELU,),
-    torch.alpha_dropout: (_TRAIN,), torch.alpha_dropout_: (_TRAIN,), torch.dropout_: (_TRAIN,),
-    torch.feature_alpha_dropout: (_TRAIN,), torch.feature_alpha_dropout_: (_TRAIN,), torch.feature_dropout: (_TRAIN,),
-    torch.feature_dropout_: (_TRAIN,), torch.native_dropout: (_TRAIN,),
-    F.scaled_dot_product_attention: ((4, "dropout_p", 0),),
-    F.multi_head_attention_forward: ((10, "dropout_p", 0), (13, "training", True)),
-}  # fmt: skip
-"""Functions that are random if all these arguments, given by position, name and default, are true."""
-
-
-class _KeyedRandomness(TorchFunctionMode):
-    """Draws the n-th dropout of a forward from `fold_in(key, n)`; refuses all other randomness, and all without one."""
-
-    def __init__(self, key: Tensor | None) -> None:
-        super().__init__()
-        self.keys = None if key is None else self._stream(key)
-
-    @staticmethod
-    def _stream(key: Tensor) -> Iterator[Tensor]:
-        n = 0
-        while True:
-            yield random.fold_in(key, n)
-            n += 1
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        switches = () if func in _ALWAYS_RANDOM else _RANDOM_IF.get(func)
-        if switches is not None and all(
-            args[position] if position < len(args) else kwargs.get(name, default)
-            for position, name, default in switches
-        ):
+        if any([isinstance(hook, WeightNorm) for hook in hooks]):
             raise ValueError(
-                f"apply: random numbers must come from the key. The module calls {func.__name__}, which draws from the "
-                "global generator."
+                f"from_module: a module may not keep tensors that are computed from its parameters. The {kind} has "
+                "torch.nn.utils.weight_norm. Use torch.nn.utils.parametrizations.weight_norm."
             )
-        if func in _ELEMENT_DROPOUT:
-            return self._drop(lambda x: x.shape, *args, **kwargs)
-        if func in _CHANNEL_DROPOUT:
-            return self._drop(lambda x: _channels(x, _CHANNEL_DROPOUT[func]), *args, **kwargs)
-        return func(*args, **kwargs)
-
-    def _drop(
-        self,
-        shape_of: Any,
-        input: Tensor,
-        p: float = 0.5,
-        training: bool = True,
-        inplace: bool = False,
-        *,
-        train: bool = True,
-    ) -> Tensor:
-        if not (training and train) or p == 0:
-            return input
-        if self.keys is None:
-            raise ValueError(
-                "apply: without a key nothing may be random. The module calls a dropout function in evaluation mode. "
-                "Pass it training=self.training?"
-            )
-        dropped = torch.zeros_like(input) if p == 1 else layers.drop(input, next(self.keys), shape_of(input), rate=p)
-        return input.copy_(dropped) if inplace else dropped
-
-
-def _channels(x: Tensor, batched_ndim: int) -> tuple[int, ...]:
-    """The shape of a mask over the channels of `x`, which is (N, C, …) or (C, …)."""
-    lead = 2 if x.dim() == batched_ndim else 1
-    return (*x.shape[:lead], *[1] * (x.dim() - lead))

@@ -23,12 +23,13 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from .. import native, tree
+from ..ops import writes
 from ..tree import Tree
 from . import rules
 from .calls import CallForm, float_outputs
-from .following import Follower, Found, Known, name_of, writes
+from .following import Follower, Found, Known, name_of
 from .forms import Form, Sizes
-from .kernels import Kernels
+from .kernels import Kernels, on_the_batch
 from .terms import Absent, Dense, Strategy, Term, Viewed, merge
 from .weights import Pulled, Weight
 
@@ -95,7 +96,7 @@ class _Surveyor(Follower):
             rules.refuse_mixing(func, *args, **kwargs)
 
     def use(self, func: Any, args: Any, kwargs: Any, found: list[Found]) -> Any:
-        out = func(*args, **kwargs)
+        out = on_the_batch(func, args, kwargs)
         outputs = [Output(tuple(y.shape), y.dtype, y.device) for y in float_outputs(out)]
         factored = []
         for known, form, saved, reason in found:
@@ -124,7 +125,7 @@ class _Tapper(Follower):
 
     def use(self, func: Any, args: Any, kwargs: Any, found: list[Found]) -> Any:
         kept = [self.copied(use.saved) for use in found]
-        out = func(*self.real(args), **self.real(kwargs))
+        out = on_the_batch(func, self.real(args), self.real(kwargs))
         taps = iter(self.taps[len(self.saved)])
         self.saved.append(kept)
         if isinstance(out, Tensor):

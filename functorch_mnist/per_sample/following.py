@@ -11,18 +11,17 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from .. import native
 from ..decompositions import decomposition
+from ..ops import METADATA, writes
 from . import rules
 from .calls import CallForm, Slot
 from .forms import Form
 from .kernels import on_the_batch
 from .layout import permuting_view, reshaping_view
-from .weights import Made, Weight
+from .weights import SELECTING, Made, Weight
 
 _PERMUTING = {
     Tensor.t, Tensor.transpose, Tensor.permute, Tensor.movedim, Tensor.swapaxes, Tensor.swapdims, Tensor.moveaxis,
@@ -33,26 +32,9 @@ _RESHAPING = {
     Tensor.view, Tensor.reshape, Tensor.flatten, Tensor.unflatten, Tensor.squeeze, Tensor.unsqueeze, Tensor.view_as,
     Tensor.reshape_as, torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze,
 }  # fmt: skip
+_SHARING = _PERMUTING | _RESHAPING | SELECTING | {Tensor.expand, Tensor.expand_as, Tensor.contiguous, Tensor.to}
 _CASTING = {Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.contiguous, Tensor.clone}
 _DETACHING = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
-_METADATA = {
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad")),
-    Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.is_contiguous,
-    Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size, Tensor.__len__, torch.numel,
-    torch.is_floating_point, torch.is_complex, torch.is_tensor,
-}  # fmt: skip
-_AUGMENTED = ("iadd__", "isub__", "imul__", "itruediv__", "ifloordiv__", "imod__", "ipow__", "iand__", "ior__", "ixor__")
-_INPLACE = {
-    getattr(space, name)
-    for space in (Tensor, torch)
-    for name in dir(Tensor)
-    if (name.endswith("_") and not name.startswith(("_", "resize_as"))) or name.removeprefix("__") in _AUGMENTED or name == "__setitem__"
-    if hasattr(space, name)
-}
-_WITH_INPLACE = {
-    F.relu, F.relu6, F.leaky_relu, F.elu, F.celu, F.selu, F.silu, F.mish, F.hardtanh, F.hardswish, F.hardsigmoid,
-    F.threshold, F.rrelu, F.dropout, F.alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout,
-}  # fmt: skip
 
 
 class Known(NamedTuple):
@@ -76,7 +58,7 @@ class Found(NamedTuple):
     """Why there is no form."""
 
 
-class Follower(TorchFunctionMode):
+class Follower(native.PerExample):
     """Follows weights through a loss; subclasses say what happens where they are used."""
 
     def __init__(self, known: Iterable[Known], level: int) -> None:
@@ -99,7 +81,7 @@ class Follower(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA:
+        if func in METADATA:
             return func(*args, **kwargs)
         values = _flat((args, kwargs))
         self.see(func, args, kwargs, values)
@@ -115,13 +97,17 @@ class Follower(TorchFunctionMode):
         if func in _DETACHING or not torch.is_grad_enabled():
             return func(*self.real(args), **self.real(kwargs))
         simpler = decomposition(func)
-        if simpler is not None:
+        if simpler is not None and rules.find(func) is None:
             with self:
                 return simpler(*args, **kwargs)
         written = writes(func, args, kwargs)
-        if written and self.find(args[0] if args else None) is not None:
+        alone = not any([isinstance(x, Tensor) and self.find(x) is None and native.is_of_an_example(x) for x in values])
+        target = self.find(args[0]) if written and args else None
+        if target is not None and alone and self.is_own(target):
+            return self.remake(func, args, kwargs, found, target)
+        if target is not None:
             return self.use(func, args, kwargs, [Found(k, None, (), "written to") for k in found])
-        if not any([isinstance(x, Tensor) and self.find(x) is None and native.is_of_an_example(x) for x in values]):
+        if alone and not written:
             return self.make(func, args, kwargs, found)
         return self.use(func, args, kwargs, self.uses(func, args, kwargs, found, written))
 
@@ -158,6 +144,25 @@ class Follower(TorchFunctionMode):
             ]
             return type(out)(parts)
         return real
+
+    def is_own(self, known: Known) -> bool:
+        """Whether no other tensor shares the numbers of a weight, so that writing to it changes it alone."""
+        made = known.weight.made
+        if made is None or known.weight.views or made.op in _SHARING:
+            return False
+        others = [other.weight.made for other in self.known if other.weight.made is not None]
+        return not any([other.op in _SHARING and other.args and other.args[0] is known.weight for other in others])
+
+    def remake(self, func: Any, args: Any, kwargs: Any, found: list[Known], target: Known) -> Any:
+        """Runs an op that writes to a weight: the tensor stands for another weight then."""
+        weight = self.way(_on_a_copy(func), args, kwargs, found, None)
+        real = func(target.real.clone(), *self.real(args[1:]), **self.real(kwargs))
+        out = func(*args, **kwargs) if target.real is not target.tensor else args[0].copy_(real)
+        known = Known(target.tensor, weight, real if target.real is not target.tensor else args[0])
+        self.known = [known if other is target else other for other in self.known]
+        if not torch.compiler.is_compiling():
+            self.index[id(target.tensor)] = known
+        return out
 
     def made(self, out: Tensor, real: Tensor, weight: Weight) -> Tensor:
         if not (out.is_floating_point() or out.is_complex()):
@@ -230,11 +235,9 @@ class Follower(TorchFunctionMode):
         return Found(known, form, tuple(examples))
 
 
-def writes(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether an op writes to a tensor in place."""
-    if func in _INPLACE or kwargs.get("out") is not None or kwargs.get("inplace") is True:
-        return True
-    return func in _WITH_INPLACE and any(value is True for value in args)
+def _on_a_copy(func: Any) -> Any:
+    """An op that writes, writing to a copy."""
+    return lambda first, *args, **kwargs: func(first.clone(), *args, **kwargs)
 
 
 def name_of(func: Any) -> str:

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from .. import native
 
 
-class Kernels(TorchFunctionMode):
+class Kernels(native.PerExample):
     """Runs such ops of a loss on the whole batch."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -77,8 +76,19 @@ def _pooling(func: Any, at: tuple[int, int], input: Tensor, *rest: Any, **named:
     return out.view(*lead, *out.shape[-space:])
 
 
+def _bilinear(
+    func: Any, at: tuple[int, int], input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """A product of two inputs and a weight: by products of their pairs where there is a weight for each example."""
+    if any([p is not None and native.is_of_an_example(p) for p in (weight, bias)]):
+        out = torch.einsum("...i,hij,...j->...h", input1, weight, input2)
+        return native.taken_out(out if bias is None else out + bias, at)
+    out = func(native.taken_out(input1, at), native.taken_out(input2, at), weight, bias)
+    return out
+
+
 _SPACES = {
     F.adaptive_avg_pool1d: 1, F.adaptive_avg_pool2d: 2, F.adaptive_avg_pool3d: 3,
     torch.adaptive_avg_pool1d: 1,
 }  # fmt: skip
-_OPS: dict[Any, Any] = {F.scaled_dot_product_attention: _attention, **dict.fromkeys(_SPACES, _pooling)}
+_OPS: dict[Any, Any] = {F.scaled_dot_product_attention: _attention, F.bilinear: _bilinear, **dict.fromkeys(_SPACES, _pooling)}

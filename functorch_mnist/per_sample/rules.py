@@ -330,23 +330,6 @@ def instance_norm(
     return [scale(weight, plain, space), shift(bias, space)]
 
 
-@rule(F.batch_norm)
-def batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> list[Entry]:
-    """Scale and shift of channels, by fixed statistics."""
-    space = max(input.dim() - 2, 0)
-    plain = F.batch_norm(input, running_mean, running_var, None, None, training, momentum, eps)
-    return [scale(weight, plain, space), shift(bias, space)]
-
-
 def may_mix(op: Callable[..., Any]) -> bool:
     """Whether an op may average over a batch."""
     return op is F.batch_norm or op is F.instance_norm

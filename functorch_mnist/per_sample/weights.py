@@ -22,7 +22,7 @@ from .. import tree
 from .layout import View
 from .terms import Term
 
-_SELECTING = {
+SELECTING = {
     Tensor.__getitem__, Tensor.chunk, Tensor.split, Tensor.narrow, Tensor.select, Tensor.unbind, Tensor.unfold,
     torch.chunk, torch.split, torch.narrow, torch.select, torch.unbind, torch.tensor_split, Tensor.tensor_split,
 }  # fmt: skip
@@ -71,7 +71,7 @@ class Weight:
         if self.made is None:
             return True
         source = self.made.args[0] if self.made.args else None
-        plain = self.made.op in _SELECTING and isinstance(source, Weight) and source.selects
+        plain = self.made.op in SELECTING and isinstance(source, Weight) and source.selects
         return plain and all([_is_plain(x) for x in (*self.made.args[1:], *self.made.kwargs.values())])
 
 

@@ -1,0 +1,174 @@
+"""Copies of a module that hold no numbers: each call lends them parameters, and leaves no trace.
+
+A forward may keep things in attributes, write to its buffers, or raise half-way; several threads may call at once; and
+a submodule or a tensor may have several names. So a call has a copy to itself, every place of a tensor is filled by
+the tensor's one name, and afterwards every attribute is as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.weight_norm import WeightNorm
+
+from .model import Params
+
+_OF_TORCH = set(nn.Module().__dict__)
+"""The attributes that every module has."""
+
+
+class Copies:
+    """As many copies of one module as are in use at the same time."""
+
+    def __init__(self, module: nn.Module, *, training: bool) -> None:
+        self.first = _Copy(_without_numbers(module).train().train(training))  # train() has caches emptied
+        self.traced = _Copy(copy.deepcopy(self.first.module))
+        self.free: list[_Copy] = []
+
+    @contextmanager
+    def lent(self, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+        """A copy with these parameters and buffers, by their names."""
+        if torch.compiler.is_compiling():  # one at a time, and the compiler undoes what the forward sets
+            self.traced.fill(tensors)
+            try:
+                yield self.traced.module
+            finally:
+                self.traced.empty()
+            return
+        try:
+            mine = self.free.pop()
+        except IndexError:
+            mine = _Copy(copy.deepcopy(self.first.module))
+        mine.fill(tensors)
+        try:
+            yield mine.module
+        finally:
+            mine.empty()
+            mine.restore()
+            self.free.append(mine)
+
+    def reinitialised(self, params: Params, key: Tensor) -> Params:
+        """New parameters, drawn by each layer's own `reset_parameters`."""
+        module = copy.deepcopy(self.first.module).to_empty(device="cpu")
+        seed = int(key[..., 0]) << 32 | (int(key[..., 1]) & 0xFFFFFFFF)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for name, layer in module.named_modules():
+                if not any(p.requires_grad for p in layer.parameters(recurse=False)):
+                    continue
+                reset = getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
+                if reset is None:
+                    raise ValueError(
+                        f"init: each layer must know how to draw its parameters. Layer {name!r} "
+                        f"({type(layer).__name__}) has no reset_parameters. Start from the parameters that "
+                        "from_module returned."
+                    )
+                reset()
+        fresh = dict(module.named_parameters())
+        return {name: fresh[name].detach().to(old.device, old.dtype) for name, old in params.items()}
+
+
+class _Copy:
+    """One copy: its places for tensors, and what its attributes are between calls."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        names = {id(tensor): name for name, tensor in module.named_parameters()}
+        names.update({id(tensor): name for name, tensor in module.named_buffers()})
+        self.modules = list(module.modules())
+        self.places: list[tuple[dict[str, Tensor | None], str, str, Tensor]] = []
+        for layer in self.modules:
+            for own in (layer._parameters, layer._buffers):
+                self.places += [(own, attribute, names[id(t)], t) for attribute, t in own.items() if t is not None]
+        self.recurrent = [layer for layer in self.modules if isinstance(layer, nn.RNNBase)]
+        self.attributes = [dict(layer.__dict__) for layer in self.modules]
+        self.dicts = [
+            {name: dict(value) for name, value in state.items() if name in _OF_TORCH and isinstance(value, dict)}
+            for state in self.attributes
+        ]
+        self.containers = [
+            (layer, name, value)
+            for layer, state in zip(self.modules, self.attributes, strict=True)
+            for name, value in state.items()
+            if name not in _OF_TORCH and isinstance(value, (dict, list, set)) and not isinstance(layer, nn.RNNBase)
+        ]
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts tensors into their places, and copies of its containers into the attributes."""
+        for own, attribute, name, _ in self.places:
+            own[attribute] = tensors[name]
+        if self.containers:
+            lent = {id(old): tensors[name] for _, _, name, old in self.places}
+            for layer, name, value in self.containers:
+                setattr(layer, name, _copied(value, lent))
+        for layer in self.recurrent:
+            layer._flat_weights = [getattr(layer, name, None) for name in layer._flat_weights_names]
+
+    def empty(self) -> None:
+        """Takes the tensors and the containers out again."""
+        for own, attribute, _, old in self.places:
+            own[attribute] = old
+        for layer, name, value in self.containers:
+            setattr(layer, name, value)
+        for layer in self.recurrent:
+            layer._flat_weights = []
+
+    def restore(self) -> None:
+        """Every attribute as it was."""
+        for layer, attributes, dicts in zip(self.modules, self.attributes, self.dicts, strict=True):
+            layer.__dict__.clear()
+            layer.__dict__.update(attributes)
+            for name, items in dicts.items():
+                held = attributes[name]
+                if held != items:
+                    held.clear()
+                    held.update(items)
+
+
+def _copied(value: Any, lent: dict[int, Tensor]) -> Any:
+    """Nested containers anew, with lent tensors where they hold parameters."""
+    if isinstance(value, dict):
+        fresh = copy.copy(value)
+        for name, part in value.items():
+            fresh[name] = _copied(part, lent)
+        return fresh
+    if type(value) in (list, set, tuple):
+        return type(value)([_copied(part, lent) for part in value])
+    return lent.get(id(value), value)
+
+
+_STALE = object()
+
+
+def _without_numbers(module: nn.Module) -> nn.Module:
+    """A copy with the same structure and ties whose parameters and buffers hold no numbers."""
+    memo: dict[int, Any] = {}
+    for p in module.parameters():
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+    for b in module.buffers():
+        memo[id(b)] = torch.empty_like(b, device="meta")
+    for name, layer in module.named_modules():
+        for attribute, value in layer.__dict__.items():
+            if isinstance(value, Tensor) and value.grad_fn is not None and id(value) not in memo:
+                old = any([isinstance(hook, WeightNorm) for hook in layer._forward_pre_hooks.values()])
+                kind = f"layer {name!r} ({type(layer).__name__})"
+                remedy = "Use torch.nn.utils.parametrizations.weight_norm." if old else "Delete it; a forward makes it anew."
+                what = "torch.nn.utils.weight_norm keeps the weight of" if old else f"attribute {attribute!r} is kept by"
+                raise ValueError(
+                    f"from_module: a module may not keep tensors that are computed from its parameters. Found that {what} "
+                    f"{kind}. {remedy}"
+                )
+            if isinstance(value, dict):
+                memo.update({id(t): _STALE for t in value.values() if isinstance(t, Tensor) and t.grad_fn is not None})
+    made = copy.deepcopy(module, memo)
+    for layer in made.modules():
+        for value in layer.__dict__.values():
+            if isinstance(value, dict):
+                for name in [name for name, part in value.items() if part is _STALE]:
+                    del value[name]
+    return made

@@ -1,0 +1,127 @@
+"""What a forward gets: nested dicts, lists and tuples of tensors, of which each example has its own or all share one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Spec = Any
+"""What an argument looks like, hashable: its structure, and of each tensor the kind, shape, dtype and device."""
+
+
+class Leaf(NamedTuple):
+    """A tensor among the inputs."""
+
+    name: str
+    """Of the argument that holds it."""
+    shared: bool
+    """Whether all examples share it."""
+    shape: tuple[int, ...]
+    """Of one example, or of what is shared."""
+    dtype: torch.dtype
+    device: str
+
+
+def described(value: Any, name: str, shared: bool, lead: int, found: list[Tensor]) -> Spec:
+    """The spec of an argument.
+
+    Args:
+        value: the argument.
+        name: its name.
+        shared: whether all examples share its tensors.
+        lead: how many leading axes number examples, where they do not.
+        found: gets its tensors, in order.
+
+    Raises:
+        TypeError: a tensor is held by something else than dicts, lists and tuples.
+    """
+    if isinstance(value, Tensor):
+        found.append(value)
+        shape = tuple(value.shape) if shared else tuple(value.shape[lead:])
+        return Leaf(name, shared, shape, value.dtype, str(value.device))
+    if type(value) is dict:
+        return "dict", tuple([(key, described(part, name, shared, lead, found)) for key, part in value.items()])
+    if type(value) in (list, tuple):
+        kind = "list" if type(value) is list else "tuple"
+        return kind, tuple([described(part, name, shared, lead, found) for part in value])
+    if isinstance(value, (dict, list, tuple)):
+        raise TypeError(
+            f"apply: inputs must be tensors, or dicts, lists and tuples of them. Found {type(value).__name__} in {name}."
+        )
+    return "value", value
+
+
+def rebuilt(spec: Spec, tensors: Iterator[Tensor]) -> Any:
+    """The argument with this spec and these tensors."""
+    if isinstance(spec, Leaf):
+        return next(tensors)
+    kind, parts = spec
+    if kind == "dict":
+        return {key: rebuilt(part, tensors) for key, part in parts}
+    if kind == "list":
+        return [rebuilt(part, tensors) for part in parts]
+    if kind == "tuple":
+        return tuple([rebuilt(part, tensors) for part in parts])
+    return parts
+
+
+class Inputs:
+    """Inputs of a trial, from what the inputs of a call look like."""
+
+    def __init__(self, spec: Spec, batch_axis: int, numbers: Sequence[Tensor | None] | None = None) -> None:
+        """From the spec of `(args, kwargs)`, and the numbers (B, …) of their tensors where these are at hand."""
+        self.spec, self.batch_axis = spec, batch_axis
+        self.leaves = leaves_of(spec)
+        self.numbers = numbers if numbers is not None else [None] * len(self.leaves)
+
+    def examples(self, generator: torch.Generator) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Two examples, and the second one changed."""
+        triples = [self._examples(leaf, x, generator) for leaf, x in zip(self.leaves, self.numbers, strict=True)]
+        first, second, changed = ([triple[i] for triple in triples] for i in range(3))
+        return first, second, changed
+
+    def batched(self, examples: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], tuple[Any, Any]]:
+        """The tensors for a batch of some examples, and the arguments that hold them."""
+        tensors = [
+            parts[0] if leaf.shared else torch.stack(parts, min(self.batch_axis, len(leaf.shape)))
+            for leaf, parts in zip(self.leaves, zip(*examples, strict=True), strict=True)
+        ]
+        return tensors, rebuilt(self.spec, iter(tensors))
+
+    def _examples(self, leaf: Leaf, x: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        device = "cpu" if leaf.device == "meta" else leaf.device
+        if leaf.shared:
+            shared = torch.zeros(leaf.shape, dtype=leaf.dtype, device=device) if x is None else x
+            return shared, shared, shared
+        if leaf.dtype.is_floating_point or leaf.dtype.is_complex:
+            drawn = torch.randn((3, *leaf.shape), generator=generator).to(device, leaf.dtype)
+            return drawn[0], drawn[1], drawn[2]
+        if x is None or len(x) == 0:
+            first = torch.ones(leaf.shape, dtype=torch.int64)
+            second = (torch.arange(first.numel()) + 1).remainder(2).reshape(leaf.shape)
+            first, second = (part.to(device, leaf.dtype) for part in (first, second))
+            return first, second, changed(second)
+        second = x[1] if len(x) > 1 and not torch.equal(x[0], x[1]) else changed(x[0])
+        return x[0], second, changed(second)
+
+
+def changed(x: Tensor) -> Tensor:
+    """Other integers, of the same set where there are two of them: what looks at all or any decides alike."""
+    if x.dim() > 0:
+        for other in (x.flip(-1), x.flip(0), x.roll(1, -1)):
+            if not torch.equal(other, x):
+                return other
+    return (x == 0).to(x.dtype)
+
+
+def leaves_of(spec: Spec) -> list[Leaf]:
+    """The tensors in a spec, in order."""
+    if isinstance(spec, Leaf):
+        return [spec]
+    kind, parts = spec
+    if kind == "value":
+        return []
+    return [leaf for part in parts for leaf in leaves_of(part[1] if kind == "dict" else part)]

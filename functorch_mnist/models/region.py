@@ -1,0 +1,195 @@
+"""A native region: a module's forward runs on the whole batch, in the middle of a loss of one example.
+
+Inside `vmap` the inputs of one example are taken out to the batch (native.taken_out), the forward runs as it was
+written, with torch's own kernels for a batch, and its outputs are handed back as those of one example. Three things
+need care, and a trial (trial.py) says where the batch lies in each:
+
+    parameters    an op that a parameter enters is handed back to one example and taken out again, so that whoever
+                  follows parameters sees it as anywhere in the loss; an op of parameters alone makes what one
+                  example needs
+    draws         each example has a key of its own, so its mask does not depend on its batch
+    decisions     a branch on the data of the batch must be that of each of its examples
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import layers, native, random
+from ..ops import DECIDING, METADATA, writes
+from .draws import Drawing, channels
+from .trial import Axis, Step, Trial, flat, joined, split
+
+
+class Region(Drawing):
+    """Runs a forward on the batch of `lanes` examples of a `vmap`, or rather on `per_lane` for each of them."""
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        trial: Trial,
+        *,
+        at: tuple[int, int],
+        per_lane: int,
+        keys: Tensor | None,
+        lifts: bool,
+        decided: Callable[[Any], None] | None = None,
+    ) -> None:
+        """A region.
+
+        Args:
+            params: as the forward gets them.
+            trial: of the module, for inputs like these.
+            at: the level of `vmap` and its batch size, the lanes; zeros outside of one.
+            per_lane: how many examples each lane holds.
+            keys: (B, 2), of all examples; or none.
+            lifts: whether ops that parameters enter are handed back to one lane.
+            decided: is told the value of each branch on data.
+        """
+        super().__init__()
+        self.params = tuple(params)
+        self.mine = list(self.params)
+        self.index = set() if torch.compiler.is_compiling() else {id(p) for p in self.mine}
+        self.steps = trial.steps if lifts else tuple([step for step in trial.steps if step.kind == "drawn"])
+        self.next = 0
+        self.at, self.lanes, self.per_lane = at, max(at[1], 1), per_lane
+        self.keys, self.draws, self.lifts, self.decided = keys, 0, lifts, decided
+
+    # Parameters
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func in METADATA:
+            return func(*args, **kwargs)
+        if func in DECIDING:
+            value = func(*args, **kwargs)
+            if self.decided is not None:
+                self.decided(value)
+            return value
+        values = flat((args, kwargs))
+        if not any([self.is_mine(value) for value in values]):
+            return func(*args, **kwargs)
+        if writes(func, args, kwargs) and args and any([p is args[0] for p in self.params]):
+            raise ValueError(
+                f"apply: a forward may not write to its parameters. Found {func.__name__} on one. Take the update in "
+                "place out of the forward."
+            )
+        if not self.lifts:
+            return func(*args, **kwargs)
+        step = self.step(func)
+        if step.kind == "made":
+            args, kwargs = _replaced((args, kwargs), dict([(i, a + b * self.per_lane) for i, a, b in step.integers]), {})
+            out = func(*args, **kwargs)
+            for tensor in flat(out):
+                if isinstance(tensor, Tensor):
+                    self.mine.append(tensor)
+                    if not torch.compiler.is_compiling():
+                        self.index.add(id(tensor))
+            return out
+        return self.lifted(step, func, args, kwargs, values)
+
+    def is_mine(self, value: Any) -> bool:
+        """Whether a value is a parameter, or made of parameters alone."""
+        if not isinstance(value, Tensor):
+            return False
+        if not torch.compiler.is_compiling():
+            return id(value) in self.index
+        return any([p is value for p in self.mine])
+
+    def step(self, func: Any) -> Step:
+        """The next step of the trial, which must be this op."""
+        step = self.steps[self.next] if self.next < len(self.steps) else None
+        self.next += 1
+        if step is None or not (torch.compiler.is_compiling() or step.op == func):
+            raise ValueError(
+                "apply: a forward must run the same ops for all inputs of one shape. Found another op than when it was "
+                f"tried: {getattr(func, '__name__', func)}. Does a branch hang on numbers?"
+            )
+        return step
+
+    def lifted(self, step: Step, func: Any, args: Any, kwargs: Any, values: list[Any]) -> Any:
+        """Runs an op for one lane: its inputs are handed back, its results taken out."""
+        axes = iter(step.inputs)
+        changes: dict[int, Any] = dict([(i, a + b * self.per_lane) for i, a, b in step.integers])
+        handed: list[tuple[Tensor, Tensor]] = []  # one tensor given twice stays one
+        for i, value in enumerate(values):
+            axis = next(axes) if isinstance(value, Tensor) else None
+            if axis is None:
+                continue
+            for tensor, lifted in handed:
+                if tensor is value:
+                    changes[i] = lifted
+                    break
+            else:
+                changes[i] = native.handed_back(split(value, self.lane(axis), self.lanes), self.at)
+                handed.append((value, changes[i]))
+        args, kwargs = _replaced((args, kwargs), changes, {})
+        out = func(*args, **kwargs)
+        if writes(func, args, kwargs):
+            return values[0] if isinstance(values[0], Tensor) else out
+        outputs = iter(step.outputs)
+
+        def taken(value: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return type(value)([taken(part) for part in value])
+            if not isinstance(value, Tensor):
+                return value
+            axis = next(outputs)
+            if axis is None:
+                return value
+            return joined(native.taken_out(value, self.at), self.lane(axis))
+
+        return taken(out)
+
+    def lane(self, axis: Axis) -> Axis:
+        """The place of lanes along an axis: each holds `per_lane` examples."""
+        return Axis(axis.axis, axis.before, self.per_lane * axis.after)
+
+    # Draws
+
+    def key(self) -> Tensor:
+        """The keys (B, 2) of the next draw."""
+        if self.keys is None:
+            raise ValueError(
+                "apply: without a key nothing may be random. The module calls a dropout function in evaluation mode. "
+                "Pass it training=self.training?"
+            )
+        self.draws += 1
+        return random.fold_in(self.keys, self.draws - 1)
+
+    def examples_of(self, x: Tensor, name: str) -> tuple[Tensor, Axis | None]:
+        """What is drawn for, (B, …) example by example, and where the examples lie; none where there is one alone."""
+        axis, count = self.step(name).outputs[0], self.lanes * self.per_lane
+        if axis is None and count > 1:
+            raise ValueError(
+                f"apply: each example must have draws of its own. The module calls {name} once for a whole batch. Set "
+                "its rate to 0, or apply it to one example at a time."
+            )
+        return (x[None], None) if axis is None else (split(x, axis, count), axis)
+
+    def dropped(self, input: Tensor, rate: float, batched_ndim: int | None) -> Tensor:
+        keys = self.key()
+        parts, axis = self.examples_of(input, "dropout")
+        shape = tuple(parts.shape[1:]) if batched_ndim is None else channels(parts[0], batched_ndim)
+        dropped = layers.drop(parts, keys, shape, rate=rate)
+        return dropped[0] if axis is None else joined(dropped, axis)
+
+    def uniform(self, like: Tensor, name: str) -> Tensor:
+        keys = self.key()
+        parts, axis = self.examples_of(like, name)
+        draws = random.uniform(keys, tuple(parts.shape[1:])).to(like.dtype)
+        return draws[0] if axis is None else joined(draws, axis)
+
+
+def _replaced(value: Any, changes: dict[int, Any], counter: dict[str, int]) -> Any:
+    """Nested arguments with some values, numbered in order, replaced."""
+    if isinstance(value, dict):
+        return {name: _replaced(part, changes, counter) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)([_replaced(part, changes, counter) for part in value])
+    number = counter.get("next", 0)
+    counter["next"] = number + 1
+    return changes.get(number, value)

@@ -1,0 +1,41 @@
+"""Kinds of torch functions: which only ask what a tensor is like, which write to one, which branch on its numbers."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+METADATA = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad")),
+    *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_leaf", "is_meta", "is_sparse", "is_quantized")),
+    *(getattr(Tensor, name).__get__ for name in ("is_nested", "is_mkldnn", "is_cpu", "is_mps", "is_xpu", "itemsize")),
+    Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.is_contiguous,
+    Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size, Tensor.__len__, Tensor.get_device, torch.numel,
+    torch.is_floating_point, torch.is_complex, torch.is_tensor,
+}  # fmt: skip
+"""Functions that look at no number."""
+DECIDING = {
+    Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.item, Tensor.tolist,
+    Tensor.is_nonzero, torch.is_nonzero, torch.equal, Tensor.equal, torch.allclose, Tensor.allclose,
+}  # fmt: skip
+"""Functions that turn numbers of a tensor into those of Python."""
+_AUGMENTED = ("iadd__", "isub__", "imul__", "itruediv__", "ifloordiv__", "imod__", "ipow__", "iand__", "ior__", "ixor__")
+_INPLACE = {
+    getattr(space, name)
+    for space in (Tensor, torch)
+    for name in dir(Tensor)
+    if (name.endswith("_") and not name.startswith(("_", "resize_as"))) or name.removeprefix("__") in _AUGMENTED or name == "__setitem__"
+    if hasattr(space, name)
+}
+_WITH_INPLACE = {
+    F.relu, F.relu6, F.leaky_relu, F.elu, F.celu, F.selu, F.silu, F.mish, F.hardtanh, F.hardswish, F.hardsigmoid,
+    F.threshold, F.rrelu, F.dropout, F.alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout,
+}  # fmt: skip
+
+
+def writes(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an op writes to a tensor in place."""
+    if func in _INPLACE or kwargs.get("out") is not None or kwargs.get("inplace") is True:
+        return True
+    return func in _WITH_INPLACE and any(value is True for value in args)
