@@ -75,7 +75,9 @@ class Inputs:
         """From the spec of `(args, kwargs)`, and the numbers (B, …) of their tensors where these are at hand."""
         self.spec, self.batch_axis = spec, batch_axis
         self.leaves = leaves_of(spec)
-        self.numbers = numbers if numbers is not None else [None] * len(self.leaves)
+        self.numbers = list(numbers) if numbers is not None else [None] * len(self.leaves)
+        own = [x for leaf, x in zip(self.leaves, self.numbers, strict=True) if not leaf.shared]
+        self.varies = not all([is_constant(x) for x in own])
 
     def examples(self, generator: torch.Generator) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Two examples, and the second one changed."""
@@ -104,8 +106,18 @@ class Inputs:
             second = (torch.arange(first.numel()) + 1).remainder(2).reshape(leaf.shape)
             first, second = (part.to(device, leaf.dtype) for part in (first, second))
             return first, second, changed(second)
-        second = x[1] if len(x) > 1 and not torch.equal(x[0], x[1]) else changed(x[0])
+        if self.varies and is_constant(x):  # a mask without padding, say: what branches on it shall do as it will
+            return x[0], x[0], x[0]
+        others = [row for row in x[1:] if not torch.equal(row, x[0]) and not is_constant(row)]
+        second = others[0] if others else changed(x[0])
         return x[0], second, changed(second)
+
+
+def is_constant(x: Tensor | None) -> bool:
+    """Whether a tensor holds one integer throughout."""
+    if x is None or x.is_floating_point() or x.is_complex() or x.numel() == 0:
+        return False
+    return bool((x == x.flatten()[0]).all())
 
 
 def changed(x: Tensor) -> Tensor:
@@ -114,7 +126,9 @@ def changed(x: Tensor) -> Tensor:
         for other in (x.flip(-1), x.flip(0), x.roll(1, -1)):
             if not torch.equal(other, x):
                 return other
-    return (x == 0).to(x.dtype)
+    other = x.flatten().clone()
+    other[-1:] = other[-1:] == 0
+    return other.view(x.shape)
 
 
 def leaves_of(spec: Spec) -> list[Leaf]:

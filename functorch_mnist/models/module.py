@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from .. import native
 from .copies import Copies
-from .inputs import Inputs, Spec, described, leaves_of, rebuilt
+from .inputs import Inputs, Spec, described, is_constant, leaves_of, rebuilt
 from .model import Model, Params
 from .region import Region
 from .trial import LOOSE, Axis, Trial, hold_trial, joined, named, same, split
@@ -186,17 +186,18 @@ class _Pure:
         """What the module does with such inputs; found once."""
         if torch.compiler.is_compiling():
             return self.tried(spec, kinds, keyed)
-        key = (spec, kinds, keyed, False)
+        numbers = [native.numbers(x) for x in whole]
+        rows = [None if n is None or n.shape != x.shape else n for n, x in zip(numbers, whole, strict=True)]
+        constant = tuple([is_constant(n) for n in rows])  # where a forward branches on a mask, it is on this
+        key = (spec, kinds, keyed, constant)
         if key not in self.trials:
-            numbers = [native.numbers(x) for x in whole]
-            rows = [None if n is None or n.shape != x.shape else n for n, x in zip(numbers, whole, strict=True)]
             self.trials[key] = self.hold(spec, kinds, keyed, rows)
         return self.trials[key]
 
     @native.constant_to_the_compiler
     def tried(self, spec: Spec, kinds: Any, keyed: bool) -> Trial:
         """The trial of a call that is being compiled, where inputs have no numbers."""
-        key = (spec, kinds, keyed, True)
+        key = (spec, kinds, keyed)
         if key not in self.trials:
             self.trials[key] = self.hold(spec, kinds, keyed, None)
         return self.trials[key]

@@ -64,6 +64,7 @@ class Output(NamedTuple):
 class Call(NamedTuple):
     """One op of weights and an example."""
 
+    op: Any
     outputs: list[Output]
     found: list[tuple[Weight, Form]]
 
@@ -110,23 +111,36 @@ class _Surveyor(Follower):
             for leaf in known.weight.leaves:
                 self.survey.uses[leaf].append(Use(name_of(func), sizes, reason, form, known.weight))
         if factored:
-            self.survey.calls.append(Call(outputs, factored))
+            self.survey.calls.append(Call(func, outputs, factored))
         return out
+
+
+class Strayed(Exception):
+    """The loss of a batch runs other ops than that of the first example: it branches on data."""
 
 
 class _Tapper(Follower):
     """Adds a tap to each output of the ops that factored weights enter, and keeps what their forms need."""
 
     def __init__(
-        self, known: Sequence[Known], level: int, taps: Sequence[list[Tensor]], clone: bool, saved: list[list[Any]]
+        self,
+        known: Sequence[Known],
+        level: int,
+        calls: Sequence[Call],
+        taps: Sequence[list[Tensor]],
+        clone: bool,
+        saved: list[list[Any]],
     ) -> None:
         super().__init__(known, level)
-        self.taps, self.clone, self.saved = taps, clone, saved
+        self.calls, self.taps, self.clone, self.saved = calls, taps, clone, saved
 
     def use(self, func: Any, args: Any, kwargs: Any, found: list[Found]) -> Any:
+        number = len(self.saved)
+        if not torch.compiler.is_compiling() and (number == len(self.calls) or self.calls[number].op != func):
+            raise Strayed
         kept = [self.copied(use.saved) for use in found]
         out = on_the_batch(func, self.real(args), self.real(kwargs))
-        taps = iter(self.taps[len(self.saved)])
+        taps = iter(self.taps[number])
         self.saved.append(kept)
         if isinstance(out, Tensor):
             return out.add_(next(taps)) if writes(func, args, kwargs) else out + next(taps)
@@ -137,7 +151,9 @@ class _Tapper(Follower):
         return tree.map(torch.clone, saved) if self.clone else saved
 
 
-def survey(loss_fn: LossFn, params: Tree, batch: Sequence[Tensor], *, has_aux: bool = False) -> Survey:
+def survey(
+    loss_fn: LossFn, params: Tree, batch: Sequence[Tensor], *, has_aux: bool = False, rows: int = 1
+) -> Survey:
     """What the loss of one example does with its parameters.
 
     Args:
@@ -145,6 +161,7 @@ def survey(loss_fn: LossFn, params: Tree, batch: Sequence[Tensor], *, has_aux: b
         params: a pytree of float tensors.
         batch: (B, …); the first example is run, or zeros where there is none.
         has_aux: it returns `(loss, aux)`.
+        rows: how many examples are run: more than one where a module branches on its batch.
     """
     leaves = [_alias(leaf) for leaf in tree.leaves(params)]
     found = Survey([[] for _ in leaves], [], [])
@@ -155,7 +172,7 @@ def survey(loss_fn: LossFn, params: Tree, batch: Sequence[Tensor], *, has_aux: b
             loss, _ = _with_aux(loss_fn(tree.unflatten(params, leaves), *example), has_aux)
         return loss
 
-    vmap(run)(*(rows[:1] if len(rows) else rows.new_zeros((1, *rows.shape[1:])) for rows in batch))
+    vmap(run)(*(x[:rows] if len(x) else x.new_zeros((1, *x.shape[1:])) for x in batch))
     return found
 
 
@@ -169,6 +186,9 @@ def factor(
     has_aux: bool = False,
 ) -> tuple[Tensor, tuple[Term, ...], Tree]:
     """The losses (B,), the term of each leaf, and what the loss returned beside it, (B, …).
+
+    Raises:
+        Strayed: it runs other ops than the survey saw.
 
     Args:
         loss_fn, params, batch: as in `survey`; B is at least 1.
@@ -191,7 +211,7 @@ def factor(
         taps, copies = differentiated
         given = {**stand_ins, **dict(zip(dense, copies, strict=True))}
         known = [Known(stand_ins[i], Weight((i,)), real[i]) for i in factored]
-        with _Tapper(known, native.level(), taps, clone, saved):
+        with _Tapper(known, native.level(), calls, taps, clone, saved):
             out = loss_fn(tree.unflatten(params, [given[i] for i in range(len(leaves))]), *example)
         loss, aux = _with_aux(out, has_aux)
         return loss, (loss, aux, saved)
@@ -202,6 +222,8 @@ def factor(
 
     copies = [leaves[i].expand(rows, *leaves[i].shape) for i in dense]
     (cotangents, grads), (losses, aux, inputs) = grad(total, has_aux=True)((taps, copies))
+    if len(saved) < len(calls):
+        raise Strayed
     terms: dict[int, list[tuple[Weight, Term]]] = {i: [] for i in range(len(leaves))}
     for i, values in zip(dense, grads, strict=True):
         terms[i].append((Weight((i,)), Dense(values)))

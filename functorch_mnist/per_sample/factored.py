@@ -12,7 +12,7 @@ from .. import batch as batches
 from .. import tree
 from ..batch import masked
 from ..tree import Tree
-from .capture import LossFn, factor, survey
+from .capture import LossFn, Strayed, factor, survey
 from .plan import Plan, strategies
 from .terms import Kronecker, Term
 
@@ -157,7 +157,11 @@ def factored(
     _check_params(params)
     batch = batches.blanked(batch, mask)
     found = survey(loss_fn, params, batch, has_aux=has_aux)
-    losses, terms, aux = factor(loss_fn, params, batch, found, strategies(params, found, plan), has_aux=has_aux)
+    try:
+        losses, terms, aux = factor(loss_fn, params, batch, found, strategies(params, found, plan), has_aux=has_aux)
+    except Strayed:  # a module branches on its batch, as on whether there is any padding
+        found = survey(loss_fn, params, batch, has_aux=has_aux, rows=rows)
+        losses, terms, aux = factor(loss_fn, params, batch, found, strategies(params, found, plan), has_aux=has_aux)
     result = Factored(losses, terms, params, aux)
     return result if mask is None else result.masked(mask)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import native
+from ..decompositions import decomposition
 
 
 class Kernels(native.PerExample):
@@ -20,22 +21,43 @@ class Kernels(native.PerExample):
 
 
 def on_the_batch(func: Any, args: Any, kwargs: Any) -> Any:
-    """Runs an op; one without a batching rule on the whole batch, where the innermost `vmap` lets it be taken out."""
-    if func is F.embedding:
-        return _embedding(*args, **kwargs)
-    run = _OPS.get(func)
-    at = native.mapped()
-    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-    if run is None or at[0] == 0 or not any([native.is_of_an_example(x) for x in tensors]):
+    """Runs an op; inside `vmap`, one without a batching rule on the whole batch, or as plain ops.
+
+    The batch has to be what the innermost `vmap` maps over.
+    """
+    run, simpler = _OPS.get(func), decomposition(func)
+    if run is None and simpler is None:
         return func(*args, **kwargs)
-    return native.handed_back(run(func, at, *args, **kwargs), at)
+    at = native.mapped()
+    if at[0] == 0 or not _any_of_an_example((args, kwargs)):
+        return func(*args, **kwargs)
+    if run is not None:
+        return run(func, at, *args, **kwargs)
+    with Kernels():
+        return simpler(*args, **kwargs)
 
 
-def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *rest: Any, **named: Any) -> Tensor:
+def _any_of_an_example(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return any([_any_of_an_example(part) for part in value])
+    return isinstance(value, Tensor) and native.is_of_an_example(value)
+
+
+def _embedding(
+    func: Any,
+    at: tuple[int, int],  # noqa: ARG001
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    *rest: Any,
+    **named: Any,
+) -> Tensor:
     """A lookup: with a table for each example torch would forget that the padding's row gets no gradient."""
     if padding_idx is None or not native.is_of_an_example(weight):
-        return F.embedding(input, weight, padding_idx, *rest, **named)
-    rows = F.embedding(input, weight, None, *rest, **named)
+        return func(input, weight, padding_idx, *rest, **named)
+    rows = func(input, weight, None, *rest, **named)
     return torch.where((input == padding_idx % weight.shape[0])[..., None], rows.detach(), rows)
 
 
@@ -64,7 +86,7 @@ def _attention(
         full = (*lead, *mask.shape[len(lead) :])
         attn_mask = mask.expand(full).reshape(math.prod(lead), *full[len(lead) :])
     out: Tensor = func(flat(q), flat(k), flat(v), attn_mask, *rest, **named)
-    return out.view(*lead, *out.shape[1:])
+    return native.handed_back(out.view(*lead, *out.shape[1:]), at)
 
 
 def _pooling(func: Any, at: tuple[int, int], input: Tensor, *rest: Any, **named: Any) -> Tensor:
@@ -73,7 +95,7 @@ def _pooling(func: Any, at: tuple[int, int], input: Tensor, *rest: Any, **named:
     images = native.taken_out(input, at)
     lead = images.shape[: images.dim() - space]
     out: Tensor = func(images.reshape(math.prod(lead[:-1]), *images.shape[-space - 1 :]), *rest, **named)
-    return out.view(*lead, *out.shape[-space:])
+    return native.handed_back(out.view(*lead, *out.shape[-space:]), at)
 
 
 def _bilinear(
@@ -82,13 +104,12 @@ def _bilinear(
     """A product of two inputs and a weight: by products of their pairs where there is a weight for each example."""
     if any([p is not None and native.is_of_an_example(p) for p in (weight, bias)]):
         out = torch.einsum("...i,hij,...j->...h", input1, weight, input2)
-        return native.taken_out(out if bias is None else out + bias, at)
-    out = func(native.taken_out(input1, at), native.taken_out(input2, at), weight, bias)
-    return out
+        return out if bias is None else out + bias
+    return native.handed_back(func(native.taken_out(input1, at), native.taken_out(input2, at), weight, bias), at)
 
 
 _SPACES = {
     F.adaptive_avg_pool1d: 1, F.adaptive_avg_pool2d: 2, F.adaptive_avg_pool3d: 3,
     torch.adaptive_avg_pool1d: 1,
 }  # fmt: skip
-_OPS: dict[Any, Any] = {F.scaled_dot_product_attention: _attention, F.bilinear: _bilinear, **dict.fromkeys(_SPACES, _pooling)}
+_OPS: dict[Any, Any] = {F.embedding: _embedding, F.scaled_dot_product_attention: _attention, F.bilinear: _bilinear, **dict.fromkeys(_SPACES, _pooling)}
