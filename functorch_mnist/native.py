@@ -102,9 +102,49 @@ def outside() -> Iterator[None]:
     modes = []
     while _get_current_function_mode_stack():
         modes.append(_pop_mode())
+    forbidden = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    if forbidden is not None:
+        torch._C._autograd._saved_tensors_hooks_enable()
     try:
         with temporarily_clear_interpreter_stack(), torch.enable_grad():
             yield
     finally:
+        if forbidden is not None:
+            torch._C._autograd._saved_tensors_hooks_disable(forbidden)
         for mode in reversed(modes):
             _push_mode(mode)
+
+
+def saves_by_hooks() -> bool:
+    """Whether tensors are saved for the backward pass by hooks, as activation checkpoints do; torch.func refuses it."""
+    compiling = torch.compiler.is_compiling()
+    return not compiling and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def is_old(function: Any) -> bool:
+    """Whether an autograd function is of the old style, which torch.func refuses."""
+    return bool(function.setup_context is torch.autograd.function._SingleLevelFunction.setup_context)
+
+
+def refusal(function: Any) -> str:
+    """Why an old-style autograd function is refused, and the way out."""
+    if "checkpoint" in function.__module__:
+        return (
+            f"torch.func cannot differentiate through activation checkpoints. Found {function.__name__}. Switch "
+            "checkpointing off; per-sample gradients keep few activations."
+        )
+    return (
+        f"torch.func needs autograd functions with a setup_context. Found {function.__name__} of {function.__module__}, "
+        "which has none. Write it as forward(*inputs) and setup_context(ctx, inputs, output)."
+    )
+
+
+def old_function_in(error: BaseException) -> Any:
+    """The old-style autograd function whose call raised an error, if one did."""
+    trace = error.__traceback__
+    while trace is not None:
+        function = trace.tb_frame.f_locals.get("cls") if trace.tb_frame.f_code.co_name == "apply" else None
+        if isinstance(function, type) and issubclass(function, torch.autograd.Function) and is_old(function):
+            return function
+        trace = trace.tb_next
+    return None

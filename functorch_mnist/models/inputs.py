@@ -100,6 +100,7 @@ class Inputs:
             return shared, shared, shared
         if leaf.dtype.is_floating_point or leaf.dtype.is_complex:
             drawn = torch.randn((3, *leaf.shape), generator=generator).to(device, leaf.dtype)
+            drawn.requires_grad_()  # so that each function which torch differentiates is seen
             return drawn[0], drawn[1], drawn[2]
         if x is None or len(x) == 0:
             first = torch.ones(leaf.shape, dtype=torch.int64)

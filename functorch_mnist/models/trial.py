@@ -51,9 +51,9 @@ class Trial(NamedTuple):
     steps: tuple[Step, ...]
     outputs: tuple[Axis | None, ...]
     """Of each tensor in what the forward returns."""
-    written: frozenset[str]
+    written: tuple[str, ...]
     """Buffers that the forward writes to."""
-    overwritten: frozenset[int]
+    overwritten: tuple[int, ...]
     """Input tensors that it writes to."""
 
 
@@ -75,9 +75,9 @@ class _Watcher(Drawing):
         self.events: list[_Event] = []
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        if native.saves_by_hooks():
             raise ValueError(
-                f"from_module: torch.func cannot differentiate through saved-tensor hooks, as activation checkpoints are. "
+                f"apply: torch.func cannot differentiate through saved-tensor hooks, as activation checkpoints are. "
                 f"Found them in {self.where()}. Switch checkpointing off; per-sample gradients keep few activations."
             )
         if writes(func, args, kwargs) and args and id(args[0]) in self.params:
@@ -153,7 +153,7 @@ def hold_trial(
     three, events_three = run((first, second, second))
     outputs = _outputs(one, two, other, three)
     steps = _steps(params, events, events_changed, events_three)
-    return Trial(tuple(steps), outputs, frozenset(written), frozenset(overwritten))
+    return Trial(tuple(steps), outputs, tuple(written), tuple(overwritten))
 
 
 def _parameter(p: Tensor, generator: torch.Generator) -> Tensor:
@@ -333,17 +333,8 @@ def _refuse_functions(out: Any) -> None:
             continue
         seen.add(node)
         function = getattr(node, "_forward_cls", None)
-        if function is not None and function.setup_context is torch.autograd.function._SingleLevelFunction.setup_context:
-            if "checkpoint" in function.__module__:
-                raise ValueError(
-                    "from_module: torch.func cannot differentiate through activation checkpoints. Found "
-                    f"{function.__name__}. Switch checkpointing off; per-sample gradients keep few activations."
-                )
-            raise ValueError(
-                f"from_module: torch.func needs autograd functions with a setup_context. Found {function.__name__} of "
-                f"{function.__module__}, which has none. Write it with forward(*inputs) and setup_context(ctx, inputs, "
-                "output)."
-            )
+        if function is not None and native.is_old(function):
+            raise ValueError(f"apply: {native.refusal(function)}")
         ahead += [parent for parent, _ in node.next_functions if parent is not None]
 
 

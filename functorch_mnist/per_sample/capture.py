@@ -91,6 +91,11 @@ class _Surveyor(Follower):
         if native.level() != self.level:  # a parameter that is an argument of the transform has another identity in it
             for leaf, uses in enumerate(self.survey.uses):
                 uses.append(Use(name_of(func), None, "inside a transform of torch.func", None, Weight((leaf,))))
+        if native.saves_by_hooks():
+            raise ValueError(
+                "per_sample: torch.func cannot differentiate through saved-tensor hooks, as activation checkpoints are. "
+                "Switch checkpointing off; per-sample gradients keep few activations."
+            )
         if writes(func, args, kwargs):
             self.survey.writes.append(name_of(func))
         if rules.may_mix(func) and any([isinstance(x, Tensor) and native.is_of_an_example(x) for x in values]):
@@ -172,7 +177,17 @@ def survey(
             loss, _ = _with_aux(loss_fn(tree.unflatten(params, leaves), *example), has_aux)
         return loss
 
-    vmap(run)(*(x[:rows] if len(x) else x.new_zeros((1, *x.shape[1:])) for x in batch))
+    examples = [x[:rows] if len(x) else x.new_zeros((1, *x.shape[1:])) for x in batch]
+    if torch.compiler.is_compiling():
+        vmap(run)(*examples)
+        return found
+    try:
+        vmap(run)(*examples)
+    except RuntimeError as error:
+        function = native.old_function_in(error)
+        if function is None:
+            raise
+        raise ValueError(f"per_sample: {native.refusal(function)}") from error
     return found
 
 
