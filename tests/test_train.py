@@ -323,8 +323,8 @@ def test_evaluation_counts_do_not_depend_on_the_batch_size(n, batch_size):
     [
         (torch.tensor([0, 1]), ValueError, r"share their leading axes\. Found \(3, 3\) and \(2,\)"),
         (torch.tensor([0.0, 1.0, 2.0]), TypeError, r"must be integers.*float32"),
-        (torch.tensor([0, 1, 3]), ValueError, r"in \[0, 3\).*Found 0 to 3"),
-        (torch.tensor([-1, 1, 2]), ValueError, r"in \[0, 3\).*Found -1 to 2"),
+        (torch.tensor([0, 1, 3]), ValueError, r"in \[0, 3\).*Found 3"),
+        (torch.tensor([-1, 1, 2]), ValueError, r"in \[0, 3\).*Found -1"),
     ],
 )
 def test_labels_that_do_not_fit_the_model_are_refused(labels, error, fault):
