@@ -118,6 +118,16 @@ def test_a_step_changes_none_of_its_arguments():
     assert all(map(torch.equal, tree.leaves((state, batch)), before))
 
 
+def test_a_state_whose_parameters_were_cast_after_init_is_refused():
+    optimizer = optim.sgd(0.1, momentum=0.9)
+    state, (x, y) = start(optimizer), examples(4)
+    cast = state._replace(params=tree.map(torch.Tensor.double, state.params))
+    with pytest.raises(
+        ValueError, match=r"sgd: the state must be .* Found velocity/0\.weight: torch.float32 .*float64"
+    ):
+        train.make_step(loss_fn, optimizer)(cast, x.double(), y)
+
+
 @pytest.mark.parametrize(
     "batch, options, fault",
     [
