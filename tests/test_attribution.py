@@ -22,15 +22,15 @@ def flat(rows):
     return torch.cat([leaf.reshape(len(leaf), -1) for leaf in leaves], 1)
 
 
-def classifier(count, seed=0):
+def classifier(count, seed=0, widths=(6, 8, 8, 3)):
     """A small classifier as functions of one example, with data."""
-    model = fm.models.mlp([6, 8, 8, 3])
+    model = fm.models.mlp(widths)
     params = {name: p.to(D) for name, p in model.init(random.key(0)).items()}
 
     def loss_fn(params, x, y):
         return losses.cross_entropy(model.apply(params, x), y)
 
-    return model.apply, loss_fn, params, normals(count, 6, seed=seed), (torch.arange(count) * 7 + seed) % 3
+    return model.apply, loss_fn, params, normals(count, 6, seed=seed), (torch.arange(count) * 7 + seed) % widths[-1]
 
 
 # ---- scores
@@ -296,10 +296,10 @@ def test_kernel_regression_of_a_linear_model_is_ridge_regression():
 # ---- the ground truth
 
 
-def small_run(count=12, steps=6, momentum=0.9):
-    _, loss_fn, params, x, y = classifier(count)
+def small_run(count=12, steps=6, momentum=0.9, widths=(6, 8, 8, 3)):
+    _, loss_fn, params, x, y = classifier(count, widths=widths)
     order = torch.stack([(torch.arange(4) * 5 + 3 * s) % count for s in range(steps)])
-    test = normals(3, 6, seed=9), labels(3, 3)
+    test = normals(3, 6, seed=9), labels(3, widths[-1])
     return attribution.Run(loss_fn, optim.sgd(0.2, momentum=momentum), params, (x, y), order), test
 
 
@@ -424,15 +424,17 @@ def test_ties_share_what_is_found_of_them():
 
 
 def _calls():
-    apply, loss_fn, params, x, y = classifier(5)
-    test = normals(2, 6, seed=1), labels(2, 3)
+    """A graph grows with layers, classes and chunks: of each no more than there must be, the last chunk padded."""
+    widths = (6, 8, 2)
+    apply, loss_fn, params, x, y = classifier(3, widths=widths)
+    test = normals(2, 6, seed=1), labels(2, 2)
     maps = attribution.projection(params, key=random.key(0), size=9)
-    run, small = small_run(steps=2)
+    run, small = small_run(steps=2, widths=widths)
     return {
         "tracin": lambda p: attribution.tracin(loss_fn, [p], (x, y), test, lrs=[0.1], chunk_size=2),
         "gradient_cosine": lambda p: attribution.gradient_cosine(loss_fn, p, (x, y), test),
         "features": lambda p: attribution.features(loss_fn, p, x, y, projection=maps),
-        "tangent_kernel": lambda p: attribution.tangent_kernel(apply, p, (x,), chunk_size=3),
+        "tangent_kernel": lambda p: attribution.tangent_kernel(apply, p, (x,), chunk_size=2),
         "fisher_diagonal": lambda p: statistics.fisher_diagonal(apply, p, x),
         "drawn fisher_diagonal": lambda p: statistics.fisher_diagonal(apply, p, x, key=random.key(0), draws=2),
         "fisher_kronecker": lambda p: statistics.fisher_kronecker(apply, p, x),
@@ -446,7 +448,7 @@ def _calls():
 
 @pytest.mark.parametrize("name", _calls())
 def test_compiled_equals_eager_as_one_graph(name):
-    call, params = _calls()[name], classifier(5)[2]
+    call, params = _calls()[name], classifier(3, widths=(6, 8, 2))[2]
     fast = torch.compile(
         call, fullgraph=True, backend="aot_eager"
     )  # what is traced, without the compiler's own rounding

@@ -411,6 +411,47 @@ def test_gradients_of_another_shape_are_refused_by_path():
             optimizer.update(params, optimizer.init(params), grads)
 
 
+STATEFUL = {
+    "sgd": (optim.sgd(0.1, momentum=0.9), "velocity/layer/w"),
+    "adam": (optim.adam(0.1), "mean/layer/w"),
+    "adamw": (optim.clip_by_global_norm(optim.adamw(0.1), max_norm=1.0), "mean/layer/w"),
+    "averaging": (optim.averaging(optim.sgd(0.1), decay=0.9), "average/layer/w"),
+    "stochastic_weight_averaging": (
+        optim.stochastic_weight_averaging(optim.sgd(0.1), start=1),
+        "average/layer/w",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_state_that_is_not_of_the_parameters_is_refused_by_its_leaf(name):
+    optimizer, leaf = STATEFUL[name]
+    params = {"layer": {"w": torch.ones(3), "b": torch.ones(2)}}
+    state = optimizer.init(params)
+    wide, meta = tree.map(torch.Tensor.double, params), tree.map(lambda w: w.to("meta"), params)
+    longer = tree.map(lambda w: torch.cat([w, w]), params)
+    for others, found in [
+        (wide, rf"{leaf}: torch.float32 \(3,\) on cpu for torch.float64 \(3,\) on cpu"),
+        (longer, rf"{leaf}: torch.float32 \(3,\) on cpu for torch.float32 \(6,\) on cpu"),
+        (meta, r"updates: torch.int64 \(\) on cpu for torch.int64 \(\) on meta"),
+    ]:
+        with pytest.raises(ValueError, match=rf"^{name}: the state must be .* Found {found}\. "):
+            optimizer.update(others, state, others)
+        optimizer.update(others, optimizer.init(others), others)
+    moved = state._replace(updates=state.updates.to("meta"))
+    with pytest.raises(ValueError, match=r"updates: torch.int64 \(\) on meta for torch.int64 \(\) on cpu"):
+        optimizer.update(params, moved, params)
+    moved = tree.map(lambda leaf: leaf.to("meta") if leaf.dim() else leaf, state)
+    with pytest.raises(ValueError, match=rf"{leaf}: torch.float32 \(3,\) on meta for torch.float32 \(3,\) on cpu"):
+        optimizer.update(params, moved, params)
+
+
+def test_a_state_with_other_leaves_than_the_parameters_is_refused():
+    state = optim.sgd(0.1).init(torch.ones(2))
+    with pytest.raises(ValueError, match=r"Found velocity: 0 tensors for 1\."):
+        optim.sgd(0.1, momentum=0.9).update(torch.ones(2), state, torch.ones(2))
+
+
 @pytest.mark.parametrize("leaf", [torch.tensor([1, 2]), 3.0, None])
 def test_a_parameter_that_is_not_a_float_tensor_is_refused_by_name(leaf):
     for make in (optim.sgd, optim.adam, optim.adamw):

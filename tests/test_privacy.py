@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.func import vmap
 from zoo import difference
 
 from functorch_mnist import losses, models, optim, per_sample, privacy, random, train, tree
@@ -448,10 +449,8 @@ def test_a_thousand_steps_of_empty_draws_equal_pure_noise():
     assert counts == [0] * 1000
     walk = tree.ravel(tree.map(torch.sub, state.params, begun.params))
     noise_key = random.split(secret.key(), 3)[1]
-    expected = -0.1 * sum(
-        tree.ravel(noise(rule, random.fold_in(noise_key, t), sigma=sigma, expected=2.0, like=begun.params))
-        for t in range(1000)
-    )
+    drawn = vmap(lambda key: tree.ravel(noise(rule, key, sigma=sigma, expected=2.0, like=begun.params)))
+    expected = -0.1 * drawn(random.fold_in(noise_key, torch.arange(1000))).sum(0)
     assert torch.allclose(walk, expected, atol=1e-9)
     deviation = 0.1 * sigma * 1.5 / 2 * math.sqrt(1000)
     assert (walk / deviation).square().sum().item() == pytest.approx(len(walk), abs=5 * math.sqrt(2 * len(walk)))

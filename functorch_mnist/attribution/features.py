@@ -24,7 +24,8 @@ from torch import Tensor
 
 from .. import batch as batches
 from .. import random, tree
-from ..losses import check_labels, one_hot
+from ..losses import check_labels
+from ..losses.labels import own
 from ..per_sample import Plan, factored
 from ..tree import Tree
 
@@ -118,14 +119,18 @@ def log_odds(outputs: Tensor, labels: Tensor) -> Tensor:
     Returns:
         (...).
 
+    Raises:
+        ValueError: shapes do not agree, or a label is out of range.
+        TypeError: the labels are not integers.
+        RuntimeError: compiled or on a GPU, a label is out of range.
+
     Example:
         >>> log_odds(torch.zeros(2), torch.tensor(0))
         tensor(0.)
     """
-    check_labels("log_odds", outputs, labels)
-    own = one_hot(labels, outputs.shape[-1]).bool()
+    labels = check_labels("log_odds", outputs, labels)
     wide = tree.wide(outputs)
-    others = wide.masked_fill(own, -torch.inf).logsumexp(-1)
+    others = wide.masked_fill(own(labels, outputs.shape[-1]), -torch.inf).logsumexp(-1)
     return wide.gather(-1, labels[..., None].long()).squeeze(-1) - others
 
 

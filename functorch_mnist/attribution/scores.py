@@ -21,7 +21,8 @@ from torch import Tensor
 
 from .. import batch as batches
 from .. import tree
-from ..losses import check_labels, cross_entropy, one_hot
+from ..losses import check_labels, cross_entropy
+from ..losses.labels import own
 from ..per_sample import Plan, factored
 from ..tree import Tree
 
@@ -70,8 +71,9 @@ def scores(
         plan: of `per_sample`.
 
     Raises:
-        ValueError: tensors differ in N, or the chunk size or the plan does not fit.
+        ValueError: tensors differ in N, a label is out of range, or the chunk size or the plan does not fit.
         TypeError: the labels are not integers.
+        RuntimeError: compiled or on a GPU, a label is out of range.
 
     Cost: that of `per_sample.norms`.
     """
@@ -83,7 +85,8 @@ def scores(
     rows = []
     for chunk in batches.chunks("attribution.scores", (*inputs, labels), mask, chunk_size):
         part = factored(both_fn, params, *chunk.batch, mask=chunk.mask, plan=plan, has_aux=True)
-        found = Scores(tree.wide(part.losses), part.norms(), *of_outputs(part.aux, chunk.batch[-1]))
+        (given,) = batches.blanked(chunk.batch[-1:], chunk.mask)
+        found = Scores(tree.wide(part.losses), part.norms(), *of_outputs(part.aux, given))
         rows.append([chunk.unpadded(batches.masked(column, chunk.keep())) for column in found])
     return Scores(*[torch.cat(column) for column in zip(*rows, strict=True)])
 
@@ -95,17 +98,22 @@ def of_outputs(outputs: Tensor, labels: Tensor) -> OutputScores:
         outputs: (N, K) logits or log-probabilities, K at least 2.
         labels: (N,) integers in [0, K).
 
+    Raises:
+        ValueError: shapes do not agree, a label is out of range, or K is below 2.
+        TypeError: the labels are not integers.
+        RuntimeError: compiled or on a GPU, a label is out of range.
+
     Example:
         >>> of_outputs(torch.tensor([[2.0, 0.0]]), torch.tensor([1])).margin
         tensor([-2.])
     """
-    check_labels("of_outputs", outputs, labels)
+    labels = check_labels("of_outputs", outputs, labels)
     if outputs.shape[-1] < 2:
         raise ValueError(f"of_outputs: a margin needs at least two classes. Found {outputs.shape[-1]}.")
-    own = one_hot(labels, outputs.shape[-1])
+    mine = own(labels, outputs.shape[-1])
     wide = tree.wide(outputs)
-    el2n = torch.linalg.vector_norm(wide.softmax(-1) - own, dim=-1)
-    others = wide.masked_fill(own.bool(), -torch.inf).amax(-1)
+    el2n = torch.linalg.vector_norm(wide.softmax(-1) - mine.float(), dim=-1)
+    others = wide.masked_fill(mine, -torch.inf).amax(-1)
     margin = wide.gather(-1, labels[..., None].long()).squeeze(-1) - others
     return OutputScores(outputs.argmax(-1), el2n, margin)
 

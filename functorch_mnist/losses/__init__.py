@@ -3,6 +3,7 @@
 | file | what it holds |
 |---|---|
 | `classification.py` | cross-entropy, focal loss, accuracy |
+| `labels.py` | what labels must be |
 | `regression.py` | the squared error |
 | `imbalance.py` | weights of classes from their counts, and outputs adjusted by how common a class is |
 
@@ -12,11 +13,11 @@ it with `vmap`, differentiated by it, and compiled once for all its values.
 """
 
 from .classification import accuracy as accuracy
-from .classification import check_labels as check_labels
 from .classification import cross_entropy as cross_entropy
 from .classification import focal as focal
 from .classification import one_hot as one_hot
 from .imbalance import balanced_weights as balanced_weights
 from .imbalance import effective_number_weights as effective_number_weights
 from .imbalance import logit_adjusted as logit_adjusted
+from .labels import check_labels as check_labels
 from .regression import mse as mse

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import tree
 from ..hyperparameters import AT_LEAST_ZERO, PART, check, like
+from .labels import check_labels, in_range, own
 
 
 def cross_entropy(
@@ -29,8 +30,10 @@ def cross_entropy(
         (...) losses in nats, float32 or wider.
 
     Raises:
-        ValueError: shapes do not agree, or `label_smoothing` is a number outside [0, 1] or a tensor that is not 0-d.
+        ValueError: shapes do not agree, a label is out of range, or `label_smoothing` is a number outside [0, 1] or a
+            tensor that is not 0-d.
         TypeError: the labels are not integers.
+        RuntimeError: compiled or on a GPU, a label is out of range.
 
     Guarantees: equals `torch.nn.functional.cross_entropy(..., reduction="none")`.
 
@@ -61,8 +64,10 @@ def focal(
         (...) losses in nats, float32 or wider.
 
     Raises:
-        ValueError: shapes do not agree, or `gamma` is a number below 0 or infinite, or a tensor that is not 0-d.
+        ValueError: shapes do not agree, a label is out of range, or `gamma` is a number below 0 or infinite, or a
+            tensor that is not 0-d.
         TypeError: the labels are not integers.
+        RuntimeError: compiled or on a GPU, a label is out of range.
 
     Guarantees: at γ = 0 equals `cross_entropy`. However close p_y is to 1, the loss and its derivatives by the outputs
         and by a tensor `gamma` are finite, for finite outputs.
@@ -77,19 +82,23 @@ def focal(
     log_probs, _, hit = _terms("focal", outputs, labels, class_weights)
     check("focal", AT_LEAST_ZERO, gamma=gamma)
     # 1 - p_y is added up from the other classes: no difference cancels, and no power of 0 is taken.
-    own = one_hot(labels, outputs.shape[-1]).bool()
-    log_rest = torch.logsumexp(log_probs.masked_fill(own, torch.finfo(log_probs.dtype).min), dim=-1)
+    least = torch.finfo(log_probs.dtype).min
+    log_rest = torch.logsumexp(log_probs.masked_fill(own(labels, outputs.shape[-1]), least), dim=-1)
     return -torch.exp(like(gamma, log_rest) * log_rest) * hit
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
     """Float32 vectors with a one at the label: (...) integers to (..., classes). Works under `vmap`; torch's does not.
 
+    Raises:
+        ValueError: a label is not in [0, classes).
+        RuntimeError: compiled or on a GPU, a label is out of range.
+
     Example:
         >>> one_hot(torch.tensor(1), 3)
         tensor([0., 1., 0.])
     """
-    return (labels[..., None] == torch.arange(classes, device=labels.device)).float()
+    return own(in_range("one_hot", labels, classes), classes).float()
 
 
 def accuracy(outputs: Tensor, labels: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -98,44 +107,34 @@ def accuracy(outputs: Tensor, labels: Tensor, mask: Tensor | None = None) -> tup
     Args:
         outputs: (..., K).
         labels: (...) integers in [0, K).
-        mask: (...) bool, `False` for an example that does not count.
+        mask: (...) bool, `False` for an example that does not count, whatever its label.
 
     Returns:
         `(correct, total)`, 0-d int64 counts. Add them over batches, divide once.
 
     Raises:
-        ValueError: shapes do not agree, or the mask is not bool.
+        ValueError: shapes do not agree, a label is out of range, or the mask is not bool.
         TypeError: the labels are not integers.
+        RuntimeError: compiled or on a GPU, a label is out of range.
 
     Example:
         >>> accuracy(torch.eye(3), torch.tensor([0, 1, 1]))
         (tensor(2), tensor(3))
     """
-    check_labels("accuracy", outputs, labels)
     if mask is not None and (mask.dtype != torch.bool or mask.shape != labels.shape):
         raise ValueError(
             f"accuracy: the mask must be bool {tuple(labels.shape)}, as the labels. "
             f"Found {mask.dtype} {tuple(mask.shape)}."
         )
+    labels = check_labels("accuracy", outputs, labels, mask)
     hits = outputs.argmax(-1) == labels
     counted = torch.ones_like(hits) if mask is None else mask
     return (hits & counted).sum(), counted.sum()
 
 
-def check_labels(where: str, outputs: Tensor, labels: Tensor) -> None:
-    """Refuses labels that are not integers (...) for outputs (..., K)."""
-    if outputs.dim() == 0 or outputs.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"{where}: outputs (..., K) and labels (...) must share their leading axes. "
-            f"Found {tuple(outputs.shape)} and {tuple(labels.shape)}."
-        )
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"{where}: labels must be integers in [0, K). Found {labels.dtype}.")
-
-
 def _terms(where: str, outputs: Tensor, labels: Tensor, class_weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """log p_k and w_k log p_k (..., K), and the latter of the label (...)."""
-    check_labels(where, outputs, labels)
+    labels = check_labels(where, outputs, labels)
     if class_weights is not None and class_weights.shape != outputs.shape[-1:]:
         raise ValueError(
             f"{where}: class_weights must be (K,), {tuple(outputs.shape[-1:])}. Found {tuple(class_weights.shape)}."

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import tree
 from ..hyperparameters import AT_LEAST_ZERO, DECAY, add_scaled, check, check_rate, double, like, used
 from ..tree import Tree
-from .optimizer import Optimizer, check_grads, check_params, no_updates
+from .optimizer import Optimizer, check_grads, check_params, check_state, no_updates
 from .schedules import Schedule
 
 
@@ -54,7 +54,7 @@ def adam(
 
     Raises:
         ValueError: a number is out of its range; a tensor is not 0-d. From `update`: gradients without the structure
-            and shapes of the parameters.
+            and shapes of the parameters, or a state that is not of their shapes, types and device.
         TypeError: `lr` is no number, tensor or schedule. From `init`: a leaf is not a float tensor.
 
     Guarantees: with numbers it equals `torch.optim.Adam` (one tensor at a time, its default on CPU) bit for bit on CPU
@@ -101,7 +101,7 @@ def adamw(
 
     Raises:
         ValueError: a number is out of its range; a tensor is not 0-d. From `update`: gradients without the structure
-            and shapes of the parameters.
+            and shapes of the parameters, or a state that is not of their shapes, types and device.
         TypeError: `lr` is no number, tensor or schedule. From `init`: a leaf is not a float tensor.
 
     Guarantees: equals `torch.optim.AdamW` as `adam` equals `torch.optim.Adam`; the same derivatives exist. Without
@@ -146,6 +146,7 @@ def _optimizer(
 
     def update(params: Tree, state: AdamState, grads: Tree) -> tuple[Tree, AdamState]:
         check_grads(where, params, grads)
+        check_state(where, params, state.updates, mean=state.mean, square=state.square)
         rate = lr(state.updates) if callable(lr) else lr
         if used(weight_decay):
             params, grads = decayed(params, grads, rate)

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import tree
 from ..hyperparameters import COUNT, DECAY, PERIOD, check
 from ..tree import Tree
-from .optimizer import Optimizer, no_updates
+from .optimizer import Optimizer, check_state, no_updates
 
 
 class Averaged(NamedTuple):
@@ -38,7 +38,8 @@ def averaging(optimizer: Optimizer, *, decay: float | Tensor) -> Optimizer:
         An optimizer whose state is an `Averaged`.
 
     Raises:
-        ValueError: `decay` is out of its range, or a tensor that is not 0-d.
+        ValueError: `decay` is out of its range, or a tensor that is not 0-d. From `update`: a state that is not of the
+            parameters' shapes, types (or float32) and device.
 
     Example:
         >>> from functorch_mnist import optim
@@ -55,6 +56,7 @@ def averaging(optimizer: Optimizer, *, decay: float | Tensor) -> Optimizer:
     check("averaging", DECAY, decay=decay)
 
     def update(params: Tree, state: Averaged, grads: Tree) -> tuple[Tree, Averaged]:
+        check_state("averaging", params, state.updates, least=torch.float32, average=state.average)
         params, inner = optimizer.update(params, state.optimizer, grads)
         updates = state.updates + 1
         keep = (updates / (updates + 9)).clamp(max=decay)
@@ -83,7 +85,8 @@ def stochastic_weight_averaging(optimizer: Optimizer, *, start: int, every: int 
         An optimizer whose state is an `Averaged`.
 
     Raises:
-        ValueError: `start` or `every` is out of its range or not whole.
+        ValueError: `start` or `every` is out of its range or not whole. From `update`: a state that is not of the
+            parameters' shapes, types (or float32) and device.
 
     Guarantees: equals `torch.optim.swa_utils.AveragedModel` bit for bit on CPU for parameters of float32 or float64.
         Any number of updates compiles one step.
@@ -105,6 +108,7 @@ def stochastic_weight_averaging(optimizer: Optimizer, *, start: int, every: int 
     check("stochastic_weight_averaging", PERIOD, every=every)
 
     def update(params: Tree, state: Averaged, grads: Tree) -> tuple[Tree, Averaged]:
+        check_state("stochastic_weight_averaging", params, state.updates, least=torch.float32, average=state.average)
         params, inner = optimizer.update(params, state.optimizer, grads)
         updates = state.updates + 1
         since = (updates - start).clamp(min=0)  # also keeps the unused branch of `where` finite

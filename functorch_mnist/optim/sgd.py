@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import tree
 from ..hyperparameters import AT_LEAST_ZERO, FINITE, add_scaled, check, check_rate, like, used
 from ..tree import Tree
-from .optimizer import Optimizer, check_grads, check_params, no_updates
+from .optimizer import Optimizer, check_grads, check_params, check_state, no_updates
 from .schedules import Schedule
 
 
@@ -50,7 +50,8 @@ def sgd(
 
     Raises:
         ValueError: a number is negative or not finite; a tensor is not 0-d; `nesterov` without momentum or with
-            dampening. From `update`: gradients without the structure and shapes of the parameters.
+            dampening. From `update`: gradients without the structure and shapes of the parameters, or a state that is
+            not of their shapes, types and device.
         TypeError: `lr` is no number, tensor or schedule.
 
     Guarantees: equals `torch.optim.SGD` bit for bit on CPU where `lr`, `momentum` and `weight_decay` are numbers.
@@ -80,6 +81,7 @@ def sgd(
 
     def update(params: Tree, state: SGDState, grads: Tree) -> tuple[Tree, SGDState]:
         check_grads("sgd", params, grads)
+        check_state("sgd", params, state.updates, **({"velocity": state.velocity} if used(momentum) else {}))
         rate = lr(state.updates) if callable(lr) else lr
         g = tree.map(torch.neg, grads) if maximize else grads
         if used(weight_decay):
