@@ -138,6 +138,20 @@ def test_bounds_of_norms_are_the_norms_but_for_rounding():
 # The rules
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [Flat(1.5), Flat(torch.tensor(1.5)), Automatic(1.5), Global(1.5), PerLayer(1.5), Quantile(0.5, 3.0, 1.5)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_norm_that_is_rounded_down_by_a_little_lets_no_gradient_pass_the_bound(rule, dtype):
+    eps = torch.finfo(dtype).eps
+    norms = torch.cat([1.5 * (1 + eps * torch.arange(-40, 41, dtype=dtype)), torch.tensor([1e10, 1e20], dtype=dtype)])
+    factors = rule.factors({"w": norms}, rule.init())["w"]
+    kept = factors.double() * norms.double() * (1 + (12 if dtype == torch.float32 else 0) * eps)
+    assert kept.max() <= 1.5
+    assert kept.max() > 1.5 * (1 - 64 * eps)
+
+
 def test_the_rules_are_their_formulas():
     norms = {
         "a.weight": torch.tensor([0.3, 4.0]),
@@ -171,6 +185,8 @@ def test_groups_that_do_not_fit_are_refused():
         sums(PerGroup({"a": 1.0}), torch.zeros(1, 11))
     with pytest.raises(ValueError, match=r"every group must have a parameter. Found \['c'\]"):
         sums(PerGroup({"": 1.0, "c": 1.0}), torch.zeros(1, 11))
+    with pytest.raises(ValueError, match=r"there must be a group. Found none"):
+        PerGroup({})
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.inf, math.nan])
@@ -335,6 +351,17 @@ def test_the_sizes_of_chunks_pad_little_and_take_no_more_at_once_than_allowed(ex
     assert sum(padded) / sum(drawn) < 1 + 0.7 / math.sqrt(expected)
 
 
+@pytest.mark.parametrize(
+    ("expected", "sizes"),
+    [
+        (43, (38, 43, 48, 53, 63)),  # a deviation is 6.555
+        (44, (40, 48, 56, 64)),  # the longest of 64 is the first whose sizes are multiples of 8
+    ],
+)
+def test_sizes_of_chunks_are_multiples_of_8_from_a_longest_of_64_on(expected, sizes):
+    assert privacy.chunk_sizes(Poisson(expected / 60_000, 1.0), 60_000) == sizes
+
+
 def test_shuffled_batches_have_one_size_that_nearly_all_fill():
     assert privacy.chunk_sizes(Shuffled(7, 1.0), 50) == (8,)
     assert privacy.chunk_sizes(Poisson(1.0, 1.0), 50) == (50,)
@@ -466,7 +493,37 @@ def test_a_run_that_goes_on_equals_one_that_was_not_stopped_where_the_secret_is_
     other, _ = fitted(mechanism, steps=6, start_at=half, secret=Secret())
     assert not torch.equal(tree.ravel(other.params), tree.ravel(whole.params))
     assert [p.step for p in seen] == list(range(1, 7))
-    assert [p.epoch_ended for p in seen] == [False, True] * 3 or [p.epoch for p in seen][-1] >= 1
+    assert [p.epoch_ended for p in seen] == [False, True] * 3  # 40 examples are seen in 2.5 draws of 16, rounded to 2
+
+
+def test_the_progress_of_a_private_run_counts_expected_examples_and_adds_up_an_epochs_losses():
+    sizes = [14, 13, 13]  # of 40 in three parts
+    _, seen = fitted(Shuffled(3, 1.1), steps=7)
+    assert [p.step for p in seen] == [1, 2, 3, 4, 5, 6, 7]
+    assert [p.epoch for p in seen] == [0, 0, 0, 1, 1, 1, 2]
+    assert [p.epoch_ended for p in seen] == [False, False, True, False, False, True, False]
+    assert [p.examples for p in seen] == [13, 27, 40, 13, 27, 40, 13]
+    assert [int(p.aux["count"]) for p in seen] == [*sizes, *sizes, 14]
+    draw_key = random.split(Secret(4).key(), 3)[0]
+    state, total = start(RULES["flat"], optim.sgd(0.1, momentum=0.9)), 0.0
+    for step, progress in enumerate(seen):
+        drawn = privacy.draw(Shuffled(3, 1.1), draw_key, step=step, examples=40)
+        own = nn.functional.cross_entropy(MODEL.apply(state.params, X[drawn]), Y[drawn], reduction="sum").item()
+        assert progress.aux["loss"].item() == pytest.approx(own, rel=1e-10)
+        total = own if step % 3 == 0 else total + own
+        assert progress.loss.item() == pytest.approx(total, rel=1e-10)
+        state = progress.state
+
+
+def test_the_counts_of_a_chunk_are_of_the_examples_that_count():
+    rows = torch.zeros(6, 11)
+    rows[:, 0] = torch.tensor([1.0, 5.0, math.nan, 5.0, math.inf, 2.0])
+    mask = torch.tensor([True, True, True, False, False, True])
+    for rule in (Flat(1.5), Global(1.5), PerLayer(1.5)):
+        seen = sums(rule, rows, mask=mask).seen
+        assert {name: int(seen[name]) for name in ("count", "clipped", "nonfinite")} == {
+            "count": 4, "clipped": 2, "nonfinite": 1
+        }  # fmt: skip
 
 
 def test_no_secret_is_in_the_state():

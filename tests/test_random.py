@@ -312,6 +312,16 @@ def test_box_muller_is_a_radius_and_an_angle_of_the_words() -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
 
 
+def test_the_least_word_of_box_muller_is_its_longest_radius_and_the_greatest_is_zero(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = torch.tensor([0, -(2**31), 2**31 - 1, -1], dtype=torch.int32)
+    monkeypatch.setattr(random, "_blocks", lambda key, count: (words, torch.zeros_like(words)))  # at angle 0
+    longest = math.sqrt(2 * 32 * math.log(2))  # √(-2 log 2⁻³²)
+    expected = [longest, -longest, 0, 0, 0, 0, 0, 0]
+    assert random.box_muller(random.key(0), (8,)).tolist() == pytest.approx(expected, rel=1e-6)
+
+
 def test_the_two_halves_of_box_muller_are_independent_in_size_and_sign() -> None:
     n = 400_000
     a, b = random.box_muller(random.key(1), (2, n)).to(torch.float64)
