@@ -174,6 +174,14 @@ def test_the_rules_are_their_formulas():
     close(groups["b.bias"], torch.tensor([0.5, 1.0]))
 
 
+def test_parameters_of_one_path_but_for_its_last_part_are_a_layer_and_others_are_not():
+    norms = {"w1": 1.0, "w2": 2.0, "a.weight": 3.0, "a.bias": 4.0, "b": {"weight": 6.0, "bias": 8.0}}
+    found = PerLayer(1.0).factors(tree.map(lambda norm: torch.tensor([norm]), norms))
+    share = 1 / math.sqrt(4)
+    expected = [share / 1, share / 2, share / 5, share / 5, share / 10, share / 10]
+    assert torch.cat(tree.leaves(found)).tolist() == pytest.approx(expected, rel=1e-5)
+
+
 def test_sensitivities_are_those_of_the_papers():
     assert [RULES[name].sensitivity() for name in ("flat", "automatic", "global", "per-layer")] == [1.5] * 4
     assert RULES["per-group"].sensitivity() == math.sqrt(0.25 + 4 + 1)
@@ -569,6 +577,15 @@ def test_mistake_11_steps_with_numbers_that_mean_nothing_are_refused(number):
         train.make_private_step(loss_fn, optim.sgd(0.1), clipping=Flat(1.0), noise_multiplier=number, expected=1.0)
     with pytest.raises(ValueError, match="expected must be above 0 and finite"):
         train.make_private_step(loss_fn, optim.sgd(0.1), clipping=Flat(1.0), noise_multiplier=1.0, expected=number)
+
+
+def test_no_more_steps_than_were_made_leave_the_state_as_it_is():
+    rule, optimizer = RULES["flat"], optim.sgd(0.1, momentum=0.9)
+    for steps in (0, 3):
+        begun = start(rule, optimizer)._replace(step=torch.tensor(3 if steps else 0))
+        state, seen = fitted(Poisson(0.4, 1.1), steps=steps, start_at=begun)
+        assert state is begun
+        assert seen == []
 
 
 def test_data_of_no_example_or_of_several_sizes_is_refused():
