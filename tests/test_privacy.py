@@ -290,6 +290,14 @@ def test_each_example_has_a_coin_of_its_own(total, rate, seed):
     assert not privacy.joins(key, 0, total, 1e-12).any()
 
 
+def test_the_chance_of_a_coin_is_the_rate_rounded_down_to_a_multiple_of_two_to_the_minus_32(monkeypatch):
+    words = torch.tensor([0, 1, 2, 3, 2**31, 2**32 - 2, 2**32 - 1]) - 2**31
+    monkeypatch.setattr(random, "bits", lambda key, shape: words.to(torch.int32))
+    for rate, least in ((0.5, 0), (2.0, 2), (2.9, 2), (2**31 + 0.5, 2**31), (2**32 - 1.0, 2**32 - 1), (2**32, 2**32)):
+        found = privacy.joins(random.key(0), 0, len(words), rate / 2**32)
+        assert found.tolist() == [word < least for word in (words + 2**31).tolist()]
+
+
 def test_mistake_9_ranks_take_parts_of_one_draw_and_share_no_coin():
     joined = privacy.joins(random.key(0), 0, 4000, 0.5)
     agree = (joined[:2000] == joined[2000:]).double().mean().item()  # two ranks' coins, which one stream makes equal
@@ -588,6 +596,13 @@ def test_no_more_steps_than_were_made_leave_the_state_as_it_is():
         assert seen == []
 
 
+def test_a_step_needs_expected_examples_and_may_be_without_noise():
+    make = partial(train.make_private_step, loss_fn, optim.sgd(0.1), clipping=Flat(1.0))
+    make(noise_multiplier=0.0, expected=1e-3)
+    with pytest.raises(ValueError, match=r"expected must be above 0 and finite. Found 0"):
+        make(noise_multiplier=0.0, expected=0)
+
+
 def test_data_of_no_example_or_of_several_sizes_is_refused():
     step = train.make_private_step(loss_fn, optim.sgd(0.1), clipping=Flat(1.0), noise_multiplier=1.0, expected=1.0)
     run = partial(
@@ -626,6 +641,11 @@ def test_the_audit_finds_no_more_than_is_accounted_in_correct_code(sigma):
         )  # fmt: skip
         assert found.passed
         assert found.found > 0.2 * found.claimed  # it has teeth
+        assert found.steps == {0.7: 1, 1.1: 3, 2.0: 9}[sigma]  # (1.5 σ)², so that μ is near 1.5
+        mu = math.sqrt(found.steps) / sigma
+        below, above = mu / 2 - found.claimed / mu, -mu / 2 - found.claimed / mu  # Balle, Wang, theorem 8
+        delta = (math.erfc(-below / math.sqrt(2)) - math.exp(found.claimed) * math.erfc(-above / math.sqrt(2))) / 2
+        assert delta == pytest.approx(1e-5, rel=1e-6)
 
 
 @pytest.mark.parametrize("sigma", [0.7, 1.1, 2.0])
