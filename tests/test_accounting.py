@@ -6,6 +6,7 @@ import math
 import sys
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -54,6 +55,19 @@ def test_the_renyi_accountant_equals_that_of_opacus(rate, sigma):
     theirs = analysis.compute_rdp(q=rate, noise_multiplier=sigma, steps=1, orders=orders)
     kept = [i for i, value in enumerate(theirs) if math.isfinite(value)]
     assert rdp(rate, sigma, [orders[i] for i in kept]) == pytest.approx([theirs[i] for i in kept], rel=1e-5, abs=1e-11)
+
+
+@pytest.mark.parametrize("order", [1.1, 2.5, 4.0, 10.9])
+@pytest.mark.parametrize(("rate", "sigma"), [(0.9, 20.0), (0.5, 4.0), (0.1, 1.0), (0.004, 20.0), (0.1, 0.5)])
+def test_the_renyi_divergence_is_the_integral_of_its_definition(rate, sigma, order):
+    step = sigma / 1000
+    z = torch.arange(-14 * sigma, 14 * sigma + order, step, dtype=torch.float64)
+    density = -z.square() / 2 / sigma**2 - math.log(sigma * math.sqrt(2 * math.pi))  # all in logarithms
+    one = torch.tensor(math.log1p(-rate), dtype=torch.float64)
+    ratio = torch.logaddexp(one, math.log(rate) + (2 * z - 1) / 2 / sigma**2)
+    moment = torch.logsumexp(density + order * ratio, 0) + math.log(step)
+    expected = moment.item() / (order - 1)
+    assert rdp(rate, sigma, [order]) == [pytest.approx(expected, rel=1e-7, abs=1e-11)]
 
 
 @given(rates, noises, counts, deltas)
