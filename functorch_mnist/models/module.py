@@ -284,8 +284,8 @@ class _Call:
                 if not same(mine, y, LOOSE):
                     raise ValueError(
                         "apply: a batch must be the stack of its examples. The forward branches on its data, and for "
-                        f"the batch decides otherwise than for example {i} alone: output {name} differs. Write the branch "
-                        "with torch.where, or apply the module to one example at a time."
+                        f"the batch decides otherwise than for example {i} alone: output {name} differs. Write the "
+                        "branch with torch.where, or apply the module to one example at a time."
                     )
 
     def single(self, params: Mapping[str, Tensor], i: int, decisions: int | None) -> tuple[list[Any], Any]:

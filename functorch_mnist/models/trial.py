@@ -349,8 +349,8 @@ def _mixes(name: str, why: str) -> ValueError:
 
 def _written(name: str, where: str) -> ValueError:
     return ValueError(
-        f"from_module: a forward may not write to its parameters. Found that {where} writes to {name!r}. Take max_norm, "
-        "or the update in place, out of the forward."
+        f"from_module: a forward may not write to its parameters. Found that {where} writes to {name!r}. Take "
+        "max_norm, or the update in place, out of the forward."
     )
 
 
