@@ -121,7 +121,6 @@ class _Surveyor(Follower):
             self.survey.calls.append(Call(func, outputs, factored))
         return out
 
-
     def recur(self, call: recurrence.Call, args: Any, kwargs: Any) -> Any:
         shapes = recurrence.tap_shapes(call)
         taps = [Output(shape, call.input.dtype, call.input.device) for shape in shapes]

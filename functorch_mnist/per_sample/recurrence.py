@@ -60,9 +60,7 @@ def read(op: Any, args: Sequence[Any]) -> Call | None:
     each = 4 if biases else 2
     if len(params) != each * count * directions or (dropout and train) or input.dim() != 3:
         return None
-    layers = [
-        Layer(tuple(params[each * i : each * (i + 1)]), i % directions == 1) for i in range(count * directions)
-    ]
+    layers = [Layer(tuple(params[each * i : each * (i + 1)]), i % directions == 1) for i in range(count * directions)]
     return Call(op, input, states, tuple(layers), directions, bool(batch_first))
 
 
