@@ -62,7 +62,7 @@ def _recurrent(func: Any, at: tuple[int, int], *args: Any, **named: Any) -> Any:
     out, *ended = func(merged(call.input, axis), states if isinstance(args[1], (list, tuple)) else states[0], *args[2:])
 
     def back(x: Tensor, axis: int) -> Tensor:
-        return native.handed_back(x.unflatten(axis, (at[1], -1)).movedim(axis, 0), at)  # type: ignore[no-untyped-call]
+        return native.handed_back(x.unflatten(axis, (at[1], -1)).movedim(axis, 0), at)
 
     return (back(out, axis), *[back(state, 1) for state in ended])
 

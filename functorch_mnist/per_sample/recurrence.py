@@ -1,9 +1,9 @@
-"""Recurrent layers on the whole batch, with one tap on all gates of a layer: their weights are linear maps at T positions.
+"""Recurrent layers on the whole batch, with one tap on all gates of a layer: linear maps at T positions.
 
 With x_t a layer's input and h_t its state, time unrolled,
 
     lstm    gates_t = W_ih x_t + W_hh h_{t-1} + b       one cotangent for all four of W_ih, W_hh, b_ih, b_hh
-    gru     gates_t = W_ih x_t + b_ih, and W_hh h_{t-1} + b_hh apart, for the reset gate multiplies the latter
+    gru     gates_t = W_ih x_t + b_ih, and W_hh h_{t-1} + b_hh apart, for a gate multiplies the latter
     rnn     gates_t = W_ih x_t + W_hh h_{t-1} + b
 
 so that the factors of W_ih are (x_t, g_t), those of W_hh (h_{t-1}, g_t), and those of biases g_t. Decomposed into ops of
