@@ -122,7 +122,7 @@ class Follower(native.PerExample):
         raise NotImplementedError
 
     def recurs(self, call: recurrence.Call, args: Any) -> bool:
-        """Whether a recurrent op of an example can run on the batch: its state and weights are not of the wrong kind."""
+        """Whether a recurrent op runs on the batch: only its input is of an example, and no state is a weight."""
         weights = [weight for layer in call.layers for weight in layer.weights]
         states = args[1] if isinstance(args[1], (list, tuple)) else [args[1]]
         return (

@@ -6,8 +6,8 @@ With x_t a layer's input and h_t its state, time unrolled,
     gru     gates_t = W_ih x_t + b_ih, and W_hh h_{t-1} + b_hh apart, for a gate multiplies the latter
     rnn     gates_t = W_ih x_t + W_hh h_{t-1} + b
 
-so that the factors of W_ih are (x_t, g_t), those of W_hh (h_{t-1}, g_t), and those of biases g_t. Decomposed into ops of
-one example, each of the T steps would have taps of its own.
+so that the factors of W_ih are (x_t, g_t), those of W_hh (h_{t-1}, g_t), and those of biases g_t. Decomposed into ops
+of one example, each of the T steps would have taps of its own.
 """
 
 from __future__ import annotations
