@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -153,7 +153,7 @@ def clipped(subject: Subject, *, compile: bool = False) -> Work:
     return subject.work(lambda: list(run(params, *inputs.values(), targets).values()), list(params.values()))
 
 
-def opacus(subject: Subject, *, mode: peers.OpacusMode) -> Work:
+def opacus(subject: Subject, *, mode: Literal["hooks", "ghost"]) -> Work:
     """The clipped sum by Opacus."""
     module, (inputs, targets) = copy.deepcopy(subject.module), subject.batch
     weights = list(module.parameters())
