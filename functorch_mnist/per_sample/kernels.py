@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import native
 from ..decompositions import decomposition
+from .recurrence import OPS, read
 
 
 class Kernels(native.PerExample):
@@ -31,8 +32,8 @@ def on_the_batch(func: Any, args: Any, kwargs: Any) -> Any:
     at = native.mapped()
     if at[0] == 0 or not _any_of_an_example((args, kwargs)):
         return func(*args, **kwargs)
-    if run is not None:
-        return run(func, at, *args, **kwargs)
+    if simpler is None or run is not None:
+        return run(func, at, *args, **kwargs)  # type: ignore[misc]
     with Kernels():
         return simpler(*args, **kwargs)
 
@@ -43,6 +44,27 @@ def _any_of_an_example(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any([_any_of_an_example(part) for part in value])
     return isinstance(value, Tensor) and native.is_of_an_example(value)
+
+
+def _recurrent(func: Any, at: tuple[int, int], *args: Any, **named: Any) -> Any:
+    """A recurrent layer: the batch of each example, of one, is merged with that of all."""
+    call = read(func, args)
+    weights = () if call is None else [weight for layer in call.layers for weight in layer.weights]
+    if call is None or any([native.is_of_an_example(weight) for weight in weights]):
+        with Kernels():
+            return decomposition(func)(*args, **named)  # type: ignore[misc]
+    axis = 0 if call.batch_first else 1
+
+    def merged(x: Tensor, axis: int) -> Tensor:
+        return native.taken_out(x, at).movedim(0, axis).flatten(axis, axis + 1)
+
+    states = tuple([merged(state, 1) for state in call.states])
+    out, *ended = func(merged(call.input, axis), states if isinstance(args[1], (list, tuple)) else states[0], *args[2:])
+
+    def back(x: Tensor, axis: int) -> Tensor:
+        return native.handed_back(x.unflatten(axis, (at[1], -1)).movedim(axis, 0), at)  # type: ignore[no-untyped-call]
+
+    return (back(out, axis), *[back(state, 1) for state in ended])
 
 
 def _embedding(
@@ -56,8 +78,9 @@ def _embedding(
 ) -> Tensor:
     """A lookup: with a table for each example torch would forget that the padding's row gets no gradient."""
     if padding_idx is None or not native.is_of_an_example(weight):
-        return func(input, weight, padding_idx, *rest, **named)
-    rows = func(input, weight, None, *rest, **named)
+        found: Tensor = func(input, weight, padding_idx, *rest, **named)
+        return found
+    rows: Tensor = func(input, weight, None, *rest, **named)
     return torch.where((input == padding_idx % weight.shape[0])[..., None], rows.detach(), rows)
 
 
@@ -112,4 +135,10 @@ _SPACES = {
     F.adaptive_avg_pool1d: 1, F.adaptive_avg_pool2d: 2, F.adaptive_avg_pool3d: 3,
     torch.adaptive_avg_pool1d: 1,
 }  # fmt: skip
-_OPS: dict[Any, Any] = {F.embedding: _embedding, F.scaled_dot_product_attention: _attention, F.bilinear: _bilinear, **dict.fromkeys(_SPACES, _pooling)}
+_OPS: dict[Any, Any] = {
+    F.embedding: _embedding,
+    F.scaled_dot_product_attention: _attention,
+    F.bilinear: _bilinear,
+    **dict.fromkeys(OPS, _recurrent),
+    **dict.fromkeys(_SPACES, _pooling),
+}
