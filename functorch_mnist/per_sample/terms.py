@@ -83,8 +83,12 @@ class Term:
         """Exactly zero where `keep` (B,) is False, whatever the factors hold there."""
         raise NotImplementedError
 
-    def built(self) -> Term:
-        """Itself, or the sample gradients where inner products take them anyway and they are no larger than factors."""
+    def built(self, *, summed: bool = False) -> Term:
+        """Itself, or the sample gradients where it saves work to have them, and they are not much larger than factors.
+
+        Args:
+            summed: whether a weighted sum follows, which then costs no product of matrices.
+        """
         return self
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
@@ -139,6 +143,9 @@ class Dense(Term):
     def masked(self, keep: Tensor) -> Dense:
         return Dense(masked(self.values, keep))
 
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        return _weighted(self.values, weights)
+
 
 @tree.register
 @dataclass(frozen=True)
@@ -185,7 +192,7 @@ class Parts(Term):
         return Parts(tuple([masked(part, rows) for part, rows in self._with(keep)]))
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        return torch.stack([_scaled(part, rows).sum(0) for part, rows in self._with(weights)]).sum(0)
+        return torch.stack([_weighted(part, rows) for part, rows in self._with(weights)]).sum(0)
 
     def square_norms(self) -> Tensor:
         return torch.cat([_squares(part) for part in self.values])
@@ -214,8 +221,8 @@ class Outer(Term):
     def masked(self, keep: Tensor) -> Outer:
         return replace(self, a=masked(self.a, keep), g=masked(self.g, keep))
 
-    def built(self) -> Term:
-        return Dense(self.grads()) if _builds(self, self.layout.shape, self.a, self.g) else self
+    def built(self, *, summed: bool = False) -> Term:
+        return Dense(self.grads()) if _builds(self, self.layout.shape, self.a, self.g, summed) else self
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         if self.a.shape[-1] < self.g.shape[-1]:  # fewer numbers to scale
@@ -323,8 +330,8 @@ class Convolution(Term):
     def masked(self, keep: Tensor) -> Convolution:
         return replace(self, image=masked(self.image, keep), cotangent=masked(self.cotangent, keep))
 
-    def built(self) -> Term:
-        return self._parts() if _builds(self, self.shape, self.image, self.cotangent) else self
+    def built(self, *, summed: bool = False) -> Term:
+        return self._parts() if _builds(self, self.shape, self.image, self.cotangent, summed) else self
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         image, cotangent = self.image.flatten(0, 1), _scaled(self.cotangent, weights).flatten(0, 1)
@@ -487,8 +494,8 @@ class Viewed(Term):
     def masked(self, keep: Tensor) -> Viewed:
         return Viewed(self.term.masked(keep), self.view)
 
-    def built(self) -> Viewed:
-        return Viewed(self.term.built(), self.view)
+    def built(self, *, summed: bool = False) -> Viewed:
+        return Viewed(self.term.built(summed=summed), self.view)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         return self.view.backward(self.term.weighted_sum(weights))
@@ -570,9 +577,26 @@ def _scaled(x: Tensor, weights: Tensor) -> Tensor:
     return x * weights.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
 
-def _builds(term: Outer | Convolution, shape: tuple[int, ...], a: Tensor, g: Tensor) -> bool:
-    """Whether inner products build the sample gradients, and these are no larger than the factors."""
-    return term.strategy == "build" and math.prod(shape) <= a[0].numel() + g[0].numel()
+def _builds(term: Outer | Convolution, shape: tuple[int, ...], a: Tensor, g: Tensor, summed: bool) -> bool:
+    """Whether sample gradients are built: inner products do it anyway and they are no larger than the factors.
+
+    Where they are summed too, the Gram matrices come on top of an ordinary weight gradient, which building them stands
+    for; they may then be twice as large.
+    """
+    factors = a[0].numel() + g[0].numel()
+    if summed and term.strategy == "gram":
+        return math.prod(shape) <= 2 * factors
+    return term.strategy == "build" and math.prod(shape) <= (2 if summed else 1) * factors
+
+
+def _weighted(values: Tensor, weights: Tensor) -> Tensor:
+    """Σ_i c_i x_i of (B, …): one pass over the numbers as they are stored, where the compiler does not make it one."""
+    order = sorted(range(1, values.dim()), key=values.stride, reverse=True)
+    stored = values.permute(0, *order)
+    if torch.compiler.is_compiling() or values.device.type != "cpu" or not stored.is_contiguous():
+        return _scaled(values, weights).sum(0)
+    total = (weights.to(values.dtype) @ stored.reshape(len(values), -1)).view(stored.shape[1:])
+    return total.permute([order.index(axis) for axis in range(1, values.dim())])
 
 
 def _common(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
