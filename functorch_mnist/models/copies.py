@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.weight_norm import WeightNorm
 
 from .model import Params
@@ -26,7 +27,11 @@ class Copies:
     """As many copies of one module as are in use at the same time."""
 
     def __init__(self, module: nn.Module, *, training: bool) -> None:
-        self.first = _Copy(_without_numbers(module).train().train(training))  # train() has caches emptied
+        first = _without_numbers(module).train().train(training)  # train() has caches emptied
+        for layer in first.modules():
+            if isinstance(layer, _NormBase):  # its statistics are constants
+                layer.eval()
+        self.first = _Copy(first)
         self.traced = _Copy(copy.deepcopy(self.first.module))
         self.free: list[_Copy] = []
 
