@@ -148,10 +148,12 @@ def hold_trial(
     first, second, changed = examples
     two, events = run((first, second))
     _refuse_functions(two)
-    one, _ = run((first,))
     other, events_changed = run((first, changed))
+    behind, _ = run((changed, second))
     three, events_three = run((first, second, second))
-    outputs = _outputs(one, two, other, three)
+    outputs = _outputs(two, other, behind, three)
+    one, _ = run((second,))
+    _check_alone(outputs, one, two)
     steps = _steps(params, events, events_changed, events_three)
     return Trial(tuple(steps), outputs, tuple(written), tuple(overwritten))
 
@@ -167,24 +169,44 @@ def _parameter(p: Tensor, generator: torch.Generator) -> Tensor:
     return numbers.to(device, p.dtype).requires_grad_()
 
 
-def _outputs(one: Any, two: Any, other: Any, three: Any) -> tuple[Axis | None, ...]:
-    """The batch axis of each output; refuses what mixes examples."""
+def _outputs(two: Any, other: Any, behind: Any, three: Any) -> tuple[Axis | None, ...]:
+    """The batch axis of each output; refuses what mixes examples.
+
+    Args:
+        two: for two examples.
+        other: with another second one.
+        behind: with another first one.
+        three: for three examples.
+    """
     names, _ = named(two)
     axes: list[Axis | None] = []
-    for name, a, b, c, d in zip(names, *[named(x)[1] for x in (one, two, other, three)], strict=True):
-        axis = batch_axis(b, d, c)
+    for name, a, b, c, d in zip(names, *[named(x)[1] for x in (two, other, behind, three)], strict=True):
+        axis = batch_axis(a, d, b)
         if isinstance(axis, str):
             raise _mixes(name, axis)
         if axis is None:
-            if not (a.shape == b.shape and same(a, b, LOOSE) and same(b, c, TIGHT)):
-                raise _mixes(name, f"its shape {tuple(b.shape)} does not grow with the batch, but its numbers change")
-            axes.append(None)
-            continue
-        mine, its, alone = split(b, axis, 2)[0], split(c, axis, 2)[0], split(a, axis, 1)[0]
-        if mine.shape != alone.shape or not same(mine, its, TIGHT) or not same(mine, alone, LOOSE):
-            raise _mixes(name, "what it holds for one example changes with the others")
+            if not (same(a, b, TIGHT) and same(a, c, TIGHT)):
+                raise _mixes(name, f"its shape {tuple(a.shape)} does not grow with the batch, but its numbers change")
+        else:
+            mine, its, behind_its = (split(x, axis, 2) for x in (a, b, c))
+            if not (same(mine[0], its[0], TIGHT) and same(mine[1], behind_its[1], TIGHT)):
+                raise _mixes(name, _CHANGES)
         axes.append(axis)
     return tuple(axes)
+
+
+def _check_alone(axes: Sequence[Axis | None], one: Any, two: Any) -> None:
+    """Refuses outputs that hold something else for the second of two examples than for it alone."""
+    names, _ = named(two)
+    for name, axis, a, b in zip(names, axes, named(one)[1], named(two)[1], strict=True):
+        if axis is None:
+            if not same(a, b, LOOSE):
+                raise _mixes(name, f"its shape {tuple(b.shape)} does not grow with the batch, but its numbers change")
+        elif a.shape[axis.axis] != axis.before * axis.after or not same(split(a, axis, 1)[0], split(b, axis, 2)[1], LOOSE):
+            raise _mixes(name, _CHANGES)
+
+
+_CHANGES = "what it holds for one example changes with the others"
 
 
 def _steps(
