@@ -225,16 +225,32 @@ def test_what_a_forward_keeps_is_kept_for_that_call_alone(fn, filled):
     assert module.cache_list == []
 
 
-@pytest.mark.parametrize("where", ["attribute", "list", "tuple", "nested dict"])
-def test_a_tensor_computed_from_parameters_that_is_kept_already_is_refused_or_made_anew(where):
-    module = drawn(Calls(plain_attribute if where == "attribute" else list_appended_to, a=nn.Linear(3, 3)))
-    kept = module.a.weight.sum(0) if where == "attribute" else module.a.weight.exp()
-    if where == "attribute":
-        module.kept = kept
+@pytest.mark.parametrize("where", ["attribute", "list", "tuple", "list in a dict", "buffer"])
+def test_a_tensor_computed_from_parameters_that_is_kept_already_is_refused(where):
+    module = drawn(Calls(lambda module, x: module.a(x), a=nn.Linear(3, 3)))
+    kept = module.a.weight.exp()
+    if where == "buffer":
+        module.register_buffer("cache", kept)
     else:
-        module.cache_list = {"list": [kept], "tuple": (kept,), "nested dict": {"a": {"b": kept}}}[where]
-    with pytest.raises(ValueError, match=r"may not keep tensors that are computed from its parameters.*'(kept|cache_list)'"):
+        module.cache = {"attribute": kept, "list": [kept], "tuple": (1, (kept,)), "list in a dict": {"a": [kept]}}[where]
+    with pytest.raises(ValueError, match="may not keep tensors that are computed from its parameters.*'cache'"):
         models.from_module(module)
+
+
+def test_a_tensor_computed_from_parameters_that_is_kept_in_dicts_is_made_anew():
+    def fn(module, x):
+        if "b" not in module.cache.setdefault("a", {}):
+            module.cache["a"]["b"] = module.a.weight.exp()
+        return module.a(x) @ module.cache["a"]["b"]
+
+    module = drawn(Calls(fn, a=nn.Linear(3, 3)))
+    module.cache = {}
+    x = normals(B, 3)
+    module(x)
+    params, model = models.from_module(module, example_ndim=1)
+    changed = tree.map(lambda p: p + 1, params)
+    expected = F.linear(x, changed["a.weight"], changed["a.bias"]) @ changed["a.weight"].exp()
+    torch.testing.assert_close(model.apply(changed, x), expected, rtol=1e-12, atol=1e-12)
 
 
 # Where the batch lies

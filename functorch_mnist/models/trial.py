@@ -347,17 +347,9 @@ def named(out: Any) -> tuple[list[str], list[Tensor]]:
 
 def _refuse_functions(out: Any) -> None:
     """Refuses old-style autograd functions, which torch.func cannot differentiate, by their names."""
-    seen: set[Any] = set()
-    ahead = [x.grad_fn for x in named(out)[1] if x.grad_fn is not None]
-    while ahead:
-        node = ahead.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        function = getattr(node, "_forward_cls", None)
-        if function is not None and native.is_old(function):
-            raise ValueError(f"apply: {native.refusal(function)}")
-        ahead += [parent for parent, _ in node.next_functions if parent is not None]
+    function = native.old_function_behind(named(out)[1])
+    if function is not None:
+        raise ValueError(f"apply: {native.refusal(function)}")
 
 
 def _mixes(name: str, why: str) -> ValueError:

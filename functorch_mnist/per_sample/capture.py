@@ -16,6 +16,7 @@ followed are called with the numbers in their place: a use that nobody saw makes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -184,11 +185,21 @@ def survey(
     try:
         vmap(run)(*examples)
     except RuntimeError as error:
-        function = native.old_function_in(error)
+        function = _old_function(loss_fn, params, examples, has_aux)
         if function is None:
             raise
         raise ValueError(f"per_sample: {native.refusal(function)}") from error
     return found
+
+
+def _old_function(loss_fn: LossFn, params: Tree, examples: Sequence[Tensor], has_aux: bool) -> Any:
+    """An old-style autograd function in the loss of the first example, if there is one."""
+    with suppress(Exception), native.outside():  # whoever calls raises the error that this is to explain
+        leaves = [leaf.detach().requires_grad_() for leaf in tree.leaves(params)]
+        example = [x[0].detach().requires_grad_(x.is_floating_point()) for x in examples]
+        loss, _ = _with_aux(loss_fn(tree.unflatten(params, leaves), *example), has_aux)
+        return native.old_function_behind([loss])
+    return None
 
 
 def factor(
