@@ -134,8 +134,8 @@ def refusal(function: Any) -> str:
             "checkpointing off; per-sample gradients keep few activations."
         )
     return (
-        f"torch.func needs autograd functions with a setup_context. Found {function.__name__} of {function.__module__}, "
-        "which has none. Write it as forward(*inputs) and setup_context(ctx, inputs, output)."
+        f"torch.func needs autograd functions with a setup_context. Found {function.__name__} of {function.__module__},"
+        " which has none. Write it as forward(*inputs) and setup_context(ctx, inputs, output)."
     )
 
 

@@ -1,11 +1,14 @@
 """Kinds of torch functions: which only ask what a tensor is like, which write to one, which branch on its numbers."""
 
+import re
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_NAMED = re.compile("[a-z][a-z0-9_]*[a-z0-9]_")
+"""Names of functions that write."""
 METADATA = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad")),
     *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_leaf", "is_meta", "is_sparse", "is_quantized")),
@@ -20,12 +23,25 @@ DECIDING = {
     Tensor.is_nonzero, torch.is_nonzero, torch.equal, Tensor.equal, torch.allclose, Tensor.allclose,
 }  # fmt: skip
 """Functions that turn numbers of a tensor into those of Python."""
-_AUGMENTED = ("iadd__", "isub__", "imul__", "itruediv__", "ifloordiv__", "imod__", "ipow__", "iand__", "ior__", "ixor__")
+_AUGMENTED = (
+    "iadd__",
+    "isub__",
+    "imul__",
+    "itruediv__",
+    "ifloordiv__",
+    "imod__",
+    "ipow__",
+    "iand__",
+    "ior__",
+    "ixor__",
+)
 _INPLACE = {
     getattr(space, name)
     for space in (Tensor, torch)
     for name in dir(Tensor)
-    if (name.endswith("_") and not name.startswith(("_", "resize_as"))) or name.removeprefix("__") in _AUGMENTED or name == "__setitem__"
+    if (name.endswith("_") and not name.startswith(("_", "resize_as")))
+    or name.removeprefix("__") in _AUGMENTED
+    or name == "__setitem__"
     if hasattr(space, name)
 }
 _WITH_INPLACE = {
@@ -36,6 +52,8 @@ _WITH_INPLACE = {
 
 def writes(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether an op writes to a tensor in place."""
+    if not torch.compiler.is_compiling() and _NAMED.fullmatch(str(getattr(func, "__name__", "")).split(".")[0]):
+        return True  # the compiler knows no names, and has no use for most of them
     if func in _INPLACE or kwargs.get("out") is not None or kwargs.get("inplace") is True:
         return True
     return func in _WITH_INPLACE and any(value is True for value in args)

@@ -6,13 +6,15 @@ import math
 import sys
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from functorch_mnist import privacy
 from functorch_mnist.privacy import Ledger, Poisson, Shuffled
+from functorch_mnist.privacy.audit import _most
 from functorch_mnist.privacy.gaussian import gaussian_delta, gaussian_epsilon
-from functorch_mnist.privacy.pld import pld_epsilon
+from functorch_mnist.privacy.pld import _interval, _largest, pld_epsilon
 from functorch_mnist.privacy.rdp import ORDERS, converted, rdp
 
 POISSON = ("rdp-old", "rdp", "pld")
@@ -55,6 +57,19 @@ def test_the_renyi_accountant_equals_that_of_opacus(rate, sigma):
     assert rdp(rate, sigma, [orders[i] for i in kept]) == pytest.approx([theirs[i] for i in kept], rel=1e-5, abs=1e-11)
 
 
+@pytest.mark.parametrize("order", [1.1, 2.5, 4.0, 10.9])
+@pytest.mark.parametrize(("rate", "sigma"), [(0.9, 20.0), (0.5, 4.0), (0.1, 1.0), (0.004, 20.0), (0.1, 0.5)])
+def test_the_renyi_divergence_is_the_integral_of_its_definition(rate, sigma, order):
+    step = sigma / 1000
+    z = torch.arange(-14 * sigma, 14 * sigma + order, step, dtype=torch.float64)
+    density = -z.square() / 2 / sigma**2 - math.log(sigma * math.sqrt(2 * math.pi))  # all in logarithms
+    one = torch.tensor(math.log1p(-rate), dtype=torch.float64)
+    ratio = torch.logaddexp(one, math.log(rate) + (2 * z - 1) / 2 / sigma**2)
+    moment = torch.logsumexp(density + order * ratio, 0) + math.log(step)
+    expected = moment.item() / (order - 1)
+    assert rdp(rate, sigma, [order]) == [pytest.approx(expected, rel=1e-7, abs=1e-11)]
+
+
 @given(rates, noises, counts, deltas)
 def test_the_renyi_accountant_equals_that_of_dp_accounting(rate, sigma, steps, delta):
     dp = pytest.importorskip("dp_accounting")
@@ -85,11 +100,28 @@ def test_without_sampling_the_loss_distribution_is_the_exact_gaussian(sigma, ste
     assert exact - 1e-6 <= found <= exact + 0.002 + 0.002 * exact
 
 
+@pytest.mark.parametrize("steps", [197, 200])
+def test_rounding_takes_no_epsilon_below_the_exact_one(steps):
+    exact = gaussian_epsilon(math.sqrt(steps) / 0.5, 1e-9)
+    assert privacy.epsilon(Poisson(1.0, 0.5), steps=steps, delta=1e-9) >= exact
+    assert privacy.epsilon(Poisson(1.0, 0.5), steps=steps, delta=1e-13) == math.inf
+
+
 @given(st.floats(0.01, 20.0), deltas)
 def test_the_exact_gaussian_is_the_least_epsilon_of_its_delta(mu, delta):
     epsilon = gaussian_epsilon(mu, delta)
     assert gaussian_delta(mu, epsilon) <= delta
     assert epsilon == 0 or gaussian_delta(mu, epsilon * (1 - 1e-6)) > delta
+
+
+def test_the_bound_of_an_audits_error_rate_is_that_of_clopper_and_pearson():
+    assert _most(0, 20, 0.05) == pytest.approx(1 - 0.05 ** (1 / 20), rel=1e-12)  # (1 - p)²⁰ = 0.05
+    assert _most(19, 20, 0.05) == pytest.approx(0.95 ** (1 / 20), rel=1e-12)  # 1 - p²⁰ = 0.05
+    assert _most(20, 20, 0.05) == 1
+    for errors in (1, 7, 300):
+        rate = _most(errors, 500, 0.01)
+        chance = math.fsum(math.comb(500, k) * rate**k * (1 - rate) ** (500 - k) for k in range(errors + 1))
+        assert chance == pytest.approx(0.01, rel=1e-8)
 
 
 # Laws
@@ -135,6 +167,25 @@ def test_hardly_any_noise_is_no_privacy_and_no_number():
 def test_many_steps_composed_in_blocks_are_the_steps_composed_at_once():
     below, above = (pld_epsilon(0.004, 2.0, steps, DELTA) for steps in (4095, 4097))
     assert 0 < above - below < 1e-3
+
+
+def test_losses_are_rounded_to_a_quarter_of_the_deviation_of_a_steps_loss_within_what_is_feasible():
+    assert _interval(0.001, 2.0, 1) == pytest.approx(0.001 * math.sqrt(math.exp(1 / 4) - 1) / 4, rel=1e-12)
+    assert _interval(0.9, 400.0, 1) == pytest.approx(0.9 * math.sqrt(math.exp(1 / 400**2) - 1) / 4, rel=1e-12)
+    assert _interval(1.0, 300.0, 1) == pytest.approx(1 / 300 / 4, rel=1e-12)  # 1 / σ is the smaller
+    assert _interval(0.5, 1.0, 1) == 1e-3  # the greatest
+    assert _interval(1e-9, 100.0, 1) == 1e-7  # the least
+    assert _interval(1.0, 1.0, 10**6) == pytest.approx(16 * 2**10 / 1e6, rel=1e-12)  # 2²⁰ is next above the steps
+    assert _interval(1.0, 0.05, 1) == pytest.approx(8 * (10 / 0.05 + 1 / (2 * 0.05**2)) / 1e6, rel=1e-12)
+
+
+def test_the_largest_loss_is_that_of_noise_at_ten_deviations():
+    for sigma in (0.5, 2.0):
+        for q in (1.0, 0.3, 1e-4):
+            z = 1 + 10 * sigma  # from an example at 1
+            loss = math.log(1 - q + q * math.exp((2 * z - 1) / (2 * sigma**2)))
+            assert _largest(q, sigma) == pytest.approx(loss, rel=1e-12)
+    assert _largest(0.25, 0.02) == pytest.approx(10 / 0.02 + 1 / (2 * 0.02**2) + math.log(0.25), rel=1e-12)
 
 
 def test_mistake_1_a_shuffle_has_no_account_by_amplification():

@@ -308,6 +308,24 @@ def test_clip_by_global_norm_equals_torch(max_norm, scale):
     torch.testing.assert_close(tree.leaves(clipped), [p.grad for p in params], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("max_norm", [0.5, torch.tensor(0.5, dtype=torch.float64)])
+def test_clipping_keeps_the_type_of_every_gradient(max_norm):
+    seen = optim.Optimizer(lambda params: (), lambda params, state, grads: (grads, state))
+    types = [torch.bfloat16, torch.float32, torch.float64]
+    grads = [torch.ones(shape, dtype=dtype) for shape in ((), (2,)) for dtype in types]
+    clipped, _ = optim.clip_by_global_norm(seen, max_norm=max_norm).update((), (), grads)
+    assert [g.dtype for g in clipped] == types * 2
+    assert [g.flatten()[0].item() for g in clipped] == pytest.approx([0.5 / 3] * 6, rel=4e-3)  # bfloat16 has 8 bits
+
+
+@pytest.mark.parametrize("make", [optim.sgd, partial(optim.sgd, momentum=0.9), optim.adam, optim.adamw])
+def test_a_tree_without_parameters_is_updated_to_itself(make):
+    optimizer = optim.averaging(optim.clip_by_global_norm(make(0.1), max_norm=1.0), decay=0.9)
+    params, state = optimizer.update({}, optimizer.init({}), {})
+    assert params == {}
+    assert state.updates == state.optimizer.updates == 1
+
+
 def test_clipping_keeps_zero_gradients_zero():
     seen = optim.Optimizer(lambda params: (), lambda params, state, grads: (grads, state))
     clipped, _ = optim.clip_by_global_norm(seen, max_norm=1.0).update((), (), torch.zeros(3))
@@ -363,6 +381,12 @@ def test_a_schedule_of_a_tensor_is_computed_in_its_type(dtype):
         lambda: optim.sgd(0.1, nesterov=True, momentum=0.9, dampening=0.1),
         lambda: optim.cosine(0.1, steps=0),
         lambda: optim.cosine(-0.1, steps=3),
+        lambda: optim.cosine(0.1, steps=3, final=-0.1),
+        lambda: optim.one_cycle(-0.1, steps=3),
+        lambda: optim.one_cycle(0.1, steps=3, start=-0.1),
+        lambda: optim.one_cycle(0.1, steps=3, final=math.nan),
+        lambda: optim.step_decay(-0.1, every=3),
+        lambda: optim.step_decay(0.1, every=3, factor=math.inf),
         lambda: optim.one_cycle(0.1, steps=3, warmup=0),
         lambda: optim.one_cycle(0.1, steps=3, warmup=1),
         lambda: optim.step_decay(0.1, every=0),

@@ -139,6 +139,20 @@ def test_bounds_of_norms_are_the_norms_but_for_rounding():
 # The rules
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [Flat(1.5), Flat(torch.tensor(1.5)), Automatic(1.5), Global(1.5), PerLayer(1.5), Quantile(0.5, 3.0, 1.5)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_norm_that_is_rounded_down_by_a_little_lets_no_gradient_pass_the_bound(rule, dtype):
+    eps = torch.finfo(dtype).eps
+    norms = torch.cat([1.5 * (1 + eps * torch.arange(-40, 41, dtype=dtype)), torch.tensor([1e10, 1e20], dtype=dtype)])
+    factors = rule.factors({"w": norms}, rule.init())["w"]
+    kept = factors.double() * norms.double() * (1 + (12 if dtype == torch.float32 else 0) * eps)
+    assert kept.max() <= 1.5
+    assert kept.max() > 1.5 * (1 - 64 * eps)
+
+
 def test_the_rules_are_their_formulas():
     norms = {
         "a.weight": torch.tensor([0.3, 4.0]),
@@ -161,6 +175,14 @@ def test_the_rules_are_their_formulas():
     close(groups["b.bias"], torch.tensor([0.5, 1.0]))
 
 
+def test_parameters_of_one_path_but_for_its_last_part_are_a_layer_and_others_are_not():
+    norms = {"w1": 1.0, "w2": 2.0, "a.weight": 3.0, "a.bias": 4.0, "b": {"weight": 6.0, "bias": 8.0}}
+    found = PerLayer(1.0).factors(tree.map(lambda norm: torch.tensor([norm]), norms))
+    share = 1 / math.sqrt(4)
+    expected = [share / 1, share / 2, share / 5, share / 5, share / 10, share / 10]
+    assert torch.cat(tree.leaves(found)).tolist() == pytest.approx(expected, rel=1e-5)
+
+
 def test_sensitivities_are_those_of_the_papers():
     assert [RULES[name].sensitivity() for name in ("flat", "automatic", "global", "per-layer")] == [1.5] * 4
     assert RULES["per-group"].sensitivity() == math.sqrt(0.25 + 4 + 1)
@@ -172,6 +194,8 @@ def test_groups_that_do_not_fit_are_refused():
         sums(PerGroup({"a": 1.0}), torch.zeros(1, 11))
     with pytest.raises(ValueError, match=r"every group must have a parameter. Found \['c'\]"):
         sums(PerGroup({"": 1.0, "c": 1.0}), torch.zeros(1, 11))
+    with pytest.raises(ValueError, match=r"there must be a group. Found none"):
+        PerGroup({})
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.inf, math.nan])
@@ -267,6 +291,14 @@ def test_each_example_has_a_coin_of_its_own(total, rate, seed):
     assert not privacy.joins(key, 0, total, 1e-12).any()
 
 
+def test_the_chance_of_a_coin_is_the_rate_rounded_down_to_a_multiple_of_two_to_the_minus_32(monkeypatch):
+    words = torch.tensor([0, 1, 2, 3, 2**31, 2**32 - 2, 2**32 - 1]) - 2**31
+    monkeypatch.setattr(random, "bits", lambda key, shape: words.to(torch.int32))
+    for rate, least in ((0.5, 0), (2.0, 2), (2.9, 2), (2**31 + 0.5, 2**31), (2**32 - 1.0, 2**32 - 1), (2**32, 2**32)):
+        found = privacy.joins(random.key(0), 0, len(words), rate / 2**32)
+        assert found.tolist() == [word < least for word in (words + 2**31).tolist()]
+
+
 def test_mistake_9_ranks_take_parts_of_one_draw_and_share_no_coin():
     joined = privacy.joins(random.key(0), 0, 4000, 0.5)
     agree = (joined[:2000] == joined[2000:]).double().mean().item()  # two ranks' coins, which one stream makes equal
@@ -334,6 +366,17 @@ def test_the_sizes_of_chunks_pad_little_and_take_no_more_at_once_than_allowed(ex
     drawn = [len(privacy.draw(mechanism, random.key(0), step=step, examples=examples)) for step in range(200)]
     padded = [sum(len(b.examples) for b in privacy.chunks(torch.arange(n), sizes)) for n in drawn]
     assert sum(padded) / sum(drawn) < 1 + 0.7 / math.sqrt(expected)
+
+
+@pytest.mark.parametrize(
+    ("expected", "sizes"),
+    [
+        (43, (38, 43, 48, 53, 63)),  # a deviation is 6.555
+        (44, (40, 48, 56, 64)),  # the longest of 64 is the first whose sizes are multiples of 8
+    ],
+)
+def test_sizes_of_chunks_are_multiples_of_8_from_a_longest_of_64_on(expected, sizes):
+    assert privacy.chunk_sizes(Poisson(expected / 60_000, 1.0), 60_000) == sizes
 
 
 def test_shuffled_batches_have_one_size_that_nearly_all_fill():
@@ -465,7 +508,37 @@ def test_a_run_that_goes_on_equals_one_that_was_not_stopped_where_the_secret_is_
     other, _ = fitted(mechanism, steps=6, start_at=half, secret=Secret())
     assert not torch.equal(tree.ravel(other.params), tree.ravel(whole.params))
     assert [p.step for p in seen] == list(range(1, 7))
-    assert [p.epoch_ended for p in seen] == [False, True] * 3 or [p.epoch for p in seen][-1] >= 1
+    assert [p.epoch_ended for p in seen] == [False, True] * 3  # 40 examples are seen in 2.5 draws of 16, rounded to 2
+
+
+def test_the_progress_of_a_private_run_counts_expected_examples_and_adds_up_an_epochs_losses():
+    sizes = [14, 13, 13]  # of 40 in three parts
+    _, seen = fitted(Shuffled(3, 1.1), steps=7)
+    assert [p.step for p in seen] == [1, 2, 3, 4, 5, 6, 7]
+    assert [p.epoch for p in seen] == [0, 0, 0, 1, 1, 1, 2]
+    assert [p.epoch_ended for p in seen] == [False, False, True, False, False, True, False]
+    assert [p.examples for p in seen] == [13, 27, 40, 13, 27, 40, 13]
+    assert [int(p.aux["count"]) for p in seen] == [*sizes, *sizes, 14]
+    draw_key = random.split(Secret(4).key(), 3)[0]
+    state, total = start(RULES["flat"], optim.sgd(0.1, momentum=0.9)), 0.0
+    for step, progress in enumerate(seen):
+        drawn = privacy.draw(Shuffled(3, 1.1), draw_key, step=step, examples=40)
+        own = nn.functional.cross_entropy(MODEL.apply(state.params, X[drawn]), Y[drawn], reduction="sum").item()
+        assert progress.aux["loss"].item() == pytest.approx(own, rel=1e-10)
+        total = own if step % 3 == 0 else total + own
+        assert progress.loss.item() == pytest.approx(total, rel=1e-10)
+        state = progress.state
+
+
+def test_the_counts_of_a_chunk_are_of_the_examples_that_count():
+    rows = torch.zeros(6, 11)
+    rows[:, 0] = torch.tensor([1.0, 5.0, math.nan, 5.0, math.inf, 2.0])
+    mask = torch.tensor([True, True, True, False, False, True])
+    for rule in (Flat(1.5), Global(1.5), PerLayer(1.5)):
+        seen = sums(rule, rows, mask=mask).seen
+        assert {name: int(seen[name]) for name in ("count", "clipped", "nonfinite")} == {
+            "count": 4, "clipped": 2, "nonfinite": 1
+        }  # fmt: skip
 
 
 def test_no_secret_is_in_the_state():
@@ -513,6 +586,22 @@ def test_mistake_11_steps_with_numbers_that_mean_nothing_are_refused(number):
         train.make_private_step(loss_fn, optim.sgd(0.1), clipping=Flat(1.0), noise_multiplier=1.0, expected=number)
 
 
+def test_no_more_steps_than_were_made_leave_the_state_as_it_is():
+    rule, optimizer = RULES["flat"], optim.sgd(0.1, momentum=0.9)
+    for steps in (0, 3):
+        begun = start(rule, optimizer)._replace(step=torch.tensor(3 if steps else 0))
+        state, seen = fitted(Poisson(0.4, 1.1), steps=steps, start_at=begun)
+        assert state is begun
+        assert seen == []
+
+
+def test_a_step_needs_expected_examples_and_may_be_without_noise():
+    make = partial(train.make_private_step, loss_fn, optim.sgd(0.1), clipping=Flat(1.0))
+    make(noise_multiplier=0.0, expected=1e-3)
+    with pytest.raises(ValueError, match=r"expected must be above 0 and finite. Found 0"):
+        make(noise_multiplier=0.0, expected=0)
+
+
 def test_data_of_no_example_or_of_several_sizes_is_refused():
     step = train.make_private_step(loss_fn, optim.sgd(0.1), clipping=Flat(1.0), noise_multiplier=1.0, expected=1.0)
     run = partial(
@@ -551,6 +640,11 @@ def test_the_audit_finds_no_more_than_is_accounted_in_correct_code(sigma):
         )  # fmt: skip
         assert found.passed
         assert found.found > 0.2 * found.claimed  # it has teeth
+        assert found.steps == {0.7: 1, 1.1: 3, 2.0: 9}[sigma]  # (1.5 σ)², so that μ is near 1.5
+        mu = math.sqrt(found.steps) / sigma
+        below, above = mu / 2 - found.claimed / mu, -mu / 2 - found.claimed / mu  # Balle, Wang, theorem 8
+        delta = (math.erfc(-below / math.sqrt(2)) - math.exp(found.claimed) * math.erfc(-above / math.sqrt(2))) / 2
+        assert delta == pytest.approx(1e-5, rel=1e-6)
 
 
 @pytest.mark.parametrize("sigma", [0.7, 1.1, 2.0])

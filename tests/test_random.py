@@ -312,6 +312,16 @@ def test_box_muller_is_a_radius_and_an_angle_of_the_words() -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
 
 
+def test_the_least_word_of_box_muller_is_its_longest_radius_and_the_greatest_is_zero(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = torch.tensor([0, -(2**31), 2**31 - 1, -1], dtype=torch.int32)
+    monkeypatch.setattr(random, "_blocks", lambda key, count: (words, torch.zeros_like(words)))  # at angle 0
+    longest = math.sqrt(2 * 32 * math.log(2))  # √(-2 log 2⁻³²)
+    expected = [longest, -longest, 0, 0, 0, 0, 0, 0]
+    assert random.box_muller(random.key(0), (8,)).tolist() == pytest.approx(expected, rel=1e-6)
+
+
 def test_the_two_halves_of_box_muller_are_independent_in_size_and_sign() -> None:
     n = 400_000
     a, b = random.box_muller(random.key(1), (2, n)).to(torch.float64)
@@ -328,12 +338,20 @@ def test_normals_have_mean_zero_and_variance_one(draw: Callable[..., Tensor]) ->
     assert abs((draws**4).mean().item() - 3) < 4 * math.sqrt(96 / n)
 
 
-def test_uniform_includes_minval_and_excludes_maxval() -> None:
+def test_uniform_includes_minval_and_excludes_maxval_and_bernoulli_is_certain_at_0_and_1() -> None:
     first, last = random.key(780_233), random.key(20_192_286)  # found by search: the least and the greatest draw
     assert random.uniform(first).item() == 0
     assert random.uniform(last).item() == 1 - 2**-23
     assert random.uniform(first, (), -3.0, 5.0).item() == -3
     assert random.uniform(last, (), -3.0, 5.0).item() == 5 - 2**-20
+    for p in (0.0, torch.tensor(0.0)):
+        assert not random.bernoulli(first, p)
+    for p in (2.0**-23, torch.tensor(2.0**-23)):
+        assert random.bernoulli(first, p)
+    for p in (1 - 2.0**-23, torch.tensor(1 - 2.0**-23)):
+        assert not random.bernoulli(last, p)
+    for p in (1.0, torch.tensor(1.0)):
+        assert random.bernoulli(last, p)
     assert random.normal(first).item() == pytest.approx(-5.42, abs=1e-3)
     assert random.normal(last).item() == pytest.approx(5.2201, abs=1e-3)
 

@@ -233,6 +233,18 @@ def test_a_run_that_goes_on_from_any_step_ends_bit_equal(batch_size, stop):
     assert [p.loss.item() for p in again] == [p.loss.item() for p in seen[middle.step :]]
 
 
+@pytest.mark.parametrize("pad", [False, True])
+def test_the_loss_of_progress_is_the_sum_of_the_epochs_losses_so_far(pad):
+    seen = []
+    fitted(2, 4, callbacks=[seen.append], pad=pad)
+    assert [p.examples for p in seen] == [4, 8, 10] * 2
+    total = 0.0
+    for number, progress in enumerate(seen):
+        total = (0.0 if number % 3 == 0 else total) + progress.aux["loss"].item()
+        assert progress.loss.dtype == torch.float64
+        assert progress.loss.item() == pytest.approx(total, rel=1e-12)
+
+
 def test_padding_the_last_batch_changes_nothing_but_rounding():
     padded, short = fitted(2, 4, pad=True), fitted(2, 4)
     torch.testing.assert_close(tree.leaves(padded), tree.leaves(short), rtol=1e-5, atol=1e-6)

@@ -351,7 +351,8 @@ def _kernel(case: Case, ratios: Sequence[float]) -> Iterator[Influence]:
 def _residuals(case: Case, batch: tuple[Tensor, ...]) -> Tensor:
     """(N, K): labels less probabilities."""
     images, labels = batch
-    return losses.one_hot(labels, CLASSES).double() - case.model.apply(case.params, images).softmax(-1)
+    outputs: Tensor = losses.one_hot(labels, CLASSES).double() - case.model.apply(case.params, images).softmax(-1)
+    return outputs
 
 
 def _lengths(case: Case, settings: Settings) -> Iterator[Row]:

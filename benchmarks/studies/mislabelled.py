@@ -166,7 +166,8 @@ def _thousand(examples: data.Split, setting: Setting, epochs: int, seed: int) ->
     model = models.mlp([examples.images[0].numel(), setting.hidden, CLASSES])
 
     def outputs(params: models.Params, images: Tensor, keys: Tensor | None = None) -> Tensor:
-        return model.apply(params, data.normalize(images, MEAN, DEVIATION).flatten(-3), keys)
+        outputs: Tensor = model.apply(params, data.normalize(images, MEAN, DEVIATION).flatten(-3), keys)
+        return outputs
 
     return _trained(model.init, outputs, examples, setting.lr, setting.momentum, epochs, seed)
 
@@ -176,7 +177,8 @@ def _whole(examples: data.Split, epochs: int, seed: int) -> dict[str, Any]:
     model = models.cnn()
 
     def outputs(params: models.Params, images: Tensor, keys: Tensor | None = None) -> Tensor:
-        return model.apply(params, data.normalize(images, MEAN, DEVIATION), keys)
+        outputs: Tensor = model.apply(params, data.normalize(images, MEAN, DEVIATION), keys)
+        return outputs
 
     return _trained(model.init, outputs, examples, WHOLE_LR, WHOLE_MOMENTUM, epochs, seed)
 

@@ -165,7 +165,8 @@ def _arm(
     model, optimizer = models.cnn(), optim.sgd(LR, momentum=MOMENTUM)
 
     def outputs(params: models.Params, images: Tensor, keys: Tensor | None = None) -> Tensor:
-        return model.apply(params, data.normalize(images, MEAN, DEVIATION), keys)
+        outputs: Tensor = model.apply(params, data.normalize(images, MEAN, DEVIATION), keys)
+        return outputs
 
     def loss_fn(params: models.Params, images: Tensor, labels: Tensor, keys: Tensor) -> Tensor:
         return losses.cross_entropy(outputs(params, images, keys if keyed else None), labels)

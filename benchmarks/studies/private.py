@@ -172,7 +172,8 @@ def _accuracy(job: Job) -> float:
         model = models.small_cnn(activation=_ACTIVATIONS[setting.activation])
 
     def outputs(params: Params, x: Tensor) -> Tensor:
-        return model.apply(params, x if setting.features else data.normalize(x, MEAN, DEVIATION))
+        outputs: Tensor = model.apply(params, x if setting.features else data.normalize(x, MEAN, DEVIATION))
+        return outputs
 
     def loss_fn(params: Params, image: Tensor, label: Tensor, key: Tensor) -> Tensor:
         if not setting.copies:

@@ -118,7 +118,8 @@ def classifier(begun: Origin) -> Classifier:
     fixed = _fixed(options)
 
     def outputs(params: Params, images: Tensor, key: Tensor | None = None) -> Tensor:
-        return apply(params, scaled(images if images.is_floating_point() else fixed(images)), key)
+        outputs: Tensor = apply(params, scaled(images if images.is_floating_point() else fixed(images)), key=key)
+        return outputs
 
     def test_loss(outputs: Tensor, labels: Tensor) -> Tensor:
         if options.loss == "mse":
@@ -204,7 +205,7 @@ def _model(options: Train, classes: int) -> Model:
         return models.linear(FEATURES, classes, bias=False)
     hidden = options.hidden if options.model == "mlp" else ()
     flat = models.mlp((SIDE * SIDE, *hidden, classes), activation=activation)
-    return Model(flat.init, lambda params, x, key=None: flat.apply(params, x.flatten(-3), key))
+    return Model(flat.init, lambda params, x, key=None: flat.apply(params, x.flatten(-3), key=key))
 
 
 def schedule(options: Train, steps_per_epoch: int) -> optim.Schedule:

@@ -1,7 +1,7 @@
 """Normalisations in elementwise ops.
 
-    y = (x - mean) / √(variance + ε) · w + b    of images, by fixed statistics of each channel
-    W = g v / |v|                               of a weight
+y = (x - mean) / √(variance + ε) · w + b    of images, by fixed statistics of each channel
+W = g v / |v|                               of a weight
 """
 
 import torch
@@ -32,9 +32,7 @@ def batch_norm(
     """
     if training or running_mean is None or running_var is None:
         cudnn = torch.backends.cudnn.enabled
-        out: Tensor = torch.batch_norm(
-            input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn
-        )
+        out: Tensor = torch.batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn)
         return out
     shape = (-1, *[1] * (input.dim() - 2))
     y = (input - running_mean.view(shape)) * torch.rsqrt(running_var + eps).view(shape)
@@ -46,4 +44,5 @@ def batch_norm(
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """`torch._weight_norm`: v with the norm of each slice along `dim` replaced by g; of the whole for dim -1."""
     axes = [axis for axis in range(v.dim()) if dim == -1 or axis != dim % v.dim()]
-    return v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=True))
+    norms: Tensor = torch.linalg.vector_norm(v, dim=axes, keepdim=True)
+    return v * (g / norms)

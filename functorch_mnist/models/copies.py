@@ -88,7 +88,8 @@ class _Copy:
         self.modules = list(module.modules())
         self.places: list[tuple[dict[str, Tensor | None], str, str, Tensor]] = []
         for layer in self.modules:
-            for own in (layer._parameters, layer._buffers):
+            holders: tuple[Any, ...] = (layer._parameters, layer._buffers)
+            for own in holders:
                 self.places += [(own, attribute, names[id(t)], t) for attribute, t in own.items() if t is not None]
         self.recurrent = [layer for layer in self.modules if isinstance(layer, nn.RNNBase)]
         self.attributes = [dict(layer.__dict__) for layer in self.modules]
@@ -162,11 +163,15 @@ def _without_numbers(module: nn.Module) -> nn.Module:
             if isinstance(value, Tensor) and value.grad_fn is not None and id(value) not in memo:
                 old = any([isinstance(hook, WeightNorm) for hook in layer._forward_pre_hooks.values()])
                 kind = f"layer {name!r} ({type(layer).__name__})"
-                remedy = "Use torch.nn.utils.parametrizations.weight_norm." if old else "Delete it; a forward makes it anew."
-                what = "torch.nn.utils.weight_norm keeps the weight of" if old else f"attribute {attribute!r} is kept by"
+                remedy = (
+                    "Use torch.nn.utils.parametrizations.weight_norm." if old else "Delete it; a forward makes it anew."
+                )
+                what = (
+                    "torch.nn.utils.weight_norm keeps the weight of" if old else f"attribute {attribute!r} is kept by"
+                )
                 raise ValueError(
-                    f"from_module: a module may not keep tensors that are computed from its parameters. Found that {what} "
-                    f"{kind}. {remedy}"
+                    f"from_module: a module may not keep tensors that are computed from its parameters. Found that "
+                    f"{what} {kind}. {remedy}"
                 )
             if _keeps_computed(value, memo):
                 raise ValueError(

@@ -99,10 +99,11 @@ class Drawing(TorchFunctionMode):
             return self.uniform(torch.zeros_like(*args, **kwargs), "rand_like")
         if func is Tensor.bernoulli_:
             input, p = args[0], (*args[1:], *kwargs.values(), 0.5)[0]
-            return input.copy_(self.uniform(input, "bernoulli_") < p)
-        input, p = args[0], (*args[1:], kwargs.get("p"))[0]
-        chance = input if p is None else p
-        return (self.uniform(input, "bernoulli") < chance).to(input.dtype)
+            written: Tensor = input.copy_(self.uniform(input, "bernoulli_") < p)
+            return written
+        chances: Tensor = args[0]
+        p = (*args[1:], kwargs.get("p"))[0]
+        return (self.uniform(chances, "bernoulli") < (chances if p is None else p)).to(chances.dtype)
 
 
 def channels(x: Tensor, batched_ndim: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What a forward gets: nested dicts, lists and tuples of tensors, of which each example has its own or all share one."""
+"""What a forward gets: nested dicts, lists and tuples of tensors, one for each example or one that all share."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def described(value: Any, name: str, shared: bool, lead: int, found: list[Tensor
         return kind, tuple([described(part, name, shared, lead, found) for part in value])
     if isinstance(value, (dict, list, tuple)):
         raise TypeError(
-            f"apply: inputs must be tensors, or dicts, lists and tuples of them. Found {type(value).__name__} in {name}."
+            "apply: inputs must be tensors, or dicts, lists and tuples of them. "
+            f"Found {type(value).__name__} in {name}."
         )
     return "value", value
 

@@ -1,7 +1,7 @@
 """What a model is."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -9,15 +9,13 @@ Params: TypeAlias = dict[str, Tensor]
 """Float tensors by their `state_dict` name, such as `"conv1.weight"`."""
 
 
-class Apply(Protocol):
-    """The forward function of a model: pure, for one example or a batch with any leading axes."""
+Apply: TypeAlias = Callable[..., Any]
+"""`apply(params, *inputs, key=None) -> outputs`, the forward function of a model.
 
-    def __call__(self, params: Params, x: Tensor, key: Tensor | None = None) -> Tensor:
-        """The outputs for `x` (..., *example).
-
-        With `key` (..., 2), one key per example, dropout is on; without, it is off.
-        """
-        ...
+It is pure, for one example or a batch with any leading axes. Inputs and outputs are tensors (..., *example); those of
+some modules are nested dicts, lists and tuples of them. With `key` (..., 2), one key per example, dropout is on;
+without, it is off.
+"""
 
 
 class Model(NamedTuple):
@@ -26,4 +24,4 @@ class Model(NamedTuple):
     init: Callable[[Tensor], Params]
     """`init(key) -> params`: fresh parameters, a function of the key alone."""
     apply: Apply
-    """`apply(params, x, key=None) -> outputs`."""
+    """`apply(params, *inputs, key=None) -> outputs`."""

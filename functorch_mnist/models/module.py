@@ -1,10 +1,10 @@
 """Any `nn.Module` as a pure model, and back.
 
-    copies.py    the module without its numbers: what is lent to it, and that nothing stays
-    inputs.py    what a forward gets
-    trial.py     what the module does with a batch: where it lies, and whether examples mix
-    region.py    the forward on the batch, in the middle of a loss of one example
-    draws.py     random functions, drawn from keys
+copies.py    the module without its numbers: what is lent to it, and that nothing stays
+inputs.py    what a forward gets
+trial.py     what the module does with a batch: where it lies, and whether examples mix
+region.py    the forward on the batch, in the middle of a loss of one example
+draws.py     random functions, drawn from keys
 """
 
 from __future__ import annotations
@@ -179,13 +179,16 @@ class _Pure:
         if isinstance(self.example_ndim, int):
             return x.dim() - self.example_ndim
         if name not in self.example_ndim:
-            raise ValueError(f"apply: example_ndim must name each input. Found {list(self.example_ndim)}, and {name!r}.")
+            raise ValueError(
+                f"apply: example_ndim must name each input. Found {list(self.example_ndim)}, and {name!r}."
+            )
         return x.dim() - self.example_ndim[name]
 
     def trial(self, spec: Spec, kinds: Any, keyed: bool, whole: list[Tensor]) -> Trial:
         """What the module does with such inputs; found once."""
         if torch.compiler.is_compiling():
-            return self.tried(spec, kinds, keyed)
+            found: Trial = self.tried(spec, kinds, keyed)
+            return found
         numbers = [native.numbers(x) for x in whole]
         rows = [None if n is None or n.shape != x.shape else n for n, x in zip(numbers, whole, strict=True)]
         constant = tuple([is_constant(n) for n in rows])  # where a forward branches on a mask, it is on this
@@ -280,9 +283,9 @@ class _Call:
                 mine = x if axis is None else joined(split(x, axis, self.count)[i : i + 1], axis)
                 if not same(mine, y, LOOSE):
                     raise ValueError(
-                        "apply: a batch must be the stack of its examples. The forward branches on its data, and for the "
-                        f"batch decides otherwise than for example {i} alone: output {name} differs. Write the branch "
-                        "with torch.where, or apply the module to one example at a time."
+                        "apply: a batch must be the stack of its examples. The forward branches on its data, and for "
+                        f"the batch decides otherwise than for example {i} alone: output {name} differs. Write the "
+                        "branch with torch.where, or apply the module to one example at a time."
                     )
 
     def single(self, params: Mapping[str, Tensor], i: int, decisions: int | None) -> tuple[list[Any], Any]:
@@ -310,7 +313,7 @@ class _Call:
         """The outputs of one example, or of all in their leading axes."""
         leaves, structure = pytree.tree_flatten(out)
         axes = iter(self.trial.outputs)
-        back = []
+        back: list[Any] = []
         for leaf in leaves:
             if not isinstance(leaf, Tensor):
                 back.append(leaf if isinstance(leaf, (bool, int, float, str)) else None)

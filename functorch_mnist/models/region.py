@@ -81,7 +81,9 @@ class Region(Drawing):
             return func(*args, **kwargs)
         step = self.step(func)
         if step.kind == "made":
-            args, kwargs = _replaced((args, kwargs), dict([(i, a + b * self.per_lane) for i, a, b in step.integers]), {})
+            args, kwargs = _replaced(
+                (args, kwargs), dict([(i, a + b * self.per_lane) for i, a, b in step.integers]), {}
+            )
             out = func(*args, **kwargs)
             for tensor in flat(out):
                 if isinstance(tensor, Tensor):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .. import native
 from ..ops import DECIDING, METADATA, writes
@@ -102,9 +103,7 @@ class _Watcher(Drawing):
 
 
 @native.outside()
-def hold_trial(
-    copies: Copies, like: Mapping[str, Tensor], constants: Mapping[str, Tensor], inputs: Inputs
-) -> Trial:
+def hold_trial(copies: Copies, like: Mapping[str, Tensor], constants: Mapping[str, Tensor], inputs: Inputs) -> Trial:
     """Runs a module on batches of its own.
 
     Args:
@@ -160,11 +159,8 @@ def hold_trial(
 
 def _parameter(p: Tensor, generator: torch.Generator) -> Tensor:
     """Numbers that let every part of a network be seen."""
-    numbers = torch.randn(p.shape, generator=generator)
-    if p.dim() > 1:
-        numbers = numbers / math.sqrt(max(1, p.numel() // p.shape[0]))
-    else:
-        numbers = 0.5 + 0.25 * numbers.abs()
+    drawn = torch.randn(p.shape, generator=generator)
+    numbers = drawn / math.sqrt(max(1, p.numel() // p.shape[0])) if p.dim() > 1 else 0.5 + 0.25 * drawn.abs()
     device = "cpu" if p.device.type == "meta" else p.device
     return numbers.to(device, p.dtype).requires_grad_()
 
@@ -223,7 +219,7 @@ def _steps(
                 "another op for another. Does a branch hang on numbers?"
             )
         tensors = [[x for x in e.inputs if isinstance(x, Tensor)] for e in (a, b, c)]
-        inputs = [None if runs[0].is_mine(x) else batch_axis(x, z, y) for x, y, z in zip(*tensors, strict=True)]
+        inputs = tuple([None if runs[0].is_mine(x) else _told(a.op, x, z, y) for x, y, z in zip(*tensors, strict=True)])
         results = [[x for x in e.outputs if isinstance(x, Tensor)] for e in (a, b, c)]
         integers = tuple(
             [
@@ -232,17 +228,23 @@ def _steps(
                 if isinstance(x, int) and isinstance(z, int) and not isinstance(x, bool) and x != z
             ]
         )
-        kind = "drawn" if a.drawn else "used" if any(inputs) else "made"
-        if kind == "made":
+        if a.drawn or any(inputs):
+            outputs = tuple([_told(a.op, x, z, y) for x, y, z in zip(*results, strict=True)])
+            steps.append(Step(a.op, "drawn" if a.drawn else "used", inputs, integers, outputs))
+        else:
+            steps.append(Step(a.op, "made", inputs, integers, ()))
             for run, made in zip(runs, results, strict=True):
                 run.add(made)
-        outputs = [batch_axis(x, z, y) for x, y, z in zip(*results, strict=True)]
-        for axis in (*inputs, *outputs):
-            if isinstance(axis, str) and kind != "made":
-                name = getattr(a.op, "__name__", a.op)
-                raise ValueError(f"apply: examples must not mix. Found that an input or output of {name} {axis}.")
-        steps.append(Step(a.op, kind, tuple(inputs), integers, tuple(outputs)))
     return steps
+
+
+def _told(op: Any, two: Tensor, three: Tensor, changed: Tensor) -> Axis | None:
+    """Where the batch lies in an input or output of an op, which must be known."""
+    axis = batch_axis(two, three, changed)
+    if isinstance(axis, str):
+        name = getattr(op, "__name__", op)
+        raise ValueError(f"apply: examples must not mix. Found that an input or output of {name} {axis}.")
+    return axis
 
 
 class _Relevant:
@@ -299,7 +301,7 @@ def batch_axis(two: Tensor, three: Tensor, changed: Tensor) -> Axis | str | None
 
 def split(x: Tensor, axis: Axis, count: int) -> Tensor:
     """(count, …): the examples of a tensor, each with the axis as it is for a batch of one."""
-    parts = x.unflatten(axis.axis, (axis.before, count, axis.after)).movedim(axis.axis + 1, 0)
+    parts: Tensor = x.unflatten(axis.axis, (axis.before, count, axis.after)).movedim(axis.axis + 1, 0)
     return parts.flatten(axis.axis + 1, axis.axis + 2)
 
 
@@ -339,8 +341,6 @@ def flat(value: Any) -> list[Any]:
 
 def named(out: Any) -> tuple[list[str], list[Tensor]]:
     """The tensors in what a forward returns, by their paths."""
-    from torch.utils import _pytree as pytree
-
     found = [(pytree.keystr(path), x) for path, x in pytree.tree_flatten_with_path(out)[0] if isinstance(x, Tensor)]
     return [name for name, _ in found], [x for _, x in found]
 
@@ -356,15 +356,15 @@ def _mixes(name: str, why: str) -> ValueError:
     output = f"output {name}" if name else "its output"
     return ValueError(
         f"apply: examples must not mix. The module's result for one example depends on the others in its batch: of "
-        f"{output}, {why}. Is the batch along another axis (batch_axis=1 for batch_first=False), or is there a mean over "
-        "the batch? Take a loss from the outputs of one example."
+        f"{output}, {why}. Is the batch along another axis (batch_axis=1 for batch_first=False), or is there a mean "
+        "over the batch? Take a loss from the outputs of one example."
     )
 
 
 def _written(name: str, where: str) -> ValueError:
     return ValueError(
-        f"from_module: a forward may not write to its parameters. Found that {where} writes to {name!r}. Take max_norm, or "
-        "the update in place, out of the forward."
+        f"from_module: a forward may not write to its parameters. Found that {where} writes to {name!r}. Take "
+        "max_norm, or the update in place, out of the forward."
     )
 
 

@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.func import vjp, vmap
+from torch.func import vmap
 
 from .. import tree
 from ..batch import masked
 from .forms import Cost, Sizes
 from .terms import Strategy, Term
-from .weights import Weight, pushed_forward
+from .weights import Weight, pullback, pushed_forward
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Called(Term):
 
     def grads(self) -> Tensor:
         def one(examples: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> Tensor:
-            _, pull = vjp(lambda weight: self.form.outputs(weight, self.others, examples), self.weight)
+            _, pull = pullback(lambda weight: self.form.outputs(weight, self.others, examples), self.weight)
             gradient: Tensor = pull(cotangents)[0]
             return gradient
 
@@ -95,7 +95,7 @@ class Called(Term):
         return replace(self, examples=examples, cotangents=cotangents)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        _, pull = vjp(self._outputs, self.weight)
+        _, pull = pullback(self._outputs, self.weight)
         scaled = [g * weights.to(g.dtype).view(-1, *[1] * (g.dim() - 1)) for g in self.cotangents]
         gradient: Tensor = pull(tuple(scaled))[0]
         return gradient

@@ -94,8 +94,8 @@ class _Surveyor(Follower):
                 uses.append(Use(name_of(func), None, "inside a transform of torch.func", None, Weight((leaf,))))
         if native.saves_by_hooks():
             raise ValueError(
-                "per_sample: torch.func cannot differentiate through saved-tensor hooks, as activation checkpoints are. "
-                "Switch checkpointing off; per-sample gradients keep few activations."
+                "per_sample: torch.func cannot differentiate through saved-tensor hooks, as activation checkpoints "
+                "are. Switch checkpointing off; per-sample gradients keep few activations."
             )
         if writes(func, args, kwargs):
             self.survey.writes.append(name_of(func))
@@ -157,9 +157,7 @@ class _Tapper(Follower):
         return tree.map(torch.clone, saved) if self.clone else saved
 
 
-def survey(
-    loss_fn: LossFn, params: Tree, batch: Sequence[Tensor], *, has_aux: bool = False, rows: int = 1
-) -> Survey:
+def survey(loss_fn: LossFn, params: Tree, batch: Sequence[Tensor], *, has_aux: bool = False, rows: int = 1) -> Survey:
     """What the loss of one example does with its parameters.
 
     Args:

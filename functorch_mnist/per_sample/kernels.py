@@ -31,8 +31,8 @@ def on_the_batch(func: Any, args: Any, kwargs: Any) -> Any:
     at = native.mapped()
     if at[0] == 0 or not _any_of_an_example((args, kwargs)):
         return func(*args, **kwargs)
-    if run is not None:
-        return run(func, at, *args, **kwargs)
+    if simpler is None or run is not None:
+        return run(func, at, *args, **kwargs)  # type: ignore[misc]
     with Kernels():
         return simpler(*args, **kwargs)
 
@@ -56,8 +56,9 @@ def _embedding(
 ) -> Tensor:
     """A lookup: with a table for each example torch would forget that the padding's row gets no gradient."""
     if padding_idx is None or not native.is_of_an_example(weight):
-        return func(input, weight, padding_idx, *rest, **named)
-    rows = func(input, weight, None, *rest, **named)
+        found: Tensor = func(input, weight, padding_idx, *rest, **named)
+        return found
+    rows: Tensor = func(input, weight, None, *rest, **named)
     return torch.where((input == padding_idx % weight.shape[0])[..., None], rows.detach(), rows)
 
 
@@ -112,4 +113,9 @@ _SPACES = {
     F.adaptive_avg_pool1d: 1, F.adaptive_avg_pool2d: 2, F.adaptive_avg_pool3d: 3,
     torch.adaptive_avg_pool1d: 1,
 }  # fmt: skip
-_OPS: dict[Any, Any] = {F.embedding: _embedding, F.scaled_dot_product_attention: _attention, F.bilinear: _bilinear, **dict.fromkeys(_SPACES, _pooling)}
+_OPS: dict[Any, Any] = {
+    F.embedding: _embedding,
+    F.scaled_dot_product_attention: _attention,
+    F.bilinear: _bilinear,
+    **dict.fromkeys(_SPACES, _pooling),
+}

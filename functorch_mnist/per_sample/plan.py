@@ -133,7 +133,9 @@ def plan(loss_fn: LossFn, params: Tree, *example: Tensor, batch_size: int) -> Pl
     if batch_size < 1:
         raise ValueError(f"plan: batch_size must be at least 1. Found {batch_size}.")
     batch = [torch.as_tensor(x)[None] for x in example]
-    found = survey(loss_fn, params, batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = survey(loss_fn, params, batch)
     table = planned(params, found, batch_size)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -233,7 +233,7 @@ def _batched_product(left: Tensor, right: Tensor) -> list[Entry]:
     x, w = (names[len(names) - (side.dim() - 2) :] for side in (left, right))
     axes = f"{x}XY", f"{w}YZ", f"{names}XZ"
     entries = [] if right.dim() == 2 else _contraction(*axes, left, right)
-    return entries + ([] if left.dim() == 2 and right.dim() == 2 else _contraction(axes[1], axes[0], axes[2], right, left))
+    return entries + _contraction(axes[1], axes[0], axes[2], right, left)
 
 
 @rule(F.bilinear)
@@ -381,7 +381,8 @@ def _shifts(input: Any, other: Any, first: float, second: float) -> list[Entry]:
     return [shift(x, factor=factor) for x, factor in ((input, first), (other, second)) if isinstance(x, Tensor)]
 
 
-@rule(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.multiply, Tensor.multiply, Tensor.mul_, Tensor.__imul__)
+@rule(torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.mul_)
+@rule(Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__)
 def mul(input: Any, other: Any, *more: Any, **_: Any) -> list[Entry]:
     """A scale outside an op: `y = w ∘ x`."""
     if more or not (isinstance(input, Tensor) and isinstance(other, Tensor)) or not _of_one_type(input, other):

@@ -141,7 +141,7 @@ class Pulled(Term):
         return self.weight.value({**values, self.leaf: param})
 
     def _pull(self) -> Callable[[Tensor], Tensor]:
-        weight, pull = vjp(self._of, self._here())
+        weight, pull = pullback(self._of, self._here())
 
         def pulled(cotangent: Tensor) -> Tensor:
             back: Tensor = pull(cotangent.to(weight.dtype))[0]
@@ -150,11 +150,15 @@ class Pulled(Term):
         return pulled
 
 
-def pushed_forward(
-    fn: Callable[[Tensor], tuple[Tensor, ...]], here: Tensor, direction: Tensor
-) -> tuple[Tensor, ...]:
+def pullback(fn: Callable[..., Any], *here: Any) -> tuple[Any, Callable[..., Any]]:
+    """A function's value at a point, and `Jᵀ u` as a function of u."""
+    pair: Any = vjp(fn, *here)
+    return pair[0], pair[1]
+
+
+def pushed_forward(fn: Callable[[Tensor], tuple[Tensor, ...]], here: Tensor, direction: Tensor) -> tuple[Tensor, ...]:
     """`J v` of a function at a point, by two vector-Jacobian products: `Jᵀ u` is linear in u."""
-    outputs, pull = vjp(fn, here)
-    _, push = vjp(lambda cotangents: pull(cotangents)[0], outputs)
+    outputs, pull = pullback(fn, here)
+    _, push = pullback(lambda cotangents: pull(cotangents)[0], outputs)
     pushed: tuple[Tensor, ...] = push(direction.to(here.dtype))[0]
     return pushed

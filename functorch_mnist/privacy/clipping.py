@@ -288,7 +288,7 @@ def _by_group(norms: Tree, groups: list[str], max_norms: Mapping[str, float]) ->
 
 def _scale(max_norm: float | Tensor, norms: Tensor) -> Tensor:
     """min(1, C / norm), a little less where it is not 1, so that rounding does not make a gradient longer than C."""
-    return (max_norm * _margin(norms) / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(max=1)
+    return (max_norm / norms.clamp(min=torch.finfo(norms.dtype).tiny) * _margin(norms)).clamp(max=1)
 
 
 def _margin(norms: Tensor) -> float:

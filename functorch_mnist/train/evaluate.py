@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..batch import check
 from ..losses import check_labels
 from ..tree import Tree
 
@@ -61,10 +62,10 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    apply_fn: Callable[[Tree, Tensor], Tensor],
+    apply_fn: Callable[..., Tensor],
     loss_fn: Callable[[Tensor, Tensor], Tensor],
     params: Tree,
-    x: Tensor,
+    x: Tensor | tuple[Tensor, ...],
     labels: Tensor,
     *,
     batch_size: int = 1000,
@@ -72,10 +73,10 @@ def evaluate(
     """Counts and mean loss of a classifier over a data set.
 
     Args:
-        apply_fn: `apply_fn(params, x) -> outputs` (B, K).
+        apply_fn: `apply_fn(params, *inputs) -> outputs` (B, K).
         loss_fn: `loss_fn(outputs, labels) -> (B,)`.
         params: the parameters.
-        x: (N, …), at least one example.
+        x: (N, …), at least one example; or a tuple of such tensors, for several inputs.
         labels: (N,) integers in [0, K).
         batch_size: rows per call.
 
@@ -93,14 +94,18 @@ def evaluate(
 
 
 def predictions(
-    apply_fn: Callable[[Tree, Tensor], Tensor], params: Tree, x: Tensor, *, batch_size: int = 1000
+    apply_fn: Callable[..., Tensor], params: Tree, x: Tensor | tuple[Tensor, ...], *, batch_size: int = 1000
 ) -> Tensor:
     """The outputs for each example: (N, …) to (N, K), `batch_size` rows at a time.
 
     Raises:
-        ValueError: there is no example, or `batch_size` is below 1.
+        ValueError: there is no example, the inputs differ in their number, or `batch_size` is below 1.
     """
-    if len(x) < 1 or batch_size < 1:
-        raise ValueError(f"evaluate: examples and batch_size must be at least 1. Found {len(x)} and {batch_size}.")
+    inputs = x if isinstance(x, tuple) else (x,)
+    if check("evaluate", inputs, None) < 1 or batch_size < 1:
+        raise ValueError(
+            f"evaluate: examples and batch_size must be at least 1. Found {len(inputs[0])} and {batch_size}."
+        )
     with torch.no_grad():
-        return torch.cat([apply_fn(params, rows) for rows in x.split(batch_size)])
+        parts = zip(*[rows.split(batch_size) for rows in inputs], strict=True)
+        return torch.cat([apply_fn(params, *rows) for rows in parts])

@@ -7,6 +7,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from .. import tree
 from ..models import Apply, Params
 
 P = ParamSpec("P")
@@ -26,9 +27,13 @@ def in_precision(apply: Apply, dtype: torch.dtype) -> Apply:
     if dtype == torch.float32:
         return apply
 
-    def cast_apply(params: Params, x: Tensor, key: Tensor | None = None) -> Tensor:
-        x = x.to(dtype) if x.is_floating_point() else x  # not what is looked up, such as tokens
-        return apply({name: p.to(dtype) for name, p in params.items()}, x, key).float()
+    def cast(x: Any, dtype: torch.dtype) -> Any:
+        return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x  # not tokens, which are looked up
+
+    def cast_apply(params: Params, *inputs: Any, key: Tensor | None = None, **named: Any) -> Any:
+        inputs, named = tree.map(lambda x: cast(x, dtype), (inputs, named))
+        outputs = apply({name: p.to(dtype) for name, p in params.items()}, *inputs, key=key, **named)
+        return tree.map(lambda x: cast(x, torch.float32), outputs)
 
     return cast_apply
 
