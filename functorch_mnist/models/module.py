@@ -332,7 +332,7 @@ class _Call:
         if axis.before * axis.after == 1:
             parts = parts.squeeze(axis.axis + 1)
         lanes = (self.at[1],) if self.at[0] else ()
-        parts = parts.reshape(*lanes, *lead, *parts.shape[1:])
+        parts = parts.reshape((*lanes, *lead, *parts.shape[1:]))
         return native.handed_back(parts, self.at) if self.at[0] else parts
 
 
