@@ -9,6 +9,7 @@ the cotangent of its output. Nearly everything one wants of it follows from the 
     forms.py         how an op's inputs and its output's cotangent become a term
     calls.py         the same for any op, by its own vector-Jacobian product
     rules.py         what each op says about its weights; where a new op is added
+    recurrence.py    recurrent layers, with one tap on all their steps
     kernels.py       ops that run on the whole batch
     following.py     which ops of a loss use which parameter
     capture.py       from a loss to terms: the survey, and the one backward pass

@@ -26,7 +26,7 @@ from torch.func import grad, vmap
 from .. import native, tree
 from ..ops import writes
 from ..tree import Tree
-from . import rules
+from . import recurrence, rules
 from .calls import CallForm, float_outputs
 from .following import Follower, Found, Known, name_of
 from .forms import Form, Sizes
@@ -66,8 +66,10 @@ class Call(NamedTuple):
     """One op of weights and an example."""
 
     op: Any
-    outputs: list[Output]
-    found: list[tuple[Weight, Form]]
+    taps: list[Output]
+    """Of each float output, or of what else is tapped."""
+    found: list[tuple[Weight, Form, int]]
+    """The weights, their forms, and the tap that gives the cotangent."""
 
 
 class Survey(NamedTuple):
@@ -113,12 +115,27 @@ class _Surveyor(Follower):
             if form is not None:
                 shape = saved.shape if isinstance(saved, Tensor) else None
                 sizes = form.sizes(shape, torch.Size(outputs[0].shape))
-                factored.append((known.weight, form))
+                factored.append((known.weight, form, 0))
             for leaf in known.weight.leaves:
                 self.survey.uses[leaf].append(Use(name_of(func), sizes, reason, form, known.weight))
         if factored:
             self.survey.calls.append(Call(func, outputs, factored))
         return out
+
+
+    def recur(self, call: recurrence.Call, args: Any, kwargs: Any) -> Any:
+        shapes = recurrence.tap_shapes(call)
+        taps = [Output(shape, call.input.dtype, call.input.device) for shape in shapes]
+        factored = []
+        for known, form, tap in self.of_layers(call):
+            if known is not None:
+                weight, size = known.weight, (1, shapes[tap][0] * shapes[tap][1], 1)
+                sizes = form.sizes(torch.Size(size), torch.Size(shapes[tap]))
+                for leaf in weight.leaves:
+                    self.survey.uses[leaf].append(Use(name_of(call.op), sizes, "", form, weight))
+                factored.append((weight, form, tap))
+        self.survey.calls.append(Call(call.op, taps, factored))
+        return on_the_batch(call.op, args, kwargs)
 
 
 class Strayed(Exception):
@@ -141,9 +158,7 @@ class _Tapper(Follower):
         self.calls, self.taps, self.clone, self.saved = calls, taps, clone, saved
 
     def use(self, func: Any, args: Any, kwargs: Any, found: list[Found]) -> Any:
-        number = len(self.saved)
-        if not torch.compiler.is_compiling() and (number == len(self.calls) or self.calls[number].op != func):
-            raise Strayed
+        number = self.tapped(func)
         kept = [self.copied(use.saved) for use in found]
         out = on_the_batch(func, self.real(args), self.real(kwargs))
         taps = iter(self.taps[number])
@@ -152,6 +167,20 @@ class _Tapper(Follower):
             return out.add_(next(taps)) if writes(func, args, kwargs) else out + next(taps)
         parts = [y + next(taps) if isinstance(y, Tensor) and y.is_floating_point() else y for y in out]
         return type(out)(parts)
+
+    def recur(self, call: recurrence.Call, args: Any, kwargs: Any) -> Any:  # noqa: ARG002
+        number = self.tapped(call.op)
+        out, kept = recurrence.run(call, native.mapped(), self.taps[number])
+        mine = [known is not None for known, _, _ in self.of_layers(call)]
+        self.saved.append([self.copied(x) for x, used in zip(kept, mine, strict=True) if used])
+        return out
+
+    def tapped(self, op: Any) -> int:
+        """The number of the next op that is tapped, which must be this one."""
+        number = len(self.saved)
+        if not torch.compiler.is_compiling() and (number == len(self.calls) or self.calls[number].op != op):
+            raise Strayed
+        return number
 
     def copied(self, saved: Any) -> Any:
         return tree.map(torch.clone, saved) if self.clone else saved
@@ -227,7 +256,7 @@ def factor(
     stand_ins = {i: torch.full_like(leaf, torch.nan) for i, leaf in enumerate(leaves) if i not in dense}
     calls = [call._replace(found=[use for use in call.found if use[0].leaves[0] in factored]) for call in found.calls]
     calls = [call for call in calls if call.found]
-    taps = [[_zeros(rows, output) for output in call.outputs] for call in calls]
+    taps = [[_zeros(rows, output) for output in call.taps] for call in calls]
     saved: list[list[Any]] = []
     clone = len(found.writes) > 0 or torch.compiler.is_compiling()  # the compiler removes needless copies
 
@@ -252,13 +281,13 @@ def factor(
     for i, values in zip(dense, grads, strict=True):
         terms[i].append((Weight((i,)), Dense(values)))
     for call, outputs, kept in zip(calls, cotangents, inputs, strict=True):
-        for (weight, form), given in zip(call.found, kept, strict=True):
+        for (weight, form, tap), given in zip(call.found, kept, strict=True):
             strategy = factored[weight.leaves[0]]
             if isinstance(form, CallForm):
                 values = weight.value(real), tuple([other.value(real) for other in form.others]), given
                 term = form.term(values, tuple(outputs), strategy)
             else:
-                term = form.term(given, outputs[0], strategy)
+                term = form.term(given, outputs[tap], strategy)
             for leaf in weight.leaves:
                 terms[leaf].append((weight, term))
     return losses, tuple([_term(i, terms[i], real, rows) for i in range(len(leaves))]), aux

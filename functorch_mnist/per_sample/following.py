@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import native
 from ..decompositions import decomposition
 from ..ops import METADATA, writes
-from . import rules
+from . import recurrence, rules
 from .calls import CallForm, Slot
 from .forms import Form
 from .kernels import on_the_batch
@@ -96,6 +96,9 @@ class Follower(native.PerExample):
             return self.use(func, args, kwargs, [Found(k, None, (), "inside a transform of torch.func") for k in found])
         if func in _DETACHING or not torch.is_grad_enabled():
             return func(*self.real(args), **self.real(kwargs))
+        call = recurrence.read(func, self.real(args)) if func in recurrence.OPS else None
+        if call is not None and self.recurs(call, args):
+            return self.recur(call, args, kwargs)
         simpler = decomposition(func)
         if simpler is not None and rules.find(func) is None:
             with self:
@@ -117,6 +120,29 @@ class Follower(native.PerExample):
     def use(self, func: Any, args: Any, kwargs: Any, found: list[Found]) -> Any:
         """Runs an op of weights and of an example."""
         raise NotImplementedError
+
+    def recurs(self, call: recurrence.Call, args: Any) -> bool:
+        """Whether a recurrent op of an example can run on the batch: its state and weights are not of the wrong kind."""
+        weights = [weight for layer in call.layers for weight in layer.weights]
+        states = args[1] if isinstance(args[1], (list, tuple)) else [args[1]]
+        return (
+            native.mapped()[0] > 0
+            and native.is_of_an_example(call.input)
+            and not any([native.is_of_an_example(weight) for weight in weights])
+            and not any([self.find(state) is not None for state in states])
+        )
+
+    def recur(self, call: recurrence.Call, args: Any, kwargs: Any) -> Any:
+        """Runs a recurrent op of weights and an example."""
+        raise NotImplementedError
+
+    def of_layers(self, call: recurrence.Call) -> list[tuple[Known | None, Form, int]]:
+        """What each of its weights stands for, none where it is no parameter."""
+        found = []
+        for weight, form, tap in recurrence.forms(call):
+            mine = [known for known in self.known if known.real is weight]
+            found.append((mine[0] if mine else None, form, tap))
+        return found
 
     def real(self, value: Any) -> Any:
         """The arguments with the weights' numbers in their places."""

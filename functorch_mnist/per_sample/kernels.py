@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import native
 from ..decompositions import decomposition
+from .recurrence import OPS, read
 
 
 class Kernels(native.PerExample):
@@ -43,6 +44,27 @@ def _any_of_an_example(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any([_any_of_an_example(part) for part in value])
     return isinstance(value, Tensor) and native.is_of_an_example(value)
+
+
+def _recurrent(func: Any, at: tuple[int, int], *args: Any, **named: Any) -> Any:
+    """A recurrent layer: the batch of each example, of one, is merged with that of all."""
+    call = read(func, args)
+    weights = () if call is None else [weight for layer in call.layers for weight in layer.weights]
+    if call is None or any([native.is_of_an_example(weight) for weight in weights]):
+        with Kernels():
+            return decomposition(func)(*args, **named)  # type: ignore[misc]
+    axis = 0 if call.batch_first else 1
+
+    def merged(x: Tensor, axis: int) -> Tensor:
+        return native.taken_out(x, at).movedim(0, axis).flatten(axis, axis + 1)
+
+    states = tuple([merged(state, 1) for state in call.states])
+    out, *ended = func(merged(call.input, axis), states if isinstance(args[1], (list, tuple)) else states[0], *args[2:])
+
+    def back(x: Tensor, axis: int) -> Tensor:
+        return native.handed_back(x.unflatten(axis, (at[1], -1)).movedim(axis, 0), at)  # type: ignore[no-untyped-call]
+
+    return (back(out, axis), *[back(state, 1) for state in ended])
 
 
 def _embedding(
@@ -117,5 +139,6 @@ _OPS: dict[Any, Any] = {
     F.embedding: _embedding,
     F.scaled_dot_product_attention: _attention,
     F.bilinear: _bilinear,
+    **dict.fromkeys(OPS, _recurrent),
     **dict.fromkeys(_SPACES, _pooling),
 }
