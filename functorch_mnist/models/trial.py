@@ -39,7 +39,9 @@ class Step(NamedTuple):
     kind: str
     """"made" of parameters and constants, "used" with an example, or "drawn"."""
     inputs: tuple[Axis | None, ...]
-    """Of each tensor among the arguments."""
+    """Of each tensor among the arguments; none where it is the same for all batches."""
+    shapes: tuple[tuple[int, ...] | None, ...]
+    """Of each that is: none where it is made of parameters."""
     integers: tuple[tuple[int, int, int], ...]
     """Integers among the arguments that depend on the batch size B: which, and a and b of a + b B."""
     outputs: tuple[Axis | None, ...]
@@ -89,6 +91,8 @@ class _Watcher(Drawing):
         return out
 
     def note(self, func: Any, arguments: Any, out: Any, *, drawn: bool = False) -> None:
+        if native.level():  # within a transform: what parameters do there cannot be followed, see region.py
+            return
         self.events.append(_Event(func, flat(arguments), flat(out), drawn))
 
     def dropped(self, input: Tensor, rate: float, batched_ndim: int | None) -> Tensor:  # noqa: ARG002
@@ -228,11 +232,15 @@ def _steps(
                 if isinstance(x, int) and isinstance(z, int) and not isinstance(x, bool) and x != z
             ]
         )
+        shapes = tuple([
+            None if axis is not None or runs[0].is_mine(x) else tuple(x.shape)
+            for axis, x in zip(inputs, tensors[0], strict=True)
+        ])
         if a.drawn or any(inputs):
             outputs = tuple([_told(a.op, x, z, y) for x, y, z in zip(*results, strict=True)])
-            steps.append(Step(a.op, "drawn" if a.drawn else "used", inputs, integers, outputs))
+            steps.append(Step(a.op, "drawn" if a.drawn else "used", inputs, shapes, integers, outputs))
         else:
-            steps.append(Step(a.op, "made", inputs, integers, ()))
+            steps.append(Step(a.op, "made", inputs, shapes, integers, ()))
             for run, made in zip(runs, results, strict=True):
                 run.add(made)
     return steps
@@ -278,20 +286,22 @@ def batch_axis(two: Tensor, three: Tensor, changed: Tensor) -> Axis | str | None
         return "has another number of axes for another batch size"
     grown = [i for i, (x, y) in enumerate(zip(two.shape, three.shape, strict=True)) if x != y]
     if not grown:
-        return None
+        return None if same(two, changed, TIGHT) else "does not grow with the batch, but changes with an example"
     if len(grown) > 1 or two.shape[grown[0]] % 2 or three.shape[grown[0]] * 2 != two.shape[grown[0]] * 3:
         return f"has the shapes {tuple(two.shape)} and {tuple(three.shape)} for two and three examples"
     at = grown[0]
     places = two.shape[at] // 2
-    if places <= 1 or two.numel() == 0 or two.device.type == "meta":
+    if two.numel() == 0 or two.device.type == "meta":
         return Axis(at, 1, places)
     rows, others = (x.detach().movedim(at, 0).reshape(2 * places, -1) for x in (two, changed))
-    moved = ~((rows == others) | ((rows != rows) & (others != others))).all(1)
+    moved = _differ(rows, others, TIGHT).any(1)
     for after in [n for n in range(places, 0, -1) if places % n == 0]:
         before = places // after
         owners = torch.arange(2).repeat_interleave(after).repeat(before).to(moved.device)
         if bool(moved.any()):
             fits = not bool(moved[owners == 0].any())
+        elif places == 1:
+            fits = True
         else:
             fits = torch.equal(rows[owners == 0], rows[owners == 1])
         if fits:
@@ -319,15 +329,22 @@ def same(a: Tensor, b: Tensor, ulps: int) -> bool:
     """Whether two results are equal but for rounding."""
     if a.shape != b.shape or a.device.type == "meta":
         return a.shape == b.shape
-    a, b = a.detach(), b.detach()
-    if not a.is_floating_point() and not a.is_complex():
-        return torch.equal(a, b)
-    if not torch.equal(a.isnan(), b.isnan()):
-        return False
-    a, b = a.nan_to_num(), b.nan_to_num()
-    scale = float(b.abs().max()) if b.numel() else 0.0
-    tolerance = min(ulps * torch.finfo(a.dtype).eps, 0.02) * scale
-    return not a.numel() or float((a - b).abs().max()) <= tolerance
+    return not bool(_differ(a.detach(), b.detach(), ulps).any())
+
+
+def _differ(a: Tensor, b: Tensor, ulps: int) -> Tensor:
+    """Where two tensors hold something else, but for rounding.
+
+    What is called rounding goes by the largest of the numbers that differ, or their usual size: a mask's -1e9 or -inf
+    in the same places would hide the others.
+    """
+    unequal = ~((a == b) | ((a != a) & (b != b)))
+    if not (a.is_floating_point() or a.is_complex()) or not bool(unequal.any()):
+        return unequal
+    size, finite = b.abs(), a.isfinite() & b.isfinite()
+    usual, unsure = size[finite & (size > 0)], size[finite & unequal]
+    scale = max(float(usual.median()) if usual.numel() else 0.0, float(unsure.max()) if unsure.numel() else 0.0)
+    return unequal & ~(finite & ((a - b).abs() <= min(ulps * torch.finfo(a.dtype).eps, 0.02) * scale))
 
 
 def flat(value: Any) -> list[Any]:

@@ -263,7 +263,7 @@ def factor(
     def run(differentiated: Differentiated, *example: Tensor) -> tuple[Tensor, Beside]:
         taps, copies = differentiated
         given = {**stand_ins, **dict(zip(dense, copies, strict=True))}
-        known = [Known(stand_ins[i], Weight((i,)), real[i]) for i in factored]
+        known = [Known(stand_in, Weight((i,)), real[i]) for i, stand_in in stand_ins.items()]
         with _Tapper(known, native.level(), calls, taps, clone, saved):
             out = loss_fn(tree.unflatten(params, [given[i] for i in range(len(leaves))]), *example)
         loss, aux = _with_aux(out, has_aux)
