@@ -201,9 +201,9 @@ def survey(loss_fn: LossFn, params: Tree, batch: Sequence[Tensor], *, has_aux: b
 
     def run(*example: Tensor) -> Tensor:
         known = [Known(leaf, Weight((i,)), leaf) for i, leaf in enumerate(leaves)]
-        with torch.enable_grad(), _Surveyor(known, native.level(), found):
+        with torch.enable_grad(), _Surveyor(known, native.level(), found) as surveyor:
             loss, _ = _with_aux(loss_fn(tree.unflatten(params, leaves), *example), has_aux)
-        return loss
+            return _of_an_example(loss, surveyor, example)
 
     examples = [x[:rows] if len(x) else x.new_zeros((1, *x.shape[1:])) for x in batch]
     if torch.compiler.is_compiling():
@@ -264,9 +264,10 @@ def factor(
         taps, copies = differentiated
         given = {**stand_ins, **dict(zip(dense, copies, strict=True))}
         known = [Known(stand_in, Weight((i,)), real[i]) for i, stand_in in stand_ins.items()]
-        with _Tapper(known, native.level(), calls, taps, clone, saved):
+        with _Tapper(known, native.level(), calls, taps, clone, saved) as tapper:
             out = loss_fn(tree.unflatten(params, [given[i] for i in range(len(leaves))]), *example)
-        loss, aux = _with_aux(out, has_aux)
+            loss, aux = _with_aux(out, has_aux)
+            loss = _of_an_example(loss, tapper, example)
         return loss, (loss, aux, saved)
 
     def total(differentiated: Differentiated) -> tuple[Tensor, Beside]:
@@ -307,6 +308,13 @@ def dense_grads(loss_fn: LossFn, params: Tree, batch: Sequence[Tensor]) -> list[
 
     copies = [leaf.expand(rows, *leaf.shape) for leaf in leaves]
     return list(grad(lambda copies: vmap(run)(copies, *batch).sum())(copies))
+
+
+def _of_an_example(loss: Tensor, follower: Follower, example: Sequence[Tensor]) -> Tensor:
+    """The loss; one that is made of parameters alone plus nothing of the example, so that it is a use of them."""
+    if follower.find(loss) is None:
+        return loss
+    return loss + example[0].reshape(-1)[:0].sum().to(loss.dtype)
 
 
 def _zeros(rows: int, output: Output) -> Tensor:
