@@ -30,6 +30,15 @@ def constant_to_the_compiler(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @constant_to_the_compiler
+def show_all_ops() -> bool:
+    """Has the compiler show to modes what is named as if it were private too: the op of a weight norm."""
+    from torch._dynamo.variables import torch as traced
+
+    traced.get_overridable_functions().add(torch._weight_norm)
+    return True
+
+
+@constant_to_the_compiler
 def level() -> int:
     """How many transforms of torch.func are being applied."""
     return int(_functorch.maybe_current_level() or 0)

@@ -418,7 +418,7 @@ def computed_weights():
         h = torch.tanh(F.conv1d(x[None], kernel, padding=1))[0]  # (4, 5)
         h = torch.tanh(F.linear(h, torch._weight_norm(p["v"], p["g"], 0)))  # (4, 4)
         h = h + F.linear(h, p["up"] @ p["down"]) + F.linear(F.linear(h, p["v"][:, :4]), p["v"][:, :4].t())
-        return F.linear(h.mean(0), p["cast"].to(torch.complex128).real.to(D).clone())
+        return F.linear(h.mean(0), p["cast"].to(D).clone())
 
     return of_model(apply, params, normals(B, 2, 5))
 

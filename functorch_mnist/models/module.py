@@ -186,6 +186,7 @@ class _Pure:
     def trial(self, spec: Spec, kinds: Any, keyed: bool, whole: list[Tensor]) -> Trial:
         """What the module does with such inputs; found once."""
         if torch.compiler.is_compiling():
+            native.show_all_ops()
             found: Trial = self.tried(spec, kinds, keyed)
             return found
         numbers = [native.numbers(x) for x in whole]

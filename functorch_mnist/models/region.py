@@ -113,16 +113,22 @@ class Region(Drawing):
         step = self.steps[self.next] if self.next < len(self.steps) else None
         self.next += 1
         if step is None or not (torch.compiler.is_compiling() or step.op == func):
-            raise ValueError(
-                "apply: a forward must run the same ops for all inputs of one shape. Found another op than when it was "
-                f"tried: {getattr(func, '__name__', func)}. Does a branch hang on numbers?"
-            )
+            raise self.strayed(func)
         return step
+
+    def strayed(self, func: Any) -> ValueError:
+        return ValueError(
+            "apply: a forward must run the same ops for all inputs of one shape. Found another op than when it was "
+            f"tried: {'' if torch.compiler.is_compiling() else getattr(func, '__name__', func)}. Does a branch hang on "
+            "numbers?"
+        )
 
     def check(self, step: Step, func: Any, values: list[Any]) -> None:
         """Refuses inputs of other shapes than when it was tried: those that hang on the numbers of a batch."""
         tensors = [value for value in values if isinstance(value, Tensor)]
         count = self.lanes * self.per_lane
+        if len(tensors) != len(step.inputs):
+            raise self.strayed(func)
         for x, axis, shape in zip(tensors, step.inputs, step.shapes, strict=True):
             if axis is None:
                 fits = shape is None or tuple(x.shape) == shape

@@ -201,12 +201,16 @@ def survey(loss_fn: LossFn, params: Tree, batch: Sequence[Tensor], *, has_aux: b
 
     def run(*example: Tensor) -> Tensor:
         known = [Known(leaf, Weight((i,)), leaf) for i, leaf in enumerate(leaves)]
-        with torch.enable_grad(), _Surveyor(known, native.level(), found) as surveyor:
+        surveyor = _Surveyor(known, native.level(), found)
+        with torch.enable_grad(), surveyor:
             loss, _ = _with_aux(loss_fn(tree.unflatten(params, leaves), *example), has_aux)
-            return _of_an_example(loss, surveyor, example)
+            if torch.compiler.is_compiling() or surveyor.find(loss) is not None:
+                loss = _of_an_example(loss, example)
+        return loss
 
     examples = [x[:rows] if len(x) else x.new_zeros((1, *x.shape[1:])) for x in batch]
     if torch.compiler.is_compiling():
+        native.show_all_ops()
         vmap(run)(*examples)
         return found
     try:
@@ -264,10 +268,12 @@ def factor(
         taps, copies = differentiated
         given = {**stand_ins, **dict(zip(dense, copies, strict=True))}
         known = [Known(stand_in, Weight((i,)), real[i]) for i, stand_in in stand_ins.items()]
-        with _Tapper(known, native.level(), calls, taps, clone, saved) as tapper:
+        tapper = _Tapper(known, native.level(), calls, taps, clone, saved)
+        with tapper:
             out = loss_fn(tree.unflatten(params, [given[i] for i in range(len(leaves))]), *example)
             loss, aux = _with_aux(out, has_aux)
-            loss = _of_an_example(loss, tapper, example)
+            if torch.compiler.is_compiling() or tapper.find(loss) is not None:
+                loss = _of_an_example(loss, example)
         return loss, (loss, aux, saved)
 
     def total(differentiated: Differentiated) -> tuple[Tensor, Beside]:
@@ -310,11 +316,9 @@ def dense_grads(loss_fn: LossFn, params: Tree, batch: Sequence[Tensor]) -> list[
     return list(grad(lambda copies: vmap(run)(copies, *batch).sum())(copies))
 
 
-def _of_an_example(loss: Tensor, follower: Follower, example: Sequence[Tensor]) -> Tensor:
-    """The loss; one that is made of parameters alone plus nothing of the example, so that it is a use of them."""
-    if follower.find(loss) is None:
-        return loss
-    return loss + example[0].reshape(-1)[:0].sum().to(loss.dtype)
+def _of_an_example(loss: Tensor, example: Sequence[Tensor]) -> Tensor:
+    """The loss plus nothing of the example: one that is made of parameters alone has no other use of them."""
+    return loss + example[0].reshape(-1)[:0].sum().to(loss.device, loss.dtype)
 
 
 def _zeros(rows: int, output: Output) -> Tensor:
