@@ -51,6 +51,8 @@ class Region(Drawing):
             decided: is told the value of each branch on data.
         """
         super().__init__()
+        if trial.fault and (lifts or keys is not None):
+            raise ValueError(trial.fault)
         self.params = tuple(params)
         self.mine = list(self.params)
         self.index = set() if torch.compiler.is_compiling() else {id(p) for p in self.mine}

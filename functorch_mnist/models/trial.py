@@ -58,6 +58,8 @@ class Trial(NamedTuple):
     """Buffers that the forward writes to."""
     overwritten: tuple[int, ...]
     """Input tensors that it writes to."""
+    fault: str
+    """Why its steps cannot be told, so that only outputs can be had; else empty."""
 
 
 class _Event(NamedTuple):
@@ -157,8 +159,13 @@ def hold_trial(copies: Copies, like: Mapping[str, Tensor], constants: Mapping[st
     outputs = _outputs(two, other, behind, three)
     one, _ = run((second,))
     _check_alone(outputs, one, two)
-    steps = _steps(params, events, events_changed, events_three)
-    return Trial(tuple(steps), outputs, tuple(written), tuple(overwritten))
+    steps: list[Step] = []
+    fault = ""
+    try:
+        steps = _steps(params, events, events_changed, events_three)
+    except _Untold as error:
+        fault = str(error)
+    return Trial(tuple(steps), outputs, tuple(written), tuple(overwritten), fault)
 
 
 def _parameter(p: Tensor, generator: torch.Generator) -> Tensor:
@@ -218,7 +225,7 @@ def _steps(
     for a, b, c in itertools.zip_longest(*runs):
         if a is None or b is None or c is None or not a.op == b.op == c.op:
             name = next(getattr(e.op, "__name__", e.op) for e in (a, b, c) if e is not None)
-            raise ValueError(
+            raise _Untold(
                 f"apply: a forward must run the same ops for all inputs of one shape. Found {name} for one batch, and "
                 "another op for another. Does a branch hang on numbers?"
             )
@@ -251,8 +258,12 @@ def _told(op: Any, two: Tensor, three: Tensor, changed: Tensor) -> Axis | None:
     axis = batch_axis(two, three, changed)
     if isinstance(axis, str):
         name = getattr(op, "__name__", op)
-        raise ValueError(f"apply: examples must not mix. Found that an input or output of {name} {axis}.")
+        raise _Untold(f"apply: examples must not mix. Found that an input or output of {name} {axis}.")
     return axis
+
+
+class _Untold(Exception):
+    """What a step does with the batch cannot be told."""
 
 
 class _Relevant:
