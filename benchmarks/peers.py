@@ -8,7 +8,7 @@ momentum.
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -78,11 +78,54 @@ def opacus_norms(problem: Problem, *, mode: Literal["hooks", "ghost"]) -> Work:
     return Work(call, lambda: found[0], start(net.parameters(), (x, labels), torch.float32), release)
 
 
-def _by_opacus(net: nn.Module, mode: OpacusMode) -> Any:
+def opacus_clipped_sum(
+    net: nn.Module,
+    inputs: Mapping[str, Tensor],
+    targets: Tensor,
+    logits: Callable[[Any], Tensor],
+    *,
+    mode: Literal["hooks", "ghost"],
+    max_norm: float,
+) -> Callable[[], list[Tensor]]:
+    """A function that gives Opacus' clipped sum for each of a module's parameters.
+
+    Args:
+        net: the module, in training mode afterwards, as Opacus asks for.
+        inputs: of its forward, by name.
+        targets: (B, ...), of the mean cross-entropy of each example.
+        logits: from what the forward returns to what is compared with the targets.
+        mode: sample gradients, or norms without them.
+        max_norm: the clipping norm.
+    """
+    optimizers: Any = import_module("opacus.optimizers")
+    utilities: Any = import_module("opacus.utils.fast_gradient_clipping_utils")
+    weights, wrapped = list(net.parameters()), _by_opacus(net.train(), mode, max_norm)
+    sgd = torch.optim.SGD(weights, lr=LR)
+    constants = {"noise_multiplier": 0.0, "max_grad_norm": max_norm, "expected_batch_size": len(targets)}
+    kind = optimizers.DPOptimizerFastGradientClipping if mode == "ghost" else optimizers.DPOptimizer
+    optimizer, criterion = kind(sgd, **constants), nn.CrossEntropyLoss()
+    loss = utilities.DPLossFastGradientClipping(wrapped, optimizer, criterion) if mode == "ghost" else criterion
+
+    def call() -> list[Tensor]:
+        optimizer.zero_grad(set_to_none=True)
+        found = logits(wrapped(**inputs))
+        rows, shape = found.reshape(-1, found.shape[-1]), {}
+        if mode == "ghost" and found.dim() > 2:
+            shape = {"shape": found.shape}
+        loss(rows, targets.reshape(-1), **shape).backward()
+        if mode == "ghost":
+            return [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
+        optimizer.clip_and_accumulate()
+        return [getattr(p, "summed_grad") for p in weights]  # noqa: B009 (an attribute of Opacus)
+
+    return call
+
+
+def _by_opacus(net: nn.Module, mode: OpacusMode, max_norm: float = MAX_NORM) -> Any:
     """The module wrapped; Opacus multiplies the gradients of a mean loss by B."""
     utilities: Any = import_module("opacus.grad_sample.utils")
     warnings.filterwarnings("ignore", "Full backward hook is firing")
-    return utilities.wrap_model(net, mode, **({"max_grad_norm": MAX_NORM} if mode == "ghost" else {}))
+    return utilities.wrap_model(net, mode, **({"max_grad_norm": max_norm} if mode == "ghost" else {}))
 
 
 class Extension(NamedTuple):

@@ -5,7 +5,7 @@ from importlib import import_module
 from .measure import Question
 
 NAMES = (
-    "step", "epoch", "per_sample", "scaling", "models", "start_up", "memory", "strategies", "normals",
+    "step", "epoch", "per_sample", "scaling", "models", "modules", "start_up", "memory", "strategies", "normals",
     "watch", "gram", "scores", "private", "sweep", "hypergradient",
 )  # fmt: skip
 

@@ -15,7 +15,10 @@ from .limits import Rates
 from .measure import Axis, Comparison, Cost, Missing, Setup, Timing
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "torchvision", "numpy", "functorch-mnist", "opacus", "backpack-for-pytorch", "jax", "jax-privacy")
+PACKAGES = (
+    "torch", "torchvision", "numpy", "functorch-mnist", "opacus", "backpack-for-pytorch", "jax", "jax-privacy",
+    "transformers",
+)  # fmt: skip
 
 
 class Result:

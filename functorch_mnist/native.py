@@ -91,12 +91,18 @@ def one_of(x: Tensor, at: tuple[int, int]) -> Tensor:
     return taken_out(x, at)[0] if at[0] and is_of_an_example(x) else x
 
 
-def numbers(x: Tensor) -> Tensor | None:
-    """The tensor below all transforms; none where it holds no numbers: on the meta device, or while compiling."""
-    if torch.compiler.is_compiling():
-        return None
+def beneath(x: Tensor) -> Tensor:
+    """The tensor that transforms have wrapped, with the axes that they hide."""
     while _functorch.is_functorch_wrapped_tensor(x):
         x = _functorch.get_unwrapped(x)
+    return x
+
+
+def numbers(x: Tensor) -> Tensor | None:
+    """The tensor beneath all transforms; none where it has no numbers: on the meta device, or while compiling."""
+    if torch.compiler.is_compiling():
+        return None
+    x = beneath(x)
     return x.detach() if type(x) in (Tensor, torch.nn.Parameter) and x.device.type != "meta" else None
 
 

@@ -8,6 +8,8 @@ looked at beneath the transforms; and the compiler cannot look beneath them, so 
 import torch
 from torch import Tensor
 
+from .. import native
+
 
 def check_labels(where: str, outputs: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
     """The labels, refused where they are not integers (...) in [0, K) for outputs (..., K).
@@ -51,7 +53,7 @@ def own(labels: Tensor, classes: int) -> Tensor:
 
 def _in_range(labels: Tensor, classes: int, where: str) -> Tensor:
     with torch._C.DisableTorchFunction():  # a mode that follows a loss's ops is not to see these
-        plain = beneath_transforms(labels)
+        plain = native.beneath(labels)
         waits = type(plain) is Tensor and plain.device.type not in ("cuda", "meta")
         if not waits or torch._C._len_torch_dispatch_stack():
             torch._assert_async(((plain >= 0) & (plain < classes)).all(), _refusal(where, classes, ""))
@@ -65,13 +67,6 @@ def _in_range(labels: Tensor, classes: int, where: str) -> Tensor:
 def _refusal(where: str, classes: int, found: str) -> str:
     bound = classes if isinstance(classes, int) else "K"  # a compiler may not know it
     return f"{where}: labels must be in [0, {bound}).{found} Leave out such examples, or mask them."
-
-
-def beneath_transforms(x: Tensor) -> Tensor:
-    """The tensor that transforms of `torch.func` have wrapped, with the axes they hide."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
-    return x
 
 
 _LIBRARY = torch.library.Library("functorch_mnist", "FRAGMENT")

@@ -139,7 +139,7 @@ class _Copy:
 def _copied(value: Any, lent: dict[int, Tensor]) -> Any:
     """Nested containers anew, with lent tensors where they hold parameters."""
     if isinstance(value, dict):
-        fresh = copy.copy(value)
+        fresh = {} if type(value) is dict else copy.copy(value)
         for name, part in value.items():
             fresh[name] = _copied(part, lent)
         return fresh

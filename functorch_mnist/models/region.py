@@ -54,8 +54,7 @@ class Region(Drawing):
         if trial.fault and (lifts or keys is not None):
             raise ValueError(trial.fault)
         self.params = tuple(params)
-        self.mine = list(self.params)
-        self.index = set() if torch.compiler.is_compiling() else {id(p) for p in self.mine}
+        self.mine = dict.fromkeys(self.params)  # a tensor's hash is its identity
         self.steps = trial.steps if lifts else tuple([step for step in trial.steps if step.kind == "drawn"])
         self.next = 0
         self.at, self.lanes, self.per_lane = at, max(at[1], 1), per_lane
@@ -96,19 +95,13 @@ class Region(Drawing):
             out = func(*args, **kwargs)
             for tensor in flat(out):
                 if isinstance(tensor, Tensor):
-                    self.mine.append(tensor)
-                    if not torch.compiler.is_compiling():
-                        self.index.add(id(tensor))
+                    self.mine[tensor] = None
             return out
         return self.lifted(step, func, args, kwargs, values)
 
     def is_mine(self, value: Any) -> bool:
         """Whether a value is a parameter, or made of parameters alone."""
-        if not isinstance(value, Tensor):
-            return False
-        if not torch.compiler.is_compiling():
-            return id(value) in self.index
-        return any([p is value for p in self.mine])
+        return isinstance(value, Tensor) and value in self.mine
 
     def step(self, func: Any) -> Step:
         """The next step of the trial, which must be this op."""

@@ -30,7 +30,7 @@ from . import recurrence, rules
 from .calls import CallForm, float_outputs
 from .following import Follower, Found, Known, name_of
 from .forms import Form, Sizes
-from .kernels import Kernels, on_the_batch
+from .kernels import Kernels, on_the_batch, tapped
 from .terms import Absent, Dense, Strategy, Term, Viewed, merge
 from .weights import Pulled, Weight
 
@@ -122,7 +122,6 @@ class _Surveyor(Follower):
             self.survey.calls.append(Call(func, outputs, factored))
         return out
 
-
     def recur(self, call: recurrence.Call, args: Any, kwargs: Any) -> Any:
         shapes = recurrence.tap_shapes(call)
         taps = [Output(shape, call.input.dtype, call.input.device) for shape in shapes]
@@ -158,24 +157,28 @@ class _Tapper(Follower):
         self.calls, self.taps, self.clone, self.saved = calls, taps, clone, saved
 
     def use(self, func: Any, args: Any, kwargs: Any, found: list[Found]) -> Any:
-        number = self.tapped(func)
+        number = self.number(func)
         kept = [self.copied(use.saved) for use in found]
-        out = on_the_batch(func, self.real(args), self.real(kwargs))
+        args, kwargs = self.real(args), self.real(kwargs)
         taps = iter(self.taps[number])
         self.saved.append(kept)
+        out = tapped(func, args, kwargs, self.taps[number][0])
+        if out is not None:
+            return out
+        out = on_the_batch(func, args, kwargs)
         if isinstance(out, Tensor):
             return out.add_(next(taps)) if writes(func, args, kwargs) else out + next(taps)
         parts = [y + next(taps) if isinstance(y, Tensor) and y.is_floating_point() else y for y in out]
         return type(out)(parts)
 
     def recur(self, call: recurrence.Call, args: Any, kwargs: Any) -> Any:  # noqa: ARG002
-        number = self.tapped(call.op)
+        number = self.number(call.op)
         out, kept = recurrence.run(call, native.mapped(), self.taps[number])
         mine = [known is not None for known, _, _ in self.of_layers(call)]
         self.saved.append([self.copied(x) for x, used in zip(kept, mine, strict=True) if used])
         return out
 
-    def tapped(self, op: Any) -> int:
+    def number(self, op: Any) -> int:
         """The number of the next op that is tapped, which must be this one."""
         number = len(self.saved)
         if not torch.compiler.is_compiling() and (number == len(self.calls) or self.calls[number].op != op):

@@ -63,21 +63,11 @@ class Follower(native.PerExample):
 
     def __init__(self, known: Iterable[Known], level: int) -> None:
         super().__init__()
-        self.known = list(known)
-        self.index: dict[int, Known] = {}
-        if not torch.compiler.is_compiling():  # the compiler cannot tell how tensors are numbered
-            self.index = {id(known.tensor): known for known in self.known}
+        self.known = {one.tensor: one for one in known}  # a tensor's hash is its identity
         self.level = level
 
     def find(self, value: Any) -> Known | None:
-        if not isinstance(value, Tensor):
-            return None
-        if not torch.compiler.is_compiling():
-            return self.index.get(id(value))
-        for known in self.known:
-            if known.tensor is value:
-                return known
-        return None
+        return self.known.get(value) if isinstance(value, Tensor) else None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -122,7 +112,7 @@ class Follower(native.PerExample):
         raise NotImplementedError
 
     def recurs(self, call: recurrence.Call, args: Any) -> bool:
-        """Whether a recurrent op of an example can run on the batch: its state and weights are not of the wrong kind."""
+        """Whether a recurrent op runs on the batch: only its input is of an example, and no state is a weight."""
         weights = [weight for layer in call.layers for weight in layer.weights]
         states = args[1] if isinstance(args[1], (list, tuple)) else [args[1]]
         return (
@@ -138,11 +128,8 @@ class Follower(native.PerExample):
 
     def of_layers(self, call: recurrence.Call) -> list[tuple[Known | None, Form, int]]:
         """What each of its weights stands for, none where it is no parameter."""
-        found = []
-        for weight, form, tap in recurrence.forms(call):
-            mine = [known for known in self.known if known.real is weight]
-            found.append((mine[0] if mine else None, form, tap))
-        return found
+        known = {one.real: one for one in self.known.values()}
+        return [(known.get(weight), form, tap) for weight, form, tap in recurrence.forms(call)]
 
     def real(self, value: Any) -> Any:
         """The arguments with the weights' numbers in their places."""
@@ -176,7 +163,7 @@ class Follower(native.PerExample):
         made = known.weight.made
         if made is None or known.weight.views or made.op in _SHARING:
             return False
-        others = [other.weight.made for other in self.known if other.weight.made is not None]
+        others = [other.weight.made for other in self.known.values() if other.weight.made is not None]
         return not any([other.op in _SHARING and other.args and other.args[0] is known.weight for other in others])
 
     def remake(self, func: Any, args: Any, kwargs: Any, found: list[Known], target: Known) -> Any:
@@ -184,20 +171,15 @@ class Follower(native.PerExample):
         weight = self.way(_on_a_copy(func), args, kwargs, found, None)
         real = func(target.real.clone(), *self.real(args[1:]), **self.real(kwargs))
         out = func(*args, **kwargs) if target.real is not target.tensor else args[0].copy_(real)
-        known = Known(target.tensor, weight, real if target.real is not target.tensor else args[0])
-        self.known = [known if other is target else other for other in self.known]
-        if not torch.compiler.is_compiling():
-            self.index[id(target.tensor)] = known
+        real = real if target.real is not target.tensor else args[0]
+        self.known[target.tensor] = Known(target.tensor, weight, real)
         return out
 
     def made(self, out: Tensor, real: Tensor, weight: Weight) -> Tensor:
         if not (out.is_floating_point() or out.is_complex()):
             return real
         if self.find(out) is None:
-            known = Known(out, weight, real)
-            self.known.append(known)
-            if not torch.compiler.is_compiling():
-                self.index[id(out)] = known
+            self.known[out] = Known(out, weight, real)
         return out
 
     def way(self, func: Any, args: Any, kwargs: Any, found: list[Known], output: int | None) -> Weight:

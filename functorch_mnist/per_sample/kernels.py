@@ -62,9 +62,41 @@ def _recurrent(func: Any, at: tuple[int, int], *args: Any, **named: Any) -> Any:
     out, *ended = func(merged(call.input, axis), states if isinstance(args[1], (list, tuple)) else states[0], *args[2:])
 
     def back(x: Tensor, axis: int) -> Tensor:
-        return native.handed_back(x.unflatten(axis, (at[1], -1)).movedim(axis, 0), at)  # type: ignore[no-untyped-call]
+        return native.handed_back(x.unflatten(axis, (at[1], -1)).movedim(axis, 0), at)
 
     return (back(out, axis), *[back(state, 1) for state in ended])
+
+
+def tapped(func: Any, args: Any, kwargs: Any, tap: Tensor) -> Tensor | None:
+    """A linear map of an example plus a tap, both on the whole batch; none where it cannot be.
+
+    The bias is then added by the product itself, and the tap where the product stands.
+    """
+    at = native.mapped()
+    run = _MAPS.get(func)
+    out = None if run is None or at[0] == 0 else run(at, *args, **kwargs)
+    if out is None:
+        return None
+    whole = native.taken_out(tap, at)  # (B, *positions, H); an axis that is expanded stays so
+    return native.handed_back(out.add_(whole.flatten(0, -2)).view(whole.shape), at)
+
+
+def _linear(at: tuple[int, int], input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """(B positions, H)."""
+    if not native.is_of_an_example(input) or _any_of_an_example((weight, bias)) or weight.dim() != 2:
+        return None
+    return F.linear(native.taken_out(input, at).flatten(0, -2), weight, bias)
+
+
+def _addmm(
+    at: tuple[int, int], input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Tensor | None:
+    if not native.is_of_an_example(mat1) or _any_of_an_example((input, mat2)) or input.dim() != 1:
+        return None
+    return torch.addmm(input, native.taken_out(mat1, at).flatten(0, 1), mat2, beta=beta, alpha=alpha)
+
+
+_MAPS: dict[Any, Any] = {F.linear: _linear, torch.addmm: _addmm}
 
 
 def _embedding(

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .. import batch as batches
-from .. import tree
+from .. import native, tree
 from ..batch import Chunk, masked
 from ..tree import Tree
 from .capture import LossFn, dense_grads
@@ -180,7 +180,8 @@ def clipped_sum(
                 _check_rows("clipped_sum", "what max_norm returns", known, batch)
             factors = chunk.padded(known)
         finite = sizes.isfinite()
-        clipped = part.masked(finite).weighted_sum(masked(factors, finite & (sizes > 0)))
+        kept = part if _holds(finite) else part.masked(finite)
+        clipped = kept.weighted_sum(masked(factors, finite & (sizes > 0)))
         total = clipped if total is None else tree.map(torch.add, total, clipped)
         columns.append((chunk.unpadded(sizes), chunk.unpadded(part.losses)))
         counts.append((~finite).sum())
@@ -322,6 +323,12 @@ def _total(trees: Iterable[Tree]) -> Tree:
     for part in trees:
         total = part if total is None else tree.map(torch.add, total, part)
     return total
+
+
+def _holds(mask: Tensor) -> bool:
+    """Whether a mask is known to be true throughout, so that nothing need be copied for it."""
+    values = native.numbers(mask)
+    return values is not None and values.device.type == "cpu" and bool(values.all())
 
 
 def _check_rows(where: str, name: str, values: Tensor, batch: tuple[Tensor, ...]) -> None:

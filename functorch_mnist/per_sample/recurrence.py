@@ -1,13 +1,13 @@
-"""Recurrent layers on the whole batch, with one tap on all gates of a layer: their weights are linear maps at T positions.
+"""Recurrent layers on the whole batch, with one tap on all gates of a layer: linear maps at T positions.
 
 With x_t a layer's input and h_t its state, time unrolled,
 
     lstm    gates_t = W_ih x_t + W_hh h_{t-1} + b       one cotangent for all four of W_ih, W_hh, b_ih, b_hh
-    gru     gates_t = W_ih x_t + b_ih, and W_hh h_{t-1} + b_hh apart, for the reset gate multiplies the latter
+    gru     gates_t = W_ih x_t + b_ih, and W_hh h_{t-1} + b_hh apart, for a gate multiplies the latter
     rnn     gates_t = W_ih x_t + W_hh h_{t-1} + b
 
-so that the factors of W_ih are (x_t, g_t), those of W_hh (h_{t-1}, g_t), and those of biases g_t. Decomposed into ops of
-one example, each of the T steps would have taps of its own.
+so that the factors of W_ih are (x_t, g_t), those of W_hh (h_{t-1}, g_t), and those of biases g_t. Decomposed into ops
+of one example, each of the T steps would have taps of its own.
 """
 
 from __future__ import annotations
@@ -60,9 +60,7 @@ def read(op: Any, args: Sequence[Any]) -> Call | None:
     each = 4 if biases else 2
     if len(params) != each * count * directions or (dropout and train) or input.dim() != 3:
         return None
-    layers = [
-        Layer(tuple(params[each * i : each * (i + 1)]), i % directions == 1) for i in range(count * directions)
-    ]
+    layers = [Layer(tuple(params[each * i : each * (i + 1)]), i % directions == 1) for i in range(count * directions)]
     return Call(op, input, states, tuple(layers), directions, bool(batch_first))
 
 

@@ -218,6 +218,8 @@ class Outer(Term):
         return Dense(self.grads()) if _builds(self, self.layout.shape, self.a, self.g) else self
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
+        if self.a.shape[-1] < self.g.shape[-1]:  # fewer numbers to scale
+            return self.layout.parameter(_product(self.g, _scaled(self.a, weights)))
         return self.layout.parameter(_product(_scaled(self.g, weights), self.a))
 
     def dot(self, direction: Tensor) -> Tensor:
