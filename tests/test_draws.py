@@ -60,9 +60,11 @@ MODULES = {
     "gru": lambda: Calls(lambda module, x: module.a(x)[0], a=nn.GRU(4, 3, 2, dropout=0.5, batch_first=True)),
     "encoder": lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.5, batch_first=True),
     "merged": lambda: Calls(
-        lambda module, x: F.dropout(x.transpose(0, 1).flatten(0, 1), 0.5, module.training)
-        .view(x.shape[1], x.shape[0], -1)
-        .transpose(0, 1)
+        lambda module, x: (
+            F.dropout(x.transpose(0, 1).flatten(0, 1), 0.5, module.training)
+            .view(x.shape[1], x.shape[0], -1)
+            .transpose(0, 1)
+        )
     ),
 }
 
@@ -97,7 +99,9 @@ def test_under_keys_a_batch_is_the_stack_of_its_examples(name):
     assert len({tuple(y.flatten().tolist()) for y in model.apply(params, X[:1].expand(6, 3, 4), key=KEYS)}) > 1
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name.split(",")[0] in ("attention", "lstm", "gru", "encoder")])
+@pytest.mark.parametrize(
+    "name", [name for name in MODULES if name.split(",")[0] in ("attention", "lstm", "gru", "encoder")]
+)
 def test_sample_gradients_under_keys_are_those_of_each_example_alone(name):
     params, model = keyed(name)
 
@@ -185,7 +189,9 @@ def test_stochastic_depth_of_a_batch_is_refused_by_name(mode):
 
 
 def test_two_draws_of_one_forward_are_different_and_another_key_draws_anew():
-    params, model = models.from_module(Calls(lambda module, x: (torch.rand_like(x), torch.rand_like(x))), example_ndim=2)
+    params, model = models.from_module(
+        Calls(lambda module, x: (torch.rand_like(x), torch.rand_like(x))), example_ndim=2
+    )
     a, b = model.apply(params, X, key=KEYS)
     assert not (a == b).any()
     other, _ = model.apply(params, X, key=random.split(random.key(4), 6))

@@ -178,5 +178,3 @@ def test_a_lookup_with_a_table_for_each_example_keeps_its_padding():
     plan = per_sample.plan(loss_fn, table, tokens[0], batch_size=B)
     dense = plan.override(plan.rows[0].path, "dense")
     assert difference(per_sample.factored(loss_fn, table, tokens, plan=dense).grads(), expected) < 1e-10
-
-

@@ -313,9 +313,9 @@ def test_a_module_compiles_as_one_graph(way):
 def test_keys_are_one_for_each_example_in_all_leading_axes_and_under_vmap():
     params, model = models.from_module(nn.Dropout(0.5), example_ndim=1)
     x, keys = torch.ones(2, 3, 8), random.split(random.key(0), 6).view(2, 3, 2)
-    expected = torch.stack([
-        torch.stack([model.apply(params, x[i, j], key=keys[i, j]) for j in range(3)]) for i in range(2)
-    ])
+    expected = torch.stack(
+        [torch.stack([model.apply(params, x[i, j], key=keys[i, j]) for j in range(3)]) for i in range(2)]
+    )
     assert torch.equal(model.apply(params, x, key=keys), expected)
 
     def apply(x, key):

@@ -218,7 +218,9 @@ def test_what_a_forward_keeps_is_kept_for_that_call_alone(fn, filled):
             twin = Caching(fn).to(D)
             twin.load_state_dict(other.state_dict())
             found = torch.autograd.grad(twin(x[i : i + 1]).sin().sum(), list(twin.parameters()), allow_unused=True)
-            rows.append([torch.zeros_like(p) if g is None else g for g, p in zip(found, twin.parameters(), strict=True)])
+            rows.append(
+                [torch.zeros_like(p) if g is None else g for g, p in zip(found, twin.parameters(), strict=True)]
+            )
         names = [name for name, _ in other.named_parameters()]
         expected = {name: torch.stack([row[j] for row in rows]) for j, name in enumerate(names)}
         assert difference(per_sample.grads(loss_of(model), given, x), expected) < 1e-10
@@ -232,7 +234,9 @@ def test_a_tensor_computed_from_parameters_that_is_kept_already_is_refused(where
     if where == "buffer":
         module.register_buffer("cache", kept)
     else:
-        module.cache = {"attribute": kept, "list": [kept], "tuple": (1, (kept,)), "list in a dict": {"a": [kept]}}[where]
+        module.cache = {"attribute": kept, "list": [kept], "tuple": (1, (kept,)), "list in a dict": {"a": [kept]}}[
+            where
+        ]
     with pytest.raises(ValueError, match="may not keep tensors that are computed from its parameters.*'cache'"):
         models.from_module(module)
 
@@ -321,9 +325,7 @@ def batch_last(module, x):
     return (module.c @ columns).t()
 
 
-MERGED = {
-    fn.__name__: fn for fn in (merged, merged_time_first, heads_first, windows, sandwiched, batch_last)
-}
+MERGED = {fn.__name__: fn for fn in (merged, merged_time_first, heads_first, windows, sandwiched, batch_last)}
 
 
 @pytest.mark.parametrize("name", MERGED)
@@ -401,7 +403,10 @@ def test_mixing_along_a_merged_axis_is_refused(merge):
         return (rows - rows.mean(0)).view_as(hidden)
 
     params, model = models.from_module(drawn(Calls(fn, a=nn.Linear(3, 3))), example_ndim=2)
-    for call in (lambda: model.apply(params, normals(B, 2, 3)), lambda: per_sample.norms(loss_of(model), params, normals(B, 2, 3))):
+    for call in (
+        lambda: model.apply(params, normals(B, 2, 3)),
+        lambda: per_sample.norms(loss_of(model), params, normals(B, 2, 3)),
+    ):
         with pytest.raises(ValueError, match="examples must not mix"):
             call()
 
@@ -449,10 +454,12 @@ def test_a_branch_without_effect_is_as_alone_for_any_batch():
         rows = torch.cat([module(x[i : i + 1], mask[i : i + 1]) for i in range(B)]).detach()
         torch.testing.assert_close(model.apply(params, x, mask), rows, rtol=1e-12, atol=1e-12)
         norms = [
-            torch.cat([
-                g.flatten()
-                for g in torch.autograd.grad(module(x[i : i + 1], mask[i : i + 1]).sin().sum(), module.parameters())
-            ]).norm()
+            torch.cat(
+                [
+                    g.flatten()
+                    for g in torch.autograd.grad(module(x[i : i + 1], mask[i : i + 1]).sin().sum(), module.parameters())
+                ]
+            ).norm()
             for i in range(B)
         ]
         torch.testing.assert_close(per_sample.norms(loss_fn, params, x, mask), torch.stack(norms), rtol=1e-10, atol=0)
@@ -542,7 +549,9 @@ def test_gradients_divided_by_counts_over_the_batch_are_refused(make):
 @pytest.mark.parametrize("make", [parametrizations.spectral_norm, spectral_norm])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_spectral_norm_is_refused_by_layer(make):
-    with pytest.raises(ValueError, match=r"may not change what the next one sees.*'(0|0\.parametrizations\.weight\.0)'"):
+    with pytest.raises(
+        ValueError, match=r"may not change what the next one sees.*'(0|0\.parametrizations\.weight\.0)'"
+    ):
         models.from_module(nn.Sequential(make(nn.Linear(3, 3))))
 
 

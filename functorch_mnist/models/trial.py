@@ -209,7 +209,9 @@ def _check_alone(axes: Sequence[Axis | None], one: Any, two: Any) -> None:
         if axis is None:
             if not same(a, b, LOOSE):
                 raise _mixes(name, f"its shape {tuple(b.shape)} does not grow with the batch, but its numbers change")
-        elif a.shape[axis.axis] != axis.before * axis.after or not same(split(a, axis, 1)[0], split(b, axis, 2)[1], LOOSE):
+        elif a.shape[axis.axis] != axis.before * axis.after or not same(
+            split(a, axis, 1)[0], split(b, axis, 2)[1], LOOSE
+        ):
             raise _mixes(name, _CHANGES)
 
 
@@ -239,10 +241,12 @@ def _steps(
                 if isinstance(x, int) and isinstance(z, int) and not isinstance(x, bool) and x != z
             ]
         )
-        shapes = tuple([
-            None if axis is not None or runs[0].is_mine(x) else tuple(x.shape)
-            for axis, x in zip(inputs, tensors[0], strict=True)
-        ])
+        shapes = tuple(
+            [
+                None if axis is not None or runs[0].is_mine(x) else tuple(x.shape)
+                for axis, x in zip(inputs, tensors[0], strict=True)
+            ]
+        )
         if a.drawn or any(inputs):
             outputs = tuple([_told(a.op, x, z, y) for x, y, z in zip(*results, strict=True)])
             steps.append(Step(a.op, "drawn" if a.drawn else "used", inputs, shapes, integers, outputs))
