@@ -178,3 +178,57 @@ def test_a_lookup_with_a_table_for_each_example_keeps_its_padding():
     plan = per_sample.plan(loss_fn, table, tokens[0], batch_size=B)
     dense = plan.override(plan.rows[0].path, "dense")
     assert difference(per_sample.factored(loss_fn, table, tokens, plan=dense).grads(), expected) < 1e-10
+
+
+# Uses that are hard to see
+
+
+ROWS = normals(B, 3, 4)
+
+
+def test_a_loss_made_of_parameters_alone_is_as_in_a_loop():
+    params = {"w": normals(3, 4, seed=1)}
+    for loss_fn in (lambda p, x: p["w"].sin().sum(), lambda p, x: p["w"][0, 0], lambda p, x: p["w"].expand(2, 3, 4).sum()):
+        expected = in_a_loop(loss_fn, params, ROWS)
+        assert difference(per_sample.factored(loss_fn, params, ROWS).grads(), expected) < 1e-10
+        torch.testing.assert_close(per_sample.norms(loss_fn, params, ROWS), expected["w"].flatten(1).norm(dim=1))
+
+
+def test_a_parameter_used_without_its_gradient_alone_has_none():
+    params = {"w": normals(4, 4, seed=1), "v": normals(4, seed=2)}
+
+    def loss_fn(p, x):
+        with torch.no_grad():
+            scale = p["w"].norm()
+        return (F.linear(x, p["w"].detach()) * p["v"] * scale).sin().sum()
+
+    leaf = params["v"].clone().requires_grad_()
+    rows = [torch.autograd.grad(loss_fn({**params, "v": leaf}, x), leaf)[0] for x in ROWS]
+    found = per_sample.leaf_norms(loss_fn, params, ROWS)
+    torch.testing.assert_close(found["v"], torch.stack(rows).norm(dim=1), rtol=1e-10, atol=0)
+    assert found["w"].tolist() == [0] * B
+
+
+@pytest.mark.parametrize("kind", ["rows in a loop", "a weight norm"])
+def test_what_the_compiler_would_not_show_is_as_in_a_loop(kind):
+    params = {"w": normals(3, 4, seed=1), "g": normals(3, 1, seed=2)}
+
+    def loss_fn(p, x):
+        if kind == "rows in a loop":
+            return sum([(x * row).sin().sum() for row in p["w"]]) * p["g"].sum()
+        return F.linear(x, torch._weight_norm(p["w"], p["g"], 0)).sin().sum()
+
+    expected = in_a_loop(loss_fn, params, ROWS)
+    norms = torch.cat([g.flatten(1) for g in expected.values()], 1).norm(dim=1)
+    torch._dynamo.reset()
+    fused = torch.compile(lambda p, x: per_sample.norms(loss_fn, p, x), fullgraph=True, dynamic=False, backend="aot_eager")
+    torch.testing.assert_close(fused(params, ROWS), norms, rtol=1e-10, atol=1e-12)
+
+
+def test_a_lookup_that_renormalises_its_table_is_refused_and_writes_nothing():
+    table = normals(5, 3, seed=1)
+    before = table.clone()
+    for quantity in (per_sample.norms, per_sample.grads):
+        with pytest.raises(ValueError, match="may not be written to|must not be written to"):
+            quantity(lambda w, a: F.embedding(a, w, max_norm=0.1).sum(), table, torch.arange(B)[:, None])
+    assert torch.equal(table, before)

@@ -381,7 +381,8 @@ def elementwise_products():
 def tokens_and_positions():
     params = {
         "token": normals(1, 1, 4, seed=1), "positions": normals(1, 9, 4, seed=2), "first": normals(2, 4, seed=3),
-        "parts": normals(2, 4, seed=4), "more": normals(4, seed=5), "a": normals(2, 4, seed=6), "b": normals(1, 4, seed=7),
+        "parts": normals(2, 4, seed=4), "more": normals(4, seed=5), "a": normals(2, 4, seed=6),
+        "b": normals(1, 4, seed=7),
     }  # fmt: skip
 
     def apply(p, x):  # (5, 4)
@@ -409,7 +410,8 @@ def scales_and_shifts_of_norms():
 def computed_weights():
     params = {
         "v": normals(4, 5, seed=1), "g": normals(4, 1, seed=2), "kernel": normals(4, 2, 3, seed=3),
-        "gain": normals(4, seed=4), "up": normals(4, 2, seed=5), "down": normals(2, 4, seed=6), "cast": normals(3, 4, seed=7),
+        "gain": normals(4, seed=4), "up": normals(4, 2, seed=5), "down": normals(2, 4, seed=6),
+        "cast": normals(3, 4, seed=7),
     }  # fmt: skip
 
     def apply(p, x):  # (2, 5)
@@ -459,7 +461,8 @@ CASES = {
         one_convolution_on_two_inputs, one_leaf_at_two_places, views_of_parameters, products, shifts_outside_ops,
         regularised, transformed_first, slices, unused, nested, inner_transform, custom_function,
         norms_net, frozen_batch_norm, attention, keywords, degenerate_shapes, batched_products, elementwise_products,
-        tokens_and_positions, scales_and_shifts_of_norms, computed_weights, weights_changed_in_place, bags_of_embeddings,
+        tokens_and_positions, scales_and_shifts_of_norms, computed_weights, weights_changed_in_place,
+        bags_of_embeddings,
     )
 }  # fmt: skip
 CASES |= {name: stop_gradient(change) for name, change in STOPPED.items()}

@@ -258,7 +258,9 @@ def factor(
     """
     leaves, rows = tree.leaves(params), len(batch[0])
     factored = {i: strategy for i, strategy in enumerate(strategies) if strategy is not None}
-    dense = [i for i in range(len(leaves)) if i not in factored and found.uses[i]]
+    # The compiler does not show every use of a tensor, such as a loop over its rows: what looks unused may not be.
+    unseen = torch.compiler.is_compiling()
+    dense = [i for i in range(len(leaves)) if i not in factored and (unseen or found.uses[i])]
     real = {i: _alias(leaf) for i, leaf in enumerate(leaves)}
     stand_ins = {i: torch.full_like(leaf, torch.nan) for i, leaf in enumerate(leaves) if i not in dense}
     calls = [call._replace(found=[use for use in call.found if use[0].leaves[0] in factored]) for call in found.calls]
