@@ -168,7 +168,7 @@ def test_a_draw_for_a_whole_batch_is_refused_by_name_and_right_for_one_example()
     torch.manual_seed(0)
     module = Calls(layer_drop, a=nn.Linear(4, 4)).to(D)
     params, model = models.from_module(module, example_ndim=2)
-    with pytest.raises(ValueError, match="draws of its own.*calls rand once for a whole batch"):
+    with pytest.raises(ValueError, match=r"draws of its own.*calls rand once for a whole batch"):
         model.apply(params, X, key=KEYS)
     found = [model.apply(params, x, key=key) for x, key in zip(X, KEYS, strict=True)]
     dropped = [torch.equal(y, x) for x, y in zip(X, found, strict=True)]
@@ -184,7 +184,7 @@ def test_a_draw_for_a_whole_batch_is_refused_by_name_and_right_for_one_example()
 @pytest.mark.parametrize("mode", ["batch"])
 def test_stochastic_depth_of_a_batch_is_refused_by_name(mode):
     params, model = models.from_module(StochasticDepth(0.5, mode), example_ndim=2)
-    with pytest.raises(ValueError, match="draws of its own.*calls bernoulli_ once for a whole batch"):
+    with pytest.raises(ValueError, match=r"draws of its own.*calls bernoulli_ once for a whole batch"):
         model.apply(params, X, key=KEYS)
 
 

@@ -188,7 +188,11 @@ ROWS = normals(B, 3, 4)
 
 def test_a_loss_made_of_parameters_alone_is_as_in_a_loop():
     params = {"w": normals(3, 4, seed=1)}
-    for loss_fn in (lambda p, x: p["w"].sin().sum(), lambda p, x: p["w"][0, 0], lambda p, x: p["w"].expand(2, 3, 4).sum()):
+    for loss_fn in (
+        lambda p, x: p["w"].sin().sum(),
+        lambda p, x: p["w"][0, 0],
+        lambda p, x: p["w"].expand(2, 3, 4).sum(),
+    ):
         expected = in_a_loop(loss_fn, params, ROWS)
         assert difference(per_sample.factored(loss_fn, params, ROWS).grads(), expected) < 1e-10
         torch.testing.assert_close(per_sample.norms(loss_fn, params, ROWS), expected["w"].flatten(1).norm(dim=1))
@@ -221,7 +225,9 @@ def test_what_the_compiler_would_not_show_is_as_in_a_loop(kind):
     expected = in_a_loop(loss_fn, params, ROWS)
     norms = torch.cat([g.flatten(1) for g in expected.values()], 1).norm(dim=1)
     torch._dynamo.reset()
-    fused = torch.compile(lambda p, x: per_sample.norms(loss_fn, p, x), fullgraph=True, dynamic=False, backend="aot_eager")
+    fused = torch.compile(
+        lambda p, x: per_sample.norms(loss_fn, p, x), fullgraph=True, dynamic=False, backend="aot_eager"
+    )
     torch.testing.assert_close(fused(params, ROWS), norms, rtol=1e-10, atol=1e-12)
 
 
@@ -229,6 +235,6 @@ def test_a_lookup_that_renormalises_its_table_is_refused_and_writes_nothing():
     table = normals(5, 3, seed=1)
     before = table.clone()
     for quantity in (per_sample.norms, per_sample.grads):
-        with pytest.raises(ValueError, match="may not be written to|must not be written to"):
+        with pytest.raises(ValueError, match="must not be written to"):
             quantity(lambda w, a: F.embedding(a, w, max_norm=0.1).sum(), table, torch.arange(B)[:, None])
     assert torch.equal(table, before)

@@ -1,4 +1,4 @@
-"""What a module gets and gives: inputs by position and by name, nested and shared, leading axes, outputs of any form."""
+"""What a module gets and gives: inputs by position and by name, nested and shared; outputs of any form."""
 
 from collections import namedtuple
 from typing import NamedTuple
@@ -261,7 +261,7 @@ def test_nested_vmaps_are_taken():
 
 
 def test_parameters_of_several_models_are_mapped_over():
-    module, params, model = small()
+    _, params, model = small()
     stacked = tree.map(lambda p: torch.stack([p, 2 * p, -p]), params)
     found = vmap(vmap(model.apply, (None, 0)), (0, None))(stacked, X)
     each = vmap(model.apply, (0, 0))(stacked, X[:3])

@@ -1,4 +1,4 @@
-"""What is built on torch's private functions: each does here what its docstring says, in the torch that is installed."""
+"""What leans on torch's private functions: each does what its docstring says, in the torch that is installed."""
 
 import subprocess
 import sys

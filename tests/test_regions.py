@@ -128,7 +128,7 @@ def test_a_forward_that_raises_half_way_leaves_no_trace():
     expected = module(x)
     for i in range(3):
         with pytest.raises(ArithmeticError, match="half-way"):
-            model.apply(tree.map(lambda p: p + i + 1, params), x[:, :2])
+            model.apply(tree.map(lambda p, more=i + 1: p + more, params), x[:, :2])
         torch.testing.assert_close(model.apply(params, x), expected, rtol=1e-12, atol=1e-12)
     assert len(module.kept) == 1
 
@@ -154,7 +154,7 @@ def test_threads_that_call_at_once_use_their_own_parameters():
         thread.join()
     assert faults == []
     for number in range(4):
-        assert torch.equal(found[number], model.apply(tree.map(lambda p: p * (1 + number), params), x))
+        assert torch.equal(found[number], model.apply(tree.map(lambda p, times=1 + number: p * times, params), x))
     assert len({float(value.sum()) for value in found.values()}) == 4
 
 
@@ -201,13 +201,13 @@ def test_what_a_forward_keeps_is_kept_for_that_call_alone(fn, filled):
     if filled != "never" and fn is cache_of_a_dict:
         with torch.set_grad_enabled(filled == "under grad"):
             module(normals(B, 3))
-    params, model = models.from_module(module, example_ndim=1)
+    _, model = models.from_module(module, example_ndim=1)
     for seed in (1, 2):
         other = drawn(Caching(fn), seed=seed)
         given = {name: p.detach().clone() for name, p in other.named_parameters()}
         x = normals(B, 3, seed=seed)
 
-        def fresh(x):
+        def fresh(x, other=other):
             twin = Caching(fn).to(D)
             twin.load_state_dict(other.state_dict())
             return twin(x)
@@ -237,7 +237,7 @@ def test_a_tensor_computed_from_parameters_that_is_kept_already_is_refused(where
         module.cache = {"attribute": kept, "list": [kept], "tuple": (1, (kept,)), "list in a dict": {"a": [kept]}}[
             where
         ]
-    with pytest.raises(ValueError, match="may not keep tensors that are computed from its parameters.*'cache'"):
+    with pytest.raises(ValueError, match=r"may not keep tensors that are computed from its parameters.*'cache'"):
         models.from_module(module)
 
 

@@ -132,8 +132,8 @@ class Region(Drawing):
             if not fits:
                 raise ValueError(
                     "apply: a forward must run ops of the same shapes for all inputs of one shape. Found that "
-                    f"{getattr(func, '__name__', func)} gets {tuple(x.shape)}. Does a selection hang on numbers? Compute "
-                    "for all, and select by torch.where."
+                    f"{getattr(func, '__name__', func)} gets {tuple(x.shape)}. Does a selection hang on numbers? "
+                    "Compute for all, and select by torch.where."
                 )
 
     def lifted(self, step: Step, func: Any, args: Any, kwargs: Any, values: list[Any]) -> Any:

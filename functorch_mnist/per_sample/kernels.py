@@ -112,8 +112,8 @@ def _embedding(
     """A lookup: with a table for each example torch would forget that the padding's row gets no gradient."""
     if max_norm is not None:
         raise ValueError(
-            f"embedding: parameters must not be written to. Found max_norm = {max_norm}, which scales rows of the table "
-            "where they lie. Leave it out and clip the rows between steps."
+            f"embedding: parameters must not be written to. Found max_norm = {max_norm}, which scales rows of the "
+            "table where they lie. Leave it out and clip the rows between steps."
         )
     if padding_idx is None or not native.is_of_an_example(weight):
         found: Tensor = func(input, weight, padding_idx, None, *rest, **named)
