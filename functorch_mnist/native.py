@@ -8,7 +8,7 @@ has to lie outside `vmap`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,15 @@ def constant_to_the_compiler(fn: Callable[..., Any]) -> Callable[..., Any]:
     """
     fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return fn
+
+
+@constant_to_the_compiler
+def show_all_ops() -> bool:
+    """Has the compiler show to modes what is named as if it were private too: the op of a weight norm."""
+    from torch._dynamo.variables import torch as traced
+
+    traced.get_overridable_functions().add(torch._weight_norm)
+    return True
 
 
 @constant_to_the_compiler
@@ -145,12 +154,17 @@ def refusal(function: Any) -> str:
     )
 
 
-def old_function_in(error: BaseException) -> Any:
-    """The old-style autograd function whose call raised an error, if one did."""
-    trace = error.__traceback__
-    while trace is not None:
-        function = trace.tb_frame.f_locals.get("cls") if trace.tb_frame.f_code.co_name == "apply" else None
-        if isinstance(function, type) and issubclass(function, torch.autograd.Function) and is_old(function):
+def old_function_behind(outputs: Iterable[Tensor]) -> Any:
+    """An old-style autograd function that had a part in making tensors, if one had."""
+    seen: set[Any] = set()
+    ahead = [x.grad_fn for x in outputs if x.grad_fn is not None]
+    while ahead:
+        node = ahead.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        function = getattr(node, "_forward_cls", None)
+        if function is not None and is_old(function):
             return function
-        trace = trace.tb_next
+        ahead += [parent for parent, _ in node.next_functions if parent is not None]
     return None

@@ -68,12 +68,16 @@ def test_a_batch_is_the_stack_of_its_examples(name, keyed):
     params1, one = models.from_module(module)
     x = random.normal(random.key(1), (6, *shape))
     keys = random.split(random.key(2), 6) if keyed else None
-    rows = torch.stack([one.apply(params1, x[i], keys[i] if keyed else None) for i in range(6)])
-    torch.testing.assert_close(model.apply(params, x, keys), rows)
-    grid = model.apply(params, x.view(2, 3, *shape), keys.view(2, 3, 2) if keyed else None)
+    rows = torch.stack([one.apply(params1, x[i], key=keys[i] if keyed else None) for i in range(6)])
+    torch.testing.assert_close(model.apply(params, x, key=keys), rows)
+    grid = model.apply(params, x.view(2, 3, *shape), key=keys.view(2, 3, 2) if keyed else None)
     torch.testing.assert_close(grid.flatten(0, 1), rows)
     dims = (None, 0, 0) if keyed else (None, 0, None)
-    torch.testing.assert_close(vmap(one.apply, in_dims=dims)(params1, x, keys), rows)
+
+    def apply(params, x, key):
+        return one.apply(params, x, key=key)
+
+    torch.testing.assert_close(vmap(apply, in_dims=dims)(params1, x, keys), rows)
 
 
 @names
@@ -85,7 +89,7 @@ def test_the_module_is_not_changed_and_its_parameters_are_not_shared(name):
     model.apply(params, x)
     state = torch.random.get_rng_state()
     if name != "attention":
-        model.apply(params, x, random.split(random.key(0), 2))
+        model.apply(params, x, key=random.split(random.key(0), 2))
     for p in params.values():
         assert not p.requires_grad
         p.fill_(7.0)
@@ -97,7 +101,7 @@ def test_the_module_is_not_changed_and_its_parameters_are_not_shared(name):
 def test_dropout_comes_from_the_key_and_keeps_its_rate():
     params, model = models.from_module(nn.Dropout(0.25), example_ndim=1)
     x, keys = torch.ones(200, 100), random.split(random.key(0), 200)
-    a, b = model.apply(params, x, keys), model.apply(params, x, keys)
+    a, b = model.apply(params, x, key=keys), model.apply(params, x, key=keys)
     assert torch.equal(a, b)
     assert a.unique().tolist() == pytest.approx([0, 4 / 3])
     assert (a == 0).double().mean().item() == pytest.approx(0.25, abs=0.015)  # 5 standard deviations of 20,000 draws
@@ -106,13 +110,13 @@ def test_dropout_comes_from_the_key_and_keeps_its_rate():
 
 def test_two_dropout_layers_of_one_forward_draw_different_masks():
     params, model = models.from_module(nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.5)), example_ndim=1)
-    kept = (model.apply(params, torch.ones(100, 100), random.split(random.key(0), 100)) != 0).double().mean()
+    kept = (model.apply(params, torch.ones(100, 100), key=random.split(random.key(0), 100)) != 0).double().mean()
     assert kept.item() == pytest.approx(0.25, abs=0.02)
 
 
 def test_channel_dropout_of_a_module_drops_whole_channels():
     params, model = models.from_module(nn.Dropout2d(0.5), example_ndim=3)
-    y = model.apply(params, torch.ones(50, 8, 3, 3), random.split(random.key(0), 50))
+    y = model.apply(params, torch.ones(50, 8, 3, 3), key=random.split(random.key(0), 50))
     assert torch.equal(y.amin((-2, -1)), y.amax((-2, -1)))
     assert y.unique().tolist() == [0, 2]
 
@@ -152,20 +156,25 @@ class Calls(nn.Module):
         return self.fn(x)
 
 
-ATTENTION = nn.MultiheadAttention(4, 1, dropout=0.5)
+ATTENTION = nn.MultiheadAttention(4, 1, dropout=0.5).requires_grad_(False)
+LSTM = nn.LSTM(4, 4, 2, dropout=0.5, batch_first=True).requires_grad_(False)
 
 
 def attended(x, *, training):
     weights = (ATTENTION.in_proj_weight, ATTENTION.in_proj_bias, None, None, False, 0.5, ATTENTION.out_proj.weight)
-    return F.multi_head_attention_forward(x, x, x, 4, 1, *weights, None, training=training)[0]
+    x = x.transpose(0, 1)
+    return F.multi_head_attention_forward(x, x, x, 4, 1, *weights, None, training=training)[0].transpose(0, 1)
+
+
+def recurrent(x):
+    zeros = x.new_zeros(2, len(x), 4)
+    return torch.lstm(x, (zeros, zeros), LSTM._flat_weights, True, 2, 0.5, True, False, True)[0]
 
 
 RANDOM = {
     "randn_like": lambda x: x + torch.randn_like(x),
     "randint_like": lambda x: x + torch.randint_like(x, 3),
-    "rand": lambda x: x + torch.rand(4),
     "normal": lambda x: torch.distributions.Normal(x, 1.0).sample(),
-    "bernoulli": lambda x: x.bernoulli(),
     "multinomial": lambda x: x.multinomial(1),
     "poisson": torch.poisson,
     "exponential_": lambda x: torch.empty_like(x).exponential_(),
@@ -181,8 +190,6 @@ RANDOM = {
     "native_dropout": lambda x: torch.native_dropout(x, 0.5, True)[0],
     "rrelu": lambda x: torch.rrelu(x, training=True),
     "rrelu_": lambda x: F.rrelu_(x, 0.1, 0.3, True),
-    "scaled_dot_product_attention": lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.1),
-    "multi_head_attention_forward": lambda x: attended(x, training=True),
 }
 
 
@@ -192,7 +199,42 @@ def test_a_function_that_draws_from_the_global_generator_is_refused_by_name(name
     params, model = models.from_module(Calls(RANDOM[name]))
     state = torch.random.get_rng_state()
     with pytest.raises(ValueError, match=f"calls {name}, which draws"):
-        model.apply(params, torch.ones(2, 4), random.key(0) if keyed else None)
+        model.apply(params, torch.ones(2, 4), key=random.key(0) if keyed else None)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+DRAWN = {
+    "rand": lambda x: x + torch.rand(x.shape),
+    "rand_like": lambda x: x + torch.rand_like(x),
+    "bernoulli": lambda x: x + (x / 2).bernoulli(),
+    "bernoulli of a rate": lambda x: x + torch.bernoulli(x, p=0.5),
+    "bernoulli_": lambda x: x * torch.empty_like(x).bernoulli_(0.5),
+    "scaled_dot_product_attention": lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
+    "multi_head_attention_forward": lambda x: attended(x, training=True),
+    "lstm": recurrent,
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_function_that_draws_is_drawn_from_the_key_of_each_example(name):
+    params, model = models.from_module(Calls(DRAWN[name]), example_ndim=2)
+    state = torch.random.get_rng_state()
+    x, keys = random.uniform(random.key(1), (6, 3, 4)), random.split(random.key(0), 6)
+    batch = model.apply(params, x, key=keys)
+    rows = torch.stack([model.apply(params, row, key=key) for row, key in zip(x, keys, strict=True)])
+    torch.testing.assert_close(batch, rows, rtol=1e-6, atol=1e-7)  # of products of other sizes: a rounding
+    twins = model.apply(params, x[:1].expand(6, 3, 4), key=keys)
+    assert all(not torch.equal(twins[0], twin) for twin in twins[1:])
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_function_that_draws_is_refused_without_a_key(name):
+    params, model = models.from_module(Calls(DRAWN[name]), example_ndim=2)
+    state = torch.random.get_rng_state()
+    for lead in ((), (3,)):
+        with pytest.raises(ValueError, match="without a key nothing may be random"):
+            model.apply(params, torch.ones(*lead, 3, 4))
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -206,7 +248,7 @@ def test_a_function_that_draws_from_the_global_generator_is_refused_by_name(name
         lambda x: torch.dropout_(x, 0.5, False),
         lambda x: F.scaled_dot_product_attention(x, x, x),
         lambda x: attended(x, training=False),
-        nn.TransformerEncoderLayer(4, 1, 4, dropout=0.1),
+        nn.TransformerEncoderLayer(4, 1, 4, dropout=0.1, batch_first=True),
     ],
 )
 def test_a_random_function_that_is_switched_off_is_allowed(fn):
@@ -222,13 +264,20 @@ def test_dropout_in_evaluation_mode_is_refused_without_a_key(fn):
     for x in (torch.ones(2, 4), torch.ones(3, 2, 4)):
         with pytest.raises(ValueError, match=r"without a key nothing may be random.*training=self\.training"):
             model.apply(params, x)
-    assert model.apply(params, torch.ones(2, 4), random.key(0)).unique().tolist() == [0, 2]
+    assert model.apply(params, torch.ones(2, 4), key=random.key(0)).unique().tolist() == [0, 2]
 
 
-def test_a_layer_with_dropout_of_its_own_is_refused_by_name():
-    params, model = models.from_module(nn.TransformerEncoderLayer(4, 1, 4, batch_first=True))
-    with pytest.raises(ValueError, match="'self_attn'"):
-        model.apply(params, torch.ones(2, 4), random.key(0))
+def test_the_dropout_inside_of_a_layer_is_drawn_from_the_key_of_each_example():
+    layer = nn.TransformerEncoderLayer(4, 1, 4, batch_first=True, dropout=0.5)
+    layer.dropout = layer.dropout1 = layer.dropout2 = nn.Identity()  # that of the attention is left
+    params, model = models.from_module(layer.double(), example_ndim=2)
+    x, keys = random.normal(random.key(1), (5, 3, 4)).double(), random.split(random.key(0), 5)
+    batch = model.apply(params, x, key=keys)
+    rows = torch.stack([model.apply(params, row, key=key) for row, key in zip(x, keys, strict=True)])
+    torch.testing.assert_close(batch, rows, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(batch, model.apply(params, x))
+    twins = model.apply(params, x[:1].expand(5, 3, 4), key=keys)
+    assert len({tuple(twin.flatten().tolist()) for twin in twins}) > 1
 
 
 class Twice(Calls):
@@ -242,7 +291,7 @@ def test_an_input_is_not_written_to_and_the_module_computes_what_it_did(fn, keye
     module = Twice(fn)
     params, model = models.from_module(module, example_ndim=1)
     x = torch.tensor([[-1.0, 2.0]])
-    result = model.apply(params, x, random.split(random.key(0), 1) if keyed else None)
+    result = model.apply(params, x, key=random.split(random.key(0), 1) if keyed else None)
     assert x.tolist() == [[-1, 2]]
     if not isinstance(fn, nn.Dropout):
         assert torch.equal(result, module(x.clone()))
@@ -252,7 +301,7 @@ def test_an_empty_batch_gives_no_outputs():
     params, model = models.from_module(nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5)), example_ndim=1)
     for lead in ((0,), (2, 0)):
         for keys in (None, torch.zeros(*lead, 2, dtype=torch.int32)):
-            assert model.apply(params, torch.zeros(*lead, 4), keys).shape == (*lead, 3)
+            assert model.apply(params, torch.zeros(*lead, 4), key=keys).shape == (*lead, 3)
 
 
 def test_parameters_keys_and_inputs_that_do_not_fit_are_refused():
@@ -262,12 +311,17 @@ def test_parameters_keys_and_inputs_that_do_not_fit_are_refused():
         (({"0.weight": weight}, x), r"apply: .*Missing \['0\.bias'\]"),
         (({**params, "more": bias}, x), r"apply: .*unexpected \['more'\]"),
         (({"0.weight": weight.T, "0.bias": bias}, x), r"0\.weight has shape \(3, 4\).*Found \(4, 3\)"),
-        ((params, x, random.key(0)), r"one key per example, \(5, 2\)\. Found \(2,\)"),
-        ((params, x[0], random.split(random.key(0), 5)), r"one key per example, \(2,\)\. Found \(5, 2\)"),
-        ((params, x[0, 0]), r"has 1 axes\. Found an x of \(\)"),
+        ((params, x[0, 0]), r"one example of input has 1 axes\. Found \(\)"),
+        ((params, x, random.split(random.key(0), 5)), r"takes 1 inputs, \['input'\]\. Found 2\. Pass a key as key="),
     ]:
         with pytest.raises(ValueError, match=fault):
             model.apply(*arguments)
+    for given, key, fault in [
+        (x, random.key(0), r"one key per example, \(5, 2\)\. Found \(2,\)"),
+        (x[0], random.split(random.key(0), 5), r"one key per example, \(2,\)\. Found \(5, 2\)"),
+    ]:
+        with pytest.raises(ValueError, match=fault):
+            model.apply(params, given, key=key)
 
 
 def test_init_draws_new_parameters_from_the_key_alone():
@@ -282,14 +336,10 @@ def test_init_draws_new_parameters_from_the_key_alone():
     assert tree.paths(a) == tree.paths(params)
 
 
-class Pair(nn.Module):
-    def forward(self, x):
-        return x, x
-
-
-def test_a_module_that_returns_more_than_a_tensor_is_refused():
-    params, model = models.from_module(Pair())
-    with pytest.raises(TypeError, match=r"one tensor\. Found tuple"):
+@pytest.mark.parametrize("returned", [3, "word", None, (), {"a": None}])
+def test_a_module_that_returns_no_tensor_is_refused(returned):
+    params, model = models.from_module(Calls(lambda x: returned))
+    with pytest.raises(TypeError, match=f"must return tensors.*Found {type(returned).__name__}"):
         model.apply(params, torch.ones(2))
 
 
@@ -336,9 +386,13 @@ def test_a_model_of_a_module_compiles_inside_grad_and_with_a_key_has_dropout(key
     module = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 1))
     params, model = models.from_module(module)
 
+    def apply(params, x, key):
+        return model.apply(params, x, key=key)
+
     def gradient(params, x, keys):
         def loss(params):
-            return vmap(model.apply, in_dims=(None, 0, 0 if keyed else None))(params, x, keys).square().sum()
+            dims = (None, 0, 0 if keyed else None)
+            return vmap(apply, in_dims=dims)(params, x, keys).square().sum()
 
         return grad(loss)(params)
 

@@ -36,8 +36,12 @@ def difference(found, expected):
 
 
 def dense(loss_fn, params, batch, mask=None):
-    """The leaves (B, *w) of the sample gradients, zero where masked."""
-    rows = vmap(grad(loss_fn), in_dims=(None, *[0] * len(batch)))(params, *batch)
+    """The leaves (B, *w) of the sample gradients, zero where masked: one example after another."""
+    grads = [grad(loss_fn)(params, *example) for example in zip(*batch, strict=True)]
+    if grads:
+        rows = tree.map(lambda *gs: torch.stack(gs), *grads)
+    else:
+        rows = tree.map(lambda w: w.new_zeros((0, *w.shape)), params)
     keep = torch.ones(len(batch[0]), dtype=torch.bool) if mask is None else mask
     return tree.map(lambda g: torch.where(keep.view(-1, *[1] * (g.dim() - 1)), g, torch.zeros_like(g)), rows)
 
@@ -342,13 +346,123 @@ def attention():
     return of_module(Net(), normals(B, 5, 8))
 
 
+def batched_products():
+    params = {
+        "right": normals(2, 3, 4, seed=1), "left": normals(2, 3, 3, seed=2), "b": normals(4, seed=3),
+        "c": normals(2, 3, 1, seed=4), "both": normals(3, 4, 2, seed=5), "whole": normals(4, 3, seed=6),
+        "one": normals(1, 3, 3, seed=7),
+    }  # fmt: skip
+
+    def apply(p, x):  # (2, 3, 3)
+        h = torch.baddbmm(p["c"], p["left"], torch.tanh(x))
+        h = torch.tanh(torch.bmm(h, p["right"]))  # (2, 3, 4)
+        h = torch.addmm(p["b"], h[0], h[1].t() @ h[1], alpha=0.5, beta=2.0)
+        h = F.bilinear(h, h.sin(), p["both"].transpose(1, 2).repeat(1, 2, 1)[:, :, :4].flip(0), None)
+        h = torch.matmul(p["one"], torch.tanh(h) + x) + torch.matmul(p["left"], x @ x)
+        return h.mean((0, 1)) @ p["whole"].t()[:, :3]
+
+    return of_model(apply, params, normals(B, 2, 3, 3))
+
+
+def elementwise_products():
+    params = {
+        "scale": normals(5, seed=1), "gate": normals(3, 1, seed=2), "under": normals(5, seed=3).abs() + 1,
+        "over": normals(3, 5, seed=4), "log": normals(5, seed=5), "one": normals(1, seed=6)[0],
+    }  # fmt: skip
+
+    def loss_fn(p, x):  # (3, 5)
+        y = p["gate"] * (x * p["scale"]).tanh() / p["under"] + p["over"] / (1 + x.square())
+        y = torch.exp(p["log"]) * y + torch.where(x > 0, p["over"], y) + p["one"] * x
+        return (torch.sigmoid(p["gate"]) * y - p["under"]).sin().sum()
+
+    return Case(loss_fn, params, (normals(B, 3, 5),))
+
+
+def tokens_and_positions():
+    params = {
+        "token": normals(1, 1, 4, seed=1), "positions": normals(1, 9, 4, seed=2), "first": normals(2, 4, seed=3),
+        "parts": normals(2, 4, seed=4), "more": normals(4, seed=5), "a": normals(2, 4, seed=6),
+        "b": normals(1, 4, seed=7),
+    }  # fmt: skip
+
+    def apply(p, x):  # (5, 4)
+        h = torch.cat([p["token"].expand(1, -1, -1)[0], x, p["first"]])  # (8, 4)
+        h = torch.tanh(h + p["positions"][0, : len(h)])
+        h = h * torch.stack([p["more"], *p["parts"].unbind(0)]).sum(0)
+        return (h @ torch.cat([p["a"], p["b"]]).t()).mean(0)
+
+    return of_model(apply, params, normals(B, 5, 4))
+
+
+def scales_and_shifts_of_norms():
+    params = {name: normals(4, seed=i) for i, name in enumerate(("lw", "lb", "rw", "gw", "gb", "iw", "ib", "bw", "bb"))}
+    mean, var = normals(4, seed=20), normals(4, seed=21).square() + 0.5
+
+    def loss_fn(p, x):  # (4, 3, 4)
+        y = F.layer_norm(x, (4,), p["lw"], p["lb"]) + F.rms_norm(x, (4,), p["rw"])
+        y = F.group_norm(y[None], 2, p["gw"], p["gb"]).sin()
+        y = F.instance_norm(y, weight=p["iw"], bias=p["ib"]).sin() + y
+        return F.batch_norm(y, mean, var, p["bw"], p["bb"]).sin().sum()
+
+    return Case(loss_fn, params, (normals(B, 4, 3, 4),))
+
+
+def computed_weights():
+    params = {
+        "v": normals(4, 5, seed=1), "g": normals(4, 1, seed=2), "kernel": normals(4, 2, 3, seed=3),
+        "gain": normals(4, seed=4), "up": normals(4, 2, seed=5), "down": normals(2, 4, seed=6),
+        "cast": normals(3, 4, seed=7),
+    }  # fmt: skip
+
+    def apply(p, x):  # (2, 5)
+        flat = p["kernel"].reshape(1, 4, -1)
+        kernel = F.batch_norm(flat, None, None, p["gain"], training=True, momentum=0.0).reshape_as(p["kernel"])
+        h = torch.tanh(F.conv1d(x[None], kernel, padding=1))[0]  # (4, 5)
+        h = torch.tanh(F.linear(h, torch._weight_norm(p["v"], p["g"], 0)))  # (4, 4)
+        h = h + F.linear(h, p["up"] @ p["down"]) + F.linear(F.linear(h, p["v"][:, :4]), p["v"][:, :4].t())
+        return F.linear(h.mean(0), p["cast"].to(D).clone())
+
+    return of_model(apply, params, normals(B, 2, 5))
+
+
+def weights_changed_in_place():
+    params = {"w": normals(4, 5, seed=1), "u": normals(4, 5, seed=2), "s": normals(5, seed=3), "b": normals(4, seed=4)}
+
+    def apply(p, x):  # (3, 5)
+        w = p["w"] * 2
+        w += p["u"]
+        w.mul_(p["s"])
+        h = F.linear(x, w)
+        h.add_(p["b"])
+        h *= p["b"].exp()
+        y = torch.zeros_like(h)
+        y[:, 1:] = h[:, 1:]
+        return y.mean(0)
+
+    return of_model(apply, params, normals(B, 3, 5))
+
+
+def bags_of_embeddings():
+    params = {name: normals(6, 3, seed=i) for i, name in enumerate(("sum", "mean", "max"))}
+
+    def loss_fn(p, tokens, weights):
+        bags = [F.embedding_bag(tokens, p[mode], mode=mode, padding_idx=1) for mode in ("mean", "max")]
+        bags.append(F.embedding_bag(tokens, p["sum"], mode="sum", per_sample_weights=weights))
+        flat = F.embedding_bag(tokens.flatten(), p["mean"], torch.tensor([0, 2, 2]), mode="sum")
+        return torch.stack(bags).sin().sum() + flat.square().sum()
+
+    return Case(loss_fn, params, ((torch.arange(4 * B).view(B, 2, 2) * 5) % 6, normals(B, 2, 2, seed=9)))
+
+
 CASES = {
     fn.__name__: fn
     for fn in (
         tutorial_cnn, linear, mlp, sequence_linear, tied_linear_and_embedding, one_linear_used_twice,
         one_convolution_on_two_inputs, one_leaf_at_two_places, views_of_parameters, products, shifts_outside_ops,
         regularised, transformed_first, slices, unused, nested, inner_transform, custom_function,
-        norms_net, frozen_batch_norm, attention, keywords, degenerate_shapes,
+        norms_net, frozen_batch_norm, attention, keywords, degenerate_shapes, batched_products, elementwise_products,
+        tokens_and_positions, scales_and_shifts_of_norms, computed_weights, weights_changed_in_place,
+        bags_of_embeddings,
     )
 }  # fmt: skip
 CASES |= {name: stop_gradient(change) for name, change in STOPPED.items()}

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.weight_norm import WeightNorm
 
 from .model import Params
@@ -26,7 +27,11 @@ class Copies:
     """As many copies of one module as are in use at the same time."""
 
     def __init__(self, module: nn.Module, *, training: bool) -> None:
-        self.first = _Copy(_without_numbers(module).train().train(training))  # train() has caches emptied
+        first = _without_numbers(module).train().train(training)  # train() has caches emptied
+        for layer in first.modules():
+            if isinstance(layer, _NormBase):  # its statistics are constants
+                layer.eval()
+        self.first = _Copy(first)
         self.traced = _Copy(copy.deepcopy(self.first.module))
         self.free: list[_Copy] = []
 
@@ -168,12 +173,48 @@ def _without_numbers(module: nn.Module) -> nn.Module:
                     f"from_module: a module may not keep tensors that are computed from its parameters. Found that "
                     f"{what} {kind}. {remedy}"
                 )
-            if isinstance(value, dict):
-                memo.update({id(t): _STALE for t in value.values() if isinstance(t, Tensor) and t.grad_fn is not None})
+            if _keeps_computed(value, memo):
+                raise ValueError(
+                    "from_module: a module may not keep tensors that are computed from its parameters. Found some in "
+                    f"attribute {attribute!r} of layer {name!r} ({type(layer).__name__}). Delete them; a forward makes "
+                    "them anew."
+                )
+        for attribute, buffer in layer.named_buffers(recurse=False):
+            if buffer.grad_fn is not None:
+                raise ValueError(
+                    "from_module: a module may not keep tensors that are computed from its parameters. Found buffer "
+                    f"{attribute!r} of layer {name!r} ({type(layer).__name__}). Compute it in the forward."
+                )
     made = copy.deepcopy(module, memo)
     for layer in made.modules():
         for value in layer.__dict__.values():
-            if isinstance(value, dict):
-                for name in [name for name, part in value.items() if part is _STALE]:
-                    del value[name]
+            _leave_out_stale(value)
     return made
+
+
+def _keeps_computed(value: Any, memo: dict[int, Any]) -> bool:
+    """Whether nested containers keep tensors that are computed from parameters; those in dicts are marked stale."""
+    if isinstance(value, dict):
+        parts = []
+        for part in value.values():
+            if isinstance(part, Tensor) and part.grad_fn is not None and id(part) not in memo:
+                memo[id(part)] = _STALE
+            elif not isinstance(part, Tensor):
+                parts.append(part)
+        return any([_keeps_computed(part, memo) for part in parts])
+    if isinstance(value, (list, tuple, set)):
+        tensors = [part for part in value if isinstance(part, Tensor)]
+        computed = any([part.grad_fn is not None and memo.get(id(part), _STALE) is _STALE for part in tensors])
+        return computed or any([_keeps_computed(part, memo) for part in value if not isinstance(part, Tensor)])
+    return False
+
+
+def _leave_out_stale(value: Any) -> None:
+    if isinstance(value, dict):
+        for name in [name for name, part in value.items() if part is _STALE]:
+            del value[name]
+        for part in value.values():
+            _leave_out_stale(part)
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            _leave_out_stale(part)

@@ -110,9 +110,11 @@ class Inputs:
             return first, second, changed(second)
         if self.varies and is_constant(x):  # a mask without padding, say: what branches on it shall do as it will
             return x[0], x[0], x[0]
-        others = [row for row in x[1:] if not torch.equal(row, x[0]) and not is_constant(row)]
-        second = others[0] if others else changed(x[0])
-        return x[0], second, changed(second)
+        varied = [row for row in x if not is_constant(row)]  # each of these decides as a batch that holds it
+        first = varied[0] if varied else x[0]
+        others = [row for row in varied if not torch.equal(row, first)]
+        second = others[0] if others else changed(first)
+        return first, second, changed(second)
 
 
 def is_constant(x: Tensor | None) -> bool:

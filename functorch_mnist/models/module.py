@@ -134,8 +134,7 @@ class _Pure:
         keys = None if key is None else (native.taken_out(key, at) if at[0] else key).reshape(count, 2)
         kinds = tuple([(p.dtype, str(p.device)) for p in params.values()])
         trial = self.trial(spec, kinds, key is not None, whole)
-        call = _Call(self, params, spec, whole, trial, at, per_lane, keys)
-        return call.handed_back(call.made(), lead)
+        return _Call(self, params, spec, whole, trial, at, per_lane, keys).made(lead)
 
     def whole(self, x: Tensor, at: tuple[int, int], count: int, shape: tuple[int, ...]) -> Tensor:
         """All examples of an input, as the forward takes a batch."""
@@ -187,6 +186,7 @@ class _Pure:
     def trial(self, spec: Spec, kinds: Any, keyed: bool, whole: list[Tensor]) -> Trial:
         """What the module does with such inputs; found once."""
         if torch.compiler.is_compiling():
+            native.show_all_ops()
             found: Trial = self.tried(spec, kinds, keyed)
             return found
         numbers = [native.numbers(x) for x in whole]
@@ -238,8 +238,8 @@ class _Call:
         self.at, self.per_lane, self.keys = at, per_lane, keys
         self.count = max(at[1], 1) * per_lane
 
-    def made(self) -> Any:
-        """What the forward returns."""
+    def made(self, lead: tuple[int, ...]) -> Any:
+        """What the forward returns: of one example, or of all in their leading axes."""
         lifts = self.at[0] > 0 and (
             native.inside(native.PerExample) or any([native.is_of_an_example(p) for p in self.params.values()])
         )
@@ -257,7 +257,7 @@ class _Call:
         out = self.forward(self.params, self.whole, region)
         if decisions:
             self.check(decisions, out)
-        return out
+        return self.handed_back(out, lead, region)
 
     def forward(self, params: Mapping[str, Tensor], whole: list[Tensor], region: Region) -> Any:
         written = self.trial.written
@@ -309,7 +309,7 @@ class _Call:
         except _Enough:
             return made, None
 
-    def handed_back(self, out: Any, lead: tuple[int, ...]) -> Any:
+    def handed_back(self, out: Any, lead: tuple[int, ...], region: Region) -> Any:
         """The outputs of one example, or of all in their leading axes."""
         leaves, structure = pytree.tree_flatten(out)
         axes = iter(self.trial.outputs)
@@ -319,7 +319,8 @@ class _Call:
                 back.append(leaf if isinstance(leaf, (bool, int, float, str)) else None)
                 continue
             axis = next(axes)
-            back.append(leaf if axis is None else self.of_examples(leaf, axis, lead))
+            one_lane = region.lifts and region.is_mine(leaf)  # it is made of parameters, and for one lane
+            back.append(leaf if axis is None else self.of_examples(leaf, axis, lead, one_lane))
         if not any([isinstance(x, Tensor) for x in back]):
             raise TypeError(
                 "from_module: the forward must return tensors, or nested dicts, lists and tuples of them. Found "
@@ -327,13 +328,13 @@ class _Call:
             )
         return pytree.tree_unflatten(back, structure)
 
-    def of_examples(self, x: Tensor, axis: Axis, lead: tuple[int, ...]) -> Tensor:
-        parts = split(x, axis, self.count)
+    def of_examples(self, x: Tensor, axis: Axis, lead: tuple[int, ...], one_lane: bool) -> Tensor:
+        parts = split(x, axis, self.per_lane if one_lane else self.count)
         if axis.before * axis.after == 1:
             parts = parts.squeeze(axis.axis + 1)
-        lanes = (self.at[1],) if self.at[0] else ()
-        parts = parts.reshape(*lanes, *lead, *parts.shape[1:])
-        return native.handed_back(parts, self.at) if self.at[0] else parts
+        lanes = (self.at[1],) if self.at[0] and not one_lane else ()
+        parts = parts.reshape((*lanes, *lead, *parts.shape[1:]))
+        return native.handed_back(parts, self.at) if lanes else parts
 
 
 class _Enough(Exception):

@@ -51,12 +51,15 @@ class Region(Drawing):
             decided: is told the value of each branch on data.
         """
         super().__init__()
+        if trial.fault and (lifts or keys is not None):
+            raise ValueError(trial.fault)
         self.params = tuple(params)
         self.mine = dict.fromkeys(self.params)  # a tensor's hash is its identity
         self.steps = trial.steps if lifts else tuple([step for step in trial.steps if step.kind == "drawn"])
         self.next = 0
         self.at, self.lanes, self.per_lane = at, max(at[1], 1), per_lane
         self.keys, self.draws, self.lifts, self.decided = keys, 0, lifts, decided
+        self.level = native.level()
 
     # Parameters
 
@@ -78,7 +81,13 @@ class Region(Drawing):
             )
         if not self.lifts:
             return func(*args, **kwargs)
+        if native.level() != self.level:
+            raise ValueError(
+                "apply: a module must use its parameters outside of transforms of torch.func. Found "
+                f"{getattr(func, '__name__', func)} within one. Write it for a batch instead."
+            )
         step = self.step(func)
+        self.check(step, func, values)
         if step.kind == "made":
             args, kwargs = _replaced(
                 (args, kwargs), dict([(i, a + b * self.per_lane) for i, a, b in step.integers]), {}
@@ -99,11 +108,33 @@ class Region(Drawing):
         step = self.steps[self.next] if self.next < len(self.steps) else None
         self.next += 1
         if step is None or not (torch.compiler.is_compiling() or step.op == func):
-            raise ValueError(
-                "apply: a forward must run the same ops for all inputs of one shape. Found another op than when it was "
-                f"tried: {getattr(func, '__name__', func)}. Does a branch hang on numbers?"
-            )
+            raise self.strayed(func)
         return step
+
+    def strayed(self, func: Any) -> ValueError:
+        return ValueError(
+            "apply: a forward must run the same ops for all inputs of one shape. Found another op than when it was "
+            f"tried: {'' if torch.compiler.is_compiling() else getattr(func, '__name__', func)}. Does a branch hang on "
+            "numbers?"
+        )
+
+    def check(self, step: Step, func: Any, values: list[Any]) -> None:
+        """Refuses inputs of other shapes than when it was tried: those that hang on the numbers of a batch."""
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        count = self.lanes * self.per_lane
+        if len(tensors) != len(step.inputs):
+            raise self.strayed(func)
+        for x, axis, shape in zip(tensors, step.inputs, step.shapes, strict=True):
+            if axis is None:
+                fits = shape is None or tuple(x.shape) == shape
+            else:
+                fits = x.shape[axis.axis] == axis.before * count * axis.after
+            if not fits:
+                raise ValueError(
+                    "apply: a forward must run ops of the same shapes for all inputs of one shape. Found that "
+                    f"{getattr(func, '__name__', func)} gets {tuple(x.shape)}. Does a selection hang on numbers? "
+                    "Compute for all, and select by torch.where."
+                )
 
     def lifted(self, step: Step, func: Any, args: Any, kwargs: Any, values: list[Any]) -> Any:
         """Runs an op for one lane: its inputs are handed back, its results taken out."""
@@ -152,6 +183,8 @@ class Region(Drawing):
                 "apply: without a key nothing may be random. The module calls a dropout function in evaluation mode. "
                 "Pass it training=self.training?"
             )
+        if native.level() != self.level:
+            raise ValueError("apply: a module must draw outside of transforms of torch.func. Found dropout within one.")
         self.draws += 1
         return random.fold_in(self.keys, self.draws - 1)
 

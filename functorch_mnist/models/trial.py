@@ -39,7 +39,9 @@ class Step(NamedTuple):
     kind: str
     """"made" of parameters and constants, "used" with an example, or "drawn"."""
     inputs: tuple[Axis | None, ...]
-    """Of each tensor among the arguments."""
+    """Of each tensor among the arguments; none where it is the same for all batches."""
+    shapes: tuple[tuple[int, ...] | None, ...]
+    """Of each that is: none where it is made of parameters."""
     integers: tuple[tuple[int, int, int], ...]
     """Integers among the arguments that depend on the batch size B: which, and a and b of a + b B."""
     outputs: tuple[Axis | None, ...]
@@ -56,6 +58,8 @@ class Trial(NamedTuple):
     """Buffers that the forward writes to."""
     overwritten: tuple[int, ...]
     """Input tensors that it writes to."""
+    fault: str
+    """Why its steps cannot be told, so that only outputs can be had; else empty."""
 
 
 class _Event(NamedTuple):
@@ -89,6 +93,8 @@ class _Watcher(Drawing):
         return out
 
     def note(self, func: Any, arguments: Any, out: Any, *, drawn: bool = False) -> None:
+        if native.level():  # within a transform: what parameters do there cannot be followed, see region.py
+            return
         self.events.append(_Event(func, flat(arguments), flat(out), drawn))
 
     def dropped(self, input: Tensor, rate: float, batched_ndim: int | None) -> Tensor:  # noqa: ARG002
@@ -147,12 +153,19 @@ def hold_trial(copies: Copies, like: Mapping[str, Tensor], constants: Mapping[st
     first, second, changed = examples
     two, events = run((first, second))
     _refuse_functions(two)
-    one, _ = run((first,))
     other, events_changed = run((first, changed))
+    behind, _ = run((changed, second))
     three, events_three = run((first, second, second))
-    outputs = _outputs(one, two, other, three)
-    steps = _steps(params, events, events_changed, events_three)
-    return Trial(tuple(steps), outputs, tuple(written), tuple(overwritten))
+    outputs = _outputs(two, other, behind, three)
+    one, _ = run((second,))
+    _check_alone(outputs, one, two)
+    steps: list[Step] = []
+    fault = ""
+    try:
+        steps = _steps(params, events, events_changed, events_three)
+    except _Untold as error:
+        fault = str(error)
+    return Trial(tuple(steps), outputs, tuple(written), tuple(overwritten), fault)
 
 
 def _parameter(p: Tensor, generator: torch.Generator) -> Tensor:
@@ -163,24 +176,46 @@ def _parameter(p: Tensor, generator: torch.Generator) -> Tensor:
     return numbers.to(device, p.dtype).requires_grad_()
 
 
-def _outputs(one: Any, two: Any, other: Any, three: Any) -> tuple[Axis | None, ...]:
-    """The batch axis of each output; refuses what mixes examples."""
+def _outputs(two: Any, other: Any, behind: Any, three: Any) -> tuple[Axis | None, ...]:
+    """The batch axis of each output; refuses what mixes examples.
+
+    Args:
+        two: for two examples.
+        other: with another second one.
+        behind: with another first one.
+        three: for three examples.
+    """
     names, _ = named(two)
     axes: list[Axis | None] = []
-    for name, a, b, c, d in zip(names, *[named(x)[1] for x in (one, two, other, three)], strict=True):
-        axis = batch_axis(b, d, c)
+    for name, a, b, c, d in zip(names, *[named(x)[1] for x in (two, other, behind, three)], strict=True):
+        axis = batch_axis(a, d, b)
         if isinstance(axis, str):
             raise _mixes(name, axis)
         if axis is None:
-            if not (a.shape == b.shape and same(a, b, LOOSE) and same(b, c, TIGHT)):
-                raise _mixes(name, f"its shape {tuple(b.shape)} does not grow with the batch, but its numbers change")
-            axes.append(None)
-            continue
-        mine, its, alone = split(b, axis, 2)[0], split(c, axis, 2)[0], split(a, axis, 1)[0]
-        if mine.shape != alone.shape or not same(mine, its, TIGHT) or not same(mine, alone, LOOSE):
-            raise _mixes(name, "what it holds for one example changes with the others")
+            if not (same(a, b, TIGHT) and same(a, c, TIGHT)):
+                raise _mixes(name, f"its shape {tuple(a.shape)} does not grow with the batch, but its numbers change")
+        else:
+            mine, its, behind_its = (split(x, axis, 2) for x in (a, b, c))
+            if not (same(mine[0], its[0], TIGHT) and same(mine[1], behind_its[1], TIGHT)):
+                raise _mixes(name, _CHANGES)
         axes.append(axis)
     return tuple(axes)
+
+
+def _check_alone(axes: Sequence[Axis | None], one: Any, two: Any) -> None:
+    """Refuses outputs that hold something else for the second of two examples than for it alone."""
+    names, _ = named(two)
+    for name, axis, a, b in zip(names, axes, named(one)[1], named(two)[1], strict=True):
+        if axis is None:
+            if not same(a, b, LOOSE):
+                raise _mixes(name, f"its shape {tuple(b.shape)} does not grow with the batch, but its numbers change")
+        elif a.shape[axis.axis] != axis.before * axis.after or not same(
+            split(a, axis, 1)[0], split(b, axis, 2)[1], LOOSE
+        ):
+            raise _mixes(name, _CHANGES)
+
+
+_CHANGES = "what it holds for one example changes with the others"
 
 
 def _steps(
@@ -192,7 +227,7 @@ def _steps(
     for a, b, c in itertools.zip_longest(*runs):
         if a is None or b is None or c is None or not a.op == b.op == c.op:
             name = next(getattr(e.op, "__name__", e.op) for e in (a, b, c) if e is not None)
-            raise ValueError(
+            raise _Untold(
                 f"apply: a forward must run the same ops for all inputs of one shape. Found {name} for one batch, and "
                 "another op for another. Does a branch hang on numbers?"
             )
@@ -206,11 +241,17 @@ def _steps(
                 if isinstance(x, int) and isinstance(z, int) and not isinstance(x, bool) and x != z
             ]
         )
+        shapes = tuple(
+            [
+                None if axis is not None or runs[0].is_mine(x) else tuple(x.shape)
+                for axis, x in zip(inputs, tensors[0], strict=True)
+            ]
+        )
         if a.drawn or any(inputs):
             outputs = tuple([_told(a.op, x, z, y) for x, y, z in zip(*results, strict=True)])
-            steps.append(Step(a.op, "drawn" if a.drawn else "used", inputs, integers, outputs))
+            steps.append(Step(a.op, "drawn" if a.drawn else "used", inputs, shapes, integers, outputs))
         else:
-            steps.append(Step(a.op, "made", inputs, integers, ()))
+            steps.append(Step(a.op, "made", inputs, shapes, integers, ()))
             for run, made in zip(runs, results, strict=True):
                 run.add(made)
     return steps
@@ -221,8 +262,12 @@ def _told(op: Any, two: Tensor, three: Tensor, changed: Tensor) -> Axis | None:
     axis = batch_axis(two, three, changed)
     if isinstance(axis, str):
         name = getattr(op, "__name__", op)
-        raise ValueError(f"apply: examples must not mix. Found that an input or output of {name} {axis}.")
+        raise _Untold(f"apply: examples must not mix. Found that an input or output of {name} {axis}.")
     return axis
+
+
+class _Untold(Exception):
+    """What a step does with the batch cannot be told."""
 
 
 class _Relevant:
@@ -256,20 +301,22 @@ def batch_axis(two: Tensor, three: Tensor, changed: Tensor) -> Axis | str | None
         return "has another number of axes for another batch size"
     grown = [i for i, (x, y) in enumerate(zip(two.shape, three.shape, strict=True)) if x != y]
     if not grown:
-        return None
+        return None if same(two, changed, TIGHT) else "does not grow with the batch, but changes with an example"
     if len(grown) > 1 or two.shape[grown[0]] % 2 or three.shape[grown[0]] * 2 != two.shape[grown[0]] * 3:
         return f"has the shapes {tuple(two.shape)} and {tuple(three.shape)} for two and three examples"
     at = grown[0]
     places = two.shape[at] // 2
-    if places <= 1 or two.numel() == 0 or two.device.type == "meta":
+    if two.numel() == 0 or two.device.type == "meta":
         return Axis(at, 1, places)
     rows, others = (x.detach().movedim(at, 0).reshape(2 * places, -1) for x in (two, changed))
-    moved = ~((rows == others) | ((rows != rows) & (others != others))).all(1)
+    moved = _differ(rows, others, TIGHT).any(1)
     for after in [n for n in range(places, 0, -1) if places % n == 0]:
         before = places // after
         owners = torch.arange(2).repeat_interleave(after).repeat(before).to(moved.device)
         if bool(moved.any()):
             fits = not bool(moved[owners == 0].any())
+        elif places == 1:
+            fits = True
         else:
             fits = torch.equal(rows[owners == 0], rows[owners == 1])
         if fits:
@@ -297,15 +344,22 @@ def same(a: Tensor, b: Tensor, ulps: int) -> bool:
     """Whether two results are equal but for rounding."""
     if a.shape != b.shape or a.device.type == "meta":
         return a.shape == b.shape
-    a, b = a.detach(), b.detach()
-    if not a.is_floating_point() and not a.is_complex():
-        return torch.equal(a, b)
-    if not torch.equal(a.isnan(), b.isnan()):
-        return False
-    a, b = a.nan_to_num(), b.nan_to_num()
-    scale = float(b.abs().max()) if b.numel() else 0.0
-    tolerance = min(ulps * torch.finfo(a.dtype).eps, 0.02) * scale
-    return not a.numel() or float((a - b).abs().max()) <= tolerance
+    return not bool(_differ(a.detach(), b.detach(), ulps).any())
+
+
+def _differ(a: Tensor, b: Tensor, ulps: int) -> Tensor:
+    """Where two tensors hold something else, but for rounding.
+
+    What is called rounding goes by the largest of the numbers that differ, or their usual size: a mask's -1e9 or -inf
+    in the same places would hide the others.
+    """
+    unequal = ~((a == b) | ((a != a) & (b != b)))
+    if not (a.is_floating_point() or a.is_complex()) or not bool(unequal.any()):
+        return unequal
+    size, finite = b.abs(), a.isfinite() & b.isfinite()
+    usual, unsure = size[finite & (size > 0)], size[finite & unequal]
+    scale = max(float(usual.median()) if usual.numel() else 0.0, float(unsure.max()) if unsure.numel() else 0.0)
+    return unequal & ~(finite & ((a - b).abs() <= min(ulps * torch.finfo(a.dtype).eps, 0.02) * scale))
 
 
 def flat(value: Any) -> list[Any]:
@@ -325,17 +379,9 @@ def named(out: Any) -> tuple[list[str], list[Tensor]]:
 
 def _refuse_functions(out: Any) -> None:
     """Refuses old-style autograd functions, which torch.func cannot differentiate, by their names."""
-    seen: set[Any] = set()
-    ahead = [x.grad_fn for x in named(out)[1] if x.grad_fn is not None]
-    while ahead:
-        node = ahead.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        function = getattr(node, "_forward_cls", None)
-        if function is not None and native.is_old(function):
-            raise ValueError(f"apply: {native.refusal(function)}")
-        ahead += [parent for parent, _ in node.next_functions if parent is not None]
+    function = native.old_function_behind(named(out)[1])
+    if function is not None:
+        raise ValueError(f"apply: {native.refusal(function)}")
 
 
 def _mixes(name: str, why: str) -> ValueError:

@@ -16,6 +16,7 @@ followed are called with the numbers in their place: a use that nobody saw makes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -203,22 +204,36 @@ def survey(loss_fn: LossFn, params: Tree, batch: Sequence[Tensor], *, has_aux: b
 
     def run(*example: Tensor) -> Tensor:
         known = [Known(leaf, Weight((i,)), leaf) for i, leaf in enumerate(leaves)]
-        with torch.enable_grad(), _Surveyor(known, native.level(), found):
+        surveyor = _Surveyor(known, native.level(), found)
+        with torch.enable_grad(), surveyor:
             loss, _ = _with_aux(loss_fn(tree.unflatten(params, leaves), *example), has_aux)
+            if torch.compiler.is_compiling() or surveyor.find(loss) is not None:
+                loss = _of_an_example(loss, example)
         return loss
 
     examples = [x[:rows] if len(x) else x.new_zeros((1, *x.shape[1:])) for x in batch]
     if torch.compiler.is_compiling():
+        native.show_all_ops()
         vmap(run)(*examples)
         return found
     try:
         vmap(run)(*examples)
     except RuntimeError as error:
-        function = native.old_function_in(error)
+        function = _old_function(loss_fn, params, examples, has_aux)
         if function is None:
             raise
         raise ValueError(f"per_sample: {native.refusal(function)}") from error
     return found
+
+
+def _old_function(loss_fn: LossFn, params: Tree, examples: Sequence[Tensor], has_aux: bool) -> Any:
+    """An old-style autograd function in the loss of the first example, if there is one."""
+    with suppress(Exception), native.outside():  # whoever calls raises the error that this is to explain
+        leaves = [leaf.detach().requires_grad_() for leaf in tree.leaves(params)]
+        example = [x[0].detach().requires_grad_(x.is_floating_point()) for x in examples]
+        loss, _ = _with_aux(loss_fn(tree.unflatten(params, leaves), *example), has_aux)
+        return native.old_function_behind([loss])
+    return None
 
 
 def factor(
@@ -243,7 +258,9 @@ def factor(
     """
     leaves, rows = tree.leaves(params), len(batch[0])
     factored = {i: strategy for i, strategy in enumerate(strategies) if strategy is not None}
-    dense = [i for i in range(len(leaves)) if i not in factored and found.uses[i]]
+    # The compiler does not show every use of a tensor, such as a loop over its rows: what looks unused may not be.
+    unseen = torch.compiler.is_compiling()
+    dense = [i for i in range(len(leaves)) if i not in factored and (unseen or found.uses[i])]
     real = {i: _alias(leaf) for i, leaf in enumerate(leaves)}
     stand_ins = {i: torch.full_like(leaf, torch.nan) for i, leaf in enumerate(leaves) if i not in dense}
     calls = [call._replace(found=[use for use in call.found if use[0].leaves[0] in factored]) for call in found.calls]
@@ -255,10 +272,13 @@ def factor(
     def run(differentiated: Differentiated, *example: Tensor) -> tuple[Tensor, Beside]:
         taps, copies = differentiated
         given = {**stand_ins, **dict(zip(dense, copies, strict=True))}
-        known = [Known(stand_ins[i], Weight((i,)), real[i]) for i in factored]
-        with _Tapper(known, native.level(), calls, taps, clone, saved):
+        known = [Known(stand_in, Weight((i,)), real[i]) for i, stand_in in stand_ins.items()]
+        tapper = _Tapper(known, native.level(), calls, taps, clone, saved)
+        with tapper:
             out = loss_fn(tree.unflatten(params, [given[i] for i in range(len(leaves))]), *example)
-        loss, aux = _with_aux(out, has_aux)
+            loss, aux = _with_aux(out, has_aux)
+            if torch.compiler.is_compiling() or tapper.find(loss) is not None:
+                loss = _of_an_example(loss, example)
         return loss, (loss, aux, saved)
 
     def total(differentiated: Differentiated) -> tuple[Tensor, Beside]:
@@ -299,6 +319,11 @@ def dense_grads(loss_fn: LossFn, params: Tree, batch: Sequence[Tensor]) -> list[
 
     copies = [leaf.expand(rows, *leaf.shape) for leaf in leaves]
     return list(grad(lambda copies: vmap(run)(copies, *batch).sum())(copies))
+
+
+def _of_an_example(loss: Tensor, example: Sequence[Tensor]) -> Tensor:
+    """The loss plus nothing of the example: one that is made of parameters alone has no other use of them."""
+    return loss + example[0].reshape(-1)[:0].sum().to(loss.device, loss.dtype)
 
 
 def _zeros(rows: int, output: Output) -> Tensor:

@@ -105,14 +105,20 @@ def _embedding(
     input: Tensor,
     weight: Tensor,
     padding_idx: int | None = None,
+    max_norm: float | None = None,
     *rest: Any,
     **named: Any,
 ) -> Tensor:
     """A lookup: with a table for each example torch would forget that the padding's row gets no gradient."""
+    if max_norm is not None:
+        raise ValueError(
+            f"embedding: parameters must not be written to. Found max_norm = {max_norm}, which scales rows of the "
+            "table where they lie. Leave it out and clip the rows between steps."
+        )
     if padding_idx is None or not native.is_of_an_example(weight):
-        found: Tensor = func(input, weight, padding_idx, *rest, **named)
+        found: Tensor = func(input, weight, padding_idx, None, *rest, **named)
         return found
-    rows: Tensor = func(input, weight, None, *rest, **named)
+    rows: Tensor = func(input, weight, None, None, *rest, **named)
     return torch.where((input == padding_idx % weight.shape[0])[..., None], rows.detach(), rows)
 
 
