@@ -12,7 +12,7 @@ pytestmark = [
     pytest.mark.usefixtures("fallback"),
 ]
 
-REFUSED: dict[str, str] = {}
+REFUSED = {"transformers/bloom": "GeLUFunction"}
 """Architectures that are refused, and what the message says."""
 
 NEEDS = {"transformers": ["transformers"], "timm": ["timm"], "peft": ["peft", "transformers"]}

@@ -83,7 +83,7 @@ class Term:
         """Exactly zero where `keep` (B,) is False, whatever the factors hold there."""
         raise NotImplementedError
 
-    def built(self, *, summed: bool = False) -> Term:
+    def built(self, *, summed: bool = False) -> Term:  # noqa: ARG002 (for those that can be built)
         """Itself, or the sample gradients where it saves work to have them, and they are not much larger than factors.
 
         Args:
