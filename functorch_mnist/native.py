@@ -100,7 +100,7 @@ def beneath(x: Tensor) -> Tensor:
 
 def numbers(x: Tensor) -> Tensor | None:
     """The tensor beneath all transforms; none where it has no numbers: on the meta device, or while compiling."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return None
     x = beneath(x)
     return x.detach() if type(x) in (Tensor, torch.nn.Parameter) and x.device.type != "meta" else None
@@ -132,7 +132,7 @@ def outside() -> Iterator[None]:
 
 def saves_by_hooks() -> bool:
     """Whether tensors are saved for the backward pass by hooks, as activation checkpoints do; torch.func refuses it."""
-    compiling = torch.compiler.is_compiling()
+    compiling = torch.compiler.is_dynamo_compiling()
     return not compiling and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 

@@ -52,7 +52,7 @@ _WITH_INPLACE = {
 
 def writes(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether an op writes to a tensor in place."""
-    if not torch.compiler.is_compiling() and _NAMED.fullmatch(str(getattr(func, "__name__", "")).split(".")[0]):
+    if not torch.compiler.is_dynamo_compiling() and _NAMED.fullmatch(str(getattr(func, "__name__", "")).split(".")[0]):
         return True  # the compiler knows no names, and has no use for most of them
     if func in _INPLACE or kwargs.get("out") is not None or kwargs.get("inplace") is True:
         return True

@@ -874,3 +874,37 @@ def test_a_constant_fill_hides_no_mixing(fill):
     params, model = models.from_module(drawn(Calls(fn, a=nn.Linear(3, 3))), example_ndim=1)
     with pytest.raises(ValueError, match="examples must not mix"):
         model.apply(params, normals(B, 3))
+
+
+class Keeps(nn.Module):
+    """Keeps what it makes of its parameter in an attribute, in a new one, and in a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.kept, self.kept_too = nn.Parameter(torch.ones(3, dtype=D)), None, {}
+
+    def forward(self, x):
+        if self.kept is None:
+            self.kept = self.w * 2
+        self.new = self.w
+        return x * self.kept + self.kept_too.setdefault("w", self.w * 3)
+
+
+def test_what_a_forward_keeps_is_kept_for_that_call_alone_when_it_is_compiled():
+    params, model = models.from_module(Keeps(), example_ndim=1)
+    x = normals(B, 3)
+    apply = torch.compile(model.apply, fullgraph=True, backend="aot_eager")
+    norms = torch.compile(
+        lambda params, x: per_sample.norms(loss_of(model), params, x), fullgraph=True, backend="aot_eager"
+    )
+    for factor in (1, 5, 2):
+        other = {"w": factor * params["w"]}
+        torch.testing.assert_close(apply(other, x), (2 * x + 3) * other["w"], rtol=1e-12, atol=1e-12)
+        expected = (((2 * x + 3) * other["w"]).cos() * (2 * x + 3)).norm(dim=1)
+        torch.testing.assert_close(norms(other, x), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_shared_input_with_one_for_each_example_is_refused():
+    params, model = models.from_module(nn.Bilinear(3, 3, 2).to(D), shared=("input2",))
+    with pytest.raises(ValueError, match="input2 is shared"):
+        vmap(lambda x, y: model.apply(params, x, y))(normals(B, 3), normals(B, 3))

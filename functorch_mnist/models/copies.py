@@ -34,16 +34,19 @@ class Copies:
         self.first = _Copy(first)
         self.traced = _Copy(copy.deepcopy(self.first.module))
         self.free: list[_Copy] = []
+        self.touched: set[tuple[int, str]] = set()  # a trial shows them before anything is traced
 
     @contextmanager
     def lent(self, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
         """A copy with these parameters and buffers, by their names."""
-        if torch.compiler.is_compiling():  # one at a time, and the compiler undoes what the forward sets
+        if torch.compiler.is_dynamo_compiling():  # one at a time, and the compiler undoes what the forward sets
             self.traced.fill(tensors)
             try:
                 yield self.traced.module
             finally:
                 self.traced.empty()
+                for index, name in self.touched:
+                    self.traced.reset(index, name)
             return
         try:
             mine = self.free.pop()
@@ -54,7 +57,7 @@ class Copies:
             yield mine.module
         finally:
             mine.empty()
-            mine.restore()
+            self.touched |= mine.restore()
             self.free.append(mine)
 
     def reinitialised(self, params: Params, key: Tensor) -> Params:
@@ -124,9 +127,23 @@ class _Copy:
         for layer in self.recurrent:
             layer._flat_weights = []
 
-    def restore(self) -> None:
-        """Every attribute as it was."""
-        for layer, attributes, dicts in zip(self.modules, self.attributes, self.dicts, strict=True):
+    def reset(self, index: int, name: str) -> None:
+        """One attribute of one layer as it was."""
+        layer, attributes = self.modules[index], self.attributes[index]
+        if name in attributes:
+            setattr(layer, name, attributes[name])
+        else:
+            delattr(layer, name)
+
+    def restore(self) -> set[tuple[int, str]]:
+        """Every attribute as it was; which ones were not, by the numbers of their layers."""
+        touched = set()
+        for index, layer in enumerate(self.modules):
+            attributes, dicts = self.attributes[index], self.dicts[index]
+            state = layer.__dict__
+            touched |= {
+                (index, name) for name in state if name not in attributes or state[name] is not attributes[name]
+            }
             layer.__dict__.clear()
             layer.__dict__.update(attributes)
             for name, items in dicts.items():
@@ -134,6 +151,7 @@ class _Copy:
                 if held != items:
                     held.clear()
                     held.update(items)
+        return touched
 
 
 def _copied(value: Any, lent: dict[int, Tensor]) -> Any:

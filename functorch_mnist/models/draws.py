@@ -98,7 +98,7 @@ class Drawing(TorchFunctionMode):
         if func is torch.rand_like:
             return self.uniform(torch.zeros_like(*args, **kwargs), "rand_like")
         if func is Tensor.bernoulli_:
-            input, p = args[0], (*args[1:], *kwargs.values(), 0.5)[0]
+            input, p = args[0], (*args[1:], kwargs.get("p", 0.5))[0]
             written: Tensor = input.copy_(self.uniform(input, "bernoulli_") < p)
             return written
         chances: Tensor = args[0]

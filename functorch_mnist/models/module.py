@@ -125,6 +125,9 @@ class _Pure:
         given = (*tensors, *params.values(), *(() if key is None else (key,)))
         if at[0] and not any([native.is_of_an_example(x) for x in given]):
             at = (0, 0)
+        for leaf, x in zip(leaves_of(spec), tensors, strict=True):
+            if leaf.shared and native.is_of_an_example(x):
+                raise ValueError(f"apply: {leaf.name} is shared by all examples. Found one for each example of a vmap.")
         per_lane = math.prod(lead)
         count = max(at[1], 1) * per_lane
         whole = [
@@ -185,7 +188,7 @@ class _Pure:
 
     def trial(self, spec: Spec, kinds: Any, keyed: bool, whole: list[Tensor]) -> Trial:
         """What the module does with such inputs; found once."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             native.show_all_ops()
             found: Trial = self.tried(spec, kinds, keyed)
             return found
@@ -244,7 +247,7 @@ class _Call:
             native.inside(native.PerExample) or any([native.is_of_an_example(p) for p in self.params.values()])
         )
         decisions: list[Any] = []
-        watches = self.count > 1 and not torch.compiler.is_compiling()
+        watches = self.count > 1 and not torch.compiler.is_dynamo_compiling()
         region = Region(
             self.params.values(),
             self.trial,

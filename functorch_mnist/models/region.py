@@ -107,14 +107,14 @@ class Region(Drawing):
         """The next step of the trial, which must be this op."""
         step = self.steps[self.next] if self.next < len(self.steps) else None
         self.next += 1
-        if step is None or not (torch.compiler.is_compiling() or step.op == func):
+        if step is None or not (torch.compiler.is_dynamo_compiling() or step.op == func):
             raise self.strayed(func)
         return step
 
     def strayed(self, func: Any) -> ValueError:
         return ValueError(
             "apply: a forward must run the same ops for all inputs of one shape. Found another op than when it was "
-            f"tried: {'' if torch.compiler.is_compiling() else getattr(func, '__name__', func)}. Does a branch hang on "
+            f"tried: {'' if torch.compiler.is_dynamo_compiling() else getattr(func, '__name__', func)}. Does a branch hang on "
             "numbers?"
         )
 

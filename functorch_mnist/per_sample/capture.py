@@ -181,7 +181,7 @@ class _Tapper(Follower):
     def number(self, op: Any) -> int:
         """The number of the next op that is tapped, which must be this one."""
         number = len(self.saved)
-        if not torch.compiler.is_compiling() and (number == len(self.calls) or self.calls[number].op != op):
+        if not torch.compiler.is_dynamo_compiling() and (number == len(self.calls) or self.calls[number].op != op):
             raise Strayed
         return number
 
@@ -207,12 +207,12 @@ def survey(loss_fn: LossFn, params: Tree, batch: Sequence[Tensor], *, has_aux: b
         surveyor = _Surveyor(known, native.level(), found)
         with torch.enable_grad(), surveyor:
             loss, _ = _with_aux(loss_fn(tree.unflatten(params, leaves), *example), has_aux)
-            if torch.compiler.is_compiling() or surveyor.find(loss) is not None:
+            if torch.compiler.is_dynamo_compiling() or surveyor.find(loss) is not None:
                 loss = _of_an_example(loss, example)
         return loss
 
     examples = [x[:rows] if len(x) else x.new_zeros((1, *x.shape[1:])) for x in batch]
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         native.show_all_ops()
         vmap(run)(*examples)
         return found
@@ -259,7 +259,7 @@ def factor(
     leaves, rows = tree.leaves(params), len(batch[0])
     factored = {i: strategy for i, strategy in enumerate(strategies) if strategy is not None}
     # The compiler does not show every use of a tensor, such as a loop over its rows: what looks unused may not be.
-    unseen = torch.compiler.is_compiling()
+    unseen = torch.compiler.is_dynamo_compiling()
     dense = [i for i in range(len(leaves)) if i not in factored and (unseen or found.uses[i])]
     real = {i: _alias(leaf) for i, leaf in enumerate(leaves)}
     stand_ins = {i: torch.full_like(leaf, torch.nan) for i, leaf in enumerate(leaves) if i not in dense}
@@ -267,7 +267,7 @@ def factor(
     calls = [call for call in calls if call.found]
     taps = [[_zeros(rows, output) for output in call.taps] for call in calls]
     saved: list[list[Any]] = []
-    clone = len(found.writes) > 0 or torch.compiler.is_compiling()  # the compiler removes needless copies
+    clone = len(found.writes) > 0 or torch.compiler.is_dynamo_compiling()  # the compiler removes needless copies
 
     def run(differentiated: Differentiated, *example: Tensor) -> tuple[Tensor, Beside]:
         taps, copies = differentiated
@@ -277,13 +277,14 @@ def factor(
         with tapper:
             out = loss_fn(tree.unflatten(params, [given[i] for i in range(len(leaves))]), *example)
             loss, aux = _with_aux(out, has_aux)
-            if torch.compiler.is_compiling() or tapper.find(loss) is not None:
+            if torch.compiler.is_dynamo_compiling() or tapper.find(loss) is not None:
                 loss = _of_an_example(loss, example)
         return loss, (loss, aux, saved)
 
     def total(differentiated: Differentiated) -> tuple[Tensor, Beside]:
         losses, beside = vmap(run)(differentiated, *batch)
-        return losses.sum(), beside
+        seeds = torch.where(losses.isnan(), torch.nan, torch.ones_like(losses)).detach()
+        return (losses * seeds).sum(), beside  # a use that nobody saw makes the cotangents of others NaN, too
 
     copies = [leaves[i].expand(rows, *leaves[i].shape) for i in dense]
     (cotangents, grads), (losses, aux, inputs) = grad(total, has_aux=True)((taps, copies))
