@@ -112,10 +112,10 @@ class Region(Drawing):
         return step
 
     def strayed(self, func: Any) -> ValueError:
+        name = "one" if torch.compiler.is_dynamo_compiling() else getattr(func, "__name__", func)
         return ValueError(
             "apply: a forward must run the same ops for all inputs of one shape. Found another op than when it was "
-            f"tried: {'' if torch.compiler.is_dynamo_compiling() else getattr(func, '__name__', func)}. Does a branch hang on "
-            "numbers?"
+            f"tried: {name}. Does a branch hang on numbers?"
         )
 
     def check(self, step: Step, func: Any, values: list[Any]) -> None:
