@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from zoo import normals
 
 from functorch_mnist import per_sample
+from functorch_mnist.per_sample.capture import Survey, Use
 from functorch_mnist.per_sample.forms import ConvolutionForm, Cost, LookupForm, MatrixForm, ScaleForm, ShiftForm, Sizes
 from functorch_mnist.per_sample.layout import View, layout
 from functorch_mnist.per_sample.plan import Plan, Row, _human
-from functorch_mnist.per_sample.strategies import _cheapest
+from functorch_mnist.per_sample.strategies import _cheapest, choose, choose_all, mergeable, together
 from functorch_mnist.per_sample.weights import Made, Weight
 
 MATRIX = MatrixForm(layout((2, 5, 4), groups=(0,), outputs=(1,)), (0, 1, 2))
@@ -158,3 +159,64 @@ def test_a_weight_selects_where_each_of_its_numbers_is_another_one_of_a_paramete
     assert not made(torch.narrow, made(torch.mul, whole, 2), 0, 0, 1).selects
     assert not made(torch.narrow, torch.ones(2), 0, 0, 1).selects
     assert not made(torch.narrow).selects
+
+
+def use(form, weight, t=2):
+    return Use("linear", Sizes(1, t, 4, 3), "", form, weight)
+
+
+LINEAR = MatrixForm(layout((3, 4)), (0, 1))
+
+
+def product(*leaves):
+    return Weight(leaves, Made(torch.matmul, tuple(Weight((leaf,)) for leaf in leaves), {}, None))
+
+
+def test_what_is_made_into_one_weight_with_a_dense_parameter_is_dense():
+    first, second = product(0, 1), product(1, 2)
+    untold = Use("sort", None, "why", None, Weight((0,)))
+    uses = [
+        [use(LINEAR, first), untold],
+        [use(LINEAR, first), use(LINEAR, second)],
+        [use(LINEAR, second)],
+        [use(LINEAR, Weight((3,)))],
+        [],
+    ]
+    found = Survey(uses, [], [])
+    choices = choose_all(found)
+    taken = "made into one weight with a parameter that is taken densely"
+    assert [(choice.strategy, choice.reason) for choice in choices[:3]] == [
+        (None, "sort: why"), (None, taken), (None, taken)
+    ]  # fmt: skip
+    assert choices[3].strategy == "build"
+    assert choices[4][:3] == (None, None, {})
+    assert choices[4].reason == "no op that it enters was seen"
+    assert together(found, [False, False, True, False, True]) == [True, True, True, False, False]
+    assert together(found, [False, False, False, True, False]) == [False, False, False, True, False]
+
+
+def test_uses_of_one_map_are_counted_together_and_of_several_are_built():
+    whole, other = Weight((0,)), Weight((0,)).viewed(View((3, 4), (1, 0), (4, 3)))
+    again = Weight((0,)).viewed(View((3, 4), (1, 0), (4, 3)))
+    both = [use(LINEAR, whole, 1), use(LINEAR, whole, 2)]
+    assert mergeable(both)
+    assert mergeable([use(LINEAR, other), use(LINEAR, again)])
+    assert not mergeable([use(LINEAR, whole), use(LINEAR, other)])
+    assert not mergeable([use(LINEAR, whole), use(MatrixForm(layout((3, 4)), (1, 0)), whole)])
+    assert not mergeable([use(ShiftForm((3,), (3,)), whole)] * 2)
+    made = product(0, 1)
+    assert mergeable([use(LINEAR, made), use(LINEAR, made)])
+    assert not mergeable([use(LINEAR, made), use(LINEAR, product(0, 1))])
+    choice = choose(both)
+    assert choice.sizes == Sizes(1, 3, 4, 3)
+    assert choice.costs == {"gram": Cost(18, 18 * 7), "build": Cost(12, 72)}
+    apart = choose([use(LINEAR, whole, 1), use(LINEAR, other, 2)])
+    assert apart.strategy == "build"
+    assert apart.costs == {"build": Cost(0 + 8, 24 + 48)}
+    assert apart.reason == "2 uses that must be summed before squaring"
+    mixed = choose([use(ShiftForm((3,), (3,)), whole, 1), use(LINEAR, whole, 2)])
+    assert mixed.costs == {"build": Cost(3 + 8, 3 + 48)}
+    pulled = choose([use(LINEAR, made)])
+    assert (pulled.strategy, pulled.reason) == ("build", "made into a weight: pulled back")
+    shifts = choose([use(ShiftForm((3,), (3,)), whole, 1), use(ShiftForm((3,), (3,)), whole, 2)])
+    assert (shifts.strategy, shifts.costs) == ("sum", {"sum": Cost(3, 3)})
