@@ -534,3 +534,14 @@ def test_a_layout_reads_a_parameter_as_matrices_and_back():
     assert matrices.shape == (2, 2, 12)
     for m, h, i, j, c in itertools.product(range(2), range(2), range(2), range(2), range(3)):
         assert matrices[m, h, (i * 2 + j) * 3 + c] == kernel[m * 2 + h, c, i, j]
+
+
+@pytest.mark.parametrize("name", ["called", "pulled, left"])
+def test_a_direction_in_single_precision_is_taken_by_half_precision_ops(name):
+    case = CASES[name](0, B)
+    half = tree.map(lambda x: x.bfloat16(), case.term)
+    direction = normals(*case.grads.shape[1:], seed=51)
+    expected = flat(case.grads) @ direction.flatten()
+    found = half.dot(direction.float())
+    assert found.dtype == torch.float32
+    assert (found - expected).abs().max() <= 5e-2 * max(1.0, expected.abs().max())
