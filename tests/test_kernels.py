@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from zoo import difference, normals
+from torch import nn
+from zoo import D, difference, normals
 
 from functorch_mnist import per_sample, tree
+from functorch_mnist.per_sample import recurrence
 
 B = 4
 # The suite makes the fallback of vmap an error, so whatever passes here runs on the whole batch.
@@ -238,3 +240,36 @@ def test_a_lookup_that_renormalises_its_table_is_refused_and_writes_nothing():
         with pytest.raises(ValueError, match="must not be written to"):
             quantity(lambda w, a: F.embedding(a, w, max_norm=0.1).sum(), table, torch.arange(B)[:, None])
     assert torch.equal(table, before)
+
+
+def recurrent(**options):
+    """A recurrent op's arguments, as its module gives them."""
+    lstm = nn.LSTM(3, 4, batch_first=True, **options).to(D)
+    directions = 2 if lstm.bidirectional else 1
+    size = options.get("proj_size") or 4
+    states = normals(lstm.num_layers * directions, 1, size), normals(lstm.num_layers * directions, 1, 4)
+    weights = [getattr(lstm, name) for name in lstm._flat_weights_names]
+    switches = (lstm.bias, lstm.num_layers, lstm.dropout, lstm.training, lstm.bidirectional, True)
+    return normals(1, 5, 3), states, weights, *switches
+
+
+def test_only_plain_recurrent_calls_run_on_the_batch_as_they_are():
+    for options in ({}, {"bias": False}, {"num_layers": 2, "bidirectional": True}):
+        call = recurrence.read(torch.lstm, recurrent(**options))
+        assert call is not None
+        assert [len(layer.weights) for layer in call.layers] == [4 if options.get("bias", True) else 2] * len(
+            call.layers
+        )
+        assert [layer.reverse for layer in call.layers] == (
+            [False, True] * 2 if "bidirectional" in options else [False]
+        )
+    input, states, weights, *rest = recurrent()
+    packed = nn.utils.rnn.pack_sequence([input[0]])
+    for op, args in (
+        (torch.lstm, recurrent(proj_size=2)),
+        (torch.lstm, recurrent(num_layers=2, dropout=0.5)),
+        (torch.lstm, (packed.data, packed.batch_sizes, states, weights, *rest[:-1])),
+        (torch.lstm, (input, states, weights, *rest, None)),
+        (torch.lstm, (input[0], states, weights, *rest)),
+    ):
+        assert recurrence.read(op, args) is None
