@@ -273,3 +273,9 @@ def test_only_plain_recurrent_calls_run_on_the_batch_as_they_are():
         (torch.lstm, (input[0], states, weights, *rest)),
     ):
         assert recurrence.read(op, args) is None
+
+
+def test_an_op_without_a_rule_that_returns_one_number_is_exact():
+    w, x = normals(3, seed=1), normals(4, 3)
+    found = per_sample.dot(lambda w, x: (w @ x).sin(), w, x, direction=normals(3, seed=2))
+    assert difference(found, (x @ w).cos() * (x @ normals(3, seed=2))) < 1e-12

@@ -103,7 +103,8 @@ class Called(Term):
     def dot(self, direction: Tensor) -> Tensor:
         outputs = pushed_forward(self._outputs, self.weight, direction)
         products = [
-            (tree.wide(y) * tree.wide(g)).flatten(1).sum(1) for y, g in zip(outputs, self.cotangents, strict=True)
+            (tree.wide(y) * tree.wide(g)).reshape(len(y), -1).sum(1)
+            for y, g in zip(outputs, self.cotangents, strict=True)
         ]
         return torch.stack(products).sum(0)
 

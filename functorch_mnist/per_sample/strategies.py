@@ -85,7 +85,7 @@ def mergeable(uses: list[Use]) -> bool:
 
 def _cheapest(sizes: Sizes, costs: dict[Strategy, Cost]) -> Choice:
     if "sum" in costs:
-        return Choice("sum", sizes, costs, "a shift or a scale: a sum of cotangents")
+        return Choice("sum", sizes, costs, "shift or scale: a sum of cotangents")
     if "outer product" in costs:
         return Choice("outer product", sizes, costs, "one position: |a|² |g|²")
     if "gram" not in costs:
