@@ -205,10 +205,10 @@ class Follower(native.PerExample):
         entries = [] if rule is None else list(rule(*self.real(args), **self.real(kwargs)))
         result: list[Found] = []
         for known in found:
-            if any([known is use.known for use in result]):
+            if any([known.tensor is use.known.tensor for use in result]):
                 continue
             own = [entry for entry in entries if entry.parameter is known.real and entry.form is not None]
-            times = len([1 for other in found if other is known])
+            times = len([1 for other in found if other.tensor is known.tensor])
             if len(own) == times:
                 result += [Found(known, entry.form, () if entry.saved is None else entry.saved) for entry in own]
             elif written:
