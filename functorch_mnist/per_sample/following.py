@@ -23,18 +23,19 @@ from .kernels import on_the_batch
 from .layout import permuting_view, reshaping_view
 from .weights import SELECTING, Made, Weight
 
-_PERMUTING = {
+# Tuples, for the compiler does not find every function of Python in a set.
+_PERMUTING = (
     Tensor.t, Tensor.transpose, Tensor.permute, Tensor.movedim, Tensor.swapaxes, Tensor.swapdims, Tensor.moveaxis,
     torch.t, torch.transpose, torch.permute, torch.movedim, torch.swapaxes, torch.swapdims, torch.moveaxis,
     Tensor.T.__get__, Tensor.mT.__get__,  # type: ignore[attr-defined]
-}  # fmt: skip
-_RESHAPING = {
+)  # fmt: skip
+_RESHAPING = (
     Tensor.view, Tensor.reshape, Tensor.flatten, Tensor.unflatten, Tensor.squeeze, Tensor.unsqueeze, Tensor.view_as,
     Tensor.reshape_as, torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze,
-}  # fmt: skip
-_SHARING = _PERMUTING | _RESHAPING | SELECTING | {Tensor.expand, Tensor.expand_as, Tensor.contiguous, Tensor.to}
-_CASTING = {Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.contiguous, Tensor.clone}
-_DETACHING = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
+)  # fmt: skip
+_SHARING = (*_PERMUTING, *_RESHAPING, *SELECTING, Tensor.expand, Tensor.expand_as, Tensor.contiguous, Tensor.to)
+_CASTING = (Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.contiguous, Tensor.clone)
+_DETACHING = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 
 
 class Known(NamedTuple):
@@ -190,6 +191,8 @@ class Follower(native.PerExample):
         if alone and func in _CASTING and all([dtype.is_floating_point for dtype in types]):
             return first.weight
         before = tuple(first.tensor.shape)
+        if alone and func is Tensor.as_strided and _is_itself(first.tensor, *args[1:]):
+            return first.weight
         if alone and func in _PERMUTING:
             return first.weight.viewed(permuting_view(lambda v: func(v, *args[1:], **kwargs), before))
         if alone and func in _RESHAPING and not types:
@@ -246,6 +249,11 @@ class Follower(native.PerExample):
 def _on_a_copy(func: Any) -> Any:
     """An op that writes, writing to a copy."""
     return lambda first, *args, **kwargs: func(first.clone(), *args, **kwargs)
+
+
+def _is_itself(x: Tensor, size: Any = (), stride: Any = (), *offset: Any) -> bool:
+    """Whether a tensor is seen with the sizes and strides that it has."""
+    return tuple(size) == tuple(x.shape) and tuple(stride) == tuple(x.stride()) and not any(offset)
 
 
 def name_of(func: Any) -> str:

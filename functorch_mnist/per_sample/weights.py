@@ -22,10 +22,10 @@ from .. import tree
 from .layout import View
 from .terms import Term
 
-SELECTING = {
+SELECTING = (
     Tensor.__getitem__, Tensor.chunk, Tensor.split, Tensor.narrow, Tensor.select, Tensor.unbind, Tensor.unfold,
     torch.chunk, torch.split, torch.narrow, torch.select, torch.unbind, torch.tensor_split, Tensor.tensor_split,
-}  # fmt: skip
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
