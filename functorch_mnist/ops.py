@@ -57,3 +57,12 @@ def writes(func: Any, args: Any, kwargs: Any) -> bool:
     if func in _INPLACE or kwargs.get("out") is not None or kwargs.get("inplace") is True:
         return True
     return func in _WITH_INPLACE and any(value is True for value in args)
+
+
+def flat(value: Any) -> list[Any]:
+    """All values in nested lists, tuples and dicts."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [v for part in value for v in flat(part)]
+    return [value]

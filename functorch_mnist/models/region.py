@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from .. import layers, native, random
-from ..ops import DECIDING, METADATA, writes
+from ..ops import DECIDING, METADATA, flat, writes
 from .draws import Drawing, channels
-from .trial import Axis, Step, Trial, flat, joined, split
+from .trial import Axis, Step, Trial, joined, split
 
 
 class Region(Drawing):

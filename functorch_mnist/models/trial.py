@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .. import native
-from ..ops import DECIDING, METADATA, writes
+from ..ops import DECIDING, METADATA, flat, writes
 from .copies import Copies
 from .draws import Drawing
 from .inputs import Inputs
@@ -362,15 +362,6 @@ def _differ(a: Tensor, b: Tensor, ulps: int) -> Tensor:
     tolerance = min(max(ulps * torch.finfo(a.dtype).eps, least), 0.1)
     scale = max(float(usual.median()) if usual.numel() else 0.0, float(unsure.max()) if unsure.numel() else 0.0)
     return unequal & ~(finite & ((a - b).abs() <= tolerance * scale))
-
-
-def flat(value: Any) -> list[Any]:
-    """All values in nested lists, tuples, dicts and slices."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return [v for part in value for v in flat(part)]
-    return [value]
 
 
 def named(out: Any) -> tuple[list[str], list[Tensor]]:

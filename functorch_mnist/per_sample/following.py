@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import native
 from ..decompositions import decomposition
-from ..ops import METADATA, writes
+from ..ops import METADATA, flat, writes
 from . import recurrence, rules
 from .calls import CallForm, Slot
 from .forms import Form
@@ -74,7 +74,7 @@ class Follower(native.PerExample):
         kwargs = kwargs or {}
         if func in METADATA:
             return func(*args, **kwargs)
-        values = _flat((args, kwargs))
+        values = flat((args, kwargs))
         self.see(func, args, kwargs, values)
         found = []
         for value in values:
@@ -187,7 +187,7 @@ class Follower(native.PerExample):
         """How the result of an op is made."""
         first = found[0]
         alone = len(found) == 1 and len(args) > 0 and args[0] is first.tensor
-        types = [value for value in _flat((args, kwargs)) if isinstance(value, torch.dtype)]
+        types = [value for value in flat((args, kwargs)) if isinstance(value, torch.dtype)]
         if alone and func in _CASTING and all([dtype.is_floating_point for dtype in types]):
             return first.weight
         before = tuple(first.tensor.shape)
@@ -262,12 +262,3 @@ def name_of(func: Any) -> str:
         return "an op"
     name = str(getattr(func, "__name__", func))
     return str(getattr(getattr(func, "__self__", None), "__name__", name)) if name == "__get__" else name
-
-
-def _flat(value: Any) -> list[Any]:
-    """All values in nested lists, tuples and dicts."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return [v for part in value for v in _flat(part)]
-    return [value]
