@@ -10,9 +10,7 @@ The namespaces below are the public surface. Each is imported when it is first u
 """
 
 from importlib import import_module
-from importlib.metadata import version
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import attribution as attribution
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
     from . import train as train
     from . import tree as tree
 
-__version__ = version("functorch-mnist")
+    __version__: str
 
 _NAMESPACES = (
     "attribution", "calibration", "checkpoint", "data", "ensemble", "layers", "losses", "models", "optim", "per_sample",
@@ -40,9 +38,11 @@ _NAMESPACES = (
 )  # fmt: skip
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     if name in _NAMESPACES:
         return import_module(f".{name}", __name__)
+    if name == "__version__":
+        return import_module("importlib.metadata").version("functorch-mnist")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
