@@ -66,3 +66,19 @@ def flat(value: Any) -> list[Any]:
     if isinstance(value, (list, tuple)):
         return [v for part in value for v in flat(part)]
     return [value]
+
+
+def tensors(args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors in the arguments of an op, in nested lists, tuples and dicts too.
+
+    Each op of a loss is looked through, and the compiler follows every step of it: hence so few.
+    """
+    found = []
+    for part in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif isinstance(part, dict):
+            found += tensors(part.values(), {})
+        elif isinstance(part, (list, tuple)):
+            found += tensors(part, {})
+    return found

@@ -21,7 +21,7 @@ from . import attention, embedding, normalization, recurrent
 
 __all__ = ["decomposition"]
 
-_DECOMPOSITIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+DECOMPOSITIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.lstm: recurrent.lstm,
     torch.gru: recurrent.gru,
     torch.rnn_tanh: recurrent.rnn_tanh,
@@ -47,4 +47,4 @@ def decomposition(op: Callable[..., Any]) -> Callable[..., Any] | None:
         >>> decomposition(torch.relu) is None
         True
     """
-    return _DECOMPOSITIONS.get(op)
+    return DECOMPOSITIONS.get(op)

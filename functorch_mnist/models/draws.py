@@ -38,6 +38,10 @@ _DRAWING_INSIDE: dict[Any, tuple[tuple[int, str, float], ...]] = {
     **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), (_DROPOUT, _RECURRENT)),
 }
 """The same for ops that draw dropout of their own: they are decomposed, so that it is seen."""
+_RANDOM = dict.fromkeys(
+    (*_ALWAYS_RANDOM, *_RANDOM_IF, *_DRAWING_INSIDE, *_ELEMENT_DROPOUT, *_CHANNEL_DROPOUT, *_FILLED)
+)  # a dict: the compiler does not find every function of Python in a set
+"""All functions that may be random."""
 
 
 class Drawing(TorchFunctionMode):
@@ -45,6 +49,8 @@ class Drawing(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func not in _RANDOM:
+            return self.run(func, args, kwargs)
         if func in _ALWAYS_RANDOM or _is_on(_RANDOM_IF.get(func), args, kwargs):
             raise ValueError(
                 f"apply: random numbers must come from the key. The module calls {func.__name__}, which draws from the "

@@ -322,7 +322,7 @@ class _Call:
                 back.append(leaf if isinstance(leaf, (bool, int, float, str)) else None)
                 continue
             axis = next(axes)
-            one_lane = region.lifts and region.is_mine(leaf)  # it is made of parameters, and for one lane
+            one_lane = region.lifts and leaf in region.mine  # it is made of parameters, and for one lane
             back.append(leaf if axis is None else self.of_examples(leaf, axis, lead, one_lane))
         if not any([isinstance(x, Tensor) for x in back]):
             raise TypeError(

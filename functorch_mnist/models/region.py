@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import layers, native, random
-from ..ops import DECIDING, METADATA, flat, writes
+from ..ops import DECIDING, METADATA, flat, tensors, writes
 from .draws import Drawing, channels
 from .trial import Axis, Step, Trial, joined, split
 
@@ -54,7 +54,7 @@ class Region(Drawing):
         if trial.fault and (lifts or keys is not None):
             raise ValueError(trial.fault)
         self.params = tuple(params)
-        self.mine = dict.fromkeys(self.params)  # a tensor's hash is its identity
+        self.mine = dict.fromkeys(self.params)  # and what is made of them alone; a tensor's hash is its identity
         self.steps = trial.steps if lifts else tuple([step for step in trial.steps if step.kind == "drawn"])
         self.next = 0
         self.at, self.lanes, self.per_lane = at, max(at[1], 1), per_lane
@@ -71,9 +71,9 @@ class Region(Drawing):
             if self.decided is not None:
                 self.decided(value)
             return value
-        values = flat((args, kwargs))
-        if not any([self.is_mine(value) for value in values]):
+        if not any([x in self.mine for x in tensors(args, kwargs)]):
             return func(*args, **kwargs)
+        values = flat((args, kwargs))
         if writes(func, args, kwargs) and args and any([p is args[0] for p in self.params]):
             raise ValueError(
                 f"apply: a forward may not write to its parameters. Found {func.__name__} on one. Take the update in "
@@ -98,10 +98,6 @@ class Region(Drawing):
                     self.mine[tensor] = None
             return out
         return self.lifted(step, func, args, kwargs, values)
-
-    def is_mine(self, value: Any) -> bool:
-        """Whether a value is a parameter, or made of parameters alone."""
-        return isinstance(value, Tensor) and value in self.mine
 
     def step(self, func: Any) -> Step:
         """The next step of the trial, which must be this op."""

@@ -36,10 +36,8 @@ from .weights import Pulled, Weight
 
 LossFn = Callable[..., Any]
 """`loss_fn(params, *example)`, the loss () of one example; where it says so, with something else beside it."""
-Differentiated = tuple[list[list[Tensor]], list[Tensor]]
-"""What the pass differentiates by: the taps of each op, and a copy for each example of the parameters taken densely."""
 Beside = tuple[Tensor, Tree, list[Any]]
-"""What comes out of the pass beside the gradients: the loss, its aux, and the ops' inputs."""
+"""What comes out of the pass beside the gradients: the losses, their aux, and the ops' inputs."""
 
 
 class Use(NamedTuple):
@@ -90,7 +88,7 @@ class _Surveyor(Follower):
         super().__init__(known, level)
         self.survey = survey
 
-    def see(self, func: Any, args: Any, kwargs: Any, values: list[Any]) -> None:
+    def see(self, func: Any, args: Any, kwargs: Any, values: list[Tensor]) -> None:
         if native.level() != self.level:  # a parameter that is an argument of the transform has another identity in it
             for leaf, uses in enumerate(self.survey.uses):
                 uses.append(Use(name_of(func), None, "inside a transform of torch.func", None, Weight((leaf,))))
@@ -101,7 +99,7 @@ class _Surveyor(Follower):
             )
         if writes(func, args, kwargs):
             self.survey.writes.append(name_of(func))
-        if rules.may_mix(func) and any([isinstance(x, Tensor) and native.is_of_an_example(x) for x in values]):
+        if rules.may_mix(func) and any([native.is_of_an_example(x) for x in values]):
             rules.refuse_mixing(func, *args, **kwargs)
 
     def use(self, func: Any, args: Any, kwargs: Any, found: list[Found]) -> Any:
@@ -147,46 +145,47 @@ class _Tapper(Follower):
     def __init__(
         self,
         known: Sequence[Known],
-        level: int,
         calls: Sequence[Call],
-        taps: Sequence[list[Tensor]],
+        taps: Sequence[Tensor],
         clone: bool,
         saved: list[list[Any]],
     ) -> None:
-        super().__init__(known, level)
-        self.calls, self.taps, self.clone, self.saved = calls, taps, clone, saved
+        super().__init__(known, native.level())
+        self.calls, self.taps, self.clone, self.saved = calls, iter(taps), clone, saved
+        self.at = native.mapped()
 
     def use(self, func: Any, args: Any, kwargs: Any, found: list[Found]) -> Any:
-        number = self.number(func)
-        kept = [self.copied(use.saved) for use in found]
+        taps = self.next(func)
+        self.saved.append([self.kept(use.saved) for use in found])
         args, kwargs = self.real(args), self.real(kwargs)
-        taps = iter(self.taps[number])
-        self.saved.append(kept)
-        out = tapped(func, args, kwargs, self.taps[number][0])
+        out = tapped(func, args, kwargs, taps[0], self.at)
         if out is not None:
             return out
         out = on_the_batch(func, args, kwargs)
+        each = iter([native.handed_back(tap, self.at) for tap in taps])
         if isinstance(out, Tensor):
-            return out.add_(next(taps)) if writes(func, args, kwargs) else out + next(taps)
-        parts = [y + next(taps) if isinstance(y, Tensor) and y.is_floating_point() else y for y in out]
+            return out.add_(next(each)) if writes(func, args, kwargs) else out + next(each)
+        parts = [y + next(each) if isinstance(y, Tensor) and y.is_floating_point() else y for y in out]
         return type(out)(parts)
 
     def recur(self, call: recurrence.Call, args: Any, kwargs: Any) -> Any:  # noqa: ARG002
-        number = self.number(call.op)
-        out, kept = recurrence.run(call, native.mapped(), self.taps[number])
+        out, saved = recurrence.run(call, self.at, self.next(call.op))
         mine = [known is not None for known, _, _ in self.of_layers(call)]
-        self.saved.append([self.copied(x) for x, used in zip(kept, mine, strict=True) if used])
+        self.saved.append([x for x, used in zip(saved, mine, strict=True) if used])
         return out
 
-    def number(self, op: Any) -> int:
-        """The number of the next op that is tapped, which must be this one."""
+    def next(self, op: Any) -> list[Tensor]:
+        """The taps (B, …) of the next op that is tapped, which must be this one."""
         number = len(self.saved)
         if not torch.compiler.is_dynamo_compiling() and (number == len(self.calls) or self.calls[number].op != op):
             raise Strayed
-        return number
+        return [next(self.taps) for _ in self.calls[number].taps]
 
-    def copied(self, saved: Any) -> Any:
-        return tree.map(torch.clone, saved) if self.clone else saved
+    def kept(self, saved: Any) -> Any:
+        """What a form needs of an op's inputs, (B, …), as they are now."""
+        if isinstance(saved, tuple):
+            return tuple([self.kept(x) for x in saved])
+        return native.taken_out(saved.clone() if self.clone else saved, self.at)
 
 
 def survey(loss_fn: LossFn, params: Tree, batch: Sequence[Tensor], *, has_aux: bool = False, rows: int = 1) -> Survey:
@@ -265,35 +264,40 @@ def factor(
     stand_ins = {i: torch.full_like(leaf, torch.nan) for i, leaf in enumerate(leaves) if i not in dense}
     calls = [call._replace(found=[use for use in call.found if use[0].leaves[0] in factored]) for call in found.calls]
     calls = [call for call in calls if call.found]
-    taps = [[_zeros(rows, output) for output in call.taps] for call in calls]
-    saved: list[list[Any]] = []
+    taps = [_zeros(rows, output) for call in calls for output in call.taps]
     clone = len(found.writes) > 0 or torch.compiler.is_dynamo_compiling()  # the compiler removes needless copies
 
-    def run(differentiated: Differentiated, *example: Tensor) -> tuple[Tensor, Beside]:
-        taps, copies = differentiated
-        given = {**stand_ins, **dict(zip(dense, copies, strict=True))}
-        known = [Known(stand_in, Weight((i,)), real[i]) for i, stand_in in stand_ins.items()]
-        tapper = _Tapper(known, native.level(), calls, taps, clone, saved)
-        with tapper:
-            out = loss_fn(tree.unflatten(params, [given[i] for i in range(len(leaves))]), *example)
-            loss, aux = _with_aux(out, has_aux)
-            if torch.compiler.is_dynamo_compiling() or tapper.find(loss) is not None:
-                loss = _of_an_example(loss, example)
-        return loss, (loss, aux, saved)
+    def total(differentiated: list[Tensor]) -> tuple[Tensor, Beside]:
+        saved: list[list[Any]] = []
 
-    def total(differentiated: Differentiated) -> tuple[Tensor, Beside]:
-        losses, beside = vmap(run)(differentiated, *batch)
+        def run(*example: Tensor) -> tuple[Tensor, Tree]:
+            at = native.mapped()
+            copies = [native.handed_back(copy, at) for copy in differentiated[len(taps) :]]
+            given = {**stand_ins, **dict(zip(dense, copies, strict=True))}
+            known = [Known(stand_in, Weight((i,)), real[i]) for i, stand_in in stand_ins.items()]
+            tapper = _Tapper(known, calls, differentiated[: len(taps)], clone, saved)
+            with tapper:
+                out = loss_fn(tree.unflatten(params, [given[i] for i in range(len(leaves))]), *example)
+                loss, aux = _with_aux(out, has_aux)
+                if torch.compiler.is_dynamo_compiling() or tapper.find(loss) is not None:
+                    loss = _of_an_example(loss, example)
+            return loss, aux
+
+        losses, aux = vmap(run)(*batch)
         seeds = torch.where(losses.isnan(), torch.nan, torch.ones_like(losses)).detach()
-        return (losses * seeds).sum(), beside  # a use that nobody saw makes the cotangents of others NaN, too
+        # The seeds make the cotangents of others NaN, too, where there is a use that nobody saw.
+        return (losses * seeds).sum(), (losses, aux, saved)
 
     copies = [leaves[i].expand(rows, *leaves[i].shape) for i in dense]
-    (cotangents, grads), (losses, aux, inputs) = grad(total, has_aux=True)((taps, copies))
+    cotangents, (losses, aux, saved) = grad(total, has_aux=True)([*taps, *copies])
     if len(saved) < len(calls):
         raise Strayed
     terms: dict[int, list[tuple[Weight, Term]]] = {i: [] for i in range(len(leaves))}
-    for i, values in zip(dense, grads, strict=True):
+    for i, values in zip(dense, cotangents[len(taps) :], strict=True):
         terms[i].append((Weight((i,)), Dense(values)))
-    for call, outputs, kept in zip(calls, cotangents, inputs, strict=True):
+    following = iter(cotangents)
+    for call, kept in zip(calls, saved, strict=True):
+        outputs = [next(following) for _ in call.taps]
         for (weight, form, tap), given in zip(call.found, kept, strict=True):
             strategy = factored[weight.leaves[0]]
             if isinstance(form, CallForm):

@@ -12,7 +12,7 @@ from .. import batch as batches
 from .. import tree
 from ..batch import masked
 from ..tree import Tree
-from .capture import LossFn, Strayed, factor, survey
+from .capture import LossFn, Strayed, Survey, factor, survey
 from .plan import Plan, strategies
 from .terms import Kronecker, Term
 
@@ -155,19 +155,35 @@ def factored(
 
     Cost: one forward pass of one example, one forward and one backward pass of the batch.
     """
-    rows = batches.check("per_sample", batch, mask)
-    if rows == 0:
+    if batches.check("per_sample", batch, mask) == 0:
         raise ValueError("per_sample.factored: at least one example. Found an empty batch.")
-    _check_params(params)
-    batch = batches.blanked(batch, mask)
-    found = survey(loss_fn, params, batch, has_aux=has_aux)
-    try:
-        losses, terms, aux = factor(loss_fn, params, batch, found, strategies(params, found, plan), has_aux=has_aux)
-    except Strayed:  # a module branches on its batch, as on whether there is any padding
-        found = survey(loss_fn, params, batch, has_aux=has_aux, rows=rows)
-        losses, terms, aux = factor(loss_fn, params, batch, found, strategies(params, found, plan), has_aux=has_aux)
-    result = Factored(losses, terms, params, aux)
-    return result if mask is None else result.masked(mask)
+    return Pass(loss_fn, params, plan, has_aux)(batch, mask)
+
+
+class Pass:
+    """The backward pass of one loss over chunk after chunk, which one survey serves."""
+
+    def __init__(self, loss_fn: LossFn, params: Tree, plan: Plan | None = None, has_aux: bool = False) -> None:
+        _check_params(params)
+        self.loss_fn, self.params, self.plan, self.has_aux = loss_fn, params, plan, has_aux
+        self.found: Survey | None = None
+
+    def __call__(self, batch: Sequence[Tensor], mask: Tensor | None) -> Factored:
+        """The factored gradients of a chunk, see `factored`."""
+        batch = batches.blanked(tuple(batch), mask)
+        if self.found is None:
+            self.found = survey(self.loss_fn, self.params, batch, has_aux=self.has_aux)
+        try:
+            losses, terms, aux = self._factor(batch, self.found)
+        except Strayed:  # a module branches on its batch, as on whether there is any padding
+            own = survey(self.loss_fn, self.params, batch, has_aux=self.has_aux, rows=len(batch[0]))
+            losses, terms, aux = self._factor(batch, own)
+        result = Factored(losses, terms, self.params, aux)
+        return result if mask is None else result.masked(mask)
+
+    def _factor(self, batch: Sequence[Tensor], found: Survey) -> tuple[Tensor, tuple[Term, ...], Tree]:
+        ways = strategies(self.params, found, self.plan)
+        return factor(self.loss_fn, self.params, batch, found, ways, has_aux=self.has_aux)
 
 
 _ROUNDING = 16

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import native
 from ..decompositions import decomposition
-from ..ops import METADATA, flat, writes
+from ..ops import METADATA, flat, tensors, writes
 from . import recurrence, rules
 from .calls import CallForm, Slot
 from .forms import Form
@@ -74,13 +74,9 @@ class Follower(native.PerExample):
         kwargs = kwargs or {}
         if func in METADATA:
             return func(*args, **kwargs)
-        values = flat((args, kwargs))
+        values = tensors(args, kwargs)
         self.see(func, args, kwargs, values)
-        found = []
-        for value in values:
-            known = self.find(value)
-            if known is not None:
-                found.append(known)
+        found = [self.known[x] for x in values if x in self.known]
         if not found:
             return on_the_batch(func, args, kwargs)
         if native.level() != self.level:
@@ -95,7 +91,7 @@ class Follower(native.PerExample):
             with self:
                 return simpler(*args, **kwargs)
         written = writes(func, args, kwargs)
-        alone = not any([isinstance(x, Tensor) and self.find(x) is None and native.is_of_an_example(x) for x in values])
+        alone = not any([x not in self.known and native.is_of_an_example(x) for x in values])
         target = self.find(args[0]) if written and args else None
         if target is not None and alone and self.is_own(target):
             return self.remake(func, args, kwargs, found, target)
@@ -105,8 +101,8 @@ class Follower(native.PerExample):
             return self.make(func, args, kwargs, found)
         return self.use(func, args, kwargs, self.uses(func, args, kwargs, found, written))
 
-    def see(self, func: Any, args: Any, kwargs: Any, values: list[Any]) -> None:
-        """Looks at any op."""
+    def see(self, func: Any, args: Any, kwargs: Any, values: list[Tensor]) -> None:
+        """Looks at any op, and the tensors that it gets."""
 
     def use(self, func: Any, args: Any, kwargs: Any, found: list[Found]) -> Any:
         """Runs an op of weights and of an example."""

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import native
-from ..decompositions import decomposition
+from ..decompositions import DECOMPOSITIONS, decomposition
+from ..ops import tensors
 from .recurrence import OPS, read
 
 
@@ -26,11 +27,11 @@ def on_the_batch(func: Any, args: Any, kwargs: Any) -> Any:
 
     The batch has to be what the innermost `vmap` maps over.
     """
-    run, simpler = _OPS.get(func), decomposition(func)
+    run, simpler = _OPS.get(func), DECOMPOSITIONS.get(func)
     if run is None and simpler is None:
         return func(*args, **kwargs)
     at = native.mapped()
-    if at[0] == 0 or not _any_of_an_example((args, kwargs)):
+    if at[0] == 0 or not _any_of_an_example(args, kwargs):
         return func(*args, **kwargs)
     if simpler is None or run is not None:
         return run(func, at, *args, **kwargs)  # type: ignore[misc]
@@ -38,12 +39,8 @@ def on_the_batch(func: Any, args: Any, kwargs: Any) -> Any:
         return simpler(*args, **kwargs)
 
 
-def _any_of_an_example(value: Any) -> bool:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return any([_any_of_an_example(part) for part in value])
-    return isinstance(value, Tensor) and native.is_of_an_example(value)
+def _any_of_an_example(args: Any, kwargs: Any) -> bool:
+    return any([native.is_of_an_example(x) for x in tensors(args, kwargs)])
 
 
 def _recurrent(func: Any, at: tuple[int, int], *args: Any, **named: Any) -> Any:
@@ -67,23 +64,21 @@ def _recurrent(func: Any, at: tuple[int, int], *args: Any, **named: Any) -> Any:
     return (back(out, axis), *[back(state, 1) for state in ended])
 
 
-def tapped(func: Any, args: Any, kwargs: Any, tap: Tensor) -> Tensor | None:
-    """A linear map of an example plus a tap, both on the whole batch; none where it cannot be.
+def tapped(func: Any, args: Any, kwargs: Any, tap: Tensor, at: tuple[int, int]) -> Tensor | None:
+    """A linear map of an example, on the whole batch, plus a tap (B, *positions, H); none where it cannot be.
 
     The bias is then added by the product itself, and the tap where the product stands.
     """
-    at = native.mapped()
     run = _MAPS.get(func)
-    out = None if run is None or at[0] == 0 else run(at, *args, **kwargs)
+    out = None if run is None else run(at, *args, **kwargs)
     if out is None:
         return None
-    whole = native.taken_out(tap, at)  # (B, *positions, H); an axis that is expanded stays so
-    return native.handed_back(out.add_(whole.flatten(0, -2)).view(whole.shape), at)
+    return native.handed_back(out.add_(tap.flatten(0, -2)).view(tap.shape), at)
 
 
 def _linear(at: tuple[int, int], input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """(B positions, H)."""
-    if not native.is_of_an_example(input) or _any_of_an_example((weight, bias)) or weight.dim() != 2:
+    if not native.is_of_an_example(input) or _any_of_an_example((weight, bias), {}) or weight.dim() != 2:
         return None
     return F.linear(native.taken_out(input, at).flatten(0, -2), weight, bias)
 
@@ -91,7 +86,7 @@ def _linear(at: tuple[int, int], input: Tensor, weight: Tensor, bias: Tensor | N
 def _addmm(
     at: tuple[int, int], input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor | None:
-    if not native.is_of_an_example(mat1) or _any_of_an_example((input, mat2)) or input.dim() != 1:
+    if not native.is_of_an_example(mat1) or _any_of_an_example((input, mat2), {}) or input.dim() != 1:
         return None
     return torch.addmm(input, native.taken_out(mat1, at).flatten(0, 1), mat2, beta=beta, alpha=alpha)
 

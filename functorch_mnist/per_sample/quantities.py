@@ -28,7 +28,7 @@ from .. import native, tree
 from ..batch import Chunk, masked
 from ..tree import Tree
 from .capture import LossFn, dense_grads
-from .factored import Factored, factored
+from .factored import Factored, Pass
 from .plan import Plan
 from .terms import Kronecker
 
@@ -313,8 +313,10 @@ def _factored(
     chunk_size: int | None,
     plan: Plan | None,
 ) -> Iterator[tuple[Chunk, Factored]]:
-    for chunk in batches.chunks(f"per_sample.{where}", batch, mask, chunk_size):
-        yield chunk, factored(loss_fn, params, *chunk.batch, mask=chunk.mask, plan=plan)
+    chunks = batches.chunks(f"per_sample.{where}", batch, mask, chunk_size)
+    run = Pass(loss_fn, params, plan)
+    for chunk in chunks:
+        yield chunk, run(chunk.batch, chunk.mask)
 
 
 def _total(trees: Iterable[Tree]) -> Tree:

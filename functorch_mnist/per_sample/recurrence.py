@@ -82,25 +82,25 @@ def tap_shapes(call: Call) -> list[tuple[int, ...]]:
 
 
 def run(call: Call, at: tuple[int, int], taps: Sequence[Tensor]) -> tuple[Any, list[Any]]:
-    """What the op returns for one example, and what each weight's form needs; computed on the batch.
+    """What the op returns for one example, and what each weight's form needs of the batch; computed on the batch.
 
     Args:
         call: of one example, with the weights' numbers.
         at: where `vmap` maps, see `native.mapped`.
-        taps: of one example, (T, N, gates) each.
+        taps: (B, T, N, gates) each.
     """
     rows = at[1]
     x = _time_first(native.taken_out(call.input, at), call.batch_first)
     states = [native.taken_out(s, at).movedim(0, 1).flatten(1, 2) for s in call.states]  # (layers, B N, H)
-    whole = [_time_first(native.taken_out(tap, at), batch_first=False) for tap in taps]
+    whole = [_time_first(tap, batch_first=False) for tap in taps]
     saved: list[Any] = []
     last: list[list[Tensor]] = [[] for _ in states]
     outputs: list[Tensor] = []
 
-    def example(sequence: Tensor) -> Tensor:
-        """(T, B N, D) as the inputs (1, T N, D) of one example."""
-        parts = sequence.unflatten(1, (rows, -1)).movedim(1, 0).flatten(1, 2)
-        return native.handed_back(parts[:, None], at)
+    def inputs_of(sequence: Tensor) -> Tensor:
+        """(T, B N, D) as (B, 1, T N, D)."""
+        parts: Tensor = sequence.unflatten(1, (rows, -1)).movedim(1, 0).flatten(1, 2)[:, None]
+        return parts
 
     for i, layer in enumerate(call.layers):
         if i % call.directions == 0 and i > 0:
@@ -109,7 +109,7 @@ def run(call: Call, at: tuple[int, int], taps: Sequence[Tensor]) -> tuple[Any, l
         own = whole[i * call.taps_each : (i + 1) * call.taps_each]
         inputs = x.flip(0) if layer.reverse else x
         before, after, ends = _STEPS[call.op](inputs, start, layer.weights, own)
-        saved += [example(inputs), example(before), *[() for _ in layer.weights[2:]]]
+        saved += [inputs_of(inputs), inputs_of(before), *[() for _ in layer.weights[2:]]]
         outputs.append(after.flip(0) if layer.reverse else after)
         for part, end in zip(last, ends, strict=True):
             part.append(end)
