@@ -189,7 +189,7 @@ def test_the_compiled_forward_and_gradient_equal_the_eager_ones(name):
         return torch.func.grad_and_value(loss)(params)
 
     eager = value_and_grad(params, x, keys, labels)
-    fused = torch.compile(value_and_grad, fullgraph=True, dynamic=False)(params, x, keys, labels)
+    fused = torch.compile(value_and_grad, fullgraph=True, dynamic=False, backend="aot_eager")(params, x, keys, labels)
     torch.testing.assert_close(tree.leaves(fused), tree.leaves(eager), rtol=1e-10, atol=1e-12)
 
 
