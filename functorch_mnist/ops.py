@@ -1,4 +1,7 @@
-"""Kinds of torch functions: which only ask what a tensor is like, which write to one, which branch on its numbers."""
+"""Kinds of torch functions: which only ask what a tensor is like, which write to one, which branch on its numbers.
+
+What writes is asked in functions that the compiler runs while it traces: it would guard each op in the sets else.
+"""
 
 import re
 from typing import Any
@@ -6,6 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .native import constant_to_the_compiler
 
 _NAMED = re.compile("[a-z][a-z0-9_]*[a-z0-9]_")
 """Names of functions that write."""
@@ -52,11 +57,19 @@ _WITH_INPLACE = {
 
 def writes(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether an op writes to a tensor in place."""
-    if not torch.compiler.is_dynamo_compiling() and _NAMED.fullmatch(str(getattr(func, "__name__", "")).split(".")[0]):
-        return True  # the compiler knows no names, and has no use for most of them
-    if func in _INPLACE or kwargs.get("out") is not None or kwargs.get("inplace") is True:
+    if _named_to_write(func) or kwargs.get("out") is not None or kwargs.get("inplace") is True:
         return True
-    return func in _WITH_INPLACE and any(value is True for value in args)
+    return any([value is True for value in args]) and _may_be_told_to_write(func)
+
+
+@constant_to_the_compiler
+def _named_to_write(func: Any) -> bool:
+    return func in _INPLACE or bool(_NAMED.fullmatch(str(getattr(func, "__name__", "")).split(".")[0]))
+
+
+@constant_to_the_compiler
+def _may_be_told_to_write(func: Any) -> bool:
+    return func in _WITH_INPLACE
 
 
 def flat(value: Any) -> list[Any]:

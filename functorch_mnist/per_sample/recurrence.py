@@ -23,7 +23,7 @@ from .. import native
 from .forms import Form, MatrixForm, ShiftForm
 from .layout import layout
 
-OPS = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
+OPS = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
 
 class Layer(NamedTuple):
