@@ -39,13 +39,9 @@ class Factored:
         aux = tree.map(lambda rows: masked(rows, keep), self.aux)
         return Factored(masked(self.losses, keep), tuple([term.masked(keep) for term in self.terms]), self.params, aux)
 
-    def built(self, *, summed: bool = False) -> Factored:
-        """The same, with gradients built once where that saves work and they are small.
-
-        Args:
-            summed: whether a weighted sum follows on the norms.
-        """
-        return Factored(self.losses, tuple([term.built(summed=summed) for term in self.terms]), self.params, self.aux)
+    def built(self) -> Factored:
+        """The same, with gradients that inner products build anyway built once, where they are small."""
+        return Factored(self.losses, tuple([term.built() for term in self.terms]), self.params, self.aux)
 
     def wide(self) -> Factored:
         """The same in float32 or wider, so that sums are not rounded to fewer digits."""

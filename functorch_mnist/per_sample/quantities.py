@@ -170,7 +170,7 @@ def clipped_sum(
     total: Tree = None
     columns, counts = [], []
     for chunk, part in _factored("clipped_sum", loss_fn, params, batch, mask, chunk_size, plan):
-        part = part.built(summed=True)
+        part = part.built()
         sizes = part.norms()
         if not callable(max_norm):
             factors = (max_norm / sizes).clamp(max=1)

@@ -83,12 +83,8 @@ class Term:
         """Exactly zero where `keep` (B,) is False, whatever the factors hold there."""
         raise NotImplementedError
 
-    def built(self, *, summed: bool = False) -> Term:  # noqa: ARG002 (for those that can be built)
-        """Itself, or the sample gradients where it saves work to have them, and they are not much larger than factors.
-
-        Args:
-            summed: whether a weighted sum follows, which then costs no product of matrices.
-        """
+    def built(self) -> Term:
+        """Itself, or the sample gradients where inner products take them anyway and they are no larger than factors."""
         return self
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
@@ -221,8 +217,8 @@ class Outer(Term):
     def masked(self, keep: Tensor) -> Outer:
         return replace(self, a=masked(self.a, keep), g=masked(self.g, keep))
 
-    def built(self, *, summed: bool = False) -> Term:
-        return Dense(self.grads()) if _builds(self, self.layout.shape, self.a, self.g, summed) else self
+    def built(self) -> Term:
+        return Dense(self.grads()) if _builds(self, self.layout.shape, self.a, self.g) else self
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         if self.a.shape[-1] < self.g.shape[-1]:  # fewer numbers to scale
@@ -330,8 +326,8 @@ class Convolution(Term):
     def masked(self, keep: Tensor) -> Convolution:
         return replace(self, image=masked(self.image, keep), cotangent=masked(self.cotangent, keep))
 
-    def built(self, *, summed: bool = False) -> Term:
-        return self._parts() if _builds(self, self.shape, self.image, self.cotangent, summed) else self
+    def built(self) -> Term:
+        return self._parts() if _builds(self, self.shape, self.image, self.cotangent) else self
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         image, cotangent = self.image.flatten(0, 1), _scaled(self.cotangent, weights).flatten(0, 1)
@@ -494,8 +490,8 @@ class Viewed(Term):
     def masked(self, keep: Tensor) -> Viewed:
         return Viewed(self.term.masked(keep), self.view)
 
-    def built(self, *, summed: bool = False) -> Viewed:
-        return Viewed(self.term.built(summed=summed), self.view)
+    def built(self) -> Viewed:
+        return Viewed(self.term.built(), self.view)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         return self.view.backward(self.term.weighted_sum(weights))
@@ -567,6 +563,103 @@ def _squares(x: Tensor, lead: int = 1) -> Tensor:
     return _row_sums(tree.wide(x).square(), lead)
 
 
+def _row_sums(self) -> Tensor:
+        """At each position the sum of g over the positions of the same row: (B, T, H)."""
+        same = self.rows[:, :, None] == self.rows[:, None, :]
+        return same.to(tree.wide(self.g).dtype) @ tree.wide(self.g)
+
+
+@tree.register
+@dataclass(frozen=True)
+class Viewed(Term):
+    """A term of a view of the parameter."""
+
+    term: Term
+    view: View = tree.static()
+
+    def grads(self) -> Tensor:
+        return self.view.backward(self.term.grads())
+
+    def masked(self, keep: Tensor) -> Viewed:
+        return Viewed(self.term.masked(keep), self.view)
+
+    def built(self) -> Viewed:
+        return Viewed(self.term.built(), self.view)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        return self.view.backward(self.term.weighted_sum(weights))
+
+    def dot(self, direction: Tensor) -> Tensor:
+        return self.term.dot(self.view.forward(direction))
+
+    def square_norms(self) -> Tensor:
+        return self.term.square_norms()
+
+    def reach(self) -> Tensor | None:
+        return self.term.reach()
+
+    def gram(self, other: Term) -> Tensor:
+        if isinstance(other, Viewed) and other.view == self.view:
+            return self.term.gram(other.term)
+        return super().gram(other)
+
+    def second_moment(self) -> Tensor:
+        return self.view.backward(self.term.second_moment())
+
+    def kronecker(self) -> Kronecker | None:
+        pair = self.term.kronecker()
+        return None if pair is None else replace(pair, views=(self.view, *pair.views))
+
+
+@tree.register
+@dataclass(frozen=True)
+class Sum(Term):
+    """Several uses of one parameter: linear results are added up, the others come from the gradients' sum."""
+
+    terms: tuple[Term, ...]
+
+    def grads(self) -> Tensor:
+        return torch.stack([term.grads() for term in self.terms]).sum(0)
+
+    def masked(self, keep: Tensor) -> Sum:
+        return Sum(tuple(term.masked(keep) for term in self.terms))
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        return torch.stack([term.weighted_sum(weights) for term in self.terms]).sum(0)
+
+    def dot(self, direction: Tensor) -> Tensor:
+        return torch.stack([term.dot(direction) for term in self.terms]).sum(0)
+
+    def reach(self) -> Tensor | None:
+        reaches = [term.reach() for term in self.terms]
+        norms = [term.square_norms().sqrt() if r is None else r for term, r in zip(self.terms, reaches, strict=True)]
+        return torch.stack(norms).sum(0)
+
+
+def merge(terms: list[Term]) -> Term:
+    """One term for all uses of a parameter. Linear maps of one layout become one, at the positions of all."""
+    if len(terms) == 1:
+        return terms[0]
+    inner: list[Term] = [term.term if isinstance(term, Viewed) else term for term in terms]
+    views = [term.view if isinstance(term, Viewed) else None for term in terms]
+    linear = [term for term in inner if isinstance(term, Outer)]
+    same = all([view == views[0] for view in views]) and all([term.layout == linear[0].layout for term in linear])
+    if len(linear) < len(terms) or not same:
+        return Sum(tuple(terms))
+    a, g = torch.cat([term.a for term in linear], 2), torch.cat([term.g for term in linear], 2)
+    merged = replace(linear[0], a=a, g=g)
+    return merged if views[0] is None else Viewed(merged, views[0])
+
+
+def _squares(x: Tensor, lead: int = 1) -> Tensor:
+    """The sum of squares over all but the leading axes."""
+    x = tree.wide(x)
+    if torch.compiler.is_compiling() or not x.flatten(lead).is_contiguous() or x.dim() <= lead:
+        return _row_sums(x.square(), lead)
+    rows = x.flatten(lead)
+    return (rows[..., None, :] @ rows[..., None])[..., 0, 0]  # no squares are stored
+
+
 def _row_sums(x: Tensor, lead: int = 1) -> Tensor:
     """The sum over all but the leading axes. Axes are named, not flattened: the compiler then sums in stored order."""
     return x.sum(list(range(lead, x.dim()))) if x.dim() > lead else x
@@ -577,16 +670,9 @@ def _scaled(x: Tensor, weights: Tensor) -> Tensor:
     return x * weights.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
 
-def _builds(term: Outer | Convolution, shape: tuple[int, ...], a: Tensor, g: Tensor, summed: bool) -> bool:
-    """Whether sample gradients are built: inner products do it anyway and they are no larger than the factors.
-
-    Where they are summed too, the Gram matrices come on top of an ordinary weight gradient, which building them stands
-    for; they may then be twice as large.
-    """
-    factors = a[0].numel() + g[0].numel()
-    if summed and term.strategy == "gram":
-        return math.prod(shape) <= 2 * factors
-    return term.strategy == "build" and math.prod(shape) <= (2 if summed else 1) * factors
+def _builds(term: Outer | Convolution, shape: tuple[int, ...], a: Tensor, g: Tensor) -> bool:
+    """Whether inner products build the sample gradients, and these are no larger than the factors."""
+    return term.strategy == "build" and math.prod(shape) <= a[0].numel() + g[0].numel()
 
 
 def _weighted(values: Tensor, weights: Tensor) -> Tensor:

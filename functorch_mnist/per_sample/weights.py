@@ -112,8 +112,8 @@ class Pulled(Term):
     def masked(self, keep: Tensor) -> Pulled:
         return replace(self, term=self.term.masked(keep))
 
-    def built(self, *, summed: bool = False) -> Pulled:
-        return replace(self, term=self.term.built(summed=summed))
+    def built(self) -> Pulled:
+        return replace(self, term=self.term.built())
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         return self._pull()(self.term.weighted_sum(weights))
