@@ -93,6 +93,7 @@ def test_scores_are_those_of_the_newest_checkpoint_by_default_and_go_into_the_ru
     shutil.rmtree(linear / "scores")
 
 
+@pytest.mark.usefixtures("traced")
 def test_compiled_scores_are_the_same(linear, tmp_path):
     for name, options in (("eager", ()), ("compiled", ("--compile", "on"))):
         columns = ("--scores", "grand,margin")  # compiling takes seconds
@@ -388,6 +389,7 @@ def test_a_watched_run_that_stops_and_goes_on_ends_as_one_that_did_not(watched, 
     assert lines(run, "watch") == lines(watched[0], "watch")
 
 
+@pytest.mark.usefixtures("traced")
 def test_the_last_batch_of_an_epoch_may_be_of_one_example(data_dir, mnist, tmp_path):
     folder = write_idx(tmp_path / "data", part(mnist, 33, 8))
     options = ("--epochs", "1", "--batch-size", "32", "--watch", "noise-scale,norms", "--model", "linear")
@@ -399,6 +401,7 @@ def test_the_last_batch_of_an_epoch_may_be_of_one_example(data_dir, mnist, tmp_p
         assert a["norms"] == pytest.approx(b["norms"], rel=1e-4)
 
 
+@pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("form", ["off", "on"])
 def test_a_last_batch_of_any_size_is_recorded_whole(form, mnist, tmp_path):
     folder = write_idx(tmp_path / "data", part(mnist, 148, 8))
