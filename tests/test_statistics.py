@@ -181,7 +181,7 @@ def test_cosines_are_those_of_the_gradients_and_zero_for_none():
 
 
 def test_a_fold_compiles_as_one_graph_to_the_same():
-    case = mlp()
+    case = linear()
     direction = case.params
 
     def fold(params, *batch):
