@@ -3,6 +3,7 @@
 import functools
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,12 @@ torch.set_num_threads(1)
 def traced(monkeypatch):
     """What is compiled is traced as one graph, which runs as it is: torch's own kernels take a second each to make."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Where numbers alone are looked at: a picture takes longer than they do."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
 
 
 @pytest.fixture(scope="session")

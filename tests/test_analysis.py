@@ -115,12 +115,6 @@ def test_pictures_without_matplotlib_are_left_out_in_words(linear, tmp_path, mon
 
 
 @pytest.fixture
-def no_pictures(monkeypatch):
-    """Where numbers alone are looked at: a picture takes longer than they do."""
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-
-
-@pytest.fixture
 def small_chunks(monkeypatch, no_pictures):
     monkeypatch.setattr(passes, "CHUNK", 50)
 

@@ -101,7 +101,7 @@ def plain(data_dir, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", REMEDIES)
-def test_each_remedy_changes_the_run_and_goes_on_bit_equal(name, plain, data_dir, tmp_path):
+def test_each_remedy_changes_the_run_and_goes_on_bit_equal(name, plain, data_dir, tmp_path, no_pictures):
     shared = ("--data-dir", data_dir, *LINES, *REMEDIES[name])
     succeed("train", *shared, "--epochs", 2, "--out", tmp_path / "whole")
     assert weights(tmp_path / "whole") != weights(plain)
