@@ -1,7 +1,9 @@
 """Shared settings: the suite runs in a stricter world than the user's."""
 
+import functools
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,18 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Threads only wait for each other over so little data.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """What is compiled is traced as one graph, which runs as it is: torch's own kernels take a second each to make."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Where numbers alone are looked at: a picture takes longer than they do."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
 
 
 @pytest.fixture(scope="session")

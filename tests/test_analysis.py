@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import signal
+import sys
 from functools import partial
 from importlib import import_module
 
@@ -93,7 +94,8 @@ def test_scores_are_those_of_the_newest_checkpoint_by_default_and_go_into_the_ru
     shutil.rmtree(linear / "scores")
 
 
-def test_compiled_scores_are_the_same(linear, tmp_path):
+@pytest.mark.usefixtures("traced")
+def test_compiled_scores_are_the_same(linear, tmp_path, no_pictures):
     for name, options in (("eager", ()), ("compiled", ("--compile", "on"))):
         columns = ("--scores", "grand,margin")  # compiling takes seconds
         assert ask("scores", linear, "--images", "200", *columns, "--out", tmp_path / name, *options).status == 0
@@ -103,7 +105,7 @@ def test_compiled_scores_are_the_same(linear, tmp_path):
 
 
 def test_pictures_without_matplotlib_are_left_out_in_words(linear, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     out = succeed("scores", linear, "--scores", "loss", "--out", tmp_path / "out")
     assert "No gallery.png: Pictures need matplotlib." in out
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["scores.csv"]
@@ -113,7 +115,7 @@ def test_pictures_without_matplotlib_are_left_out_in_words(linear, tmp_path, mon
 
 
 @pytest.fixture
-def small_chunks(monkeypatch):
+def small_chunks(monkeypatch, no_pictures):
     monkeypatch.setattr(passes, "CHUNK", 50)
 
 
@@ -242,7 +244,7 @@ def test_planted_flips_are_found_better_than_at_random(linear, mnist, tmp_path):
     assert not litter(tmp_path / "out")
 
 
-def test_a_stopped_training_on_flipped_labels_goes_on_to_the_same_end(linear, tmp_path, monkeypatch):
+def test_a_stopped_training_on_flipped_labels_goes_on_to_the_same_end(linear, tmp_path, monkeypatch, no_pictures):
     command = ("mislabelled", linear, "--flip", "0.2", "--scores", "loss", "--out")
     succeed(*command, tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -269,7 +271,7 @@ def test_real_labels_are_ranked_by_the_mean_rank_of_the_scores(linear, tmp_path)
     assert png(tmp_path / "suspicious.png")
 
 
-def test_other_flips_in_the_same_folder_are_trained_on_anew(linear, tmp_path):
+def test_other_flips_in_the_same_folder_are_trained_on_anew(linear, tmp_path, no_pictures):
     command = ("mislabelled", linear, "--scores", "loss")
     succeed(*command, "--flip", "0.1", "--out", tmp_path / "both")
     for other in (("--flip", "0.3"), ("--flip", "0.1", "--seed", "1"), ("--flip", "0.1", "--images", "100")):
@@ -279,14 +281,14 @@ def test_other_flips_in_the_same_folder_are_trained_on_anew(linear, tmp_path):
         assert (tmp_path / "both" / "scores.csv").read_bytes() == (fresh / "scores.csv").read_bytes()
 
 
-def test_the_same_flips_go_on_wherever_the_run_is_moved_to(copy, tmp_path):
+def test_the_same_flips_go_on_wherever_the_run_is_moved_to(copy, tmp_path, no_pictures):
     command = ("--flip", "0.1", "--scores", "loss")
     succeed("mislabelled", copy, *command)
     copy.rename(tmp_path / "moved")
     assert "Going on after step 16." in succeed("mislabelled", tmp_path / "moved", *command)
 
 
-def test_equal_scores_have_equal_ranks(linear, tmp_path):
+def test_equal_scores_have_equal_ranks(linear, tmp_path, no_pictures):
     succeed("mislabelled", linear, "--scores", "forgetting,loss", "--out", tmp_path)
     found = table(tmp_path / "suspicious.csv")
     never = found["forgetting"] == 0
@@ -317,7 +319,7 @@ def test_influence_is_that_of_the_dense_gradients(method, linear, mnist, tmp_pat
     assert png(tmp_path / "influence.png")
 
 
-def test_only_what_helped_is_told_to_have_helped(linear, tmp_path):
+def test_only_what_helped_is_told_to_have_helped(linear, tmp_path, no_pictures):
     out = succeed("influence", linear, "--test", "7", "--images", "6", "--top", "6", "--out", tmp_path)
     found = table(tmp_path / "influence.csv")["influence"]
     for line, good in (("Helped most", found > 0), ("Hurt most", found < 0)):
@@ -388,6 +390,7 @@ def test_a_watched_run_that_stops_and_goes_on_ends_as_one_that_did_not(watched, 
     assert lines(run, "watch") == lines(watched[0], "watch")
 
 
+@pytest.mark.usefixtures("traced")
 def test_the_last_batch_of_an_epoch_may_be_of_one_example(data_dir, mnist, tmp_path):
     folder = write_idx(tmp_path / "data", part(mnist, 33, 8))
     options = ("--epochs", "1", "--batch-size", "32", "--watch", "noise-scale,norms", "--model", "linear")
@@ -399,6 +402,7 @@ def test_the_last_batch_of_an_epoch_may_be_of_one_example(data_dir, mnist, tmp_p
         assert a["norms"] == pytest.approx(b["norms"], rel=1e-4)
 
 
+@pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("form", ["off", "on"])
 def test_a_last_batch_of_any_size_is_recorded_whole(form, mnist, tmp_path):
     folder = write_idx(tmp_path / "data", part(mnist, 148, 8))

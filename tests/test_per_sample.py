@@ -14,8 +14,10 @@ from torch.func import grad, vmap
 from zoo import (
     CASES,
     EXACT,
+    STOPPED,
     B,
     D,
+    all_stopped,
     combine,
     dense,
     difference,
@@ -23,9 +25,12 @@ from zoo import (
     linear,
     mlp,
     normals,
+    of_model,
     sequence_linear,
     tied_linear_and_embedding,
     tutorial_cnn,
+    views_of_parameters,
+    weights_changed_in_place,
 )
 
 from functorch_mnist import losses, models, per_sample, tree
@@ -503,6 +508,7 @@ def test_a_registered_rule_is_followed():
     assert_exact(loss_fn, params, batch)
 
 
+@pytest.mark.usefixtures("traced")
 def test_a_compiled_function_follows_a_rule_that_is_mended():
     norms = compiled(lambda w, x: per_sample.norms(lambda w, x: torch.inner(x, w).sin().sum(), w, x))
     w, x = normals(3, 4, seed=1), normals(B, 4)
@@ -586,6 +592,11 @@ def test_factored_is_a_pytree_that_comes_back_whole():
     assert difference(factored.losses, losses_) <= EXACT
 
 
+def one_layer():
+    params = {"w": normals(3, 5, seed=1), "b": normals(3, seed=2)}
+    return of_model(lambda p, x: F.linear(x, p["w"], p["b"]).mean(0), params, normals(B, 9, 5))
+
+
 COMPILED = {
     "norms": lambda f, p, m, *b: per_sample.norms(f, p, *b, mask=m),
     "leaf_norms": lambda f, p, m, *b: per_sample.leaf_norms(f, p, *b, mask=m),
@@ -603,9 +614,9 @@ COMPILED = {
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_equals_eager_as_one_graph_without_recompilation(name):
-    case = tutorial_cnn() if name.startswith("clipped_sum") else sequence_linear()
+    case = tutorial_cnn() if name == "clipped_sum" else one_layer()
     torch._dynamo.reset()
-    calls = CompileCounterWithBackend("inductor" if name == "clipped_sum" else "aot_eager")
+    calls = CompileCounterWithBackend("inductor" if name == "clipped_sum" else "eager")
     compiled = torch.compile(
         lambda p, m, *b: COMPILED[name](case.loss_fn, p, m, *b), fullgraph=True, dynamic=False, backend=calls
     )
@@ -617,6 +628,7 @@ def test_compiled_equals_eager_as_one_graph_without_recompilation(name):
     assert calls.frame_count == 1
 
 
+TRACED_WITH_OTHERS = ("linear", "mlp", *STOPPED)
 SLOW_TO_COMPILE = (
     "tutorial_cnn",
     "batched_products",
@@ -626,12 +638,16 @@ SLOW_TO_COMPILE = (
 )
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in ("custom_function", *SLOW_TO_COMPILE)])
-def test_compiled_norms_of_every_case_equal_eager(name):
-    case = CASES[name]()
+TRACED = [name for name in CASES if name not in ("custom_function", *TRACED_WITH_OTHERS, *SLOW_TO_COMPILE)]
+
+
+@pytest.mark.parametrize("make", [*[CASES[name] for name in TRACED], all_stopped], ids=[*TRACED, "all_stopped"])
+def test_compiled_norms_of_every_case_equal_eager(make):
+    case = make()
     torch._dynamo.reset()
+    backend = "aot_eager" if make in (views_of_parameters, weights_changed_in_place) else "eager"
     compiled = torch.compile(
-        lambda p, *b: per_sample.norms(case.loss_fn, p, *b), fullgraph=True, dynamic=False, backend="aot_eager"
+        lambda p, *b: per_sample.norms(case.loss_fn, p, *b), fullgraph=True, dynamic=False, backend=backend
     )
     expected = expected_quantities(case.loss_fn, case.params, case.batch)["norms"]
     assert difference(compiled(case.params, *case.batch), expected) <= EXACT

@@ -437,7 +437,8 @@ def test_mistake_5_noise_comes_once_and_no_result_hangs_on_the_chunks(mechanism,
         assert difference(found.estimator, expected.estimator) < 1e-6 if tree.leaves(found.estimator) else True
 
 
-def test_the_compiled_private_step_equals_the_eager_one():
+def test_the_compiled_private_step_equals_the_eager_one(monkeypatch):
+    monkeypatch.setitem(globals(), "MODEL", models.linear(6, 3))  # the noise of each parameter takes seconds to compile
     torch._dynamo.reset()
     rule = Quantile(0.5, 3.0, 1.5)  # all that a step can do
     with torch._dynamo.config.patch(error_on_recompile=True):

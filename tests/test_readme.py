@@ -14,6 +14,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = re.findall(r"^functorch-mnist (.*?)(?:#.*)?$", README, re.MULTILINE)
 
 
+@pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0])
 def test_a_python_block_runs(block, monkeypatch, capsys):
     whole = fm.data.load("mnist")

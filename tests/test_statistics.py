@@ -160,7 +160,7 @@ def test_the_signal_to_noise_ratio_is_zero_without_a_signal_and_infinite_without
     assert found.signal_to_noise.tolist() == [math.inf, 0.0, 0.0, 2.0]
 
 
-@pytest.mark.parametrize("name", ["tutorial_cnn", "sequence_linear", "tied_linear_and_embedding"])
+@pytest.mark.parametrize("name", ["norms_net", "sequence_linear", "tied_linear_and_embedding"])
 def test_the_kronecker_factors_of_a_fold_are_those_of_per_sample(name):
     case = CASES[name]()
     found = statistics.fold(case.loss_fn, case.params, *case.batch, of=KroneckerFactors.of, chunk_size=3).sums
@@ -181,13 +181,13 @@ def test_cosines_are_those_of_the_gradients_and_zero_for_none():
 
 
 def test_a_fold_compiles_as_one_graph_to_the_same():
-    case = mlp()
+    case = linear()
     direction = case.params
 
     def fold(params, *batch):
         return statistics.fold(case.loss_fn, params, *batch, of=everything(direction))
 
-    traced = torch.compile(fold, fullgraph=True, backend="aot_eager")  # without the compiler's own rounding
+    traced = torch.compile(fold, fullgraph=True, backend="eager")  # without the compiler's own rounding
     eager, fast = fold(case.params, *case.batch), traced(case.params, *case.batch)
     for a, b in zip(tree.leaves(fast), tree.leaves(eager), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
@@ -239,10 +239,10 @@ def test_the_noise_scale_is_that_of_a_known_distribution_within_its_error_bars()
 
 
 def test_the_estimate_of_two_batch_sizes_agrees_with_that_of_single_examples_within_the_error_bars():
-    model = fm.models.cnn(dropout=(0, 0))
+    model = fm.models.mlp([784, 32, 10])
     params = model.init(random.key(0))
     train = fm.data.load("mnist").train
-    images, labels_ = fm.data.normalize(train.images[:1536], 0.1307, 0.3081), train.labels[:1536]
+    images, labels_ = fm.data.normalize(train.images[:1536], 0.1307, 0.3081).flatten(1), train.labels[:1536]
 
     def loss_fn(params, image, label):
         return losses.cross_entropy(model.apply(params, image), label)
@@ -353,18 +353,17 @@ def test_drawn_labels_give_the_fisher_information_on_average_and_the_same_for_on
     apply, params, x = classifier()
     key = random.key(3)
     exact = tree.ravel(statistics.fisher_diagonal(apply, params, x))
-    many = tree.ravel(statistics.fisher_diagonal(apply, params, x, key=key, draws=400, chunk_size=4))
-    few = [
-        tree.ravel(statistics.fisher_diagonal(apply, params, x, key=random.fold_in(key, i), draws=25))
-        for i in range(16)
-    ]
-    deviation = torch.stack(few).std(0) / 4
-    assert ((many - exact).abs() <= 5 * deviation + 1e-12).all()
-    assert (many - exact).norm() < 0.1 * exact.norm()
-    again = tree.ravel(statistics.fisher_diagonal(apply, params, x, key=key, draws=400))
-    assert difference(again, many) <= EXACT
-    other = tree.ravel(statistics.fisher_diagonal(apply, params, x, key=random.key(4), draws=400))
-    assert difference(other, many) > 1e-3
+
+    def drawn(i, **options):
+        key_ = random.fold_in(key, i)
+        return tree.ravel(statistics.fisher_diagonal(apply, params, x, key=key_, draws=25, **options))
+
+    each = torch.stack([drawn(i) for i in range(16)])
+    mean, deviation = each.mean(0), each.std(0) / 4
+    assert ((mean - exact).abs() <= 5 * deviation + 1e-12).all()
+    assert (mean - exact).norm() < 0.1 * exact.norm()
+    assert difference(drawn(0, chunk_size=4), each[0]) <= EXACT
+    assert difference(each[1], each[0]) > 1e-3
 
 
 def test_kronecker_factors_of_the_fisher_information_equal_their_definition():

@@ -169,6 +169,7 @@ def test_the_last_batch_of_an_epoch_may_be_smaller():
     torch.testing.assert_close(tree.map(lambda leaf: leaf[0], found.states.params), state.params, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("traced")
 def test_compiled_lanes_equal_eager_ones_and_compile_once_for_each_width():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -314,6 +315,7 @@ def test_hypergradients_by_a_strength_of_augmentation_equal_finite_differences(n
     assert slope.abs() > 1e-6
 
 
+@pytest.mark.usefixtures("traced")
 def test_hypergradients_are_the_same_bits_however_many_states_are_kept_and_compiled_up_to_rounding():
     found = [unrolled(HYPER, steps=10, every=every) for every in (None, 1, 3, 10, 50)]
     for other in found[1:]:

@@ -163,6 +163,7 @@ def test_the_compiled_step_equals_the_eager_one_over_steps_and_compiles_once():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.usefixtures("traced")
 @torch._dynamo.config.patch(recompile_limit=2)
 def test_many_steps_can_be_compiled_in_one_process():
     for number in range(5):
@@ -180,6 +181,7 @@ class Scaled:
         return self.factor * x + shift
 
 
+@pytest.mark.usefixtures("traced")
 @torch._dynamo.config.patch(recompile_limit=2)
 @pytest.mark.parametrize(
     "make",
@@ -191,6 +193,7 @@ def test_many_callables_of_every_kind_can_be_compiled_in_one_process(make):
         assert train.compiled(make(number))(torch.tensor(2.0)) == 2 * number
 
 
+@pytest.mark.usefixtures("traced")
 def test_a_compiled_function_takes_its_keyword_arguments_and_defaults():
     scaled = train.compiled(Scaled(3.0))
     assert [scaled(torch.tensor(2.0)), scaled(torch.tensor(2.0), shift=torch.tensor(1.0))] == [6, 7]
@@ -395,6 +398,7 @@ def test_in_bfloat16_parameters_gradients_and_loss_stay_float32_and_close():
 SCALE = 2.0
 
 
+@pytest.mark.usefixtures("traced")
 def test_a_compiled_function_follows_a_global_of_its_caller(monkeypatch):
     scaled = train.compiled(lambda x: SCALE * x)
     assert scaled(torch.ones(())) == 2
@@ -414,6 +418,7 @@ def test_float32_precision_is_the_function_itself():
     assert train.in_precision(MODEL.apply, torch.float32) is MODEL.apply
 
 
+@pytest.mark.usefixtures("traced")
 def test_the_watching_estimator_is_the_plain_one_with_norms_and_noise_beside_it():
     def loss_fn(w, x):
         return (w * x).sum().sin()

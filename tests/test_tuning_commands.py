@@ -101,7 +101,7 @@ def plain(data_dir, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", REMEDIES)
-def test_each_remedy_changes_the_run_and_goes_on_bit_equal(name, plain, data_dir, tmp_path):
+def test_each_remedy_changes_the_run_and_goes_on_bit_equal(name, plain, data_dir, tmp_path, no_pictures):
     shared = ("--data-dir", data_dir, *LINES, *REMEDIES[name])
     succeed("train", *shared, "--epochs", 2, "--out", tmp_path / "whole")
     assert weights(tmp_path / "whole") != weights(plain)
@@ -119,6 +119,7 @@ def test_each_remedy_changes_the_run_and_goes_on_bit_equal(name, plain, data_dir
         assert f"{images}" in kept
 
 
+@pytest.mark.usefixtures("traced")
 def test_compiled_remedies_equal_eager_ones(data_dir, tmp_path):
     remedies = "--mixup 0.4 --augment shift=2 --class-weights balanced --logit-adjustment 1 --focal 1"
     shared = ("--data-dir", data_dir, *LINES, "--epochs", 1, *remedies.split(), "--average-from", "0")

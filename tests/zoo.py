@@ -270,6 +270,16 @@ STOPPED = {
 }
 
 
+def all_stopped():
+    """All of them at once, each on a parameter of its own."""
+    params = {name: normals(3, 5, seed=i) for i, name in enumerate(STOPPED)}
+
+    def loss_fn(p, x):
+        return sum([(F.linear(x, p[name]) * change(p[name], x)).sin().sum() for name, change in STOPPED.items()])
+
+    return Case(loss_fn, params, (normals(B, 5),))
+
+
 def keywords():
     params = {"a": normals(5, 4, seed=1), "b": normals(3, 4, seed=2), "c": normals(4, seed=3), "d": normals(4, seed=4)}
 

@@ -94,7 +94,7 @@ def calibrated(
     low = high / 2
     while low > LEAST_NOISE and spent(low) <= budget:
         low, high = low / 2, low
-    while high - low > 1e-5 * high:
+    while high - low > 1e-5 * high and _rounded_up(low) != _rounded_up(high):
         middle = (low + high) / 2
         low, high = (middle, high) if spent(middle) > budget else (low, middle)
     return _rounded_up(high)
