@@ -222,7 +222,7 @@ def _keeps_computed(value: Any, memo: dict[int, Any]) -> bool:
         return any([_keeps_computed(part, memo) for part in parts])
     if isinstance(value, (list, tuple, set)):
         tensors = [part for part in value if isinstance(part, Tensor)]
-        computed = any([part.grad_fn is not None and memo.get(id(part), _STALE) is _STALE for part in tensors])
+        computed = any([part.grad_fn is not None for part in tensors])
         return computed or any([_keeps_computed(part, memo) for part in value if not isinstance(part, Tensor)])
     return False
 
