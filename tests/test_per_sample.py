@@ -29,6 +29,7 @@ from zoo import (
 )
 
 from functorch_mnist import losses, models, per_sample, tree
+from functorch_mnist.per_sample.forms import Sizes
 from functorch_mnist.train import compiled, in_precision
 
 
@@ -482,6 +483,62 @@ def test_a_plan_names_ops_that_vmap_runs_one_by_one():
 
     plan = per_sample.plan(loss_fn, normals(4, seed=1), normals(4), batch_size=B)
     assert any("histc" in op for op in plan.slow) and "slow" in str(plan)
+
+
+RULED = {
+    "linear": (lambda w, x: F.linear(x, w), (3, 4), (2, 4), Sizes(1, 2, 4, 3)),
+    "product from the right": (lambda w, x: x @ w, (4, 3), (2, 4), Sizes(1, 2, 4, 3)),
+    "product from the left": (lambda w, x: w @ x, (3, 4), (4, 2), Sizes(1, 2, 4, 3)),
+    "product with a vector": (lambda w, x: w.mv(x), (3, 4), (4,), Sizes(1, 1, 4, 3)),
+    "products": (lambda w, x: x @ w, (5, 4, 3), (5, 2, 4), Sizes(5, 2, 4, 3)),
+    "one product of several": (lambda w, x: w @ x, (5, 3, 4), (4, 2), Sizes(1, 2, 4, 15)),
+    "einsum": (lambda w, x: torch.einsum("ti,oi->to", x, w), (3, 4), (2, 4), Sizes(1, 2, 4, 3)),
+    "einsum of a list": (lambda w, x: torch.einsum("ti, oi -> to", [x, w]), (3, 4), (2, 4), Sizes(1, 2, 4, 3)),
+    "einsum from the left": (lambda w, x: torch.einsum("oi,ti->ot", w, x), (3, 4), (2, 4), Sizes(1, 2, 4, 3)),
+    "einsum of groups": (lambda w, x: torch.einsum("tgi,igo->gto", x, w), (4, 5, 3), (2, 5, 4), Sizes(5, 2, 4, 3)),
+    "einsum that repeats": (lambda w, x: torch.einsum("ti,ii->t", x, w), (4, 4), (2, 4), Sizes(1, 1, 1, 16)),
+    "einsum that sums a weight": (lambda w, x: torch.einsum("ti,io->t", x, w), (4, 3), (2, 4), Sizes(1, 1, 1, 12)),
+    "einsum that sums an input": (lambda w, x: torch.einsum("ti,o->o", x, w), (3,), (2, 4), Sizes(1, 1, 1, 3)),
+    "einsum that broadcasts": (lambda w, x: torch.einsum("ti,oi->to", x, w), (3, 1), (2, 4), Sizes(1, 1, 1, 3)),
+    "bilinear": (lambda w, x: F.bilinear(x, x.cos(), w), (3, 4, 4), (2, 4), Sizes(1, 2, 16, 3)),
+}  # fmt: skip
+"""Ops of a weight and an example, their shapes, and how the op reads the weight: one position where it has no rule."""
+
+
+@pytest.mark.parametrize("name", RULED)
+def test_a_product_is_read_by_its_rule_and_exact(name):
+    op, shape, example, sizes = RULED[name]
+
+    def loss_fn(params, x):
+        return op(params["w"], x).sin().sum()
+
+    params, x = {"w": normals(*shape, seed=1)}, normals(B, *example)
+    assert per_sample.plan(loss_fn, params, x[0], batch_size=B).rows[0].sizes == sizes
+    assert_exact(loss_fn, params, (x,))
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (2, 3)])
+@pytest.mark.parametrize(("beta", "alpha"), [(1, 1), (2.0, 0.5), (0, 3)])
+def test_a_product_that_is_added_is_exact(beta, alpha, shape):
+    params = {"b": normals(*shape, seed=1), "w": normals(4, 3, seed=2)}
+
+    def loss_fn(params, x):
+        return torch.addmm(params["b"], x, params["w"], beta=beta, alpha=alpha).sin().sum()
+
+    batch = (normals(B, 2, 4),)
+    assert "dense" not in ways(loss_fn, params, batch).values()
+    assert_exact(loss_fn, params, batch)
+
+
+def test_a_weight_made_of_arguments_by_name_is_exact():
+    params = {"a": normals(3, 4, seed=1), "b": normals(3, 4, seed=2)}
+
+    def loss_fn(params, x):
+        return F.linear(x, torch.mul(input=params["a"].exp(), other=params["b"])).sin().sum()
+
+    batch = (normals(B, 2, 4),)
+    assert "dense" not in ways(loss_fn, params, batch).values()
+    assert_exact(loss_fn, params, batch)
 
 
 def test_a_registered_rule_is_followed():
