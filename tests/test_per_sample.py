@@ -448,6 +448,11 @@ BAD_CALLS = {
         ValueError,
         "max_norm returns",
     ),
+    "rule of chunks": (
+        lambda f, p, x, y: per_sample.clipped_sum(f, p, x, y, max_norm=lambda n: n[:1], chunk_size=2),
+        ValueError,
+        "max_norm returns",
+    ),
     "rows": (lambda f, p, x, y: per_sample.gram(f, p, x), TypeError, "tuple of tensors"),
     "loss": (lambda f, p, x, y: per_sample.norms(lambda p, x, y: x, p, x, y), ValueError, "0-d tensor"),
     "integer": (lambda f, p, x, y: per_sample.norms(f, {"n": torch.ones(2).long()}, x, y), TypeError, "float tensor"),
@@ -539,6 +544,58 @@ def test_a_weight_made_of_arguments_by_name_is_exact():
     batch = (normals(B, 2, 4),)
     assert "dense" not in ways(loss_fn, params, batch).values()
     assert_exact(loss_fn, params, batch)
+
+
+SEEN = {
+    "t": lambda w: w.t(), "T": lambda w: w.T, "mT": lambda w: w.mT, "transpose": lambda w: w.transpose(0, 1),
+    "permute": lambda w: w.permute(1, 0), "movedim": lambda w: w.movedim(0, 1), "swapaxes": lambda w: w.swapaxes(0, 1),
+    "swapdims": lambda w: w.swapdims(0, 1), "moveaxis": lambda w: w.moveaxis(0, 1), "torch.t": torch.t,
+    "torch.transpose": lambda w: torch.transpose(w, 0, 1), "torch.permute": lambda w: torch.permute(w, (1, 0)),
+    "torch.movedim": lambda w: torch.movedim(w, 0, 1), "torch.swapaxes": lambda w: torch.swapaxes(w, 0, 1),
+    "torch.swapdims": lambda w: torch.swapdims(w, 0, 1), "torch.moveaxis": lambda w: torch.moveaxis(w, 0, 1),
+    "view": lambda w: w.view(4, 6), "reshape": lambda w: w.reshape(4, 6), "flatten": lambda w: w.flatten().view(4, 6),
+    "unflatten": lambda w: w.unflatten(1, (1, 4)).view(4, 6), "squeeze": lambda w: w.view(4, 1, 6).squeeze(1),
+    "unsqueeze": lambda w: w.unsqueeze(1).view(4, 6), "view_as": lambda w: w.view_as(torch.empty(4, 6)),
+    "reshape_as": lambda w: w.reshape_as(torch.empty(4, 6)), "torch.reshape": lambda w: torch.reshape(w, (4, 6)),
+    "torch.flatten": lambda w: torch.flatten(w).view(4, 6), "torch.squeeze": lambda w: torch.squeeze(w.view(4, 1, 6)),
+    "torch.unflatten": lambda w: torch.unflatten(w, 1, (1, 4)).view(4, 6),
+    "torch.unsqueeze": lambda w: torch.unsqueeze(w, 1).view(4, 6), "getitem": lambda w: w[1:4].view(2, 6),
+    "chunk": lambda w: w.chunk(2)[0].view(2, 6), "torch.chunk": lambda w: torch.chunk(w, 2)[1].view(2, 6),
+    "split": lambda w: w.split([3, 3])[0].view(2, 6), "torch.split": lambda w: torch.split(w, 3)[1].view(2, 6),
+    "narrow": lambda w: w.narrow(0, 1, 3).view(2, 6), "torch.narrow": lambda w: torch.narrow(w, 0, 1, 3).view(2, 6),
+    "select": lambda w: w.select(1, 1)[None], "torch.select": lambda w: torch.select(w, 1, 1)[None],
+    "unbind": lambda w: w.unbind(1)[2][None], "torch.unbind": lambda w: torch.unbind(w, 1)[3][None],
+    "tensor_split": lambda w: w.tensor_split(2)[0].view(2, 6), "double": lambda w: w.double().view(4, 6),
+    "torch.tensor_split": lambda w: torch.tensor_split(w, 2)[1].view(2, 6), "to": lambda w: w.to(D).view(4, 6),
+    "contiguous": lambda w: w.contiguous().view(4, 6), "clone": lambda w: w.clone().view(4, 6),
+}  # fmt: skip
+"""Ways to see the numbers of a parameter (6, 4), each once."""
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_numbers_of_a_parameter_seen_otherwise_are_those_of_the_parameter(name):
+    def loss_fn(params, x):
+        return F.linear(x, SEEN[name](params["w"])).sin().sum()
+
+    params, batch = {"w": normals(6, 4, seed=1)}, (normals(B, 6),)
+    row = per_sample.plan(loss_fn, params, batch[0][0], batch_size=B).rows[0]
+    assert (row.way, row.sizes[:3]) == ("outer product", (1, 1, 6))
+    assert_exact(loss_fn, params, batch)
+
+
+@pytest.mark.parametrize("frozen", ["weight_ih_l0", "weight_hh_l0", "bias_hh_l0"])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_a_recurrent_layer_with_a_weight_that_is_constant_is_exact(kind, frozen):
+    layer = kind(3, 2, batch_first=True, dtype=D)
+    weights = {name: normals(*p.shape, seed=i) for i, (name, p) in enumerate(layer.named_parameters())}
+    constant = {frozen: weights.pop(frozen)}
+
+    def loss_fn(params, x):
+        return torch.func.functional_call(layer, {**params, **constant}, (x,))[0].sin().sum()
+
+    batch = (normals(B, 1, 4, 3),)
+    assert "dense" not in ways(loss_fn, weights, batch).values()
+    assert_exact(loss_fn, weights, batch)
 
 
 def test_a_registered_rule_is_followed():

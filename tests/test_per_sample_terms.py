@@ -460,6 +460,14 @@ def test_half_precision_is_summed_in_single(name):
         assert (found - expected).abs().max() <= bound * max(1.0, expected.abs().max()), quantity
 
 
+def test_gradients_made_wide_are_in_single_precision_and_integers_stay():
+    rows, g = torch.tensor([[0, 2]]), torch.ones(1, 2, 3, dtype=torch.bfloat16)
+    term = Lookup(rows, g, torch.ones(1, 2, dtype=torch.bool), (4, 3), "gram")
+    wide = Factored(torch.zeros(1, dtype=torch.bfloat16), (term,), {"w": torch.zeros(4, 3)}).wide()
+    assert wide.losses.dtype == wide.terms[0].g.dtype == torch.float32
+    assert (wide.terms[0].rows.dtype, wide.terms[0].live.dtype) == (torch.int64, torch.bool)
+
+
 def test_rounding_widens_a_leaf_bound_by_sixteen_units_of_the_squared_reach():
     eps = torch.finfo(torch.float32).eps
     a, g = torch.ones(2, 1, 2, 1), torch.tensor([[1.0, -1.0], [3.0, 1.0]]).view(2, 1, 2, 1)
