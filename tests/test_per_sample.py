@@ -535,6 +535,35 @@ def test_a_product_that_is_added_is_exact(beta, alpha, shape):
     assert_exact(loss_fn, params, batch)
 
 
+PLACES = {
+    "input": lambda p, x: F.linear(p["w"], x),
+    "weight of one axis": lambda p, x: F.linear(x, p["v"]),
+    "weight beside a bias of the example": lambda p, x: F.linear(x, p["w"], x[0, :3]),
+    "bias beside a weight of the example": lambda p, x: F.linear(p["w"], x, p["b"]),
+    "bias beside inputs of the example": lambda p, x: F.linear(x, x, p["b"]),
+    "left factor": lambda p, x: torch.addmm(p["b"], p["w"], x.T),
+    "both other places": lambda p, x: torch.addmm(p["b"], x, p["w"].T[:, :2]),
+    "right factor": lambda p, x: torch.addmm(x[:, :3], x, p["w"].T),
+    "what is added": lambda p, x: torch.addmm(p["b"], x, x.T),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_parameter_at_any_place_of_a_linear_map_is_exact(name):
+    params = {"w": normals(3, 4, seed=1), "v": normals(4, seed=2), "b": normals(2, seed=3)}
+    assert_exact(lambda p, x: PLACES[name](p, x).sin().sum(), params, (normals(B, 2, 4),))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_parameter_used_as_it_is_and_within_a_weight_is_exact_in_either_order(first):
+    def loss_fn(params, x):
+        w, made = params["w"], params["w"].exp()
+        one, two = (made, w) if first else (w, made)
+        return F.linear(F.linear(F.linear(x, one).tanh(), two).tanh(), one).sin().sum()
+
+    assert_exact(loss_fn, {"w": normals(4, 4, seed=1)}, (normals(B, 2, 4),))
+
+
 def test_a_weight_made_of_arguments_by_name_is_exact():
     params = {"a": normals(3, 4, seed=1), "b": normals(3, 4, seed=2)}
 
