@@ -612,6 +612,25 @@ def test_numbers_of_a_parameter_seen_otherwise_are_those_of_the_parameter(name):
     assert_exact(loss_fn, params, batch)
 
 
+STRIDED = {
+    "as it is": ((6, 4), (4, 1)),
+    "as it is, from its start": ((6, 4), (4, 1), 0),
+    "transposed": ((4, 6), (1, 4)),
+    "its first rows": ((2, 4), (4, 1)),
+    "from a place": ((5, 4), (4, 1), 4),
+    "rows that overlap": ((6, 4), (2, 1)),
+}
+
+
+@pytest.mark.parametrize("name", STRIDED)
+def test_a_parameter_seen_by_strides_is_exact(name):
+    def loss_fn(params, x):
+        seen = params["w"].as_strided(*STRIDED[name])
+        return F.linear(x[: seen.shape[1]], seen).sin().sum()
+
+    assert_exact(loss_fn, {"w": normals(6, 4, seed=1)}, (normals(B, 6),))
+
+
 @pytest.mark.parametrize("frozen", ["weight_ih_l0", "weight_hh_l0", "bias_hh_l0"])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 def test_a_recurrent_layer_with_a_weight_that_is_constant_is_exact(kind, frozen):
