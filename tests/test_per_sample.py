@@ -531,7 +531,9 @@ def test_a_product_that_is_added_is_exact(beta, alpha, shape):
         return torch.addmm(params["b"], x, params["w"], beta=beta, alpha=alpha).sin().sum()
 
     batch = (normals(B, 2, 4),)
-    assert "dense" not in ways(loss_fn, params, batch).values()
+    found = ways(loss_fn, params, batch)
+    assert found["b"] == ("build" if beta == 0 else "sum")
+    assert found["w"] != "dense"
     assert_exact(loss_fn, params, batch)
 
 
@@ -609,6 +611,33 @@ def test_numbers_of_a_parameter_seen_otherwise_are_those_of_the_parameter(name):
     params, batch = {"w": normals(6, 4, seed=1)}, (normals(B, 6),)
     row = per_sample.plan(loss_fn, params, batch[0][0], batch_size=B).rows[0]
     assert (row.way, row.sizes[:3]) == ("outer product", (1, 1, 6))
+    assert_exact(loss_fn, params, batch)
+
+
+def test_weights_that_an_op_returns_in_a_list_are_followed():
+    def loss_fn(params, x):
+        one, two = torch.ops.aten.unbind(params["w"])
+        return (F.linear(x, one) * F.linear(x, two)).sin().sum()
+
+    params, batch = {"w": normals(2, 3, 4, seed=1)}, (normals(B, 4),)
+    assert isinstance(torch.ops.aten.unbind(params["w"]), list)
+    assert "dense" not in ways(loss_fn, params, batch).values()
+    assert_exact(loss_fn, params, batch)
+
+
+FLOWLESS = {
+    "a comparison": lambda w, x: x > w,
+    "complex numbers": lambda w, x: (w.to(torch.complex128) * (x + 1j)).abs(),
+}
+
+
+@pytest.mark.parametrize("name", FLOWLESS)
+def test_an_op_without_an_output_of_real_numbers_has_no_factored_form(name):
+    def loss_fn(params, x):
+        return (F.linear(x, params["v"]) * FLOWLESS[name](params["w"], x).sum()).sin().sum()
+
+    params, batch = {"v": normals(3, 4, seed=1), "w": normals(4, seed=2)}, (normals(B, 4),)
+    assert ways(loss_fn, params, batch) == {"v": "outer product", "w": "dense"}
     assert_exact(loss_fn, params, batch)
 
 
