@@ -454,7 +454,12 @@ BAD_CALLS = {
         "max_norm returns",
     ),
     "rows": (lambda f, p, x, y: per_sample.gram(f, p, x), TypeError, "tuple of tensors"),
-    "loss": (lambda f, p, x, y: per_sample.norms(lambda p, x, y: x, p, x, y), ValueError, "0-d tensor"),
+    "loss": (
+        lambda f, p, x, y: per_sample.norms(lambda p, x, y: x, p, x, y),
+        ValueError,
+        r"0-d tensor\. Found \(6,\)",
+    ),
+    "number": (lambda f, p, x, y: per_sample.norms(lambda *_: 3.0, p, x, y), ValueError, r"0-d tensor\. Found float"),
     "integer": (lambda f, p, x, y: per_sample.norms(f, {"n": torch.ones(2).long()}, x, y), TypeError, "float tensor"),
     "mask_b": (lambda f, p, x, y: per_sample.gram(f, p, (x, y), mask_b=torch.ones(B).bool()), ValueError, "mask_b"),
     "empty": (lambda f, p, x, y: per_sample.factored(f, p, x[:0], y[:0]), ValueError, "at least one example"),

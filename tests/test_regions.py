@@ -546,6 +546,26 @@ def test_a_branch_without_effect_is_as_alone_for_any_batch():
         torch.testing.assert_close(per_sample.norms(loss_fn, params, x, mask), torch.stack(norms), rtol=1e-10, atol=0)
 
 
+def test_a_branch_without_effect_may_run_other_ops_of_its_parameters():
+    class Either(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(3, 2)
+
+        def forward(self, x, mask):
+            if mask.all():
+                return self.a(x)
+            return torch.where(mask[..., None], x @ self.a.weight.t() + self.a.bias, self.a(x))
+
+    module = drawn(Either())
+    params, model = models.from_module(module, example_ndim={"x": 2, "mask": 1})
+    x = normals(B, 2, 3)
+    expected = by_autograd(module.a, x)
+    for mask in (MASK, MASK.flip(0)):
+        found = per_sample.factored(lambda p, x, m: model.apply(p, x, m).sin().sum(), params, x, mask).grads()
+        assert difference(list(found.values()), list(expected.values())) < 1e-10
+
+
 @pytest.mark.parametrize("effect", [False, True])
 def test_a_batch_that_takes_one_branch_is_as_alone(effect):
     module = drawn(Masked(effect=effect))
