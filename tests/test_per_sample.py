@@ -461,6 +461,7 @@ BAD_CALLS = {
     ),
     "number": (lambda f, p, x, y: per_sample.norms(lambda *_: 3.0, p, x, y), ValueError, r"0-d tensor\. Found float"),
     "integer": (lambda f, p, x, y: per_sample.norms(f, {"n": torch.ones(2).long()}, x, y), TypeError, "float tensor"),
+    "no tensor": (lambda f, p, x, y: per_sample.norms(f, {"n": 3.0}, x, y), TypeError, r"float tensor\. Found n: 3\.0"),
     "mask_b": (lambda f, p, x, y: per_sample.gram(f, p, (x, y), mask_b=torch.ones(B).bool()), ValueError, "mask_b"),
     "empty": (lambda f, p, x, y: per_sample.factored(f, p, x[:0], y[:0]), ValueError, "at least one example"),
     "size": (lambda f, p, x, y: per_sample.plan(f, p, x[0], y[0], batch_size=0), ValueError, "batch_size"),
@@ -627,6 +628,16 @@ def test_weights_that_an_op_returns_in_a_list_are_followed():
     params, batch = {"w": normals(2, 3, 4, seed=1)}, (normals(B, 4),)
     assert isinstance(torch.ops.aten.unbind(params["w"]), list)
     assert "dense" not in ways(loss_fn, params, batch).values()
+    assert_exact(loss_fn, params, batch)
+
+
+def test_an_op_of_an_example_with_several_outputs_is_exact():
+    def loss_fn(params, x):
+        rows, shifts = torch.broadcast_tensors(x, params["w"])
+        return (rows * shifts).sin().sum() + shifts.square().sum()
+
+    params, batch = {"w": normals(4, seed=1)}, (normals(B, 3, 4),)
+    assert ways(loss_fn, params, batch) == {"w": "build"}
     assert_exact(loss_fn, params, batch)
 
 
