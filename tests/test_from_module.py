@@ -327,10 +327,11 @@ def test_parameters_keys_and_inputs_that_do_not_fit_are_refused():
 def test_init_draws_new_parameters_from_the_key_alone():
     params, model = models.from_module(nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4)))
     state = torch.random.get_rng_state()
-    a, b, c = (model.init(random.key(seed)) for seed in (1, 1, 2))
+    a, b, c, d = (model.init(random.key(seed)) for seed in (1, 1, 2, 1 + 2**32))
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(tree.ravel(a), tree.ravel(b))
     assert not torch.equal(a["0.weight"], c["0.weight"])
+    assert not torch.equal(a["0.weight"], d["0.weight"])
     assert a["0.weight"].abs().max() <= 1 / 18**0.5
     assert torch.equal(a["1.weight"], torch.ones(4))
     assert tree.paths(a) == tree.paths(params)

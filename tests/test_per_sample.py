@@ -34,6 +34,7 @@ from zoo import (
 )
 
 from functorch_mnist import losses, models, per_sample, tree
+from functorch_mnist.per_sample.forms import Sizes
 from functorch_mnist.train import compiled, in_precision
 
 
@@ -452,9 +453,20 @@ BAD_CALLS = {
         ValueError,
         "max_norm returns",
     ),
+    "rule of chunks": (
+        lambda f, p, x, y: per_sample.clipped_sum(f, p, x, y, max_norm=lambda n: n[:1], chunk_size=2),
+        ValueError,
+        "max_norm returns",
+    ),
     "rows": (lambda f, p, x, y: per_sample.gram(f, p, x), TypeError, "tuple of tensors"),
-    "loss": (lambda f, p, x, y: per_sample.norms(lambda p, x, y: x, p, x, y), ValueError, "0-d tensor"),
+    "loss": (
+        lambda f, p, x, y: per_sample.norms(lambda p, x, y: x, p, x, y),
+        ValueError,
+        r"0-d tensor\. Found \(6,\)",
+    ),
+    "number": (lambda f, p, x, y: per_sample.norms(lambda *_: 3.0, p, x, y), ValueError, r"0-d tensor\. Found float"),
     "integer": (lambda f, p, x, y: per_sample.norms(f, {"n": torch.ones(2).long()}, x, y), TypeError, "float tensor"),
+    "no tensor": (lambda f, p, x, y: per_sample.norms(f, {"n": 3.0}, x, y), TypeError, r"float tensor\. Found n: 3\.0"),
     "mask_b": (lambda f, p, x, y: per_sample.gram(f, p, (x, y), mask_b=torch.ones(B).bool()), ValueError, "mask_b"),
     "empty": (lambda f, p, x, y: per_sample.factored(f, p, x[:0], y[:0]), ValueError, "at least one example"),
     "size": (lambda f, p, x, y: per_sample.plan(f, p, x[0], y[0], batch_size=0), ValueError, "batch_size"),
@@ -487,6 +499,201 @@ def test_a_plan_names_ops_that_vmap_runs_one_by_one():
 
     plan = per_sample.plan(loss_fn, normals(4, seed=1), normals(4), batch_size=B)
     assert any("histc" in op for op in plan.slow) and "slow" in str(plan)
+
+
+RULED = {
+    "linear": (lambda w, x: F.linear(x, w), (3, 4), (2, 4), Sizes(1, 2, 4, 3)),
+    "product from the right": (lambda w, x: x @ w, (4, 3), (2, 4), Sizes(1, 2, 4, 3)),
+    "product from the left": (lambda w, x: w @ x, (3, 4), (4, 2), Sizes(1, 2, 4, 3)),
+    "product with a vector": (lambda w, x: w.mv(x), (3, 4), (4,), Sizes(1, 1, 4, 3)),
+    "products": (lambda w, x: x @ w, (5, 4, 3), (5, 2, 4), Sizes(5, 2, 4, 3)),
+    "one product of several": (lambda w, x: w @ x, (5, 3, 4), (4, 2), Sizes(1, 2, 4, 15)),
+    "einsum": (lambda w, x: torch.einsum("ti,oi->to", x, w), (3, 4), (2, 4), Sizes(1, 2, 4, 3)),
+    "einsum of a list": (lambda w, x: torch.einsum("ti, oi -> to", [x, w]), (3, 4), (2, 4), Sizes(1, 2, 4, 3)),
+    "einsum from the left": (lambda w, x: torch.einsum("oi,ti->ot", w, x), (3, 4), (2, 4), Sizes(1, 2, 4, 3)),
+    "einsum of groups": (lambda w, x: torch.einsum("tgi,igo->gto", x, w), (4, 5, 3), (2, 5, 4), Sizes(5, 2, 4, 3)),
+    "einsum that repeats": (lambda w, x: torch.einsum("ti,ii->t", x, w), (4, 4), (2, 4), Sizes(1, 1, 1, 16)),
+    "einsum that sums a weight": (lambda w, x: torch.einsum("ti,io->t", x, w), (4, 3), (2, 4), Sizes(1, 1, 1, 12)),
+    "einsum that sums an input": (lambda w, x: torch.einsum("ti,o->o", x, w), (3,), (2, 4), Sizes(1, 1, 1, 3)),
+    "einsum that broadcasts": (lambda w, x: torch.einsum("ti,oi->to", x, w), (3, 1), (2, 4), Sizes(1, 1, 1, 3)),
+    "bilinear": (lambda w, x: F.bilinear(x, x.cos(), w), (3, 4, 4), (2, 4), Sizes(1, 2, 16, 3)),
+}  # fmt: skip
+"""Ops of a weight and an example, their shapes, and how the op reads the weight: one position where it has no rule."""
+
+
+@pytest.mark.parametrize("name", RULED)
+def test_a_product_is_read_by_its_rule_and_exact(name):
+    op, shape, example, sizes = RULED[name]
+
+    def loss_fn(params, x):
+        return op(params["w"], x).sin().sum()
+
+    params, x = {"w": normals(*shape, seed=1)}, normals(B, *example)
+    assert per_sample.plan(loss_fn, params, x[0], batch_size=B).rows[0].sizes == sizes
+    assert_exact(loss_fn, params, (x,))
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (2, 3)])
+@pytest.mark.parametrize(("beta", "alpha"), [(1, 1), (2.0, 0.5), (0, 3)])
+def test_a_product_that_is_added_is_exact(beta, alpha, shape):
+    params = {"b": normals(*shape, seed=1), "w": normals(4, 3, seed=2)}
+
+    def loss_fn(params, x):
+        return torch.addmm(params["b"], x, params["w"], beta=beta, alpha=alpha).sin().sum()
+
+    batch = (normals(B, 2, 4),)
+    found = ways(loss_fn, params, batch)
+    assert found["b"] == ("build" if beta == 0 else "sum")
+    assert found["w"] != "dense"
+    assert_exact(loss_fn, params, batch)
+
+
+PLACES = {
+    "input": lambda p, x: F.linear(p["w"], x),
+    "weight of one axis": lambda p, x: F.linear(x, p["v"]),
+    "weight beside a bias of the example": lambda p, x: F.linear(x, p["w"], x[0, :3]),
+    "bias beside a weight of the example": lambda p, x: F.linear(p["w"], x, p["b"]),
+    "bias beside inputs of the example": lambda p, x: F.linear(x, x, p["b"]),
+    "left factor": lambda p, x: torch.addmm(p["b"], p["w"], x.T),
+    "both other places": lambda p, x: torch.addmm(p["b"], x, p["w"].T[:, :2]),
+    "right factor": lambda p, x: torch.addmm(x[:, :3], x, p["w"].T),
+    "what is added": lambda p, x: torch.addmm(p["b"], x, x.T),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_parameter_at_any_place_of_a_linear_map_is_exact(name):
+    params = {"w": normals(3, 4, seed=1), "v": normals(4, seed=2), "b": normals(2, seed=3)}
+    assert_exact(lambda p, x: PLACES[name](p, x).sin().sum(), params, (normals(B, 2, 4),))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_parameter_used_as_it_is_and_within_a_weight_is_exact_in_either_order(first):
+    def loss_fn(params, x):
+        w, made = params["w"], params["w"].exp()
+        one, two = (made, w) if first else (w, made)
+        return F.linear(F.linear(F.linear(x, one).tanh(), two).tanh(), one).sin().sum()
+
+    assert_exact(loss_fn, {"w": normals(4, 4, seed=1)}, (normals(B, 2, 4),))
+
+
+def test_a_weight_made_of_arguments_by_name_is_exact():
+    params = {"a": normals(3, 4, seed=1), "b": normals(3, 4, seed=2)}
+
+    def loss_fn(params, x):
+        return F.linear(x, torch.mul(input=params["a"].exp(), other=params["b"])).sin().sum()
+
+    batch = (normals(B, 2, 4),)
+    assert "dense" not in ways(loss_fn, params, batch).values()
+    assert_exact(loss_fn, params, batch)
+
+
+SEEN = {
+    "t": lambda w: w.t(), "T": lambda w: w.T, "mT": lambda w: w.mT, "transpose": lambda w: w.transpose(0, 1),
+    "permute": lambda w: w.permute(1, 0), "movedim": lambda w: w.movedim(0, 1), "swapaxes": lambda w: w.swapaxes(0, 1),
+    "swapdims": lambda w: w.swapdims(0, 1), "moveaxis": lambda w: w.moveaxis(0, 1), "torch.t": torch.t,
+    "torch.transpose": lambda w: torch.transpose(w, 0, 1), "torch.permute": lambda w: torch.permute(w, (1, 0)),
+    "torch.movedim": lambda w: torch.movedim(w, 0, 1), "torch.swapaxes": lambda w: torch.swapaxes(w, 0, 1),
+    "torch.swapdims": lambda w: torch.swapdims(w, 0, 1), "torch.moveaxis": lambda w: torch.moveaxis(w, 0, 1),
+    "view": lambda w: w.view(4, 6), "reshape": lambda w: w.reshape(4, 6), "flatten": lambda w: w.flatten().view(4, 6),
+    "unflatten": lambda w: w.unflatten(1, (1, 4)).view(4, 6), "squeeze": lambda w: w.view(4, 1, 6).squeeze(1),
+    "unsqueeze": lambda w: w.unsqueeze(1).view(4, 6), "view_as": lambda w: w.view_as(torch.empty(4, 6)),
+    "reshape_as": lambda w: w.reshape_as(torch.empty(4, 6)), "torch.reshape": lambda w: torch.reshape(w, (4, 6)),
+    "torch.flatten": lambda w: torch.flatten(w).view(4, 6), "torch.squeeze": lambda w: torch.squeeze(w.view(4, 1, 6)),
+    "torch.unflatten": lambda w: torch.unflatten(w, 1, (1, 4)).view(4, 6),
+    "torch.unsqueeze": lambda w: torch.unsqueeze(w, 1).view(4, 6), "getitem": lambda w: w[1:4].view(2, 6),
+    "chunk": lambda w: w.chunk(2)[0].view(2, 6), "torch.chunk": lambda w: torch.chunk(w, 2)[1].view(2, 6),
+    "split": lambda w: w.split([3, 3])[0].view(2, 6), "torch.split": lambda w: torch.split(w, 3)[1].view(2, 6),
+    "narrow": lambda w: w.narrow(0, 1, 3).view(2, 6), "torch.narrow": lambda w: torch.narrow(w, 0, 1, 3).view(2, 6),
+    "select": lambda w: w.select(1, 1)[None], "torch.select": lambda w: torch.select(w, 1, 1)[None],
+    "unbind": lambda w: w.unbind(1)[2][None], "torch.unbind": lambda w: torch.unbind(w, 1)[3][None],
+    "tensor_split": lambda w: w.tensor_split(2)[0].view(2, 6), "double": lambda w: w.double().view(4, 6),
+    "torch.tensor_split": lambda w: torch.tensor_split(w, 2)[1].view(2, 6), "to": lambda w: w.to(D).view(4, 6),
+    "contiguous": lambda w: w.contiguous().view(4, 6), "clone": lambda w: w.clone().view(4, 6),
+}  # fmt: skip
+"""Ways to see the numbers of a parameter (6, 4), each once."""
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_numbers_of_a_parameter_seen_otherwise_are_those_of_the_parameter(name):
+    def loss_fn(params, x):
+        return F.linear(x, SEEN[name](params["w"])).sin().sum()
+
+    params, batch = {"w": normals(6, 4, seed=1)}, (normals(B, 6),)
+    row = per_sample.plan(loss_fn, params, batch[0][0], batch_size=B).rows[0]
+    assert (row.way, row.sizes[:3]) == ("outer product", (1, 1, 6))
+    assert_exact(loss_fn, params, batch)
+
+
+def test_weights_that_an_op_returns_in_a_list_are_followed():
+    def loss_fn(params, x):
+        one, two = torch.ops.aten.unbind(params["w"])
+        return (F.linear(x, one) * F.linear(x, two)).sin().sum()
+
+    params, batch = {"w": normals(2, 3, 4, seed=1)}, (normals(B, 4),)
+    assert isinstance(torch.ops.aten.unbind(params["w"]), list)
+    assert "dense" not in ways(loss_fn, params, batch).values()
+    assert_exact(loss_fn, params, batch)
+
+
+def test_an_op_of_an_example_with_several_outputs_is_exact():
+    def loss_fn(params, x):
+        rows, shifts = torch.broadcast_tensors(x, params["w"])
+        return (rows * shifts).sin().sum() + shifts.square().sum()
+
+    params, batch = {"w": normals(4, seed=1)}, (normals(B, 3, 4),)
+    assert ways(loss_fn, params, batch) == {"w": "build"}
+    assert_exact(loss_fn, params, batch)
+
+
+FLOWLESS = {
+    "a comparison": lambda w, x: x > w,
+    "complex numbers": lambda w, x: (w.to(torch.complex128) * (x + 1j)).abs(),
+}
+
+
+@pytest.mark.parametrize("name", FLOWLESS)
+def test_an_op_without_an_output_of_real_numbers_has_no_factored_form(name):
+    def loss_fn(params, x):
+        return (F.linear(x, params["v"]) * FLOWLESS[name](params["w"], x).sum()).sin().sum()
+
+    params, batch = {"v": normals(3, 4, seed=1), "w": normals(4, seed=2)}, (normals(B, 4),)
+    assert ways(loss_fn, params, batch) == {"v": "outer product", "w": "dense"}
+    assert_exact(loss_fn, params, batch)
+
+
+STRIDED = {
+    "as it is": ((6, 4), (4, 1)),
+    "as it is, from its start": ((6, 4), (4, 1), 0),
+    "transposed": ((4, 6), (1, 4)),
+    "its first rows": ((2, 4), (4, 1)),
+    "from a place": ((5, 4), (4, 1), 4),
+    "rows that overlap": ((6, 4), (2, 1)),
+}
+
+
+@pytest.mark.parametrize("name", STRIDED)
+def test_a_parameter_seen_by_strides_is_exact(name):
+    def loss_fn(params, x):
+        seen = params["w"].as_strided(*STRIDED[name])
+        return F.linear(x[: seen.shape[1]], seen).sin().sum()
+
+    assert_exact(loss_fn, {"w": normals(6, 4, seed=1)}, (normals(B, 6),))
+
+
+@pytest.mark.parametrize("frozen", ["weight_ih_l0", "weight_hh_l0", "bias_hh_l0"])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_a_recurrent_layer_with_a_weight_that_is_constant_is_exact(kind, frozen):
+    layer = kind(3, 2, batch_first=True, dtype=D)
+    weights = {name: normals(*p.shape, seed=i) for i, (name, p) in enumerate(layer.named_parameters())}
+    constant = {frozen: weights.pop(frozen)}
+
+    def loss_fn(params, x):
+        return torch.func.functional_call(layer, {**params, **constant}, (x,))[0].sin().sum()
+
+    batch = (normals(B, 1, 4, 3),)
+    assert "dense" not in ways(loss_fn, weights, batch).values()
+    assert_exact(loss_fn, weights, batch)
 
 
 def test_a_registered_rule_is_followed():

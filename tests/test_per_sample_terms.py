@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import D, normals
 
 from functorch_mnist import per_sample, tree
@@ -458,6 +460,14 @@ def test_half_precision_is_summed_in_single(name):
         assert (found - expected).abs().max() <= bound * max(1.0, expected.abs().max()), quantity
 
 
+def test_gradients_made_wide_are_in_single_precision_and_integers_stay():
+    rows, g = torch.tensor([[0, 2]]), torch.ones(1, 2, 3, dtype=torch.bfloat16)
+    term = Lookup(rows, g, torch.ones(1, 2, dtype=torch.bool), (4, 3), "gram")
+    wide = Factored(torch.zeros(1, dtype=torch.bfloat16), (term,), {"w": torch.zeros(4, 3)}).wide()
+    assert wide.losses.dtype == wide.terms[0].g.dtype == torch.float32
+    assert (wide.terms[0].rows.dtype, wide.terms[0].live.dtype) == (torch.int64, torch.bool)
+
+
 def test_rounding_widens_a_leaf_bound_by_sixteen_units_of_the_squared_reach():
     eps = torch.finfo(torch.float32).eps
     a, g = torch.ones(2, 1, 2, 1), torch.tensor([[1.0, -1.0], [3.0, 1.0]]).view(2, 1, 2, 1)
@@ -545,3 +555,56 @@ def test_a_direction_in_single_precision_is_taken_by_half_precision_ops(name):
     found = half.dot(direction.float())
     assert found.dtype == torch.float32
     assert (found - expected).abs().max() <= 5e-2 * max(1.0, expected.abs().max())
+
+
+class Stored(TorchDispatchMode):
+    """The most numbers that a tensor made on the way stores."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
+        self.most = max([self.most, *[x.untyped_storage().nbytes() // x.element_size() for x in tensors]])
+        return out
+
+
+INNER = ("square_norms", "gram", "dot", "weighted_sum")
+STORING = {
+    "few positions": (outer("gram", 2, 30, 40), 30 * 40 * B, (*INNER, "project", "reach")),
+    "many positions": (outer("build", 60, 3, 4), 60 * 60 * B, (*INNER, "second_moment", "project")),
+    "one position": (outer("outer product", 1, 30, 40), 30 * 40 * B, (*INNER, "second_moment", "project")),
+    "convolution, few positions": (
+        convolution("gram", (2, 3), (2, 2), 20, 30),
+        30 * 80 * B,
+        (*INNER, "project", "reach"),
+    ),
+    "convolution, many positions": (convolution("build", (12, 12), (3, 3), 4, 2), 100 * 36 * B, (*INNER, "project")),
+    "convolution, one position": (
+        convolution("outer product", (2, 2), (2, 2), 20, 30),
+        30 * 80 * B,
+        (*INNER, "second_moment"),
+    ),
+    "lookup, few positions": (lookup("gram", 3, 400, 10), 400 * 10 * B, (*INNER, "second_moment", "reach")),
+    "lookup, many positions": (lookup("build", 60, 4, 3), 60 * 60 * B, INNER),
+    "view": (viewed, 24 * B, ("square_norms", "dot", "weighted_sum", "reach")),
+    "rows of a parameter": (pulled("rows"), 30 * B, (*INNER, "reach")),
+    "absent": (absent, 12 * B, (*INNER, "second_moment")),
+}
+
+
+@pytest.mark.parametrize("name", STORING)
+def test_a_quantity_stores_neither_gradients_nor_pairs_of_positions_where_its_strategy_spares_them(name):
+    make, limit, quantities = STORING[name]
+    case, other = make(0, B), make(20, 3)
+    rows, numbers = case.grads.shape[1], math.prod(case.grads.shape[2:])
+    options = {
+        "gram": (other.term,),
+        "dot": (normals(*case.grads.shape[1:], seed=51),),
+        "weighted_sum": (normals(B, seed=50),),
+        "project": (normals(2, rows, seed=52), normals(3, numbers, seed=53)),
+    }
+    for quantity in quantities:
+        with Stored() as stored:
+            getattr(case.term, quantity)(*options.get(quantity, ()))
+        assert 0 < stored.most < limit, quantity

@@ -1,5 +1,6 @@
 """A module inside a loss of one example: nothing wrong in silence, and where the batch lies."""
 
+import collections
 import copy
 import threading
 
@@ -227,6 +228,47 @@ def test_what_a_forward_keeps_is_kept_for_that_call_alone(fn, filled):
     assert module.cache_list == []
 
 
+def test_a_hook_that_a_forward_adds_leaves_those_that_were_there():
+    def fn(module, x):
+        module.a.register_forward_hook(lambda layer, inputs, out: out + 1)
+        return module.a(x)
+
+    module = drawn(Calls(fn, a=nn.Linear(3, 3)))
+    module.a.register_forward_hook(lambda layer, inputs, out: out * 2)
+    params, model = models.from_module(module, example_ndim=1)
+    x = normals(B, 3)
+    for _ in range(3):
+        expected = 2 * F.linear(x, params["a.weight"], params["a.bias"]) + 1
+        torch.testing.assert_close(model.apply(params, x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_dict_of_another_kind_stays_one():
+    def fn(module, x):
+        module.seen["a"].append(module.a(x))
+        return sum(module.seen["a"])
+
+    module = drawn(Calls(fn, a=nn.Linear(3, 3)))
+    module.seen = collections.defaultdict(list)
+    params, model = models.from_module(module, example_ndim=1)
+    x = normals(B, 3)
+    torch.testing.assert_close(model.apply(params, x), F.linear(x, params["a.weight"], params["a.bias"]))
+    assert module.seen == {}
+
+
+def test_calls_one_after_another_share_a_copy_of_the_module():
+    copies = []
+
+    def fn(module, x):
+        if not any([module is other for other in copies]):
+            copies.append(module)
+        return module.a(x)
+
+    params, model = models.from_module(drawn(Calls(fn, a=nn.Linear(3, 3))), example_ndim=1)
+    for count in (B, B, 2):
+        model.apply(params, normals(count, 3))
+    assert len(copies) == 1
+
+
 @pytest.mark.parametrize("where", ["attribute", "list", "tuple", "list in a dict", "buffer"])
 def test_a_tensor_computed_from_parameters_that_is_kept_already_is_refused(where):
     module = drawn(Calls(lambda module, x: module.a(x), a=nn.Linear(3, 3)))
@@ -325,7 +367,20 @@ def batch_last(module, x):
     return (module.c @ columns).t()
 
 
-MERGED = {fn.__name__: fn for fn in (merged, merged_time_first, heads_first, windows, sandwiched, batch_last)}
+def positions(module, x):  # the same for each example
+    return module.a(x) + module.e(torch.arange(4).repeat(len(x))).view(len(x), 4, -1)
+
+
+def positions_time_first(module, x):
+    return module.a(x) + module.e(torch.arange(4).repeat_interleave(len(x))).view(4, len(x), -1).transpose(0, 1)
+
+
+MERGED = {
+    fn.__name__: fn
+    for fn in (
+        merged, merged_time_first, heads_first, windows, sandwiched, batch_last, positions, positions_time_first,
+    )
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MERGED)
@@ -333,6 +388,8 @@ def test_the_batch_is_found_wherever_it_is_merged(name):
     module = Calls(MERGED[name], a=nn.Linear(3, 4), b=nn.Linear(2, 2))
     if name == "batch_last":
         module.c = nn.Parameter(torch.zeros(2, 12))
+    if name.startswith("positions"):
+        module.e = nn.Embedding(4, 4)
     module = drawn(module)
     unused = {"heads_first": set(), "batch_last": {"a.weight", "a.bias", "b.weight", "b.bias"}}
     assert_as_alone(module, normals(B, 4, 3), dense=unused.get(name, {"b.weight", "b.bias"}))
@@ -393,6 +450,30 @@ def test_a_module_that_mixes_examples_is_refused_before_any_number(name):
     ):
         with pytest.raises(ValueError, match="examples must not mix"):
             call()
+
+
+def test_the_output_that_mixes_is_named():
+    def fn(module, x):
+        return {"plain": x, "mixed": module.a(x) - x.mean(0)}
+
+    for forward, found in ((fn, r"of output \['mixed'\], "), (MIXING["a roll"], "of its output, ")):
+        params, model = models.from_module(drawn(Calls(forward, a=nn.Linear(3, 3))), example_ndim=1)
+        with pytest.raises(ValueError, match=found):
+            model.apply(params, normals(B, 3))
+
+
+def test_an_output_with_other_axes_for_another_batch_size_is_refused():
+    params, model = models.from_module(drawn(Calls(lambda m, x: x if len(x) == 2 else x[:, None])), example_ndim=1)
+    with pytest.raises(ValueError, match=r"examples must not mix.*another number of axes for another batch size"):
+        model.apply(params, normals(B, 3))
+
+
+@pytest.mark.parametrize("row", [[1, 2, 1], [3, 3, 3], [1, 2, 2], [2, 0, 1]])
+def test_integers_that_mix_are_refused_where_all_examples_are_equal(row):
+    module = drawn(Calls(lambda module, x: module.a(x) - module.a(x).mean(0), a=nn.Embedding(4, 3)))
+    params, model = models.from_module(module, example_ndim=1)
+    with pytest.raises(ValueError, match="examples must not mix"):
+        model.apply(params, torch.tensor([row] * B))
 
 
 @pytest.mark.parametrize("merge", [merged_time_first, merged])
@@ -465,6 +546,26 @@ def test_a_branch_without_effect_is_as_alone_for_any_batch():
         torch.testing.assert_close(per_sample.norms(loss_fn, params, x, mask), torch.stack(norms), rtol=1e-10, atol=0)
 
 
+def test_a_branch_without_effect_may_run_other_ops_of_its_parameters():
+    class Either(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(3, 2)
+
+        def forward(self, x, mask):
+            if mask.all():
+                return self.a(x)
+            return torch.where(mask[..., None], x @ self.a.weight.t() + self.a.bias, self.a(x))
+
+    module = drawn(Either())
+    params, model = models.from_module(module, example_ndim={"x": 2, "mask": 1})
+    x = normals(B, 2, 3)
+    expected = by_autograd(module.a, x)
+    for mask in (MASK, MASK.flip(0)):
+        found = per_sample.factored(lambda p, x, m: model.apply(p, x, m).sin().sum(), params, x, mask).grads()
+        assert difference(list(found.values()), list(expected.values())) < 1e-10
+
+
 @pytest.mark.parametrize("effect", [False, True])
 def test_a_batch_that_takes_one_branch_is_as_alone(effect):
     module = drawn(Masked(effect=effect))
@@ -473,6 +574,54 @@ def test_a_batch_that_takes_one_branch_is_as_alone(effect):
     for mask in (MASK[[0, 2]], MASK[[1, 3]]):
         rows = torch.cat([module(x[i : i + 1], mask[i : i + 1]) for i in range(2)]).detach()
         torch.testing.assert_close(model.apply(params, x, mask), rows, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 2, B])
+def test_each_of_several_examples_is_run_again_up_to_the_last_branch(count):
+    runs = []
+
+    def fn(module, x):
+        runs.append("before")
+        h = module.a(x)
+        if (h > -1e9).all():
+            h = h + 1
+        runs.append("after")
+        return h
+
+    params, model = models.from_module(drawn(Calls(fn, a=nn.Linear(3, 2))), example_ndim=1)
+    x = normals(count, 3)
+    model.apply(params, x)
+    runs.clear()
+    model.apply(params, x)
+    assert runs == ["before", "after"] + ["before"] * (count if count > 1 else 0)
+
+
+@pytest.mark.parametrize("dtype", [D, torch.complex128])
+def test_a_branch_on_a_mask_goes_by_the_mask_of_the_call_whatever_lies_beside_it(dtype):
+    def fn(module, x, mask):
+        h = module.a(x.real)
+        return h if mask.all() else h * x.shape[0]  # this one would mix
+
+    class Pair(Calls):
+        def forward(self, x, mask):
+            return self.fn(self, x, mask)
+
+    module = Pair(fn, a=nn.Linear(3, 2)).to(D)
+    params, model = models.from_module(module, example_ndim={"x": 1, "mask": 1})
+    mask = torch.ones(B, 2, dtype=torch.bool)
+    for x in (torch.zeros(B, 3, dtype=dtype), normals(B, 3).to(dtype)):
+        torch.testing.assert_close(model.apply(params, x, mask), module.a(x.real).detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("times", [0, 2, 3])
+def test_a_selection_that_hangs_on_numbers_is_refused_whether_it_takes_more_or_less(times):
+    def fn(module, x):  # each once when it is tried
+        rows = x.repeat_interleave((x[:, 0] < 100).long() + times * (x[:, 0] > 100).long(), 0)
+        return module.a(rows)
+
+    params, model = models.from_module(drawn(Calls(fn, a=nn.Linear(3, 2))), example_ndim=1)
+    with pytest.raises(ValueError, match=rf"Found that linear gets \({times}, 3\)"):
+        per_sample.norms(loss_of(model), params, normals(B, 3) + 1000)
 
 
 # Writing to parameters
@@ -521,6 +670,25 @@ def test_a_forward_that_writes_to_a_parameter_is_refused_and_writes_nothing(fn):
         with pytest.raises(ValueError, match=r"may not write to its parameters.*'a\.weight'"):
             call()
     assert all(torch.equal(params[name], before[name]) for name in params)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_the_layer_that_writes_is_named_whatever_ran_before_it(inner):
+    def write(module, x):
+        module.weight.mul_(0.9)
+        return F.linear(x, module.weight)
+
+    writer = Calls(write)
+    writer.weight = nn.Parameter(torch.ones(3, 3))
+    module = (
+        Calls(lambda m, x: m.b(m.a(x)), a=nn.Linear(3, 3), b=writer)
+        if inner
+        else Calls(lambda m, x: m.b.fn(m.b, m.a(x)), a=nn.Linear(3, 3), b=writer)
+    )
+    params, model = models.from_module(drawn(module), example_ndim=1)
+    found = r"Found that layer 'b' \(Calls\)" if inner else r"Found that layer '' \(Calls\)"
+    with pytest.raises(ValueError, match=found + r" writes to 'b\.weight'"):
+        model.apply(params, normals(B, 3))
 
 
 @pytest.mark.parametrize("kind", ["layer", "function"])
@@ -661,8 +829,8 @@ def indexed_parameter(module, x):
     return module.a(x) * module.table[(x.sum(1) > 0).long()]
 
 
-def view_of_a_parameter(module, x):
-    return module.a(x), module.table[0]
+def signs(module, x):  # the trial's change of an example may change none
+    return sum([module.token * torch.sign(x[:, :1] - at) for at in torch.linspace(-1, 1, 16)]) + module.a(x)
 
 
 def einsum_with_a_batch(module, x):
@@ -805,7 +973,7 @@ HOSTILE = {
         buffer_of_the_batch, in_place, powers, beside_itself, between_each_other, one_number_each, parameters_alone,
         detached, as_a_number, by_groups_of_a_convolution, over_time, identity_of_the_batch, diagonal_of_the_batch,
         counting, nothing_of_it, read_by_a_scalar, padded, between_padding, beside_its_mirror, beside_a_token,
-        to_experts, mapped,
+        to_experts, mapped, signs,
     )
 }  # fmt: skip
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.weight_norm import WeightNorm
 
+from .. import random
 from .model import Params
 
 _OF_TORCH = set(nn.Module().__dict__)
@@ -63,7 +64,7 @@ class Copies:
     def reinitialised(self, params: Params, key: Tensor) -> Params:
         """New parameters, drawn by each layer's own `reset_parameters`."""
         module = copy.deepcopy(self.first.module).to_empty(device="cpu")
-        seed = int(key[..., 0]) << 32 | (int(key[..., 1]) & 0xFFFFFFFF)
+        seed = int(random.bits(key))  # of the whole key: torch takes 32 bits of a seed
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for name, layer in module.named_modules():
@@ -222,7 +223,7 @@ def _keeps_computed(value: Any, memo: dict[int, Any]) -> bool:
         return any([_keeps_computed(part, memo) for part in parts])
     if isinstance(value, (list, tuple, set)):
         tensors = [part for part in value if isinstance(part, Tensor)]
-        computed = any([part.grad_fn is not None and memo.get(id(part), _STALE) is _STALE for part in tensors])
+        computed = any([part.grad_fn is not None for part in tensors])
         return computed or any([_keeps_computed(part, memo) for part in value if not isinstance(part, Tensor)])
     return False
 

@@ -44,10 +44,9 @@ def rule(*ops: Callable[..., Any]) -> Callable[[Rule], Rule]:
     apply, and then the op's own vector-Jacobian product is taken.
 
     Example:
-        >>> @rule(F.bilinear)
-        ... def bilinear(x1, x2, weight, bias=None):
-        ...     pairs = (x1[..., :, None] * x2[..., None, :]).flatten(-2)  # y_h = Σ_jk w_hjk x1_j x2_k + b_h
-        ...     return [matrix(weight, pairs), Entry(bias)]
+        >>> @rule(torch.outer)
+        ... def outer(input, vec2):
+        ...     return [matrix(vec2, input[:, None]), Entry(input)]  # y_th = w_h x_t
     """
 
     def register(fn: Rule) -> Rule:
