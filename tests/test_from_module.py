@@ -402,3 +402,20 @@ def test_a_model_of_a_module_compiles_inside_grad_and_with_a_key_has_dropout(key
     backend = "inductor" if keyed else "eager"
     fused = torch.compile(gradient, fullgraph=True, dynamic=False, backend=backend)(params, x, keys)
     torch.testing.assert_close(tree.leaves(fused), tree.leaves(eager), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("moved", ["parameters", "inputs"])
+def test_what_was_moved_to_another_dtype_is_refused_by_name(moved):
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
+    module[2].weight.requires_grad_(False)
+    params, model = models.from_module(module, example_ndim=1)
+    x = torch.ones(5, 3)
+    if moved == "inputs":
+        x = x.double()
+    else:
+        params = tree.map(lambda p: p.double(), params)
+    with pytest.raises(ValueError, match=f"must be of one dtype.*{moved} of torch.float64.*before from_module"):
+        model.apply(params, x)
+    norm = nn.BatchNorm1d(3).eval()  # torch takes parameters in single precision beside inputs in half
+    params, model = models.from_module(norm, example_ndim=1)
+    assert model.apply(params, x.bfloat16()).dtype == torch.bfloat16

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from .. import native
 from .copies import Copies
-from .inputs import Inputs, Spec, described, is_constant, leaves_of, rebuilt
+from .inputs import Inputs, Leaf, Spec, described, is_constant, leaves_of, rebuilt
 from .model import Model, Params
 from .region import Region
 from .trial import LOOSE, Axis, Trial, hold_trial, joined, named, same, split
@@ -60,9 +60,10 @@ def from_module(
             a layer that renormalises its weight in place or keeps vectors of a power iteration; a tensor that is kept
             in an attribute and computed from parameters. From `apply`: a forward in which examples mix, that writes to
             its parameters, decides for a batch what it would decide otherwise for an example, or calls what torch.func
-            cannot differentiate; a torch function that draws random numbers of its own; parameters whose names, shapes
-            or devices are not the module's; inputs with too few axes; keys that are not (..., 2) with the leading axes
-            of the inputs. From `init`: a layer without `reset_parameters`.
+            cannot differentiate; a torch function that draws random numbers of its own; parameters whose names or
+            shapes are not the module's, or whose device or dtype the rest does not share; inputs with too few axes;
+            keys that are not (..., 2) with the leading axes of the inputs. From `init`: a layer without
+            `reset_parameters`.
         TypeError: from `apply`, if the forward returns no tensor.
 
     Guarantees: neither the module nor an input is changed; equal inputs give equal outputs; a batch is the stack of its
@@ -220,7 +221,33 @@ class _Pure:
             name: torch.empty(shape, dtype=dtype, device=device)
             for (name, shape), (dtype, device) in zip(self.shapes.items(), kinds, strict=True)
         }
-        return hold_trial(self.noisy if keyed else self.quiet, like, self.constants, inputs)
+        try:
+            return hold_trial(self.noisy if keyed else self.quiet, like, self.constants, inputs)
+        except RuntimeError as error:
+            moved = self.moved(like, leaves_of(spec))
+            if moved is None:
+                raise
+            raise ValueError(moved) from error
+
+    def moved(self, like: Mapping[str, Tensor], inputs: list[Leaf]) -> str | None:
+        """What is said where parameters, constants and inputs are of several devices or dtypes, which torch refused."""
+        held = {
+            "parameters": [(p.dtype, str(p.device)) for p in like.values()],
+            "frozen parameters and buffers": [(c.dtype, str(c.device)) for c in self.constants.values()],
+            "inputs": [(leaf.dtype, leaf.device) for leaf in inputs],
+        }
+        devices = {name: sorted({device for _, device in kinds}) for name, kinds in held.items() if kinds}
+        dtypes = {
+            name: sorted({str(dtype) for dtype, _ in kinds if dtype.is_floating_point}) for name, kinds in held.items()
+        }
+        for what, found in (("device", devices), ("dtype", {name: kinds for name, kinds in dtypes.items() if kinds})):
+            if len({kind for kinds in found.values() for kind in kinds}) > 1:
+                shown = ", ".join(f"{name} of {' and '.join(kinds)}" for name, kinds in found.items())
+                return (
+                    f"apply: parameters, frozen parameters, buffers and inputs must be of one {what}. Found {shown}. "
+                    "Move the module before from_module, and the inputs to its parameters."
+                )
+        return None
 
 
 class _Call:
