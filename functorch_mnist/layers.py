@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import random
-from .fusion import stored
+from .compiler import stored
 
 _MANY_IMAGES = 48
 """From here on a convolution that covers whole images is faster than a product, though it reorders its kernel."""

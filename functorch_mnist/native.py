@@ -8,7 +8,7 @@ has to lie outside `vmap`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,14 +19,7 @@ from torch._functorch import predispatch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-
-def constant_to_the_compiler(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, which the compiler runs once while it traces: what `torch.compiler.assume_constant_result` does.
-
-    That one would import the compiler, for 0.8 s.
-    """
-    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return fn
+from .compiler import constant_to_the_compiler
 
 
 @constant_to_the_compiler

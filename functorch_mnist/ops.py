@@ -4,13 +4,14 @@ What writes is asked in functions that the compiler runs while it traces: it wou
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .native import constant_to_the_compiler
+from .compiler import constant_to_the_compiler
 
 _NAMED = re.compile("[a-z][a-z0-9_]*[a-z0-9]_")
 """Names of functions that write."""
@@ -95,3 +96,12 @@ def tensors(args: Any, kwargs: Any) -> list[Tensor]:
         elif isinstance(part, (list, tuple)):
             found += tensors(part, {})
     return found
+
+
+def nested(fn: Callable[[Any], Any], value: Any) -> Any:
+    """Nested lists, tuples and dicts of `fn(v)` for each value v in them, in order."""
+    if isinstance(value, (list, tuple)):
+        return type(value)([nested(fn, part) for part in value])
+    if isinstance(value, dict):
+        return {name: nested(fn, part) for name, part in value.items()}
+    return fn(value)

@@ -9,7 +9,8 @@ import functorch_mnist
 
 ROOT = Path(functorch_mnist.__file__).parent
 ROWS = [
-    {"tree", "fusion", "allocator", "batch", "native", "ops", "hyperparameters", "options"},
+    {"compiler"},
+    {"tree", "allocator", "batch", "native", "ops", "hyperparameters", "options"},
     {"random"},
     {"layers", "losses", "optim", "data", "decompositions"},
     {"models"},

@@ -11,7 +11,7 @@ from torch.func import grad, vmap
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from zoo import normals
 
-from functorch_mnist import native
+from functorch_mnist import compiler, native
 
 X = normals(3, 2)
 
@@ -239,7 +239,7 @@ def test_old_functions_are_told_from_new_ones_and_found_behind_what_they_made():
 def test_a_constant_to_the_compiler_is_run_while_it_traces():
     calls = []
 
-    @native.constant_to_the_compiler
+    @compiler.constant_to_the_compiler
     def count():
         calls.append(1)
         return 3

@@ -26,6 +26,7 @@ from zoo import (
     mlp,
     normals,
     of_model,
+    of_module,
     sequence_linear,
     tied_linear_and_embedding,
     tutorial_cnn,
@@ -842,13 +843,24 @@ SLOW_TO_COMPILE = (
     "elementwise_products",
     "tokens_and_positions",
     "scales_and_shifts_of_norms",
+    "norms_net",
 )
 
 
 TRACED = [name for name in CASES if name not in ("custom_function", *TRACED_WITH_OTHERS, *SLOW_TO_COMPILE)]
 
 
-@pytest.mark.parametrize("make", [*[CASES[name] for name in TRACED], all_stopped], ids=[*TRACED, "all_stopped"])
+def norms():
+    """The kinds of `norms_net`, one after another."""
+    net = nn.Sequential(
+        nn.GroupNorm(2, 4), nn.InstanceNorm1d(4, affine=True), nn.LayerNorm(3), nn.RMSNorm(3), nn.Flatten()
+    )
+    return of_module(net, normals(B, 4, 3))
+
+
+@pytest.mark.parametrize(
+    "make", [*[CASES[name] for name in TRACED], all_stopped, norms], ids=[*TRACED, "all_stopped", "norms"]
+)
 def test_compiled_norms_of_every_case_equal_eager(make):
     case = make()
     torch._dynamo.reset()

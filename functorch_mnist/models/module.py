@@ -23,6 +23,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
 from .. import native
+from ..compiler import constant_to_the_compiler
 from .copies import Copies
 from .inputs import Inputs, Leaf, Spec, described, is_constant, leaves_of, rebuilt
 from .model import Model, Params
@@ -201,7 +202,7 @@ class _Pure:
             self.trials[key] = self.hold(spec, kinds, keyed, rows)
         return self.trials[key]
 
-    @native.constant_to_the_compiler
+    @constant_to_the_compiler
     def tried(self, spec: Spec, kinds: Any, keyed: bool) -> Trial:
         """The trial of a call that is being compiled, where inputs have no numbers."""
         key = (spec, kinds, keyed)

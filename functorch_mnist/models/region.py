@@ -13,6 +13,7 @@ need care, and a trial (trial.py) says where the batch lies in each:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import layers, native, random
-from ..ops import DECIDING, METADATA, flat, tensors, writes
+from ..ops import DECIDING, METADATA, flat, nested, tensors, writes
 from .draws import Drawing, channels
 from .trial import Axis, Step, Trial, joined, split
 
@@ -89,9 +90,7 @@ class Region(Drawing):
         step = self.step(func)
         self.check(step, func, values)
         if step.kind == "made":
-            args, kwargs = _replaced(
-                (args, kwargs), dict([(i, a + b * self.per_lane) for i, a, b in step.integers]), {}
-            )
+            args, kwargs = _replaced((args, kwargs), dict([(i, a + b * self.per_lane) for i, a, b in step.integers]))
             out = func(*args, **kwargs)
             for tensor in flat(out):
                 if isinstance(tensor, Tensor):
@@ -148,15 +147,13 @@ class Region(Drawing):
             else:
                 changes[i] = native.handed_back(split(value, self.lane(axis), self.lanes), self.at)
                 handed.append((value, changes[i]))
-        args, kwargs = _replaced((args, kwargs), changes, {})
+        args, kwargs = _replaced((args, kwargs), changes)
         out = func(*args, **kwargs)
         if writes(func, args, kwargs):
             return values[0] if isinstance(values[0], Tensor) else out
         outputs = iter(step.outputs)
 
         def taken(value: Any) -> Any:
-            if isinstance(value, (list, tuple)):
-                return type(value)([taken(part) for part in value])
             if not isinstance(value, Tensor):
                 return value
             axis = next(outputs)
@@ -164,7 +161,7 @@ class Region(Drawing):
                 return value
             return joined(native.taken_out(value, self.at), self.lane(axis))
 
-        return taken(out)
+        return nested(taken, out)
 
     def lane(self, axis: Axis) -> Axis:
         """The place of lanes along an axis: each holds `per_lane` examples."""
@@ -208,12 +205,11 @@ class Region(Drawing):
         return draws[0] if axis is None else joined(draws, axis)
 
 
-def _replaced(value: Any, changes: dict[int, Any], counter: dict[str, int]) -> Any:
+def _replaced(value: Any, changes: dict[int, Any]) -> Any:
     """Nested arguments with some values, numbered in order, replaced."""
-    if isinstance(value, dict):
-        return {name: _replaced(part, changes, counter) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)([_replaced(part, changes, counter) for part in value])
-    number = counter.get("next", 0)
-    counter["next"] = number + 1
-    return changes.get(number, value)
+    numbers = itertools.count()
+
+    def one(x: Any) -> Any:
+        return changes.get(next(numbers), x)
+
+    return nested(one, value)

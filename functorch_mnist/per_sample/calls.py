@@ -12,6 +12,7 @@ from torch.func import vmap
 
 from .. import tree
 from ..batch import masked
+from ..ops import nested
 from .forms import Cost, Sizes
 from .terms import Strategy, Term
 from .weights import Weight, pullback, pushed_forward
@@ -52,14 +53,11 @@ class CallForm:
         """The float outputs of the op, for one example."""
 
         def filled(value: Any) -> Any:
-            if isinstance(value, Slot):
-                tensors = {"weight": (weight,), "other": others, "saved": examples}[value.kind]
-                return tensors[value.number]
-            if isinstance(value, (list, tuple)):
-                return type(value)([filled(x) for x in value])
-            return {name: filled(x) for name, x in value.items()} if isinstance(value, dict) else value
+            if not isinstance(value, Slot):
+                return value
+            return {"weight": (weight,), "other": others, "saved": examples}[value.kind][value.number]
 
-        return float_outputs(self.op(*filled(self.args), **filled(self.kwargs)))
+        return float_outputs(self.op(*nested(filled, self.args), **nested(filled, self.kwargs)))
 
 
 def float_outputs(out: Any) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import native
 from ..decompositions import decomposition
-from ..ops import METADATA, flat, tensors, writes
+from ..ops import METADATA, flat, nested, tensors, writes
 from . import recurrence, rules
 from .calls import CallForm, Slot
 from .forms import Form
@@ -133,12 +133,10 @@ class Follower(native.PerExample):
         return self.replaced(value, lambda known: known.real)
 
     def replaced(self, value: Any, put: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return type(value)([self.replaced(x, put) for x in value])
-        if isinstance(value, dict):
-            return {name: self.replaced(x, put) for name, x in value.items()}
-        known = self.find(value)
-        return value if known is None else put(known)
+        def one(x: Any) -> Any:
+            return put(self.known[x]) if isinstance(x, Tensor) and x in self.known else x
+
+        return nested(one, value)
 
     def make(self, func: Any, args: Any, kwargs: Any, found: list[Known]) -> Any:
         """Runs an op of weights and constants. What it makes of them is a weight where a gradient can flow."""
@@ -222,10 +220,6 @@ class Follower(native.PerExample):
         others: list[Weight] = []
 
         def slot(value: Any) -> Any:
-            if isinstance(value, (list, tuple)):
-                return type(value)([slot(x) for x in value])
-            if isinstance(value, dict):
-                return {name: slot(x) for name, x in value.items()}
             if not isinstance(value, Tensor):
                 return value
             if value is known.tensor:
@@ -237,7 +231,7 @@ class Follower(native.PerExample):
             examples.append(value)
             return Slot("saved", len(examples) - 1)
 
-        arguments = slot(args), slot(kwargs)
+        arguments = nested(slot, args), nested(slot, kwargs)
         form = CallForm(tuple(known.tensor.shape), tuple(others), func, *arguments)
         return Found(known, form, tuple(examples))
 

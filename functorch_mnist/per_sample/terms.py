@@ -30,7 +30,7 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from .. import tree
 from ..batch import masked
-from ..fusion import stored
+from ..compiler import stored
 from .layout import Layout, View, kernel_layout, layout
 
 Strategy: TypeAlias = Literal["outer product", "gram", "build", "sum"]

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from .. import tree
+from ..ops import nested
 from .layout import View
 from .terms import Term
 
@@ -83,13 +84,7 @@ def _is_plain(index: Any) -> bool:
 
 
 def _filled(value: Any, leaves: Mapping[int, Tensor]) -> Any:
-    if isinstance(value, Weight):
-        return value.value(leaves)
-    if isinstance(value, (list, tuple)):
-        return type(value)([_filled(x, leaves) for x in value])
-    if isinstance(value, dict):
-        return {name: _filled(x, leaves) for name, x in value.items()}
-    return value
+    return nested(lambda x: x.value(leaves) if isinstance(x, Weight) else x, value)
 
 
 @tree.register
