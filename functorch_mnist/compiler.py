@@ -20,9 +20,9 @@ def stored(x: Tensor) -> Tensor:
     """The same tensor, which `torch.compile` now computes once and stores with these strides.
 
     Otherwise it may write an expression out in full wherever it is used, and choose other strides where some size is 1.
-    A view that the compiler does not see through does it; eager mode pays nothing. What it is a view of is made
-    contiguous, which costs nothing where the strides are those that were traced: where an op has given others when it
-    runs, the numbers would be read in another order.
+    A view that the compiler does not see through does it; eager mode pays nothing. It is a view of a copy, which the
+    compiler writes as it computes: an op may give other strides when it runs than when it was traced, and the numbers
+    would then be read in another order.
     """
     if not torch.compiler.is_compiling():
         return x

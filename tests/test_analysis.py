@@ -5,7 +5,6 @@ import json
 import math
 import shutil
 import signal
-import sys
 from functools import partial
 from importlib import import_module
 
@@ -104,8 +103,7 @@ def test_compiled_scores_are_the_same(linear, tmp_path, no_pictures):
         torch.testing.assert_close(fast[name], column, rtol=1e-4, atol=1e-5)  # of float32
 
 
-def test_pictures_without_matplotlib_are_left_out_in_words(linear, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+def test_pictures_without_matplotlib_are_left_out_in_words(linear, tmp_path, no_pictures):
     out = succeed("scores", linear, "--scores", "loss", "--out", tmp_path / "out")
     assert "No gallery.png: Pictures need matplotlib." in out
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["scores.csv"]

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from .. import native, tree
-from ..ops import writes
+from ..ops import nested, writes
 from ..tree import Tree
 from . import recurrence, rules
 from .calls import CallForm, float_outputs
@@ -183,9 +183,7 @@ class _Tapper(Follower):
 
     def kept(self, saved: Any) -> Any:
         """What a form needs of an op's inputs, (B, …), as they are now."""
-        if isinstance(saved, tuple):
-            return tuple([self.kept(x) for x in saved])
-        return native.taken_out(saved.clone() if self.clone else saved, self.at)
+        return nested(lambda x: native.taken_out(x.clone() if self.clone else x, self.at), saved)
 
 
 def survey(loss_fn: LossFn, params: Tree, batch: Sequence[Tensor], *, has_aux: bool = False, rows: int = 1) -> Survey:

@@ -14,7 +14,7 @@ from ..batch import masked
 from ..tree import Tree
 from .capture import LossFn, Strayed, Survey, factor, survey
 from .plan import Plan, strategies
-from .terms import Kronecker, Term
+from .terms import Kronecker, Strategy, Term
 
 
 @tree.register
@@ -162,23 +162,28 @@ class Pass:
     def __init__(self, loss_fn: LossFn, params: Tree, plan: Plan | None = None, has_aux: bool = False) -> None:
         _check_params(params)
         self.loss_fn, self.params, self.plan, self.has_aux = loss_fn, params, plan, has_aux
-        self.found: Survey | None = None
+        self.first: tuple[Survey, Sequence[Strategy | None]] | None = None
 
     def __call__(self, batch: Sequence[Tensor], mask: Tensor | None) -> Factored:
         """The factored gradients of a chunk, see `factored`."""
-        batch = batches.blanked(tuple(batch), mask)
-        if self.found is None:
-            self.found = survey(self.loss_fn, self.params, batch, has_aux=self.has_aux)
+        batch = batches.blanked(batch, mask)
+        if self.first is None:
+            self.first = self._surveyed(batch, 1)
         try:
-            losses, terms, aux = self._factor(batch, self.found)
+            losses, terms, aux = self._factor(batch, *self.first)
         except Strayed:  # a module branches on its batch, as on whether there is any padding
-            own = survey(self.loss_fn, self.params, batch, has_aux=self.has_aux, rows=len(batch[0]))
-            losses, terms, aux = self._factor(batch, own)
+            losses, terms, aux = self._factor(batch, *self._surveyed(batch, len(batch[0])))
         result = Factored(losses, terms, self.params, aux)
         return result if mask is None else result.masked(mask)
 
-    def _factor(self, batch: Sequence[Tensor], found: Survey) -> tuple[Tensor, tuple[Term, ...], Tree]:
-        ways = strategies(self.params, found, self.plan)
+    def _surveyed(self, batch: Sequence[Tensor], rows: int) -> tuple[Survey, Sequence[Strategy | None]]:
+        """What the loss does with its parameters, and the strategies that follow."""
+        found = survey(self.loss_fn, self.params, batch, has_aux=self.has_aux, rows=rows)
+        return found, strategies(self.params, found, self.plan)
+
+    def _factor(
+        self, batch: Sequence[Tensor], found: Survey, ways: Sequence[Strategy | None]
+    ) -> tuple[Tensor, tuple[Term, ...], Tree]:
         return factor(self.loss_fn, self.params, batch, found, ways, has_aux=self.has_aux)
 
 

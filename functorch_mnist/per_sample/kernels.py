@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import native
-from ..decompositions import DECOMPOSITIONS, decomposition
+from ..decompositions import DECOMPOSITIONS
 from ..ops import tensors
 from .recurrence import OPS, read
 
@@ -49,7 +49,7 @@ def _recurrent(func: Any, at: tuple[int, int], *args: Any, **named: Any) -> Any:
     weights = () if call is None else [weight for layer in call.layers for weight in layer.weights]
     if call is None or any([native.is_of_an_example(weight) for weight in weights]):
         with Kernels():
-            return decomposition(func)(*args, **named)  # type: ignore[misc]
+            return DECOMPOSITIONS[func](*args, **named)
     axis = 0 if call.batch_first else 1
 
     def merged(x: Tensor, axis: int) -> Tensor:
