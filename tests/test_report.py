@@ -1,7 +1,6 @@
 """What becomes of results: tables, fitted powers, pictures, and the README's tables."""
 
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -125,8 +124,7 @@ def test_no_curve_is_drawn_through_a_single_point(tmp_path):
     assert [path.name for path in drawn] == ["planted-bars.png"]
 
 
-def test_without_matplotlib_nothing_is_drawn(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+def test_without_matplotlib_nothing_is_drawn(tmp_path, no_pictures):
     assert plots.draw("planted", curve(time=1), tmp_path / "planted.json") == []
     assert not list(tmp_path.iterdir())
 
