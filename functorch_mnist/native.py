@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._C import _functorch
 from torch._functorch import predispatch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from .compiler import constant_to_the_compiler
@@ -107,14 +108,14 @@ def inside(kind: type[TorchFunctionMode]) -> bool:
 @contextmanager
 def outside() -> Iterator[None]:
     """Out of all transforms and modes, for what only looks: a trial run on numbers of its own."""
-    modes = []
+    modes = []  # of functions; those of dispatch, such as tensors without numbers, are switched off below
     while _get_current_function_mode_stack():
         modes.append(_pop_mode())
     forbidden = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
     if forbidden is not None:
         torch._C._autograd._saved_tensors_hooks_enable()
     try:
-        with temporarily_clear_interpreter_stack(), torch.enable_grad():
+        with temporarily_clear_interpreter_stack(), _disable_current_modes(), torch.enable_grad():
             yield
     finally:
         if forbidden is not None:

@@ -16,6 +16,9 @@ from torch.utils import _pytree as pytree
 Tree: TypeAlias = Any
 """A pytree of tensors. Python's types cannot say "nested to any depth, structure kept", hence `Any`."""
 
+Structure: TypeAlias = pytree.TreeSpec
+"""A pytree without its leaves. It can be compared and is hashable where its keys are."""
+
 T = TypeVar("T")
 C = TypeVar("C")
 
@@ -82,6 +85,23 @@ def unflatten(like: T, values: list[Tensor]) -> T:
     if structure.num_leaves != len(values):
         raise ValueError(f"tree.unflatten: the tree has {structure.num_leaves} leaves. Found {len(values)} values.")
     return cast(T, pytree.tree_unflatten(values, structure))
+
+
+def flatten(tree: Tree) -> tuple[list[Tensor], Structure]:
+    """The leaves and the structure, which `restore` makes into the tree again.
+
+    Example:
+        >>> values, structure = flatten({"a": torch.tensor(1)})
+        >>> restore(structure, values)
+        {'a': tensor(1)}
+    """
+    values, structure = pytree.tree_flatten(tree)
+    return values, structure
+
+
+def restore(structure: Structure, values: list[Tensor]) -> Tree:
+    """The tree with this structure and these leaves."""
+    return pytree.tree_unflatten(values, structure)
 
 
 def zeros_like(tree: T) -> T:

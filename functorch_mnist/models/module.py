@@ -196,7 +196,8 @@ class _Pure:
             return found
         numbers = [native.numbers(x) for x in whole]
         rows = [None if n is None or n.shape != x.shape else n for n, x in zip(numbers, whole, strict=True)]
-        constant = tuple([is_constant(n) for n in rows])  # where a forward branches on a mask, it is on this
+        with native.outside():
+            constant = tuple([is_constant(n) for n in rows])  # where a forward branches on a mask, it is on this
         key = (spec, kinds, keyed, constant)
         if key not in self.trials:
             self.trials[key] = self.hold(spec, kinds, keyed, rows)

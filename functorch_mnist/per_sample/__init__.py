@@ -16,17 +16,22 @@ the cotangent of its output. Nearly everything one wants of it follows from the 
     strategies.py    which way inner products are taken
     plan.py          the plan: all of this as a table that can be changed
     factored.py      the terms of all parameters, and the algebra on them
+    passes.py        the backward pass of a batch or of its chunks, and what is made of it
+    programs.py      the ops that a function ran, to run again without what led to them
+    prepared.py      a loss whose survey, strategies and ops are kept
     quantities.py    what users call: norms, clipped sums, products, moments; masks and chunks
 """
 
 from .factored import Factored as Factored
-from .factored import factored as factored
 from .plan import Plan as Plan
 from .plan import plan as plan
+from .prepared import Prepared as Prepared
+from .prepared import prepare as prepare
 from .quantities import ClippedSum as ClippedSum
 from .quantities import clipped_sum as clipped_sum
 from .quantities import dot as dot
 from .quantities import grads as grads
+from .quantities import factored as factored
 from .quantities import gram as gram
 from .quantities import kronecker as kronecker
 from .quantities import leaf_norms as leaf_norms

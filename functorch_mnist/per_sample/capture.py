@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad, vmap
+from torch.func import grad, vjp, vmap
 
 from .. import native, tree
 from ..ops import nested, writes
@@ -287,7 +287,7 @@ def factor(
         return (losses * seeds).sum(), (losses, aux, saved)
 
     copies = [leaves[i].expand(rows, *leaves[i].shape) for i in dense]
-    cotangents, (losses, aux, saved) = grad(total, has_aux=True)([*taps, *copies])
+    cotangents, (losses, aux, saved) = _grad(total, [*taps, *copies], has_aux=True)
     if len(saved) < len(calls):
         raise Strayed
     terms: dict[int, list[tuple[Weight, Term]]] = {i: [] for i in range(len(leaves))}
@@ -308,6 +308,20 @@ def factor(
     return losses, tuple([_term(i, terms[i], real, rows) for i in range(len(leaves))]), aux
 
 
+def _grad(fn: Callable[[list[Tensor]], Any], inputs: list[Tensor], *, has_aux: bool = False) -> Any:
+    """`torch.func.grad`, which keeps what a derivative of the gradient would need only where one can be asked for.
+
+    It is where the result depends on a tensor outside that requires a gradient; `grad` always keeps it, and so all
+    activations until the end of the backward pass.
+    """
+    if torch.compiler.is_dynamo_compiling():  # a graph keeps what is used
+        return grad(fn, has_aux=has_aux)(inputs)
+    out, pull, *beside = vjp(fn, inputs, has_aux=has_aux)
+    again = out.requires_grad
+    gradient = pull(torch.ones_like(out), retain_graph=again, create_graph=again)[0]
+    return (gradient, *beside) if has_aux else gradient
+
+
 def dense_grads(loss_fn: LossFn, params: Tree, batch: Sequence[Tensor]) -> list[Tensor]:
     """The sample gradients (B, *w) of each leaf, by a copy of it for each example.
 
@@ -321,7 +335,7 @@ def dense_grads(loss_fn: LossFn, params: Tree, batch: Sequence[Tensor]) -> list[
         return loss
 
     copies = [leaf.expand(rows, *leaf.shape) for leaf in leaves]
-    return list(grad(lambda copies: vmap(run)(copies, *batch).sum())(copies))
+    return list(_grad(lambda copies: vmap(run)(copies, *batch).sum(), copies))
 
 
 def _of_an_example(loss: Tensor, example: Sequence[Tensor]) -> Tensor:

@@ -8,13 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import batch as batches
 from .. import tree
 from ..batch import masked
 from ..tree import Tree
-from .capture import LossFn, Strayed, Survey, factor, survey
-from .plan import Plan, strategies
-from .terms import Kronecker, Strategy, Term
+from .terms import Kronecker, Term
 
 
 @tree.register
@@ -127,66 +124,6 @@ class Factored:
         return tree.unflatten(self.params, [v.to(leaf.dtype) for v, leaf in zip(values, leaves, strict=True)])
 
 
-def factored(
-    loss_fn: LossFn,
-    params: Tree,
-    *batch: Tensor,
-    mask: Tensor | None = None,
-    plan: Plan | None = None,
-    has_aux: bool = False,
-) -> Factored:
-    """The factored gradients of each example of a batch, by one backward pass.
-
-    Args:
-        loss_fn: `loss_fn(params, *example) -> ()`, a pure function of one example.
-        params: a pytree of float tensors.
-        batch: tensors (B, …), B at least 1.
-        mask: (B,) bool; the gradient of an example with False is exactly zero.
-        plan: strategies to take instead of those that would be chosen.
-        has_aux: the loss returns `(loss, aux)`, aux a pytree of tensors that is kept beside the losses.
-
-    Raises:
-        TypeError: a parameter is not a float tensor.
-        ValueError: the batch, the mask, the loss or the plan does not fit; the loss mixes examples by a batch norm.
-
-    Cost: one forward pass of one example, one forward and one backward pass of the batch.
-    """
-    if batches.check("per_sample", batch, mask) == 0:
-        raise ValueError("per_sample.factored: at least one example. Found an empty batch.")
-    return Pass(loss_fn, params, plan, has_aux)(batch, mask)
-
-
-class Pass:
-    """The backward pass of one loss over chunk after chunk, which one survey serves."""
-
-    def __init__(self, loss_fn: LossFn, params: Tree, plan: Plan | None = None, has_aux: bool = False) -> None:
-        _check_params(params)
-        self.loss_fn, self.params, self.plan, self.has_aux = loss_fn, params, plan, has_aux
-        self.first: tuple[Survey, Sequence[Strategy | None]] | None = None
-
-    def __call__(self, batch: Sequence[Tensor], mask: Tensor | None) -> Factored:
-        """The factored gradients of a chunk, see `factored`."""
-        batch = batches.blanked(batch, mask)
-        if self.first is None:
-            self.first = self._surveyed(batch, 1)
-        try:
-            losses, terms, aux = self._factor(batch, *self.first)
-        except Strayed:  # a module branches on its batch, as on whether there is any padding
-            losses, terms, aux = self._factor(batch, *self._surveyed(batch, len(batch[0])))
-        result = Factored(losses, terms, self.params, aux)
-        return result if mask is None else result.masked(mask)
-
-    def _surveyed(self, batch: Sequence[Tensor], rows: int) -> tuple[Survey, Sequence[Strategy | None]]:
-        """What the loss does with its parameters, and the strategies that follow."""
-        found = survey(self.loss_fn, self.params, batch, has_aux=self.has_aux, rows=rows)
-        return found, strategies(self.params, found, self.plan)
-
-    def _factor(
-        self, batch: Sequence[Tensor], found: Survey, ways: Sequence[Strategy | None]
-    ) -> tuple[Tensor, tuple[Term, ...], Tree]:
-        return factor(self.loss_fn, self.params, batch, found, ways, has_aux=self.has_aux)
-
-
 _ROUNDING = 16
 """Units in the last place by which sums over positions were seen to differ, with a margin."""
 
@@ -203,12 +140,3 @@ def _root(squares: Tensor) -> Tensor:
     """The square root, whose gradient at zero is that of a norm: zero."""
     positive = squares > 0
     return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), squares)
-
-
-def _check_params(params: Tree) -> None:
-    paths = tree.paths(params)
-    if len(set(paths)) < len(paths):
-        raise ValueError(f"per_sample: parameters must have different paths. Found {paths}.")
-    for path, leaf in zip(paths, tree.leaves(params), strict=True):
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            raise TypeError(f"per_sample: every parameter must be a float tensor. Found {path}: {leaf!r:.80}.")

@@ -18,7 +18,8 @@ All take `loss_fn(params, *example) -> ()`, a pure function of one example; `par
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +29,9 @@ from .. import native, tree
 from ..batch import Chunk, masked
 from ..tree import Tree
 from .capture import LossFn, dense_grads
-from .factored import Factored, Pass
+from .factored import Factored
 from .plan import Plan
+from .prepared import passes
 from .terms import Kronecker
 
 
@@ -67,6 +69,36 @@ def grads(
     return tree.unflatten(params, [torch.cat(leaf_parts) for leaf_parts in zip(*parts, strict=True)])
 
 
+def factored(
+    loss_fn: LossFn,
+    params: Tree,
+    *batch: Tensor,
+    mask: Tensor | None = None,
+    plan: Plan | None = None,
+    has_aux: bool = False,
+) -> Factored:
+    """The factored gradients of each example of a batch, by one backward pass.
+
+    Args:
+        loss_fn: `loss_fn(params, *example) -> ()`, a pure function of one example.
+        params: a pytree of float tensors.
+        batch: tensors (B, …), B at least 1.
+        mask: (B,) bool; the gradient of an example with False is exactly zero.
+        plan: strategies to take instead of those that would be chosen.
+        has_aux: the loss returns `(loss, aux)`, aux a pytree of tensors that is kept beside the losses.
+
+    Raises:
+        TypeError: a parameter is not a float tensor.
+        ValueError: the batch, the mask, the loss or the plan does not fit; the loss mixes examples by a batch norm.
+
+    Cost: one forward pass of one example, one forward and one backward pass of the batch.
+    """
+    if batches.check("per_sample", batch, mask) == 0:
+        raise ValueError("per_sample.factored: at least one example. Found an empty batch.")
+    found: Factored = passes(loss_fn, params, plan, has_aux)(batch, mask)
+    return found
+
+
 def norms(
     loss_fn: LossFn,
     params: Tree,
@@ -81,8 +113,8 @@ def norms(
         >>> norms(lambda w, x: w @ x, torch.zeros(2), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
         tensor([5., 1.])
     """
-    parts = _factored("norms", loss_fn, params, batch, mask, chunk_size, plan)
-    return torch.cat([chunk.unpadded(part.norms()) for chunk, part in parts])
+    parts = _chunks("norms", loss_fn, params, batch, mask, chunk_size, plan)
+    return torch.cat([chunk.unpadded(run(Factored.norms)) for chunk, run in parts])
 
 
 def leaf_norms(
@@ -99,8 +131,8 @@ def leaf_norms(
         >>> leaf_norms(lambda p, x: p["a"] * x + p["b"], {"a": torch.zeros(()), "b": torch.zeros(())}, torch.ones(2))
         {'a': tensor([1., 1.]), 'b': tensor([1., 1.])}
     """
-    parts = _factored("leaf_norms", loss_fn, params, batch, mask, chunk_size, plan)
-    columns = [[chunk.unpadded(leaf) for leaf in tree.leaves(part.leaf_norms())] for chunk, part in parts]
+    parts = _chunks("leaf_norms", loss_fn, params, batch, mask, chunk_size, plan)
+    columns = [[chunk.unpadded(leaf) for leaf in tree.leaves(run(Factored.leaf_norms))] for chunk, run in parts]
     return tree.unflatten(params, [torch.cat(column) for column in zip(*columns, strict=True)])
 
 
@@ -125,8 +157,8 @@ def weighted_sum(
     batches.check("per_sample.weighted_sum", batch, mask)
     _check_rows("weighted_sum", "weights", weights, batch)
     weights = weights if mask is None else masked(weights, mask)
-    parts = _factored("weighted_sum", loss_fn, params, batch, mask, chunk_size, plan)
-    return _total(part.weighted_sum(chunk.padded(weights)) for chunk, part in parts)
+    parts = _chunks("weighted_sum", loss_fn, params, batch, mask, chunk_size, plan)
+    return _total(run(Factored.weighted_sum, chunk.padded(weights)) for chunk, run in parts)
 
 
 def clipped_sum(
@@ -169,9 +201,8 @@ def clipped_sum(
         _check_rows("clipped_sum", "what max_norm returns", known, batch)
     total: Tree = None
     columns, counts = [], []
-    for chunk, part in _factored("clipped_sum", loss_fn, params, batch, mask, chunk_size, plan):
-        part = part.built()
-        sizes = part.norms()
+    for chunk, run in _chunks("clipped_sum", loss_fn, params, batch, mask, chunk_size, plan):
+        part, sizes = run(_built)
         if not callable(max_norm):
             factors = (max_norm / sizes).clamp(max=1)
         else:
@@ -204,8 +235,8 @@ def dot(
         >>> dot(lambda w, x: w * x, torch.tensor(0.0), torch.tensor([1.0, 3.0]), direction=torch.tensor(2.0))
         tensor([2., 6.])
     """
-    parts = _factored("dot", loss_fn, params, batch, mask, chunk_size, plan)
-    return torch.cat([chunk.unpadded(part.dot(direction)) for chunk, part in parts])
+    parts = _chunks("dot", loss_fn, params, batch, mask, chunk_size, plan)
+    return torch.cat([chunk.unpadded(run(Factored.dot, direction)) for chunk, run in parts])
 
 
 def gram(
@@ -237,14 +268,14 @@ def gram(
         raise TypeError("gram: a batch must be a tuple of tensors, such as (x, y). Found a tensor.")
     if batch_b is None and mask_b is not None:
         raise ValueError("gram: mask_b belongs to batch_b. Found no batch_b.")
-    mine = _factored("gram", loss_fn, params, tuple(batch_a), mask, chunk_size, plan)
+    mine = _chunks("gram", loss_fn, params, tuple(batch_a), mask, chunk_size, plan)
     if batch_b is None:
-        return _symmetric([(chunk, part.built()) for chunk, part in mine])
-    theirs = _factored("gram", loss_fn, params, tuple(batch_b), mask_b, chunk_size, plan)
-    kept = [(chunk, part.built()) for chunk, part in theirs]
+        return _symmetric([(chunk, run(Factored.built)) for chunk, run in mine])
+    theirs = _chunks("gram", loss_fn, params, tuple(batch_b), mask_b, chunk_size, plan)
+    kept = [(chunk, run(Factored.built)) for chunk, run in theirs]
     bands = []
-    for chunk, part in mine:
-        part = part.built()
+    for chunk, run in mine:
+        part = run(Factored.built)
         band = torch.cat([other.unpadded(part.gram(factors).T) for other, factors in kept]).T
         bands.append(chunk.unpadded(band))
     return torch.cat(bands)
@@ -276,8 +307,8 @@ def second_moment(
         >>> second_moment(lambda w, x: w * x, torch.tensor(0.0), torch.tensor([1.0, 3.0]))
         tensor(10.)
     """
-    parts = _factored("second_moment", loss_fn, params, batch, mask, chunk_size, plan)
-    return _total(part.second_moment() for _, part in parts)
+    parts = _chunks("second_moment", loss_fn, params, batch, mask, chunk_size, plan)
+    return _total(run(Factored.second_moment) for _, run in parts)
 
 
 def kronecker(
@@ -299,12 +330,12 @@ def kronecker(
     Reference: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", ICML
         2015, section 3; for convolutions Grosse and Martens, ICML 2016.
     """
-    parts = _factored("kronecker", loss_fn, params, batch, mask, chunk_size, plan)
-    factors: dict[str, Kronecker] = _total(part.kronecker() for _, part in parts)
+    parts = _chunks("kronecker", loss_fn, params, batch, mask, chunk_size, plan)
+    factors: dict[str, Kronecker] = _total(run(Factored.kronecker) for _, run in parts)
     return factors
 
 
-def _factored(
+def _chunks(
     where: str,
     loss_fn: LossFn,
     params: Tree,
@@ -312,11 +343,18 @@ def _factored(
     mask: Tensor | None,
     chunk_size: int | None,
     plan: Plan | None,
-) -> Iterator[tuple[Chunk, Factored]]:
+) -> Iterator[tuple[Chunk, Callable[..., Any]]]:
+    """Each chunk, with a function `(finish, *more)` for what `finish` makes of its factored gradients."""
     chunks = batches.chunks(f"per_sample.{where}", batch, mask, chunk_size)
-    run = Pass(loss_fn, params, plan)
+    run = passes(loss_fn, params, plan)
     for chunk in chunks:
-        yield chunk, run(chunk.batch, chunk.mask)
+        yield chunk, partial(run, chunk.batch, chunk.mask)
+
+
+def _built(found: Factored) -> tuple[Factored, Tensor]:
+    """For a clipped sum: what is summed, and the norms."""
+    found = found.built()
+    return found, found.norms()
 
 
 def _total(trees: Iterable[Tree]) -> Tree:

@@ -1,0 +1,206 @@
+"""A function of tensors as a program: the ops that it ran, to run again at the cost of no more than they.
+
+In eager mode the transforms of `torch.func`, and following parameters through a loss, take microseconds of Python for
+each op: most of a step of a small network. Which ops come of it hangs on shapes alone. They are recorded while the
+function runs, and what only the recording needed is left out.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..ops import nested, tensors
+
+_ATEN = torch.ops.aten
+_VIEWS = (_ATEN.view.default, _ATEN._unsafe_view.default, _ATEN.expand.default)
+_ITSELF = (*_VIEWS, _ATEN.alias.default, _ATEN.detach.default)
+_TURNS = (_ATEN.t.default, _ATEN.transpose.int)
+"""Done twice, nothing."""
+_ADDS = (_ATEN.add.Tensor, _ATEN.add_.Tensor)
+_SHAPED = (
+    _ATEN.zeros_like.default, _ATEN.ones_like.default, _ATEN.full_like.default, _ATEN.empty_like.default,
+    _ATEN.new_zeros.default, _ATEN.new_ones.default, _ATEN.new_full.default, _ATEN.new_empty.default,
+)  # fmt: skip
+"""Ops that look only at the shape of what they get."""
+_ZEROS = (_ATEN.zeros.default, _ATEN.new_zeros.default)
+
+
+_CALL = re.compile(r"torch\.ops\.(\w+)\.(\w+)\.(\w+)\(")
+"""An op, as `torch.fx` writes that it is called."""
+
+
+class Program:
+    """The ops of a function, as a graph and as what runs it."""
+
+    def __init__(self, graph: Graph, constants: torch.nn.Module) -> None:
+        self.graph, self.constants = graph, constants
+        code = graph.python_code("self")
+        names = dict(code.globals)
+
+        def bound(call: re.Match[str]) -> str:
+            op = getattr(getattr(getattr(torch.ops, call[1]), call[2]), call[3])
+            names["_".join(call.groups())] = getattr(op, "_op", op)  # without the layer of Python around each
+            return "_".join(call.groups()) + "("
+
+        exec(_CALL.sub(bound, code.src), names)
+        self._forward = names["forward"]
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            out: list[Tensor] = self._forward(self.constants, *inputs)
+        return out
+
+    def __len__(self) -> int:
+        """How many ops."""
+        return len([node for node in self.graph.nodes if node.op == "call_function"])
+
+
+class NotRecorded(Exception):
+    """What a function does hangs on more than the shapes of its inputs."""
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes down each op that runs."""
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.graph, self.constants = Graph(), torch.nn.Module()
+        self.nodes: Any = WeakIdKeyDictionary()  # of tensors, which are let go as ever
+        self.variable: set[Node] = set()
+        """What hangs on the inputs."""
+        for i, x in enumerate(inputs):
+            self.nodes[x] = self.noted(self.graph.placeholder(f"input_{i}"), x)
+            self.variable.add(self.nodes[x])
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+        kwargs = kwargs or {}
+        given = nested(self.node, args), nested(self.node, kwargs)
+        used: list[Node] = []
+        nested(lambda x: used.append(x) if isinstance(x, Node) else None, given)
+        varies = func not in _SHAPED and any([node in self.variable for node in used])
+        if varies and (torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags):
+            raise NotRecorded(f"{func}: what comes next hangs on the numbers of the inputs")
+        if func._schema.is_mutable:
+            for x, argument in zip(args, func._schema.arguments, strict=False):
+                written = argument.alias_info is not None and argument.alias_info.is_write
+                if written and isinstance(x, Tensor) and self.nodes[x].op == "get_attr":
+                    raise NotRecorded(f"{func}: the function writes to a tensor that it holds")
+                if written and varies and isinstance(x, Tensor):
+                    self.variable.add(self.nodes[x])
+        late = func._schema.is_mutable or any([self.nodes[x].meta["version"] != x._version for x in tensors(args, kwargs)])
+        out = func(*args, **kwargs)
+        node = self.graph.call_function(func, *given)
+        node.meta["late"] = late
+        if isinstance(out, Tensor):
+            self.note(out, node, varies)
+        elif isinstance(out, (list, tuple)):
+            for i, part in enumerate(out):
+                if isinstance(part, Tensor):
+                    item = self.graph.call_function(operator.getitem, (node, i))
+                    item.meta["late"] = late
+                    self.note(part, item, varies)
+        return out
+
+    def note(self, x: Tensor, node: Node, varies: bool) -> None:
+        self.nodes[x] = self.noted(node, x)
+        if varies:
+            self.variable.add(node)
+
+    def node(self, x: Any) -> Any:
+        """The node of a tensor; one that was not made here is a constant."""
+        if not isinstance(x, Tensor):
+            return x
+        if x not in self.nodes:
+            name = f"constant_{len(list(self.constants.buffers()))}"
+            self.constants.register_buffer(name, x)
+            self.nodes[x] = self.noted(self.graph.get_attr(name), x)
+        return self.nodes[x]
+
+    @staticmethod
+    def noted(node: Node, x: Tensor) -> Node:
+        node.meta["like"], node.meta["version"] = (x.shape, x.stride(), x.dtype), x._version
+        node.meta["whole"] = x.is_contiguous()
+        return node
+
+
+def record(fn: Callable[..., Iterator[list[Tensor]]], inputs: Sequence[Tensor]) -> Program:
+    """The ops of a function of tensors, for inputs of these shapes, dtypes and devices.
+
+    Args:
+        fn: yields tensors twice: what it makes its result of, and its result.
+        inputs: tensors.
+
+    Returns:
+        A program of the inputs that returns the result as a list. What the result is made of is let go as soon as what
+        is made of it is there.
+
+    Raises:
+        NotRecorded: the function branches on numbers of its inputs, or writes to a tensor that it holds.
+    """
+    inputs = [x.detach() for x in inputs]  # one tensor may be given twice
+    recorder = _Recorder(inputs)
+    steps = fn(*inputs)
+    with recorder:
+        held = next(steps)
+        before = len(recorder.graph.nodes)
+        out = next(steps)
+        recorder.graph.output([recorder.node(x) for x in out])
+    del held
+    graph = recorder.graph
+    _hasten(list(graph.nodes), before)
+    for node in graph.nodes:
+        if node.target == _ATEN.view.default and node.args[0].target == _ATEN.view.default:
+            whole = node.args[0].args[0]
+            if whole.meta["whole"]:
+                node.args = (whole, node.args[1])
+        source = _unchanged(node)
+        if source is not None:
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    return Program(graph, recorder.constants)
+
+
+def _hasten(nodes: list[Node], start: int) -> None:
+    """Moves each op from `start` on to where the last of its inputs is made, unless one was written to in between."""
+    places = {node: i for i, node in enumerate(nodes)}
+    ends = list(nodes)  # the last node that was moved behind each
+    for node in nodes[start:]:
+        inputs = node.all_input_nodes
+        if node.op != "call_function" or not inputs or node.meta["late"]:
+            continue
+        place = max([places[x] for x in inputs])
+        if place < start:
+            ends[place].append(node)
+            places[node], ends[place] = place, node
+
+
+def _unchanged(node: Node) -> Node | None:
+    """The node whose memory, shape and strides an op returns as they are; none where it does something."""
+    source = node.args[0] if node.op == "call_function" and node.args else None
+    if not isinstance(source, Node):
+        return None
+    if node.target in _TURNS and source.target == node.target and source.args[1:] == node.args[1:]:
+        return source.args[0]
+    if "like" not in node.meta or node.meta["like"] != source.meta.get("like"):
+        return None
+    if node.target in _ITSELF or (node.target == _ATEN.permute.default and node.args[1] == sorted(node.args[1])):
+        return source
+    adds_nothing = node.target in _ADDS and not node.kwargs and isinstance(node.args[1], Node)
+    return source if adds_nothing and _is_zeros(node.args[1]) else None
+
+
+def _is_zeros(node: Any) -> bool:
+    """Whether a tensor is zeros that were repeated: a tap, which is only there to be differentiated by."""
+    while isinstance(node, Node) and node.target in _ITSELF:
+        node = node.args[0]
+    return isinstance(node, Node) and node.target in _ZEROS
