@@ -198,9 +198,9 @@ class _Pure:
         rows = [None if n is None or n.shape != x.shape else n for n, x in zip(numbers, whole, strict=True)]
         with native.outside():
             constant = tuple([is_constant(n) for n in rows])  # where a forward branches on a mask, it is on this
-        key = (spec, kinds, keyed, constant)
-        if key not in self.trials:
-            self.trials[key] = self.hold(spec, kinds, keyed, rows)
+            key = (spec, kinds, keyed, constant)
+            if key not in self.trials:
+                self.trials[key] = self.hold(spec, kinds, keyed, rows)
         return self.trials[key]
 
     @constant_to_the_compiler

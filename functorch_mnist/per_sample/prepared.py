@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from .. import native, tree
+from ..compiler import constant_to_the_compiler, unseen, unseen_as
 from ..tree import Structure, Tree
 from .capture import LossFn, Strayed
 from .passes import Finish, Loss, Pass, Ways, itself, passed, ways
 from .plan import Plan
+from . import programs
 from .programs import NotRecorded, Program, record
 
 Kind: TypeAlias = tuple[torch.Size, torch.dtype, torch.device]
@@ -32,6 +34,29 @@ class Recorded(NamedTuple):
     """Why there is none."""
 
 
+class Form(NamedTuple):
+    """What is made of a pass, and of which inputs."""
+
+    finish: Finish
+    batch: int
+    """How many tensors a batch has."""
+    masked: bool
+    alone: tuple[bool, ...]
+    """Of each further argument of `finish`, whether it is a tensor; else it is a tree like the parameters."""
+
+    def read(self, params: Tree, inputs: list[Tensor]) -> tuple[Tree, tuple[Tensor, ...], Tensor | None, list[Tree]]:
+        """The parameters, the batch, its mask and what else there is, from the list of all tensors."""
+        count = len(tree.leaves(params))
+        ahead = iter(inputs)
+        theirs = tree.unflatten(params, [next(ahead) for _ in range(count)])
+        batch = tuple([next(ahead) for _ in range(self.batch)])
+        mask = next(ahead) if self.masked else None
+        more = [
+            next(ahead) if alone else tree.unflatten(params, [next(ahead) for _ in range(count)]) for alone in self.alone
+        ]
+        return theirs, batch, mask, more
+
+
 @dataclass(eq=False)
 class Known:
     """What is known of a loss for parameters and examples of one kind."""
@@ -42,11 +67,27 @@ class Known:
     """By what is made of the pass and the shapes of all it takes; none where it was made once."""
 
 
+@torch.compiler.nested_compile_region
+def once(name, *inputs):
+    return unseen(name, *inputs)
+
+
+PLAIN = set()
+
+
+def plain(finish):
+    PLAIN.add(finish)
+    return finish
+
+
 class Prepared:
     """A loss that keeps its survey, its strategies and the ops of its passes: see `prepare`. It is the loss itself."""
 
-    def __init__(self, loss: Loss) -> None:
-        self.loss = loss
+    def __init__(self, loss: Loss, like: Tree) -> None:
+        self.loss, self.like = loss, like
+        self._names: dict[Any, str] = {}
+        self.held: dict[str, list[Tensor]] = {}
+        self._returned: dict[str, tuple[bool, ...]] = {}
         self._known: dict[tuple[Structure, tuple[Kind, ...]], Known] = {}
 
     def __call__(self, params: Tree, *example: Tensor) -> Any:
@@ -57,12 +98,12 @@ class Prepared:
         for known in self._known.values():
             kinds = [f"{tuple(shape)} {str(dtype).removeprefix('torch.')}" for shape, dtype, _ in known.examples]
             lines.append(f"  one example: {', '.join(kinds)}")
-            for (finish, _, inputs), recorded in known.recorded.items():
+            for (form, inputs, _), recorded in known.recorded.items():
                 if recorded is None:
                     said = "recorded when it comes again"
                 else:
                     said = recorded.reason if recorded.program is None else f"{len(recorded.program)} ops"
-                lines.append(f"    {finish.__name__} of {inputs[0][0][0]}: {said}")
+                lines.append(f"    {form.finish.__name__} of {inputs[0][0][0]}: {said}")
         return "\n".join(lines)
 
     def known(self, params: Tree, batch: Sequence[Tensor]) -> Known:
@@ -78,38 +119,71 @@ class Prepared:
     def run(
         self, params: Tree, batch: Sequence[Tensor], mask: Tensor | None, finish: Finish = itself, *more: Tree
     ) -> Any:
-        """What `finish` makes of the factored gradients of a batch."""
+        """What `finish` makes of the factored gradients of a batch; `more` are tensors, or trees like `params`."""
+        leaves, rest = tree.leaves(params), [*batch, *([] if mask is None else [mask])]
+        form = Form(finish, len(batch), mask is not None, tuple([isinstance(x, Tensor) for x in more]))
+        inputs = [*leaves, *rest, *tree.leaves(more)]
         if torch.compiler.is_dynamo_compiling():
-            return Pass(self.loss, params)(batch, mask, finish, *more)
+            name = self.named(finish, *form[1:], tuple(tree.paths(params)), tuple([_kind(x) for x in inputs]))
+            if name is None:
+                return Pass(self.loss, params)(batch, mask, finish, *more)
+            values = once(name, *inputs, *self.held[name])
+            return restored(params, self.returned(name), values)
         known = self.known(params, batch)
         plain = Pass(self.loss, params, known.ways)
-        rest, structure = tree.flatten((tuple(batch), [] if mask is None else [mask], more))
-        inputs = [*tree.leaves(params), *rest]
         if native.level() or (torch.is_grad_enabled() and any([x.requires_grad for x in inputs])):
             return plain(batch, mask, finish, *more)  # so that what it gives can be differentiated
-        key = finish, structure, tuple([_kind(x) for x in rest])
+        key = form, tuple([_kind(x) for x in inputs[len(leaves) :]]), _autocast(inputs[0].device.type)
         recorded = known.recorded.get(key)
         if recorded is None:
             if key not in known.recorded:
                 known.recorded[key] = None
                 return plain(batch, mask, finish, *more)
-            recorded = known.recorded[key] = self._record(params, inputs, structure, finish, known.ways)
+            recorded = known.recorded[key] = self.record(form, params, inputs, known.ways)
         if recorded.program is None:
             return plain(batch, mask, finish, *more)
         return tree.restore(recorded.structure, recorded.program(*inputs))
 
-    def _record(
-        self, params: Tree, inputs: list[Tensor], structure: Structure, finish: Finish, found: Ways
-    ) -> Recorded:
-        count, made = len(tree.leaves(params)), []
+    @constant_to_the_compiler
+    def named(
+        self, finish: Finish, batch: int, masked: bool, alone: tuple[bool, ...], paths: tuple[str, ...], kinds: tuple[Kind, ...]
+    ) -> str | None:
+        """The name under which the compiler calls a pass; none where it has to see into it."""
+        if finish not in PLAIN or paths != tuple(tree.paths(self.like)):
+            return None
+        form = Form(finish, batch, masked, alone)
+        if (form, kinds) in self._names:
+            return self._names[form, kinds]
+
+        def run(*inputs: Tensor) -> list[Tensor]:
+            params, batch, mask, more = form.read(self.like, list(inputs))
+            out = Pass(self.loss, params)(batch, mask, finish, *more)
+            returned[:] = [isinstance(x, Tensor) for x in out] if isinstance(out, tuple) else []
+            return tree.leaves(out)
+
+        returned: list[bool] = []
+        with native.outside():
+            held = programs.held(run, kinds)
+        if any([x.requires_grad for x in held]):
+            return None
+        name = self._names[form, kinds] = unseen_as(programs.lending(run, held))
+        self.held[name], self._returned[name] = held, tuple(returned)
+        return name
+
+    @constant_to_the_compiler
+    def returned(self, name: str) -> tuple[bool, ...]:
+        return self._returned[name]
+
+    def record(self, form: Form, params: Tree, inputs: list[Tensor], found: Ways) -> Recorded:
+        """The ops of a pass, or why they cannot be told."""
+        made: list[Structure] = []
 
         def run(*values: Tensor) -> Iterator[list[Tensor]]:
-            theirs = tree.unflatten(params, list(values[:count]))
-            batch, masks, more = tree.restore(structure, list(values[count:]))
-            factored = passed(self.loss, theirs, batch, masks[0] if masks else None, found)
+            theirs, batch, mask, more = form.read(params, list(values))
+            factored = passed(self.loss, theirs, batch, mask, found)
             yield tree.leaves(factored)
-            leaves, whole = tree.flatten(finish(factored, *more))
-            made.append(whole)
+            leaves, structure = tree.flatten(form.finish(factored, *more))
+            made.append(structure)
             yield leaves
 
         try:
@@ -121,6 +195,22 @@ class Prepared:
         if any([x.requires_grad for x in program.constants.buffers()]):
             return Recorded(None, None, "the loss holds a tensor that requires a gradient")
         return Recorded(program, made[0])
+
+
+def restored(params, alone, values):
+    ahead = iter(values)
+    count = len(tree.leaves(params))
+
+    def one(is_tensor):
+        return next(ahead) if is_tensor else tree.unflatten(params, [next(ahead) for _ in range(count)])
+
+    if alone == ():
+        return one(len(values) == 1 and count != 1)
+    return tuple([one(x) for x in alone])
+
+
+def _autocast(device: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _kind(x: Tensor) -> Kind:
@@ -160,7 +250,7 @@ def prepare(
         >>> norms(loss, torch.zeros(2), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
         tensor([5., 1.])
     """
-    prepared = Prepared(Loss(loss_fn, plan, has_aux))
+    prepared = Prepared(Loss(loss_fn, plan, has_aux), params)
     prepared.known(params, [torch.as_tensor(x)[None] for x in example])
     return prepared
 

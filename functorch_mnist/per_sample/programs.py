@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, Node
+from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -55,7 +57,7 @@ class Program:
         self._forward = names["forward"]
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        with torch.no_grad():
+        with torch.no_grad(), torch._C._DisableAutocast():
             out: list[Tensor] = self._forward(self.constants, *inputs)
         return out
 
@@ -168,6 +170,49 @@ def record(fn: Callable[..., Iterator[list[Tensor]]], inputs: Sequence[Tensor]) 
             graph.erase_node(node)
     graph.eliminate_dead_code()
     return Program(graph, recorder.constants)
+
+
+class _Held(TorchDispatchMode):
+    """Lends a function other tensors in place of those that it holds."""
+
+    def __init__(self, given: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.given = given
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+        def lent(x: Any) -> Any:
+            return self.given(x) if type(x) in (Tensor, Parameter) else x
+
+        return func(*nested(lent, args), **nested(lent, kwargs or {}))
+
+
+def lending(fn: Callable[..., list[Tensor]], held: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
+    """The function with the tensors that it holds as further arguments, in this order."""
+
+    def run(*inputs: Tensor) -> list[Tensor]:
+        own = WeakIdKeyDictionary(dict(zip(held, inputs[len(inputs) - len(held) :], strict=True)))
+        with _Held(lambda x: own.get(x, x)):
+            return fn(*inputs[: len(inputs) - len(held)])
+
+    return run
+
+
+def held(fn: Callable[..., list[Tensor]], kinds: Sequence[tuple[Any, torch.dtype, torch.device]]) -> list[Tensor]:
+    """The tensors that a function holds besides its inputs, which have these shapes, dtypes and devices."""
+    found: Any = WeakIdKeyDictionary()
+    mode = FakeTensorMode()
+
+    def given(x: Tensor) -> Tensor:
+        if x not in found:
+            found[x] = mode.from_tensor(x)
+        fake: Tensor = found[x]
+        return fake
+
+    with mode:
+        inputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in kinds]
+        with _Held(given):
+            fn(*inputs)
+    return list(found.keys())
 
 
 def _hasten(nodes: list[Node], start: int) -> None:

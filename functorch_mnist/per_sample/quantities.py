@@ -31,7 +31,7 @@ from ..tree import Tree
 from .capture import LossFn, dense_grads
 from .factored import Factored
 from .plan import Plan
-from .prepared import passes
+from .prepared import passes, PLAIN
 from .terms import Kronecker
 
 
@@ -202,20 +202,17 @@ def clipped_sum(
     total: Tree = None
     columns, counts = [], []
     for chunk, run in _chunks("clipped_sum", loss_fn, params, batch, mask, chunk_size, plan):
-        part, sizes = run(_built)
         if not callable(max_norm):
-            factors = (max_norm / sizes).clamp(max=1)
+            clipped, sizes, losses, count = _clipped(run, torch.as_tensor(max_norm, dtype=torch.float64))
         else:
+            found, sizes = run(_built)
             if known is None:  # this chunk is the whole batch
                 known = max_norm(chunk.unpadded(sizes))
                 _check_rows("clipped_sum", "what max_norm returns", known, batch)
-            factors = chunk.padded(known)
-        finite = sizes.isfinite()
-        kept = part if _holds(finite) else part.masked(finite)
-        clipped = kept.weighted_sum(masked(factors, finite & (sizes > 0)))
+            clipped, sizes, losses, count = _scaled(found, sizes, chunk.padded(known), careful=True)
         total = clipped if total is None else tree.map(torch.add, total, clipped)
-        columns.append((chunk.unpadded(sizes), chunk.unpadded(part.losses)))
-        counts.append((~finite).sum())
+        columns.append((chunk.unpadded(sizes), chunk.unpadded(losses)))
+        counts.append(count)
     all_norms, all_losses = (torch.cat(column) for column in zip(*columns, strict=True))
     return ClippedSum(total, all_norms, all_losses, torch.stack(counts).sum())
 
@@ -352,9 +349,40 @@ def _chunks(
 
 
 def _built(found: Factored) -> tuple[Factored, Tensor]:
-    """For a clipped sum: what is summed, and the norms."""
+    """What a clipped sum is taken of, and the norms."""
     found = found.built()
     return found, found.norms()
+
+
+def _clip(found: Factored, max_norm: Tensor) -> tuple[Tree, Tensor, Tensor, Tensor]:
+    """The clipped sum, the norms, the losses and how many norms are not finite."""
+    found, sizes = _built(found)
+    return _scaled(found, sizes, (max_norm / sizes).clamp(max=1), careful=True)
+
+
+def _clip_finite(found: Factored, max_norm: Tensor) -> tuple[Tree, Tensor, Tensor, Tensor]:
+    """The same where all norms are finite: so that nothing need be copied for those that are not."""
+    found, sizes = _built(found)
+    return _scaled(found, sizes, (max_norm / sizes).clamp(max=1), careful=False)
+
+
+def _clipped(run: Callable[..., Any], max_norm: Tensor) -> tuple[Tree, Tensor, Tensor, Tensor]:
+    if not torch.compiler.is_dynamo_compiling():
+        result: tuple[Tree, Tensor, Tensor, Tensor] = run(_clip_finite, max_norm)
+        count = native.numbers(result[3])
+        if count is not None and not count.any():
+            return result
+    careful: tuple[Tree, Tensor, Tensor, Tensor] = run(_clip, max_norm)
+    return careful
+
+
+def _scaled(
+    found: Factored, sizes: Tensor, factors: Tensor, *, careful: bool
+) -> tuple[Tree, Tensor, Tensor, Tensor]:
+    finite = sizes.isfinite()
+    kept = found.masked(finite) if careful else found
+    clipped = kept.weighted_sum(masked(factors, finite & (sizes > 0)))
+    return clipped, sizes, found.losses, (~finite).sum()
 
 
 def _total(trees: Iterable[Tree]) -> Tree:
@@ -365,13 +393,10 @@ def _total(trees: Iterable[Tree]) -> Tree:
     return total
 
 
-def _holds(mask: Tensor) -> bool:
-    """Whether a mask is known to be true throughout, so that nothing need be copied for it."""
-    values = native.numbers(mask)
-    return values is not None and values.device.type == "cpu" and bool(values.all())
-
-
 def _check_rows(where: str, name: str, values: Tensor, batch: tuple[Tensor, ...]) -> None:
     if not isinstance(values, Tensor) or values.shape != batch[0].shape[:1]:
         found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"{where}: {name} must be a tensor ({len(batch[0])},). Found {found}.")
+
+
+PLAIN |= {Factored.norms, Factored.leaf_norms, Factored.weighted_sum, Factored.dot, Factored.second_moment, _clip}
