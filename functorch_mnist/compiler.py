@@ -16,30 +16,6 @@ def constant_to_the_compiler(fn: Callable[..., Any]) -> Callable[..., Any]:
     return fn
 
 
-def unseen(name: str, *inputs: Tensor) -> list[Tensor]:
-    """Runs a function that has a name by `unseen_as`: Python that the compiler calls with tensors without numbers.
-
-    It follows no instruction of it, only the ops that come of it.
-    """
-    before = torch.compiler._is_compiling_flag
-    torch.compiler._is_compiling_flag = torch._guards.detect_fake_mode(inputs) is not None
-    try:
-        return _UNSEEN[name](*inputs)
-    finally:
-        torch.compiler._is_compiling_flag = before
-
-
-def unseen_as(run: Callable[..., list[Tensor]]) -> str:
-    """The name of a function for `unseen`. To be called while the compiler traces."""
-    torch._dynamo.allow_in_graph(unseen)
-    name = str(len(_UNSEEN))
-    _UNSEEN[name] = run
-    return name
-
-
-_UNSEEN: dict[str, Callable[..., list[Tensor]]] = {}
-
-
 def stored(x: Tensor) -> Tensor:
     """The same tensor, which `torch.compile` now computes once and stores with these strides.
 

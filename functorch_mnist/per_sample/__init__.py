@@ -30,8 +30,8 @@ from .prepared import prepare as prepare
 from .quantities import ClippedSum as ClippedSum
 from .quantities import clipped_sum as clipped_sum
 from .quantities import dot as dot
-from .quantities import grads as grads
 from .quantities import factored as factored
+from .quantities import grads as grads
 from .quantities import gram as gram
 from .quantities import kronecker as kronecker
 from .quantities import leaf_norms as leaf_norms

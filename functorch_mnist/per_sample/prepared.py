@@ -1,41 +1,33 @@
-"""A loss prepared: what hangs on it and on shapes alone is found out once, and not in every call."""
+"""A loss prepared: what hangs on it and on shapes alone is found out once, and not in every call.
+
+In eager mode the survey is kept, and the ops of a pass are recorded when it comes again. The compiler is shown those
+ops and not what leads to them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .. import native, tree
-from ..compiler import constant_to_the_compiler, unseen, unseen_as
+from ..compiler import constant_to_the_compiler
 from ..tree import Structure, Tree
+from . import opaque
 from .capture import LossFn, Strayed
 from .passes import Finish, Loss, Pass, Ways, itself, passed, ways
 from .plan import Plan
-from . import programs
 from .programs import NotRecorded, Program, record
 
 Kind: TypeAlias = tuple[torch.Size, torch.dtype, torch.device]
 """What a tensor is like, but for its numbers."""
 
 
-class Recorded(NamedTuple):
-    """A pass over batches of one size, and what is made of it."""
-
-    program: Program | None
-    """None where it cannot be recorded."""
-    structure: Structure | None
-    """Of what the program returns."""
-    reason: str = ""
-    """Why there is none."""
-
-
-class Form(NamedTuple):
-    """What is made of a pass, and of which inputs."""
+class Signature(NamedTuple):
+    """What is made of a pass, and of which tensors; parameters come first in their list."""
 
     finish: Finish
     batch: int
@@ -44,17 +36,27 @@ class Form(NamedTuple):
     alone: tuple[bool, ...]
     """Of each further argument of `finish`, whether it is a tensor; else it is a tree like the parameters."""
 
-    def read(self, params: Tree, inputs: list[Tensor]) -> tuple[Tree, tuple[Tensor, ...], Tensor | None, list[Tree]]:
-        """The parameters, the batch, its mask and what else there is, from the list of all tensors."""
-        count = len(tree.leaves(params))
-        ahead = iter(inputs)
-        theirs = tree.unflatten(params, [next(ahead) for _ in range(count)])
-        batch = tuple([next(ahead) for _ in range(self.batch)])
+    def read(self, like: Tree, inputs: Sequence[Tensor]) -> tuple[Tree, tuple[Tensor, ...], Tensor | None, list[Tree]]:
+        """The parameters, the batch, its mask and what else there is, from the list."""
+        count, ahead = len(tree.leaves(like)), iter(inputs)
+
+        def params() -> Tree:
+            return tree.unflatten(like, [next(ahead) for _ in range(count)])
+
+        theirs, batch = params(), tuple([next(ahead) for _ in range(self.batch)])
         mask = next(ahead) if self.masked else None
-        more = [
-            next(ahead) if alone else tree.unflatten(params, [next(ahead) for _ in range(count)]) for alone in self.alone
-        ]
-        return theirs, batch, mask, more
+        return theirs, batch, mask, [next(ahead) if alone else params() for alone in self.alone]
+
+
+class Recorded(NamedTuple):
+    """The ops of a pass and of what is made of it."""
+
+    program: Program | None
+    """None where they cannot be told."""
+    structure: Structure | None
+    """Of what the program returns."""
+    reason: str = ""
+    """Why there is none."""
 
 
 @dataclass(eq=False)
@@ -63,32 +65,31 @@ class Known:
 
     examples: tuple[Kind, ...]
     ways: Ways
-    recorded: dict[Any, Recorded | None] = field(default_factory=dict)
-    """By what is made of the pass and the shapes of all it takes; none where it was made once."""
+    recorded: dict[tuple[Signature, tuple[Kind, ...], torch.dtype | None], Recorded | None] = field(
+        default_factory=dict
+    )
+    """By the signature, the kinds of all tensors but the parameters, and autocast; none where it came once."""
 
 
-@torch.compiler.nested_compile_region
-def once(name, *inputs):
-    return unseen(name, *inputs)
+class Opaque(NamedTuple):
+    """A pass that the compiler calls."""
 
-
-PLAIN = set()
-
-
-def plain(finish):
-    PLAIN.add(finish)
-    return finish
+    name: str
+    returned: tuple[bool, ...]
+    """Of each part of what it returns, whether that is a tensor; else it is a tree like the parameters."""
+    alone: bool
+    """Whether it returns one part, not a tuple."""
 
 
 class Prepared:
     """A loss that keeps its survey, its strategies and the ops of its passes: see `prepare`. It is the loss itself."""
 
     def __init__(self, loss: Loss, like: Tree) -> None:
-        self.loss, self.like = loss, like
-        self._names: dict[Any, str] = {}
+        self.loss, self.like, self.paths = loss, like, tuple(tree.paths(like))
         self.held: dict[str, list[Tensor]] = {}
-        self._returned: dict[str, tuple[bool, ...]] = {}
+        """By the name of an opaque pass: the tensors that the loss holds."""
         self._known: dict[tuple[Structure, tuple[Kind, ...]], Known] = {}
+        self._opaque: dict[tuple[Signature, tuple[Kind, ...]], Opaque | None] = {}
 
     def __call__(self, params: Tree, *example: Tensor) -> Any:
         return self.loss.loss_fn(params, *example)
@@ -98,12 +99,12 @@ class Prepared:
         for known in self._known.values():
             kinds = [f"{tuple(shape)} {str(dtype).removeprefix('torch.')}" for shape, dtype, _ in known.examples]
             lines.append(f"  one example: {', '.join(kinds)}")
-            for (form, inputs, _), recorded in known.recorded.items():
+            for (signature, rest, _), recorded in known.recorded.items():
                 if recorded is None:
                     said = "recorded when it comes again"
                 else:
                     said = recorded.reason if recorded.program is None else f"{len(recorded.program)} ops"
-                lines.append(f"    {form.finish.__name__} of {inputs[0][0][0]}: {said}")
+                lines.append(f"    {signature.finish.__name__.strip('_')} of {rest[0][0][0]}: {said}")
         return "\n".join(lines)
 
     def known(self, params: Tree, batch: Sequence[Tensor]) -> Known:
@@ -116,73 +117,24 @@ class Prepared:
             known = self._known[key] = Known(examples, ways(self.loss, params, batch))
         return known
 
-    def run(
-        self, params: Tree, batch: Sequence[Tensor], mask: Tensor | None, finish: Finish = itself, *more: Tree
-    ) -> Any:
-        """What `finish` makes of the factored gradients of a batch; `more` are tensors, or trees like `params`."""
-        leaves, rest = tree.leaves(params), [*batch, *([] if mask is None else [mask])]
-        form = Form(finish, len(batch), mask is not None, tuple([isinstance(x, Tensor) for x in more]))
-        inputs = [*leaves, *rest, *tree.leaves(more)]
-        if torch.compiler.is_dynamo_compiling():
-            name = self.named(finish, *form[1:], tuple(tree.paths(params)), tuple([_kind(x) for x in inputs]))
-            if name is None:
-                return Pass(self.loss, params)(batch, mask, finish, *more)
-            values = once(name, *inputs, *self.held[name])
-            return restored(params, self.returned(name), values)
-        known = self.known(params, batch)
-        plain = Pass(self.loss, params, known.ways)
-        if native.level() or (torch.is_grad_enabled() and any([x.requires_grad for x in inputs])):
-            return plain(batch, mask, finish, *more)  # so that what it gives can be differentiated
-        key = form, tuple([_kind(x) for x in inputs[len(leaves) :]]), _autocast(inputs[0].device.type)
-        recorded = known.recorded.get(key)
-        if recorded is None:
-            if key not in known.recorded:
-                known.recorded[key] = None
-                return plain(batch, mask, finish, *more)
-            recorded = known.recorded[key] = self.record(form, params, inputs, known.ways)
-        if recorded.program is None:
-            return plain(batch, mask, finish, *more)
-        return tree.restore(recorded.structure, recorded.program(*inputs))
+    def recorded(self, signature: Signature, params: Tree, inputs: list[Tensor], known: Known) -> Recorded | None:
+        """The ops of a pass, from its second time on."""
+        rest = inputs[len(self.paths) :]
+        key = signature, tuple([_kind(x) for x in rest]), _autocast(rest[0].device.type)
+        if key not in known.recorded:
+            known.recorded[key] = None
+        elif known.recorded[key] is None:
+            known.recorded[key] = self._record(signature, params, inputs, known.ways)
+        return known.recorded[key]
 
-    @constant_to_the_compiler
-    def named(
-        self, finish: Finish, batch: int, masked: bool, alone: tuple[bool, ...], paths: tuple[str, ...], kinds: tuple[Kind, ...]
-    ) -> str | None:
-        """The name under which the compiler calls a pass; none where it has to see into it."""
-        if finish not in PLAIN or paths != tuple(tree.paths(self.like)):
-            return None
-        form = Form(finish, batch, masked, alone)
-        if (form, kinds) in self._names:
-            return self._names[form, kinds]
-
-        def run(*inputs: Tensor) -> list[Tensor]:
-            params, batch, mask, more = form.read(self.like, list(inputs))
-            out = Pass(self.loss, params)(batch, mask, finish, *more)
-            returned[:] = [isinstance(x, Tensor) for x in out] if isinstance(out, tuple) else []
-            return tree.leaves(out)
-
-        returned: list[bool] = []
-        with native.outside():
-            held = programs.held(run, kinds)
-        if any([x.requires_grad for x in held]):
-            return None
-        name = self._names[form, kinds] = unseen_as(programs.lending(run, held))
-        self.held[name], self._returned[name] = held, tuple(returned)
-        return name
-
-    @constant_to_the_compiler
-    def returned(self, name: str) -> tuple[bool, ...]:
-        return self._returned[name]
-
-    def record(self, form: Form, params: Tree, inputs: list[Tensor], found: Ways) -> Recorded:
-        """The ops of a pass, or why they cannot be told."""
+    def _record(self, signature: Signature, params: Tree, inputs: list[Tensor], found: Ways) -> Recorded:
         made: list[Structure] = []
 
         def run(*values: Tensor) -> Iterator[list[Tensor]]:
-            theirs, batch, mask, more = form.read(params, list(values))
+            theirs, batch, mask, more = signature.read(params, values)
             factored = passed(self.loss, theirs, batch, mask, found)
             yield tree.leaves(factored)
-            leaves, structure = tree.flatten(form.finish(factored, *more))
+            leaves, structure = tree.flatten(signature.finish(factored, *more))
             made.append(structure)
             yield leaves
 
@@ -192,35 +144,122 @@ class Prepared:
             return Recorded(None, None, str(error))
         except Strayed:
             return Recorded(None, None, "the forward branches on its data")
-        if any([x.requires_grad for x in program.constants.buffers()]):
+        if any([x.requires_grad for x in program.constants]):
             return Recorded(None, None, "the loss holds a tensor that requires a gradient")
         return Recorded(program, made[0])
 
+    @constant_to_the_compiler
+    def opaque(
+        self,
+        finish: Finish,
+        batch: int,
+        masked: bool,
+        alone: tuple[bool, ...],
+        paths: tuple[str, ...],
+        kinds: tuple[Kind, ...],
+    ) -> Opaque | None:
+        """A pass for the compiler to call; none where it has to follow it."""
+        key = Signature(finish, batch, masked, alone), kinds
+        if paths != self.paths:
+            return None
+        if key not in self._opaque:
+            with native.outside():
+                self._opaque[key] = self._hidden(*key)
+        return self._opaque[key]
 
-def restored(params, alone, values):
-    ahead = iter(values)
-    count = len(tree.leaves(params))
+    def _hidden(self, signature: Signature, kinds: tuple[Kind, ...]) -> Opaque | None:
+        like = tree.flatten(self.like)[1]
+        parts: list[Any] = []
 
-    def one(is_tensor):
-        return next(ahead) if is_tensor else tree.unflatten(params, [next(ahead) for _ in range(count)])
+        def run(*inputs: Tensor) -> list[Tensor]:
+            params, batch, mask, more = signature.read(self.like, inputs)
+            out = Pass(self.loss, params)(batch, mask, signature.finish, *more)
+            alone = isinstance(out, Tensor) or tree.flatten(out)[1] == like
+            parts[:] = [alone, *([out] if alone or not isinstance(out, tuple) else out)]
+            return tree.leaves(out)
 
-    if alone == ():
-        return one(len(values) == 1 and count != 1)
-    return tuple([one(x) for x in alone])
+        held = opaque.held_by(run, kinds)
+        alone, *rest = parts
+        returned = tuple([isinstance(part, Tensor) for part in rest])
+        trees = [tree.flatten(part)[1] for part, is_tensor in zip(rest, returned, strict=True) if not is_tensor]
+        if any([x.requires_grad for x in held]) or any([structure != like for structure in trees]):
+            return None
+        name = opaque.register(run, held)
+        self.held[name] = held
+        return Opaque(name, returned, alone)
 
 
-def _autocast(device: str) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+class PreparedPass:
+    """The pass of a prepared loss over chunk after chunk."""
+
+    def __init__(self, prepared: Prepared, params: Tree, several: bool) -> None:
+        self.prepared, self.params, self.several = prepared, params, several
+        self.leaves = tree.leaves(params)
+
+    def __call__(self, batch: Sequence[Tensor], mask: Tensor | None, finish: Finish = itself, *more: Tree) -> Any:
+        """What `finish` makes of the factored gradients of a chunk; `more` are tensors, or trees like `params`."""
+        inputs = [*self.leaves, *batch, *([] if mask is None else [mask])]
+        for part in more:
+            inputs += [part] if isinstance(part, Tensor) else tree.leaves(part)
+        alone = tuple([isinstance(part, Tensor) for part in more])
+        differentiable = torch.is_grad_enabled() and any([x.requires_grad for x in inputs])
+        if native.level() or differentiable:  # what it gives may be differentiated
+            return Pass(self.prepared.loss, self.params)(batch, mask, finish, *more)
+        if torch.compiler.is_dynamo_compiling():
+            return self.compiled(batch, mask, finish, more, alone, inputs)
+        known = self.prepared.known(self.params, batch)
+        signature = Signature(finish, len(batch), mask is not None, alone)
+        recorded = self.prepared.recorded(signature, self.params, inputs, known)
+        if recorded is None or recorded.program is None:
+            return Pass(self.prepared.loss, self.params, known.ways)(batch, mask, finish, *more)
+        return tree.restore(recorded.structure, recorded.program(*inputs))
+
+    def compiled(
+        self,
+        batch: Sequence[Tensor],
+        mask: Tensor | None,
+        finish: Finish,
+        more: Sequence[Tree],
+        alone: tuple[bool, ...],
+        inputs: list[Tensor],
+    ) -> Any:
+        """The same, which the compiler calls."""
+        kinds, paths = tuple([_kind(x) for x in inputs]), tuple(tree.paths(self.params))
+        hidden = self.prepared.opaque(finish, len(batch), mask is not None, alone, paths, kinds)
+        if hidden is None:
+            return Pass(self.prepared.loss, self.params)(batch, mask, finish, *more)
+        call = opaque.call_in_region if self.several else opaque.call
+        ahead = iter(call(hidden.name, *inputs, *self.prepared.held[hidden.name]))
+        parts = []
+        for is_tensor in hidden.returned:
+            parts.append(next(ahead) if is_tensor else tree.unflatten(self.params, [next(ahead) for _ in self.leaves]))
+        return parts[0] if hidden.alone else tuple(parts)
 
 
-def _kind(x: Tensor) -> Kind:
-    return x.shape, x.dtype, x.device
+def passes(
+    loss_fn: LossFn, params: Tree, plan: Plan | None = None, has_aux: bool = False, *, several: bool = False
+) -> Callable[..., Any]:
+    """The pass of a loss as a function `(batch, mask, finish, *more)`, see `Pass`.
+
+    Args:
+        loss_fn, params, plan, has_aux: as for `factored`.
+        several: it will be called for several chunks of one size.
+
+    Raises:
+        ValueError: a prepared loss is given a plan, or another `has_aux` than it was prepared with.
+    """
+    if not isinstance(loss_fn, Prepared):
+        return Pass(Loss(loss_fn, plan, has_aux), params)
+    if plan is not None or has_aux != loss_fn.loss.has_aux:
+        found = "a plan" if plan is not None else f"has_aux = {has_aux}"
+        raise ValueError(f"per_sample: a prepared loss has its plan and has_aux from prepare. Found {found}.")
+    return PreparedPass(loss_fn, params, several)
 
 
 def prepare(
     loss_fn: LossFn, params: Tree, *example: Tensor, plan: Plan | None = None, has_aux: bool = False
 ) -> Prepared:
-    """The loss, prepared: what hangs on it and on shapes alone is kept, and eager calls cost little more than their ops.
+    """The loss, prepared: eager calls run little more than their ops, and compilers see little more than these.
 
     Args:
         loss_fn: `loss_fn(params, *example) -> ()`, a pure function of one example.
@@ -230,41 +269,39 @@ def prepare(
         has_aux: the loss returns `(loss, aux)`, see `factored`.
 
     Returns:
-        The loss. Every function that takes a loss takes it; those of `per_sample` take what is kept. Printed, it says
+        The loss. Every function that takes a loss takes it; what is kept serves those of `per_sample`. Printed, it says
         for which batches the ops of a pass are kept.
 
     Raises:
         TypeError, ValueError: the loss does not fit, see `factored`.
 
-    Guarantees: the results are those of the loss itself. Parameters or examples of other shapes, dtypes or devices are
+    Guarantees: results are those of the loss itself. Parameters or examples of other shapes, dtypes or devices are
         prepared anew. Nothing is kept of a forward that branches on its data, and nothing kept is used where a result
         may be differentiated: within a transform, or where an input requires a gradient.
 
-    What the loss reads besides its arguments, a number or an attribute, is read once, as by `jax.jit`; of a tensor that
-    it holds the numbers are read in every call.
+    As by `jax.jit`, what the loss reads besides its arguments, such as a number or an attribute, is read once; the
+    numbers of a tensor that it holds are read in every call.
 
-    Cost: the second call with a batch of one size runs twice.
+    Cost: the second call with a batch of one size is made twice, to record it.
 
     Example:
         >>> loss = prepare(lambda w, x: w @ x, torch.zeros(2), torch.zeros(2))
-        >>> norms(loss, torch.zeros(2), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+        >>> batch = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> [norms(loss, torch.zeros(2), batch) for _ in range(3)][-1]
         tensor([5., 1.])
+        >>> print(loss)
+        prepared loss
+          one example: (2,) float32
+            norms of 2: 15 ops
     """
     prepared = Prepared(Loss(loss_fn, plan, has_aux), params)
     prepared.known(params, [torch.as_tensor(x)[None] for x in example])
     return prepared
 
 
-def passes(loss_fn: LossFn, params: Tree, plan: Plan | None = None, has_aux: bool = False) -> Callable[..., Any]:
-    """The pass of a loss as a function `(batch, mask, finish, *more)`, see `Pass`.
+def _autocast(device: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
-    Raises:
-        ValueError: a prepared loss is given another plan or `has_aux` than it was prepared with.
-    """
-    if not isinstance(loss_fn, Prepared):
-        return Pass(Loss(loss_fn, plan, has_aux), params)
-    if plan is not None or has_aux != loss_fn.loss.has_aux:
-        raise ValueError(
-            f"per_sample: the plan and has_aux of a prepared loss are given to prepare. Found a plan, or has_aux = {has_aux}."
-        )
-    return partial(loss_fn.run, params)
+
+def _kind(x: Tensor) -> Kind:
+    return x.shape, x.dtype, x.device

@@ -14,9 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, Node
-from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -43,8 +41,8 @@ _CALL = re.compile(r"torch\.ops\.(\w+)\.(\w+)\.(\w+)\(")
 class Program:
     """The ops of a function, as a graph and as what runs it."""
 
-    def __init__(self, graph: Graph, constants: torch.nn.Module) -> None:
-        self.graph, self.constants = graph, constants
+    def __init__(self, graph: Graph, held: torch.nn.Module) -> None:
+        self.graph, self.held = graph, held
         code = graph.python_code("self")
         names = dict(code.globals)
 
@@ -58,8 +56,13 @@ class Program:
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         with torch.no_grad(), torch._C._DisableAutocast():
-            out: list[Tensor] = self._forward(self.constants, *inputs)
+            out: list[Tensor] = self._forward(self.held, *inputs)
         return out
+
+    @property
+    def constants(self) -> list[Tensor]:
+        """The tensors that the function held besides its inputs."""
+        return list(self.held.buffers())
 
     def __len__(self) -> int:
         """How many ops."""
@@ -83,7 +86,7 @@ class _Recorder(TorchDispatchMode):
             self.nodes[x] = self.noted(self.graph.placeholder(f"input_{i}"), x)
             self.variable.add(self.nodes[x])
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = nested(self.node, args), nested(self.node, kwargs)
         used: list[Node] = []
@@ -98,7 +101,9 @@ class _Recorder(TorchDispatchMode):
                     raise NotRecorded(f"{func}: the function writes to a tensor that it holds")
                 if written and varies and isinstance(x, Tensor):
                     self.variable.add(self.nodes[x])
-        late = func._schema.is_mutable or any([self.nodes[x].meta["version"] != x._version for x in tensors(args, kwargs)])
+        late = func._schema.is_mutable or any(
+            [self.nodes[x].meta["version"] != x._version for x in tensors(args, kwargs)]
+        )
         out = func(*args, **kwargs)
         node = self.graph.call_function(func, *given)
         node.meta["late"] = late
@@ -170,49 +175,6 @@ def record(fn: Callable[..., Iterator[list[Tensor]]], inputs: Sequence[Tensor]) 
             graph.erase_node(node)
     graph.eliminate_dead_code()
     return Program(graph, recorder.constants)
-
-
-class _Held(TorchDispatchMode):
-    """Lends a function other tensors in place of those that it holds."""
-
-    def __init__(self, given: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.given = given
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
-        def lent(x: Any) -> Any:
-            return self.given(x) if type(x) in (Tensor, Parameter) else x
-
-        return func(*nested(lent, args), **nested(lent, kwargs or {}))
-
-
-def lending(fn: Callable[..., list[Tensor]], held: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
-    """The function with the tensors that it holds as further arguments, in this order."""
-
-    def run(*inputs: Tensor) -> list[Tensor]:
-        own = WeakIdKeyDictionary(dict(zip(held, inputs[len(inputs) - len(held) :], strict=True)))
-        with _Held(lambda x: own.get(x, x)):
-            return fn(*inputs[: len(inputs) - len(held)])
-
-    return run
-
-
-def held(fn: Callable[..., list[Tensor]], kinds: Sequence[tuple[Any, torch.dtype, torch.device]]) -> list[Tensor]:
-    """The tensors that a function holds besides its inputs, which have these shapes, dtypes and devices."""
-    found: Any = WeakIdKeyDictionary()
-    mode = FakeTensorMode()
-
-    def given(x: Tensor) -> Tensor:
-        if x not in found:
-            found[x] = mode.from_tensor(x)
-        fake: Tensor = found[x]
-        return fake
-
-    with mode:
-        inputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in kinds]
-        with _Held(given):
-            fn(*inputs)
-    return list(found.keys())
 
 
 def _hasten(nodes: list[Node], start: int) -> None:

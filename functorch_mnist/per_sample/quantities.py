@@ -31,7 +31,7 @@ from ..tree import Tree
 from .capture import LossFn, dense_grads
 from .factored import Factored
 from .plan import Plan
-from .prepared import passes, PLAIN
+from .prepared import passes
 from .terms import Kronecker
 
 
@@ -343,7 +343,7 @@ def _chunks(
 ) -> Iterator[tuple[Chunk, Callable[..., Any]]]:
     """Each chunk, with a function `(finish, *more)` for what `finish` makes of its factored gradients."""
     chunks = batches.chunks(f"per_sample.{where}", batch, mask, chunk_size)
-    run = passes(loss_fn, params, plan)
+    run = passes(loss_fn, params, plan, several=len(chunks) > 1)
     for chunk in chunks:
         yield chunk, partial(run, chunk.batch, chunk.mask)
 
@@ -376,9 +376,7 @@ def _clipped(run: Callable[..., Any], max_norm: Tensor) -> tuple[Tree, Tensor, T
     return careful
 
 
-def _scaled(
-    found: Factored, sizes: Tensor, factors: Tensor, *, careful: bool
-) -> tuple[Tree, Tensor, Tensor, Tensor]:
+def _scaled(found: Factored, sizes: Tensor, factors: Tensor, *, careful: bool) -> tuple[Tree, Tensor, Tensor, Tensor]:
     finite = sizes.isfinite()
     kept = found.masked(finite) if careful else found
     clipped = kept.weighted_sum(masked(factors, finite & (sizes > 0)))
@@ -397,6 +395,3 @@ def _check_rows(where: str, name: str, values: Tensor, batch: tuple[Tensor, ...]
     if not isinstance(values, Tensor) or values.shape != batch[0].shape[:1]:
         found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"{where}: {name} must be a tensor ({len(batch[0])},). Found {found}.")
-
-
-PLAIN |= {Factored.norms, Factored.leaf_norms, Factored.weighted_sum, Factored.dot, Factored.second_moment, _clip}
