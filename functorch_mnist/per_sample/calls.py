@@ -71,7 +71,7 @@ def float_outputs(out: Any) -> tuple[Tensor, ...]:
 class Called(Term):
     """Sample gradients by an op's own vector-Jacobian product."""
 
-    examples: tuple[Tensor, ...]
+    inputs: tuple[Tensor, ...]
     """(B, …): what the op got of each example."""
     others: tuple[Tensor, ...]
     """Other weights that it got."""
@@ -80,17 +80,27 @@ class Called(Term):
     """(B, …): of its float outputs."""
     form: CallForm = tree.static()
 
+    def factors(self) -> tuple[Tensor, ...]:
+        return self.inputs + self.cotangents
+
+    def shape(self) -> tuple[int, ...]:
+        return self.form.shape
+
+    def examples(self, rows: slice) -> Called:
+        examples, cotangents = (tuple([x[rows] for x in xs]) for xs in (self.inputs, self.cotangents))
+        return replace(self, inputs=examples, cotangents=cotangents)
+
     def grads(self) -> Tensor:
         def one(examples: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> Tensor:
             _, pull = pullback(lambda weight: self.form.outputs(weight, self.others, examples), self.weight)
             gradient: Tensor = pull(cotangents)[0]
             return gradient
 
-        return vmap(one)(self.examples, self.cotangents)
+        return vmap(one)(self.inputs, self.cotangents)
 
     def masked(self, keep: Tensor) -> Called:
-        examples, cotangents = (tuple([masked(x, keep) for x in xs]) for xs in (self.examples, self.cotangents))
-        return replace(self, examples=examples, cotangents=cotangents)
+        examples, cotangents = (tuple([masked(x, keep) for x in xs]) for xs in (self.inputs, self.cotangents))
+        return replace(self, inputs=examples, cotangents=cotangents)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         _, pull = pullback(self._outputs, self.weight)
@@ -108,5 +118,5 @@ class Called(Term):
 
     def _outputs(self, weight: Tensor) -> tuple[Tensor, ...]:
         """(B, …)."""
-        outputs: tuple[Tensor, ...] = vmap(lambda *xs: self.form.outputs(weight, self.others, xs))(*self.examples)
+        outputs: tuple[Tensor, ...] = vmap(lambda *xs: self.form.outputs(weight, self.others, xs))(*self.inputs)
         return outputs

@@ -31,7 +31,8 @@ from .calls import CallForm, float_outputs
 from .following import Follower, Found, Known, name_of
 from .forms import Form, Sizes
 from .kernels import Kernels, on_the_batch, tapped
-from .terms import Absent, Dense, Strategy, Term, Viewed, merge
+from .terms import Absent, Dense, Strategy, Term, Viewed
+from .uses import merge
 from .weights import Pulled, Weight
 
 LossFn = Callable[..., Any]
@@ -305,7 +306,7 @@ def factor(
                 term = form.term(given, outputs[tap], strategy)
             for leaf in weight.leaves:
                 terms[leaf].append((weight, term))
-    return losses, tuple([_term(i, terms[i], real, rows) for i in range(len(leaves))]), aux
+    return losses, tuple([_term(i, terms[i], real, rows, strategies[i]) for i in range(len(leaves))]), aux
 
 
 def _grad(fn: Callable[[list[Tensor]], Any], inputs: list[Tensor], *, has_aux: bool = False) -> Any:
@@ -348,7 +349,9 @@ def _zeros(rows: int, output: Output) -> Tensor:
     return torch.zeros((), dtype=output.dtype, device=output.device).expand(rows, *output.shape)
 
 
-def _term(leaf: int, uses: list[tuple[Weight, Term]], real: dict[int, Tensor], rows: int) -> Term:
+def _term(
+    leaf: int, uses: list[tuple[Weight, Term]], real: dict[int, Tensor], rows: int, strategy: Strategy | None
+) -> Term:
     """One term for all uses of a parameter: those of one weight are merged, then pulled back."""
     if not uses:
         return Absent(real[leaf].new_zeros(()).expand(rows, *real[leaf].shape))
@@ -362,7 +365,8 @@ def _term(leaf: int, uses: list[tuple[Weight, Term]], real: dict[int, Tensor], r
                 break
         else:
             groups.append((weight, [term]))
-    return merge([_pulled(leaf, weight, merge(members), real) for weight, members in groups])
+    strategy = strategy or "build"
+    return merge([_pulled(leaf, weight, merge(members, strategy), real) for weight, members in groups], strategy)
 
 
 def _pulled(leaf: int, weight: Weight, term: Term, real: dict[int, Tensor]) -> Term:

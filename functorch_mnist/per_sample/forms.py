@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import Layout
-from .terms import Convolution, Dense, Lookup, Outer, Strategy, Term
+from .lookups import Lookup
+from .terms import Convolution, Dense, Outer, Strategy, Term
 
 
 class Sizes(NamedTuple):
@@ -61,7 +62,7 @@ class MatrixForm:
         return Sizes(groups, saved[1], inputs, outputs)
 
     def costs(self, sizes: Sizes) -> dict[Strategy, Cost]:
-        return _matrix_costs(sizes, patches=0)
+        return matrix_costs(sizes, patches=0)
 
     def term(self, saved: Any, cotangent: Tensor, strategy: Strategy) -> Outer:
         groups, outputs, _ = self.layout.sizes
@@ -88,7 +89,7 @@ class ConvolutionForm:
         return Sizes(self.groups, count, math.prod(self.shape[1:]), self.shape[0] // self.groups)
 
     def costs(self, sizes: Sizes) -> dict[Strategy, Cost]:
-        return _matrix_costs(sizes, patches=sizes.groups * sizes.positions * sizes.inputs)
+        return matrix_costs(sizes, patches=sizes.groups * sizes.positions * sizes.inputs)
 
     def term(self, saved: Any, cotangent: Tensor, strategy: Strategy) -> Convolution:
         saved = saved.to(cotangent.dtype)
@@ -118,7 +119,7 @@ class LookupForm:
 
     def costs(self, sizes: Sizes) -> dict[Strategy, Cost]:
         _, t, v, h = sizes
-        return {"gram": Cost(t * t + t * h, 2 * t * t * h), "build": Cost(v * h, t * h + 2 * v * h)}
+        return {"gram": Cost(2 * t * h, 3 * t * h), "build": Cost(v * h, t * h + 2 * v * h)}
 
     def term(self, saved: Any, cotangent: Tensor, strategy: Strategy) -> Lookup:
         live = torch.ones_like(saved, dtype=torch.bool) if self.padding_idx is None else saved != self.padding_idx
@@ -179,7 +180,7 @@ def _summed(values: Tensor, broadcast: tuple[int, ...]) -> Tensor:
     return values.sum(repeated) if repeated else values
 
 
-def _matrix_costs(sizes: Sizes, patches: int) -> dict[Strategy, Cost]:
+def matrix_costs(sizes: Sizes, patches: int) -> dict[Strategy, Cost]:
     """Of G matrices (H, D) at T positions, where the (T, D) inputs must first be stored for all but `build`."""
     g, t, d, h = sizes
     costs: dict[Strategy, Cost] = {

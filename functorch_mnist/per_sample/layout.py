@@ -97,3 +97,20 @@ def permuting_view(fn: Callable[[Tensor], Tensor], before: tuple[int, ...]) -> V
 def reshaping_view(before: tuple[int, ...], after: tuple[int, ...]) -> View:
     """The view that keeps the order of the numbers."""
     return View(before, tuple(range(len(before))), after)
+
+
+def of_rows(layout_: Layout, views: tuple[View, ...]) -> tuple[Layout, bool] | None:
+    """How a matrix read through views reads from its columns to its rows, and whether inputs and outputs then swap.
+
+    `x W` is a linear map from rows to columns: its factors are those of the map from columns to rows, swapped. None for
+    what is no matrix or its transpose.
+    """
+    shape = layout_.shape
+    if len(shape) != 2 or layout_ not in (layout(shape), layout(shape, outputs=(1,))):
+        return None
+    swapped = layout_.order != (0, 1)
+    for view in reversed(views):
+        if (view.order, view.after) != ((1, 0), view.before[::-1]):
+            return None
+        shape, swapped = shape[::-1], not swapped
+    return layout(shape), swapped

@@ -9,10 +9,11 @@ then it would set the peak of memory, and the smaller one is taken.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .capture import Survey, Use
-from .forms import Cost, MatrixForm, Sizes
+from .forms import Cost, LookupForm, MatrixForm, Sizes, matrix_costs
+from .layout import of_rows
 from .terms import Strategy
 
 
@@ -39,8 +40,10 @@ def choose(uses: list[Use]) -> Choice:
     total = sizes[0]._replace(positions=sum([s.positions for s in sizes]))
     every = [form.costs(size) for form, size in zip(forms, sizes, strict=True)]
     selected = all([use.weight.selects for use in uses])
-    if selected and (len(uses) == 1 or mergeable(uses)):
+    if selected and len({_kind(use) for use in uses}) == 1:
         return _cheapest(total, forms[0].costs(total))
+    if all([_is_of_rows(use) for use in uses]):
+        return _pairs(uses, total)
     if selected and all(["sum" in costs for costs in every]):
         return Choice("sum", total, {"sum": every[0]["sum"]}, f"{len(uses)} shifts or scales: sums of cotangents")
     memory = sum([min([cost.memory for cost in costs.values()]) for costs in every])
@@ -72,15 +75,38 @@ def together(found: Survey, dense: list[bool]) -> list[bool]:
     return dense
 
 
-def mergeable(uses: list[Use]) -> bool:
-    """Whether several uses are one linear map at the positions of all."""
-    first = uses[0]
+def _kind(use: Use) -> Any:
+    """What is equal for uses that are one linear map, or one lookup, at the positions of all."""
+    form, weight = use.form, use.weight
+    read = of_rows(form.layout, weight.views) if isinstance(form, MatrixForm) else None
+    if weight.made is None and read is not None:
+        return "matrix", read[0]
+    if weight.made is None and isinstance(form, LookupForm):
+        return "lookup", form.shape, weight.views
+    if isinstance(form, MatrixForm):
+        return form, weight.views, weight.made
+    return use  # of a kind of its own
 
-    def same(use: Use) -> bool:
-        one, other = use.weight, first.weight
-        return one is other or (one.made is None and other.made is None and one.views == other.views)
 
-    return all([isinstance(use.form, MatrixForm) and use.form == first.form and same(use) for use in uses])
+def _is_of_rows(use: Use) -> bool:
+    """Whether a use reads a table or a matrix as it is, or transposed."""
+    kind = _kind(use)
+    return kind[0] == "matrix" or (kind[0] == "lookup" and not kind[2])
+
+
+def _pairs(uses: list[Use], total: Sizes) -> Choice:
+    """Of a matrix that is a table and a linear map: an embedding tied to the output layer."""
+    sizes = {kind: [use.sizes for use in uses if _kind(use)[0] == kind and use.sizes] for kind in ("lookup", "matrix")}
+    (_, s, v, h), t = sizes["lookup"][0], sum([x.positions for x in sizes["matrix"]])
+    s = sum([x.positions for x in sizes["lookup"]])
+    own = [LookupForm((v, h), None).costs(Sizes(1, s, v, h)), matrix_costs(Sizes(1, t, h, v), patches=0)]
+    each = [min(costs.values(), key=lambda cost: cost.arithmetic) for costs in own]
+    pairs = Cost(2 * s * t + sum([c.memory for c in each]), 2 * s * t * h + sum([c.arithmetic for c in each]))
+    build = Cost(2 * v * h, 2 * t * v * h + 3 * v * h)
+    costs: dict[Strategy, Cost] = {"pairs": pairs, "build": build}
+    if pairs.memory > max(s * (h + 1) + t * (v + h), build.memory):
+        return Choice("build", total, costs, "lookups and products: less memory")
+    return Choice("pairs", total, costs, "lookups and products: inner products of each pair")
 
 
 def _cheapest(sizes: Sizes, costs: dict[Strategy, Cost]) -> Choice:

@@ -17,6 +17,7 @@ the two Gram matrices (T, T), or by building ∇_i for this parameter alone.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable
@@ -31,10 +32,10 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 from .. import tree
 from ..batch import masked
 from ..compiler import stored
-from .layout import Layout, View, kernel_layout, layout
+from .layout import Layout, View, kernel_layout
 
-Strategy: TypeAlias = Literal["outer product", "gram", "build", "sum"]
-"""How inner products are taken."""
+Strategy: TypeAlias = Literal["outer product", "gram", "build", "sum", "pairs"]
+"""How inner products are taken; `"pairs"`: of each pair of uses."""
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _WEIGHT_GRADIENTS: dict[int, Any] = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
@@ -73,11 +74,37 @@ class Kronecker:
 
 
 class Term:
-    """Sample gradients (B, *w) of one parameter. What a subclass does not know better is done by building them."""
+    """Sample gradients (B, *w) of one parameter. What a subclass does not know better is done by building them.
+
+    They are built for as many examples at a time as take no more memory than the factors do.
+    """
 
     def grads(self) -> Tensor:
         """∇_i: (B, *w)."""
         raise NotImplementedError
+
+    def factors(self) -> tuple[Tensor, ...]:
+        """What is kept of the examples, (B, …) each."""
+        raise NotImplementedError
+
+    def shape(self) -> tuple[int, ...]:
+        """(*w)."""
+        raise NotImplementedError
+
+    def examples(self, rows: slice) -> Term:
+        """The same of some examples."""
+        found: Term = tree.map(lambda x: x[rows], self)
+        return found
+
+    def in_parts(self, at_once: int | None = None) -> list[Term]:
+        """Terms of some examples after others, whose gradients outgrow neither the factors nor the parameter."""
+        factors = self.factors()
+        rows = len(factors[0])
+        if at_once is None:
+            at_once = max(1, sum([x.numel() for x in factors]) // max(1, math.prod(self.shape())))
+        if at_once >= rows:
+            return [self]
+        return [self.examples(slice(i, min(i + at_once, rows))) for i in range(0, rows, at_once)]
 
     def masked(self, keep: Tensor) -> Term:
         """Exactly zero where `keep` (B,) is False, whatever the factors hold there."""
@@ -89,15 +116,22 @@ class Term:
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Σ_i c_i ∇_i, shaped as the parameter, for weights c (B,)."""
-        return _scaled(self.grads(), weights).sum(0)
+        return scaled(self.grads(), weights).sum(0)
+
+    def inner(self, other: Term) -> Tensor:
+        """⟨∇_i, ∇'_i⟩, with a term of the same parameter and examples: (B,)."""
+        mine = self.in_parts()
+        theirs = other.in_parts(len(mine[0].factors()[0]))
+        products = [row_sums(tree.wide(x.grads()) * y.grads()) for x, y in zip(mine, theirs, strict=True)]
+        return joined(products)
 
     def dot(self, direction: Tensor) -> Tensor:
         """⟨∇_i, V⟩: (B,), for V shaped as the parameter."""
-        return _row_sums(tree.wide(self.grads()) * direction)
+        return row_sums(tree.wide(self.grads()) * direction)
 
     def square_norms(self) -> Tensor:
         """|∇_i|²: (B,)."""
-        return _squares(self.grads())
+        return joined([squares(part.grads()) for part in self.in_parts()])
 
     def reach(self) -> Tensor | None:
         """(B,): `Σ_t |g_it| |a_it|`, at least |∇_i|; rounding errors of norms and sums of ∇_i are in proportion to it.
@@ -108,12 +142,14 @@ class Term:
 
     def gram(self, other: Term) -> Tensor:
         """⟨∇_i, ∇'_j⟩: (B, B'), with a term of the same parameter and kind."""
-        mine, theirs = tree.wide(self.grads()), tree.wide(other.grads())
-        return mine.reshape(len(mine), -1) @ theirs.reshape(len(theirs), -1).T
+        mine, theirs = self.in_parts(), other.in_parts()
+        rows = [joined([_products(part.grads(), more.grads()).T for more in theirs]).T for part in mine]
+        return joined(rows)
 
     def second_moment(self) -> Tensor:
         """Σ_i ∇_i², elementwise, shaped as the parameter."""
-        return tree.wide(self.grads()).square().sum(0)
+        parts = [tree.wide(part.grads()).square().sum(0) for part in self.in_parts()]
+        return functools.reduce(torch.add, parts)
 
     def kronecker(self) -> Kronecker | None:
         """The Kronecker factors, or none where the parameter has none."""
@@ -121,8 +157,8 @@ class Term:
 
     def project(self, left: Tensor, right: Tensor) -> Tensor:
         """`L ∇_i Rᵀ`, (B, h, d), of the gradient as a matrix (H, D) with its first axis as rows; L (h, H), R (d, D)."""
-        grads = tree.wide(self.grads())
-        return left @ grads.reshape(len(grads), left.shape[1], right.shape[1]) @ right.T
+        sizes = left.shape[1], right.shape[1]
+        return joined([left @ tree.wide(part.grads()).reshape(-1, *sizes) @ right.T for part in self.in_parts()])
 
 
 @tree.register
@@ -133,6 +169,12 @@ class Dense(Term):
     values: Tensor
     """(B, *w)."""
 
+    def factors(self) -> tuple[Tensor, ...]:
+        return (self.values,)
+
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values.shape[1:])
+
     def grads(self) -> Tensor:
         return self.values
 
@@ -140,7 +182,7 @@ class Dense(Term):
         return Dense(masked(self.values, keep))
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        return _weighted(self.values, weights)
+        return weighted(self.values, weights)
 
 
 @tree.register
@@ -150,6 +192,12 @@ class Absent(Term):
 
     zeros: Tensor
     """(B, *w)."""
+
+    def factors(self) -> tuple[Tensor, ...]:
+        return (self.zeros,)
+
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.zeros.shape[1:])
 
     def grads(self) -> Tensor:
         return self.zeros
@@ -181,6 +229,15 @@ class Parts(Term):
     values: tuple[Tensor, ...]
     """(B_k, *w) each, of B examples in all."""
 
+    def factors(self) -> tuple[Tensor, ...]:
+        return self.values
+
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values[0].shape[1:])
+
+    def in_parts(self, at_once: int | None = None) -> list[Term]:
+        return [Dense(part) for part in self.values] if at_once is None else Dense(self.grads()).in_parts(at_once)
+
     def grads(self) -> Tensor:
         return self.values[0] if len(self.values) == 1 else torch.cat(self.values)
 
@@ -188,10 +245,7 @@ class Parts(Term):
         return Parts(tuple([masked(part, rows) for part, rows in self._with(keep)]))
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        return torch.stack([_weighted(part, rows) for part, rows in self._with(weights)]).sum(0)
-
-    def square_norms(self) -> Tensor:
-        return torch.cat([_squares(part) for part in self.values])
+        return torch.stack([weighted(part, rows) for part, rows in self._with(weights)]).sum(0)
 
     def _with(self, rows: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         return zip(self.values, rows.split([len(part) for part in self.values]), strict=True)
@@ -209,6 +263,12 @@ class Outer(Term):
     layout: Layout = tree.static()
     strategy: Strategy = tree.static()
 
+    def factors(self) -> tuple[Tensor, ...]:
+        return self.a, self.g
+
+    def shape(self) -> tuple[int, ...]:
+        return self.layout.shape
+
     def grads(self) -> Tensor:
         if self.a.shape[-1] < self.g.shape[-1]:  # a product is faster with its longer side last
             return self.layout.parameter((self.a.transpose(-2, -1) @ self.g).transpose(-2, -1))
@@ -222,11 +282,11 @@ class Outer(Term):
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         if self.a.shape[-1] < self.g.shape[-1]:  # fewer numbers to scale
-            return self.layout.parameter(_product(self.g, _scaled(self.a, weights)))
-        return self.layout.parameter(_product(_scaled(self.g, weights), self.a))
+            return self.layout.parameter(product(self.g, scaled(self.a, weights)))
+        return self.layout.parameter(product(scaled(self.g, weights), self.a))
 
     def dot(self, direction: Tensor) -> Tensor:
-        a, direction = _common(self.a, direction)
+        a, direction = common(self.a, direction)
         outputs = a @ self.layout.matrices(direction).transpose(-2, -1)
         return (outputs * self.g).sum((1, 2, 3))
 
@@ -234,14 +294,14 @@ class Outer(Term):
         if self.strategy == "build":
             return super().square_norms()
         if self.strategy == "outer product":
-            return (_squares(self.a, 2) * _squares(self.g, 2)).sum(1)
+            return (squares(self.a, 2) * squares(self.g, 2)).sum(1)
         a, g = tree.wide(self.a), tree.wide(self.g)
         return ((a @ a.transpose(-2, -1)) * (g @ g.transpose(-2, -1))).sum((1, 2, 3))
 
     def reach(self) -> Tensor | None:
         if self.a.shape[2] == 1:
             return None
-        return (_squares(self.a, 3) * _squares(self.g, 3)).sqrt().sum((1, 2))
+        return (squares(self.a, 3) * squares(self.g, 3)).sqrt().sum((1, 2))
 
     def gram(self, other: Term) -> Tensor:
         if not isinstance(other, Outer):
@@ -249,17 +309,17 @@ class Outer(Term):
         (b, groups, t), (other_b, other_t) = self.a.shape[:3], (other.a.shape[0], other.a.shape[2])
         if groups * b * t * other_b * other_t > (b + other_b) * math.prod(self.layout.shape):
             return super().gram(other)  # the gradients are smaller than the products of all pairs of positions
-        products = _pairs(self.a, other.a) * _pairs(self.g, other.g)  # (G, B T, B' T')
+        products = pairs(self.a, other.a) * pairs(self.g, other.g)  # (G, B T, B' T')
         return products.view(groups, b, t, other_b, other_t).sum((0, 2, 4))
 
     def second_moment(self) -> Tensor:
         if self.a.shape[2] > 1:
             return super().second_moment()
-        return self.layout.parameter(_product(tree.wide(self.g).square(), tree.wide(self.a).square()))
+        return self.layout.parameter(product(tree.wide(self.g).square(), tree.wide(self.a).square()))
 
     def kronecker(self) -> Kronecker:
         a, g = tree.wide(self.a), tree.wide(self.g)
-        return Kronecker(_product(a, a), _product(g, g), self.layout, ())
+        return Kronecker(product(a, a), product(g, g), self.layout, ())
 
     def project(self, left: Tensor, right: Tensor) -> Tensor:
         if self.a.shape[1] > 1 or self.layout.order != (0, 1):
@@ -286,7 +346,7 @@ class Convolution(Term):
     """(B, N, channels, *space): N images of each example."""
     cotangent: Tensor
     """(B, N, outputs, *positions)."""
-    shape: tuple[int, ...] = tree.static()
+    kernel: tuple[int, ...] = tree.static()
     """Of the weight: (outputs, channels / groups, *kernel)."""
     stride: tuple[int, ...] = tree.static()
     padding: tuple[int, ...] = tree.static()
@@ -294,11 +354,17 @@ class Convolution(Term):
     groups: int = tree.static()
     strategy: Strategy = tree.static()
 
+    def factors(self) -> tuple[Tensor, ...]:
+        return self.image, self.cotangent
+
+    def shape(self) -> tuple[int, ...]:
+        return self.kernel
+
     def grads(self) -> Tensor:
         return self._parts().grads()
 
     def _parts(self) -> Parts:
-        inputs = math.prod(self.shape[1:])
+        inputs = math.prod(self.kernel[1:])
         if self.image.device.type != "cpu" or self.image.dtype == torch.bfloat16 or inputs <= _FEW_INPUTS:
             return Parts((self.outer().grads(),))
         count = max(1, round(len(self.image) / _AT_ONCE))
@@ -314,33 +380,33 @@ class Convolution(Term):
         flat = (1,) * (3 - len(self.stride))
         grads: Tensor = conv3d_weight(
             image.transpose(0, 1).reshape(n, b * image.shape[2], *flat, *image.shape[3:]),
-            (b * self.shape[0], self.shape[1], *flat, *self.shape[2:]),
+            (b * self.kernel[0], self.kernel[1], *flat, *self.kernel[2:]),
             cotangent.transpose(0, 1).reshape(n, b * cotangent.shape[2], *flat, *cotangent.shape[3:]),
             flat + self.stride,
             (0,) * len(flat) + self.padding,
             flat + self.dilation,
             b * self.groups,
         )
-        return grads.view(b, *self.shape)
+        return grads.view(b, *self.kernel)
 
     def masked(self, keep: Tensor) -> Convolution:
         return replace(self, image=masked(self.image, keep), cotangent=masked(self.cotangent, keep))
 
     def built(self) -> Term:
-        return self._parts() if _builds(self, self.shape, self.image, self.cotangent) else self
+        return self._parts() if _builds(self, self.kernel, self.image, self.cotangent) else self
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        image, cotangent = self.image.flatten(0, 1), _scaled(self.cotangent, weights).flatten(0, 1)
+        image, cotangent = self.image.flatten(0, 1), scaled(self.cotangent, weights).flatten(0, 1)
         gradient = _WEIGHT_GRADIENTS[len(self.stride)]
-        weight: Tensor = gradient(image, self.shape, cotangent, self.stride, self.padding, self.dilation, self.groups)
+        weight: Tensor = gradient(image, self.kernel, cotangent, self.stride, self.padding, self.dilation, self.groups)
         return weight
 
     def dot(self, direction: Tensor) -> Tensor:
         image, cotangent = self.image.flatten(0, 1), self.cotangent
         convolution = _CONVOLUTIONS[len(self.stride)]
-        image, direction = _common(image, direction)
+        image, direction = common(image, direction)
         outputs = convolution(image, direction, None, self.stride, self.padding, self.dilation, self.groups)
-        return _row_sums(outputs.view(cotangent.shape) * cotangent)
+        return row_sums(outputs.view(cotangent.shape) * cotangent)
 
     def square_norms(self) -> Tensor:
         return super().square_norms() if self.strategy == "build" else self.outer().square_norms()
@@ -349,11 +415,11 @@ class Convolution(Term):
         if math.prod(self.cotangent.shape[3:]) * self.cotangent.shape[1] == 1:
             return None
         squares = tree.wide(self.image).square().sum(2, keepdim=True).flatten(0, 1)  # of all channels, so of each group
-        ones = squares.new_ones(1, 1, *self.shape[2:])
+        ones = squares.new_ones(1, 1, *self.kernel[2:])
         convolution = _CONVOLUTIONS[len(self.stride)]
         a: Tensor = convolution(squares, ones, None, self.stride, self.padding, self.dilation)
         g = tree.wide(self.cotangent).square().sum(2).flatten(0, 1)
-        return _row_sums((a.squeeze(1).clamp(min=0) * g).sqrt().view(len(self.image), -1))
+        return row_sums((a.squeeze(1).clamp(min=0) * g).sqrt().view(len(self.image), -1))
 
     def gram(self, other: Term) -> Tensor:
         if self.strategy == "build" or not isinstance(other, Convolution):
@@ -369,7 +435,7 @@ class Convolution(Term):
     def project(self, left: Tensor, right: Tensor) -> Tensor:
         if self.groups > 1:
             return super().project(left, right)
-        kernels = right.view(-1, *self.shape[1:])  # patches need not be formed: an ordinary convolution projects them
+        kernels = right.view(-1, *self.kernel[1:])  # patches need not be formed: an ordinary convolution projects them
         image = tree.wide(self.image).flatten(0, 1)
         a: Tensor = _CONVOLUTIONS[len(self.stride)](image, kernels, None, self.stride, self.padding, self.dilation)
         a = a.unflatten(0, self.image.shape[:2]).movedim(2, -1).flatten(1, -2)  # (B, N positions, d)
@@ -378,8 +444,8 @@ class Convolution(Term):
 
     def outer(self) -> Outer:
         """The same as a linear map of patches: T is N times the positions, D is kernel times channels."""
-        b, g, h = len(self.image), self.groups, self.shape[0] // self.groups
-        kernel, space = self.shape[2:], len(self.stride)
+        b, g, h = len(self.image), self.groups, self.kernel[0] // self.groups
+        kernel, space = self.kernel[2:], len(self.stride)
         image = self._padded_channels_last()
         if image.shape[2:-1] == kernel:  # the kernel covers the image
             a = image.unflatten(-1, (g, -1)).movedim(-2, 1)
@@ -396,9 +462,9 @@ class Convolution(Term):
                 a = torch.stack(patches, -2).unflatten(-1, (g, -1)).movedim(-2, 1)  # (B, G, N, *positions, K, C / G)
         cotangent = self.cotangent.movedim(2, -1).unflatten(-1, (g, h)).movedim(-2, 1)
         return Outer(
-            a.reshape(b, g, -1, math.prod(self.shape[1:])),
+            a.reshape(b, g, -1, math.prod(self.kernel[1:])),
             cotangent.reshape(b, g, -1, h),
-            kernel_layout(self.shape, g),
+            kernel_layout(self.kernel, g),
             self.strategy,
         )
 
@@ -418,71 +484,17 @@ class Convolution(Term):
 
 @tree.register
 @dataclass(frozen=True)
-class Lookup(Term):
-    """Rows of a table at T positions: `∇_i[v] = Σ_t [v = a_it] g_it`."""
-
-    rows: Tensor
-    """(B, T) integers in [0, V)."""
-    g: Tensor
-    """(B, T, H), zero where a position does not count."""
-    live: Tensor
-    """(B, T) bool: which positions count."""
-    shape: tuple[int, ...] = tree.static()
-    """(V, H)."""
-    strategy: Strategy = tree.static()
-
-    def grads(self) -> Tensor:
-        zeros = self.g.new_zeros(len(self.g), *self.shape)
-        return zeros.scatter_add(1, self.rows[..., None].expand_as(self.g), self.g)
-
-    def masked(self, keep: Tensor) -> Lookup:
-        return replace(self, g=masked(self.g, keep), live=masked(self.live, keep))
-
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        g = _scaled(self.g, weights).flatten(0, 1)
-        return self.g.new_zeros(self.shape).index_add(0, self.rows.flatten(), g)
-
-    def dot(self, direction: Tensor) -> Tensor:
-        return (F.embedding(self.rows, tree.wide(direction)) * self.g).sum((1, 2))
-
-    def square_norms(self) -> Tensor:
-        if self.strategy == "build":
-            return super().square_norms()
-        return (self._row_sums() * self.g).sum((1, 2))
-
-    def reach(self) -> Tensor | None:
-        return _squares(self.g, 2).sqrt().sum(1)
-
-    def gram(self, other: Term) -> Tensor:
-        if not isinstance(other, Lookup) or self.strategy == "build":
-            return super().gram(other)
-        same = self.rows.flatten()[:, None] == other.rows.flatten()  # (B T, B' T')
-        products = torch.where(same, tree.wide(self.g).flatten(0, 1) @ tree.wide(other.g).flatten(0, 1).T, 0.0)
-        return products.view(*self.rows.shape, *other.rows.shape).sum((1, 3))
-
-    def second_moment(self) -> Tensor:
-        # Σ_t g_it (Σ_s [a_is = a_it] g_is), added to row a_it, is the square of each row's sum.
-        g = self._row_sums() * self.g
-        return g.new_zeros(self.shape).index_add(0, self.rows.flatten(), g.flatten(0, 1))
-
-    def kronecker(self) -> Kronecker:
-        g = tree.wide(self.g).flatten(0, 1)
-        counts = g.new_zeros(self.shape[0]).index_add(0, self.rows.flatten(), self.live.flatten().to(g.dtype))
-        return Kronecker(counts, (g.T @ g)[None], layout(self.shape, outputs=(1,)), ())
-
-    def _row_sums(self) -> Tensor:
-        """At each position the sum of g over the positions of the same row: (B, T, H)."""
-        same = self.rows[:, :, None] == self.rows[:, None, :]
-        return same.to(tree.wide(self.g).dtype) @ tree.wide(self.g)
-
-
-@tree.register
-@dataclass(frozen=True)
 class Viewed(Term):
     """A term of a view of the parameter."""
 
     term: Term
     view: View = tree.static()
+
+    def factors(self) -> tuple[Tensor, ...]:
+        return self.term.factors()
+
+    def shape(self) -> tuple[int, ...]:
+        return self.view.before
 
     def grads(self) -> Tensor:
         return self.view.backward(self.term.grads())
@@ -518,57 +530,27 @@ class Viewed(Term):
         return None if pair is None else replace(pair, views=(self.view, *pair.views))
 
 
-@tree.register
-@dataclass(frozen=True)
-class Sum(Term):
-    """Several uses of one parameter: linear results are added up, the others come from the gradients' sum."""
-
-    terms: tuple[Term, ...]
-
-    def grads(self) -> Tensor:
-        return torch.stack([term.grads() for term in self.terms]).sum(0)
-
-    def masked(self, keep: Tensor) -> Sum:
-        return Sum(tuple(term.masked(keep) for term in self.terms))
-
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        return torch.stack([term.weighted_sum(weights) for term in self.terms]).sum(0)
-
-    def dot(self, direction: Tensor) -> Tensor:
-        return torch.stack([term.dot(direction) for term in self.terms]).sum(0)
-
-    def reach(self) -> Tensor | None:
-        reaches = [term.reach() for term in self.terms]
-        norms = [term.square_norms().sqrt() if r is None else r for term, r in zip(self.terms, reaches, strict=True)]
-        return torch.stack(norms).sum(0)
+def joined(parts: list[Tensor]) -> Tensor:
+    """(B, …), of parts with B_k rows."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def merge(terms: list[Term]) -> Term:
-    """One term for all uses of a parameter. Linear maps of one layout become one, at the positions of all."""
-    if len(terms) == 1:
-        return terms[0]
-    inner: list[Term] = [term.term if isinstance(term, Viewed) else term for term in terms]
-    views = [term.view if isinstance(term, Viewed) else None for term in terms]
-    linear = [term for term in inner if isinstance(term, Outer)]
-    same = all([view == views[0] for view in views]) and all([term.layout == linear[0].layout for term in linear])
-    if len(linear) < len(terms) or not same:
-        return Sum(tuple(terms))
-    a, g = torch.cat([term.a for term in linear], 2), torch.cat([term.g for term in linear], 2)
-    merged = replace(linear[0], a=a, g=g)
-    return merged if views[0] is None else Viewed(merged, views[0])
+def _products(x: Tensor, y: Tensor) -> Tensor:
+    """⟨x_i, y_j⟩: (B, B')."""
+    return tree.wide(x).reshape(len(x), -1) @ tree.wide(y).reshape(len(y), -1).T
 
 
-def _squares(x: Tensor, lead: int = 1) -> Tensor:
+def squares(x: Tensor, lead: int = 1) -> Tensor:
     """The sum of squares over all but the leading axes."""
-    return _row_sums(tree.wide(x).square(), lead)
+    return row_sums(tree.wide(x).square(), lead)
 
 
-def _row_sums(x: Tensor, lead: int = 1) -> Tensor:
+def row_sums(x: Tensor, lead: int = 1) -> Tensor:
     """The sum over all but the leading axes. Axes are named, not flattened: the compiler then sums in stored order."""
     return x.sum(list(range(lead, x.dim()))) if x.dim() > lead else x
 
 
-def _scaled(x: Tensor, weights: Tensor) -> Tensor:
+def scaled(x: Tensor, weights: Tensor) -> Tensor:
     """Each row of (B, …) times its weight."""
     return x * weights.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
@@ -578,34 +560,34 @@ def _builds(term: Outer | Convolution, shape: tuple[int, ...], a: Tensor, g: Ten
     return term.strategy == "build" and math.prod(shape) <= a[0].numel() + g[0].numel()
 
 
-def _weighted(values: Tensor, weights: Tensor) -> Tensor:
+def weighted(values: Tensor, weights: Tensor) -> Tensor:
     """Σ_i c_i x_i of (B, …): one pass over the numbers as they are stored, where the compiler does not make it one."""
     order = sorted(range(1, values.dim()), key=values.stride, reverse=True)
     stored = values.permute(0, *order)
     if torch.compiler.is_compiling() or values.device.type != "cpu" or not stored.is_contiguous():
-        return _scaled(values, weights).sum(0)
+        return scaled(values, weights).sum(0)
     total = (weights.to(values.dtype) @ stored.reshape(len(values), -1)).view(stored.shape[1:])
     return total.permute([order.index(axis) for axis in range(1, values.dim())])
 
 
-def _common(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def common(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Both in one precision, float32 or wider."""
     dtype = torch.promote_types(tree.wide(a).dtype, b.dtype)
     return a.to(dtype), b.to(dtype)
 
 
-def _merged(x: Tensor) -> Tensor:
+def merged(x: Tensor) -> Tensor:
     """(B, G, T, D) as (G, B T, D)."""
     return x.transpose(0, 1).flatten(1, 2)
 
 
-def _product(x: Tensor, y: Tensor) -> Tensor:
+def product(x: Tensor, y: Tensor) -> Tensor:
     """Σ_{b, t} x yᵀ, (G, H, D), of (B, G, T, H) and (B, G, T, D)."""
     if x.shape[1] == 1:
         return (x.flatten(0, 2).T @ y.flatten(0, 2))[None]
-    return _merged(x).transpose(-2, -1) @ _merged(y)
+    return merged(x).transpose(-2, -1) @ merged(y)
 
 
-def _pairs(x: Tensor, y: Tensor) -> Tensor:
+def pairs(x: Tensor, y: Tensor) -> Tensor:
     """All inner products (G, B T, B' T') of (B, G, T, D) and (B', G, T', D)."""
-    return tree.wide(_merged(x)) @ tree.wide(_merged(y)).transpose(-2, -1)
+    return tree.wide(merged(x)) @ tree.wide(merged(y)).transpose(-2, -1)

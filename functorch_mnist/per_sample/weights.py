@@ -100,6 +100,15 @@ class Pulled(Term):
     leaf: int = tree.static()
     """The number of the parameter."""
 
+    def factors(self) -> tuple[Tensor, ...]:
+        return self.term.factors()
+
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self._here().shape)
+
+    def examples(self, rows: slice) -> Pulled:
+        return replace(self, term=self.term.examples(rows))
+
     def grads(self) -> Tensor:
         pull = self._pull()
         return vmap(pull)(self.term.grads())
