@@ -47,6 +47,11 @@ def mapped() -> tuple[int, int]:
     return int(innermost.level()), int(_functorch.CVmapInterpreterPtr(innermost).batchSize())
 
 
+def in_backward() -> bool:
+    """Whether autograd's engine runs this."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
 def is_of_an_example(x: Tensor) -> bool:
     """Whether the innermost `vmap` maps over the tensor."""
     return bool(_functorch.is_batchedtensor(x))

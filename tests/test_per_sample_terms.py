@@ -17,18 +17,17 @@ from functorch_mnist.per_sample import forms, strategies
 from functorch_mnist.per_sample.calls import Called, CallForm, Slot
 from functorch_mnist.per_sample.factored import Factored
 from functorch_mnist.per_sample.layout import Layout, View, kernel_layout, layout
+from functorch_mnist.per_sample.lookups import Lookup
 from functorch_mnist.per_sample.terms import (
     Absent,
     Convolution,
     Dense,
-    Lookup,
     Outer,
     Parts,
-    Sum,
     Term,
     Viewed,
-    merge,
 )
+from functorch_mnist.per_sample.uses import Sum, merge
 from functorch_mnist.per_sample.weights import Made, Pulled, Weight
 
 EXACT = 1e-10
@@ -201,7 +200,31 @@ def summed(seed, b):
     one, two, three = outer("gram", 3, 4, 5)(seed, b), outer("outer product", 1, 4, 5)(seed + 5, b), normals(b, 4, 5)
     grads = one.grads + two.grads + three
     reach = one.reach + two.grads.flatten(1).norm(dim=1) + three.flatten(1).norm(dim=1)
-    return Case(Sum((one.term, two.term, Dense(three))), grads, reach)
+    return Case(Sum((one.term, two.term, Dense(three)), "build"), grads, reach)
+
+
+def tied(t, s, view=None):
+    """A table of 7 rows that is an embedding at s positions and a linear map at t."""
+
+    def make(seed, b):
+        rows, e = (
+            torch.randint(0, 7, (b, s), generator=torch.Generator().manual_seed(seed)),
+            normals(b, s, 3, seed=seed),
+        )
+        a, g = normals(b, 1, t, 3, seed=seed + 1), normals(b, 1, t, 7, seed=seed + 2)
+        grads = torch.einsum("btv,bth->bvh", g[:, 0], a[:, 0])
+        for i, k in itertools.product(range(b), range(s)):
+            grads[i, rows[i, k]] += e[i, k]
+        linear: Term = Outer(a, g, layout((7, 3)), "pairs")
+        if view == "transposed":
+            linear = Viewed(Outer(a, g, layout((3, 7), outputs=(1,)), "pairs"), View((7, 3), (1, 0), (3, 7)))
+        live = torch.ones(b, s, dtype=torch.bool)
+        term = merge([Lookup(rows, e, live, (7, 3), "pairs"), linear], "pairs")
+        assert isinstance(term, Sum)
+        reach = e.norm(dim=-1).sum(1) + (a.norm(dim=-1) * g.norm(dim=-1)).sum((1, 2))
+        return Case(term, grads, reach)
+
+    return make
 
 
 def dense_values(seed, b):
@@ -226,6 +249,9 @@ CASES = {
     "viewed": viewed,
     "viewed, dense": viewed_dense,
     "sum": summed,
+    "tied, few positions": tied(2, 3),
+    "tied, many positions": tied(5, 9),
+    "tied, transposed": tied(2, 4, "transposed"),
     "dense": dense_values,
     "absent": absent,
     "parts": parts,
@@ -372,7 +398,7 @@ def test_each_strategy_is_tabled_at_sizes_that_choose_it_and_at_others():
     for (t, h, d), strategy in chosen.items():
         form = forms.MatrixForm(layout((h, d)), (0, 1))
         sizes = forms.Sizes(1, t, d, h)
-        assert strategies._cheapest(sizes, form.costs(sizes)).strategy == strategy
+        assert strategies._cheapest(sizes, form.costs(sizes), form.factors(sizes)).strategy == strategy
 
 
 @pytest.mark.parametrize("count", [127, 193, 300])
@@ -423,24 +449,24 @@ def test_inner_products_of_unlike_terms_come_from_their_gradients():
 
 def test_uses_of_one_parameter_are_one_term():
     one, two, sparse = outer("gram", 3, 4, 6)(0, B), outer("gram", 2, 4, 6)(5, B), normals(B, 4, 6, seed=9)
-    assert merge([one.term]) is one.term
-    merged = merge([one.term, two.term])
+    assert merge([one.term], "build") is one.term
+    merged = merge([one.term, two.term], "build")
     assert isinstance(merged, Outer)
     close(merged.grads(), one.grads + two.grads)
-    both = merge([Viewed(one.term, VIEW), Viewed(two.term, VIEW)])
+    both = merge([Viewed(one.term, VIEW), Viewed(two.term, VIEW)], "build")
     assert isinstance(both, Viewed)
     assert isinstance(both.term, Outer)
     close(both.grads(), VIEW.backward(one.grads + two.grads))
-    unlike = merge([one.term, Dense(sparse)])
+    unlike = merge([one.term, Dense(sparse)], "build")
     assert isinstance(unlike, Sum)
     close(unlike.grads(), one.grads + sparse)
     turned = View((2, 3, 4), (0, 1, 2), (4, 6))
-    apart = merge([Viewed(one.term, VIEW), Viewed(two.term, turned)])
+    apart = merge([Viewed(one.term, VIEW), Viewed(two.term, turned)], "build")
     assert isinstance(apart, Sum)
     close(apart.grads(), VIEW.backward(one.grads) + turned.backward(two.grads))
     square, across = outer("gram", 2, 4, 4)(0, B), outer("gram", 2, 4, 4, kind="inputs first")(5, B)
-    crossed = merge([square.term, across.term])
-    assert isinstance(crossed, Sum)
+    crossed = merge([square.term, across.term], "build")
+    assert isinstance(crossed, Outer)  # the factors of a transpose are swapped
     close(crossed.grads(), square.grads + across.grads)
 
 

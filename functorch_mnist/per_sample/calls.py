@@ -45,6 +45,9 @@ class CallForm:
     def costs(self, sizes: Sizes) -> dict[Strategy, Cost]:
         return {"build": Cost(sizes.outputs, 2 * sizes.outputs)}
 
+    def factors(self, sizes: Sizes) -> int:
+        return sizes.outputs
+
     def term(self, saved: Any, cotangent: Any, strategy: Strategy) -> Term:  # noqa: ARG002 (there is one)
         weight, others, examples = saved
         return Called(examples, others, weight, cotangent, self)

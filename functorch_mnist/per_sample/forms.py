@@ -44,6 +44,10 @@ class Form(Protocol):
         """Of each strategy that applies."""
         ...
 
+    def factors(self, sizes: Sizes) -> int:
+        """How many numbers the factors are."""
+        ...
+
     def term(self, saved: Any, cotangent: Tensor, strategy: Strategy) -> Term:
         """From the tensors of B examples."""
         ...
@@ -63,6 +67,9 @@ class MatrixForm:
 
     def costs(self, sizes: Sizes) -> dict[Strategy, Cost]:
         return matrix_costs(sizes, patches=0)
+
+    def factors(self, sizes: Sizes) -> int:
+        return sizes.groups * sizes.positions * (sizes.inputs + sizes.outputs)
 
     def term(self, saved: Any, cotangent: Tensor, strategy: Strategy) -> Outer:
         groups, outputs, _ = self.layout.sizes
@@ -90,6 +97,9 @@ class ConvolutionForm:
 
     def costs(self, sizes: Sizes) -> dict[Strategy, Cost]:
         return matrix_costs(sizes, patches=sizes.groups * sizes.positions * sizes.inputs)
+
+    def factors(self, sizes: Sizes) -> int:
+        return sizes.groups * sizes.positions * (sizes.inputs + sizes.outputs)
 
     def term(self, saved: Any, cotangent: Tensor, strategy: Strategy) -> Convolution:
         saved = saved.to(cotangent.dtype)
@@ -121,6 +131,9 @@ class LookupForm:
         _, t, v, h = sizes
         return {"gram": Cost(2 * t * h, 3 * t * h), "build": Cost(v * h, t * h + 2 * v * h)}
 
+    def factors(self, sizes: Sizes) -> int:
+        return sizes.positions * sizes.outputs
+
     def term(self, saved: Any, cotangent: Tensor, strategy: Strategy) -> Lookup:
         live = torch.ones_like(saved, dtype=torch.bool) if self.padding_idx is None else saved != self.padding_idx
         g = cotangent.reshape(*saved.shape, self.shape[1])
@@ -144,6 +157,9 @@ class ShiftForm:
     def costs(self, sizes: Sizes) -> dict[Strategy, Cost]:
         return {"sum": Cost(sizes.outputs, sizes.positions * sizes.outputs)}
 
+    def factors(self, sizes: Sizes) -> int:
+        return sizes.outputs
+
     def term(self, saved: Any, cotangent: Tensor, strategy: Strategy) -> Dense:  # noqa: ARG002
         sums = _summed(cotangent, self.broadcast).reshape(len(cotangent), *self.shape)
         return Dense(sums if self.factor == 1 else sums * self.factor)
@@ -161,6 +177,9 @@ class ScaleForm:
 
     def costs(self, sizes: Sizes) -> dict[Strategy, Cost]:
         return {"sum": Cost(sizes.outputs, 2 * sizes.positions * sizes.outputs)}
+
+    def factors(self, sizes: Sizes) -> int:
+        return sizes.outputs
 
     def term(self, saved: Any, cotangent: Tensor, strategy: Strategy) -> Dense:  # noqa: ARG002
         missing = cotangent.dim() - saved.dim()

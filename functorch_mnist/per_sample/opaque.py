@@ -33,7 +33,7 @@ def call(name: str, *inputs: Tensor) -> list[Tensor]:
         torch.compiler._is_compiling_flag = before
 
 
-@torch.compiler.nested_compile_region
+@torch.compiler.nested_compile_region(max_reuse_entries=1000)
 def call_in_region(name: str, *inputs: Tensor) -> list[Tensor]:
     """The same, compiled once however often it is called."""
     return call(name, *inputs)

@@ -6,7 +6,7 @@ ops and not what leads to them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -18,6 +18,7 @@ from ..compiler import constant_to_the_compiler
 from ..tree import Structure, Tree
 from . import opaque
 from .capture import LossFn, Strayed
+from .factored import Factored
 from .passes import Finish, Loss, Pass, Ways, itself, passed, ways
 from .plan import Plan
 from .programs import NotRecorded, Program, record
@@ -61,24 +62,33 @@ class Recorded(NamedTuple):
 
 @dataclass(eq=False)
 class Known:
-    """What is known of a loss for parameters and examples of one kind."""
+    """What is known of a loss for parameters and examples of one kind, under one autocast."""
 
     examples: tuple[Kind, ...]
     ways: Ways
-    recorded: dict[tuple[Signature, tuple[Kind, ...], torch.dtype | None], Recorded | None] = field(
-        default_factory=dict
-    )
-    """By the signature, the kinds of all tensors but the parameters, and autocast; none where it came once."""
+    recorded: dict[tuple[Signature, tuple[Kind, ...]], Recorded | None] = field(default_factory=dict)
+    """By the signature and the kinds of all tensors but the parameters; none where it came once."""
 
 
-class Opaque(NamedTuple):
-    """A pass that the compiler calls."""
+TENSOR, TREE = True, False
+_RETURNS: dict[Finish, bool | tuple[bool, ...]] = {
+    Factored.norms: TENSOR,
+    Factored.leaf_norms: TREE,
+    Factored.weighted_sum: TREE,
+    Factored.dot: TENSOR,
+    Factored.second_moment: TREE,
+}
+"""What is made of a pass: a tensor, a tree like the parameters, or a tuple of such."""
 
-    name: str
-    returned: tuple[bool, ...]
-    """Of each part of what it returns, whether that is a tensor; else it is a tree like the parameters."""
-    alone: bool
-    """Whether it returns one part, not a tuple."""
+
+def returns(*parts: bool) -> Callable[[Finish], Finish]:
+    """Says what the decorated function makes of a pass, so that a compiler need not look into it."""
+
+    def register(finish: Finish) -> Finish:
+        _RETURNS[finish] = parts
+        return finish
+
+    return register
 
 
 class Prepared:
@@ -86,10 +96,10 @@ class Prepared:
 
     def __init__(self, loss: Loss, like: Tree) -> None:
         self.loss, self.like, self.paths = loss, like, tuple(tree.paths(like))
-        self.held: dict[str, list[Tensor]] = {}
-        """By the name of an opaque pass: the tensors that the loss holds."""
-        self._known: dict[tuple[Structure, tuple[Kind, ...]], Known] = {}
-        self._opaque: dict[tuple[Signature, tuple[Kind, ...]], Opaque | None] = {}
+        self.held: list[Tensor] = []
+        """The tensors that the loss holds, once a compiler has asked for them."""
+        self._known: dict[tuple[Structure, tuple[Kind, ...], torch.dtype | None], Known] = {}
+        self._opaque: dict[Signature, str] = {}
 
     def __call__(self, params: Tree, *example: Tensor) -> Any:
         return self.loss.loss_fn(params, *example)
@@ -99,7 +109,7 @@ class Prepared:
         for known in self._known.values():
             kinds = [f"{tuple(shape)} {str(dtype).removeprefix('torch.')}" for shape, dtype, _ in known.examples]
             lines.append(f"  one example: {', '.join(kinds)}")
-            for (signature, rest, _), recorded in known.recorded.items():
+            for (signature, rest), recorded in known.recorded.items():
                 if recorded is None:
                     said = "recorded when it comes again"
                 else:
@@ -111,7 +121,7 @@ class Prepared:
         """What is known for parameters and examples like these, found out where they are the first of their kind."""
         leaves, structure = tree.flatten(params)
         examples = tuple([(x.shape[1:], x.dtype, x.device) for x in batch])
-        key = structure, (*[_kind(x) for x in leaves], *examples)
+        key = structure, (*[_kind(x) for x in leaves], *examples), _autocast(batch[0].device.type)
         known = self._known.get(key)
         if known is None:
             known = self._known[key] = Known(examples, ways(self.loss, params, batch))
@@ -120,7 +130,7 @@ class Prepared:
     def recorded(self, signature: Signature, params: Tree, inputs: list[Tensor], known: Known) -> Recorded | None:
         """The ops of a pass, from its second time on."""
         rest = inputs[len(self.paths) :]
-        key = signature, tuple([_kind(x) for x in rest]), _autocast(rest[0].device.type)
+        key = signature, tuple([_kind(x) for x in rest])
         if key not in known.recorded:
             known.recorded[key] = None
         elif known.recorded[key] is None:
@@ -130,13 +140,12 @@ class Prepared:
     def _record(self, signature: Signature, params: Tree, inputs: list[Tensor], found: Ways) -> Recorded:
         made: list[Structure] = []
 
-        def run(*values: Tensor) -> Iterator[list[Tensor]]:
+        def run(*values: Tensor) -> list[Tensor]:
             theirs, batch, mask, more = signature.read(params, values)
             factored = passed(self.loss, theirs, batch, mask, found)
-            yield tree.leaves(factored)
             leaves, structure = tree.flatten(signature.finish(factored, *more))
             made.append(structure)
-            yield leaves
+            return leaves
 
         try:
             program = record(run, inputs)
@@ -150,43 +159,36 @@ class Prepared:
 
     @constant_to_the_compiler
     def opaque(
-        self,
-        finish: Finish,
-        batch: int,
-        masked: bool,
-        alone: tuple[bool, ...],
-        paths: tuple[str, ...],
-        kinds: tuple[Kind, ...],
-    ) -> Opaque | None:
-        """A pass for the compiler to call; none where it has to follow it."""
-        key = Signature(finish, batch, masked, alone), kinds
-        if paths != self.paths:
+        self, finish: Finish, batch: int, masked: bool, alone: tuple[bool, ...], paths: tuple[str, ...]
+    ) -> tuple[str, bool | tuple[bool, ...]] | None:
+        """The name of a pass for a compiler to call, and what it returns; none where the compiler has to follow it."""
+        if finish not in _RETURNS or paths != self.paths:
             return None
-        if key not in self._opaque:
+        if not self._opaque:
             with native.outside():
-                self._opaque[key] = self._hidden(*key)
-        return self._opaque[key]
+                self.held = self._held()
+        if any([x.requires_grad for x in self.held]):
+            return None
+        signature = Signature(finish, batch, masked, alone)
+        if signature not in self._opaque:
 
-    def _hidden(self, signature: Signature, kinds: tuple[Kind, ...]) -> Opaque | None:
-        like = tree.flatten(self.like)[1]
-        parts: list[Any] = []
+            def run(*inputs: Tensor) -> list[Tensor]:
+                params, batch, mask, more = signature.read(self.like, inputs)
+                return tree.leaves(Pass(self.loss, params)(batch, mask, finish, *more))
+
+            self._opaque[signature] = opaque.register(run, self.held)
+        return self._opaque[signature], _RETURNS[finish]
+
+    def _held(self) -> list[Tensor]:
+        (examples,) = [known.examples for known in list(self._known.values())[:1]]
+        kinds = [_kind(x) for x in tree.leaves(self.like)]
+        batch = [(torch.Size((2, *shape)), dtype, device) for shape, dtype, device in examples]
 
         def run(*inputs: Tensor) -> list[Tensor]:
-            params, batch, mask, more = signature.read(self.like, inputs)
-            out = Pass(self.loss, params)(batch, mask, signature.finish, *more)
-            alone = isinstance(out, Tensor) or tree.flatten(out)[1] == like
-            parts[:] = [alone, *([out] if alone or not isinstance(out, tuple) else out)]
-            return tree.leaves(out)
+            params = tree.unflatten(self.like, list(inputs[: len(kinds)]))
+            return tree.leaves(Pass(self.loss, params)(inputs[len(kinds) :], None, itself))
 
-        held = opaque.held_by(run, kinds)
-        alone, *rest = parts
-        returned = tuple([isinstance(part, Tensor) for part in rest])
-        trees = [tree.flatten(part)[1] for part, is_tensor in zip(rest, returned, strict=True) if not is_tensor]
-        if any([x.requires_grad for x in held]) or any([structure != like for structure in trees]):
-            return None
-        name = opaque.register(run, held)
-        self.held[name] = held
-        return Opaque(name, returned, alone)
+        return opaque.held_by(run, [*kinds, *batch])
 
 
 class PreparedPass:
@@ -224,16 +226,18 @@ class PreparedPass:
         inputs: list[Tensor],
     ) -> Any:
         """The same, which the compiler calls."""
-        kinds, paths = tuple([_kind(x) for x in inputs]), tuple(tree.paths(self.params))
-        hidden = self.prepared.opaque(finish, len(batch), mask is not None, alone, paths, kinds)
-        if hidden is None:
+        paths = tuple(tree.paths(self.params))
+        found = self.prepared.opaque(finish, len(batch), mask is not None, alone, paths)
+        if found is None:
             return Pass(self.prepared.loss, self.params)(batch, mask, finish, *more)
+        name, returned = found
         call = opaque.call_in_region if self.several else opaque.call
-        ahead = iter(call(hidden.name, *inputs, *self.prepared.held[hidden.name]))
+        name += ""  # an expression: of constants that it can trace to one place the compiler takes any for the other
+        ahead = iter(call(name, *inputs, *self.prepared.held))
         parts = []
-        for is_tensor in hidden.returned:
+        for is_tensor in returned if isinstance(returned, tuple) else (returned,):
             parts.append(next(ahead) if is_tensor else tree.unflatten(self.params, [next(ahead) for _ in self.leaves]))
-        return parts[0] if hidden.alone else tuple(parts)
+        return tuple(parts) if isinstance(returned, tuple) else parts[0]
 
 
 def passes(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .. import native
 from ..ops import nested, tensors
 
 _ATEN = torch.ops.aten
@@ -94,26 +95,19 @@ class _Recorder(TorchDispatchMode):
         varies = func not in _SHAPED and any([node in self.variable for node in used])
         if varies and (torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags):
             raise NotRecorded(f"{func}: what comes next hangs on the numbers of the inputs")
-        if func._schema.is_mutable:
-            for x, argument in zip(args, func._schema.arguments, strict=False):
-                written = argument.alias_info is not None and argument.alias_info.is_write
-                if written and isinstance(x, Tensor) and self.nodes[x].op == "get_attr":
-                    raise NotRecorded(f"{func}: the function writes to a tensor that it holds")
-                if written and varies and isinstance(x, Tensor):
-                    self.variable.add(self.nodes[x])
         late = func._schema.is_mutable or any(
             [self.nodes[x].meta["version"] != x._version for x in tensors(args, kwargs)]
         )
         out = func(*args, **kwargs)
         node = self.graph.call_function(func, *given)
-        node.meta["late"] = late
+        node.meta["late"], node.meta["backward"] = late, native.in_backward()
         if isinstance(out, Tensor):
             self.note(out, node, varies)
         elif isinstance(out, (list, tuple)):
             for i, part in enumerate(out):
                 if isinstance(part, Tensor):
                     item = self.graph.call_function(operator.getitem, (node, i))
-                    item.meta["late"] = late
+                    item.meta["late"], item.meta["backward"] = late, native.in_backward()
                     self.note(part, item, varies)
         return out
 
@@ -139,31 +133,23 @@ class _Recorder(TorchDispatchMode):
         return node
 
 
-def record(fn: Callable[..., Iterator[list[Tensor]]], inputs: Sequence[Tensor]) -> Program:
+def record(fn: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> Program:
     """The ops of a function of tensors, for inputs of these shapes, dtypes and devices.
 
-    Args:
-        fn: yields tensors twice: what it makes its result of, and its result.
-        inputs: tensors.
-
     Returns:
-        A program of the inputs that returns the result as a list. What the result is made of is let go as soon as what
-        is made of it is there.
+        A program of the inputs. What follows a backward pass runs as soon as its inputs are there, so that these are let
+        go as the pass goes on.
 
     Raises:
         NotRecorded: the function branches on numbers of its inputs, or writes to a tensor that it holds.
     """
     inputs = [x.detach() for x in inputs]  # one tensor may be given twice
     recorder = _Recorder(inputs)
-    steps = fn(*inputs)
     with recorder:
-        held = next(steps)
-        before = len(recorder.graph.nodes)
-        out = next(steps)
+        out = fn(*inputs)
         recorder.graph.output([recorder.node(x) for x in out])
-    del held
     graph = recorder.graph
-    _hasten(list(graph.nodes), before)
+    _hasten(list(graph.nodes))
     for node in graph.nodes:
         if node.target == _ATEN.view.default and node.args[0].target == _ATEN.view.default:
             whole = node.args[0].args[0]
@@ -177,8 +163,9 @@ def record(fn: Callable[..., Iterator[list[Tensor]]], inputs: Sequence[Tensor]) 
     return Program(graph, recorder.constants)
 
 
-def _hasten(nodes: list[Node], start: int) -> None:
-    """Moves each op from `start` on to where the last of its inputs is made, unless one was written to in between."""
+def _hasten(nodes: list[Node]) -> None:
+    """Moves each op after the backward pass to where the last of its inputs is made, if nothing is written between."""
+    start = 1 + max([i for i, node in enumerate(nodes) if node.meta.get("backward")], default=len(nodes))
     places = {node: i for i, node in enumerate(nodes)}
     ends = list(nodes)  # the last node that was moved behind each
     for node in nodes[start:]:

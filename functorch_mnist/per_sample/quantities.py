@@ -31,7 +31,7 @@ from ..tree import Tree
 from .capture import LossFn, dense_grads
 from .factored import Factored
 from .plan import Plan
-from .prepared import passes
+from .prepared import TENSOR, TREE, passes, returns
 from .terms import Kronecker
 
 
@@ -354,6 +354,7 @@ def _built(found: Factored) -> tuple[Factored, Tensor]:
     return found, found.norms()
 
 
+@returns(TREE, TENSOR, TENSOR, TENSOR)
 def _clip(found: Factored, max_norm: Tensor) -> tuple[Tree, Tensor, Tensor, Tensor]:
     """The clipped sum, the norms, the losses and how many norms are not finite."""
     found, sizes = _built(found)

@@ -3,8 +3,8 @@
 Of G matrices (H, D) at T positions, per example: building the gradient takes 2 G T H D operations and G H D numbers;
 the Gram matrices take 2 G T² (D + H) operations and 2 G T² numbers; at one position neither is needed. Fewer operations
 mean less time (as measured on a CPU, `benchmarks/results/strategies-2-cores.json`: the two take equal times where they
-take equal operations), so the cheaper one is taken, unless what it stores outgrows the factors themselves, T (D + H):
-then it would set the peak of memory, and the smaller one is taken.
+take equal operations), so the cheaper one is taken, unless what it stores outgrows the factors themselves, T (D + H),
+of a lookup T H: then it would set the peak of memory, and the smaller one is taken.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def choose(uses: list[Use]) -> Choice:
     every = [form.costs(size) for form, size in zip(forms, sizes, strict=True)]
     selected = all([use.weight.selects for use in uses])
     if selected and len({_kind(use) for use in uses}) == 1:
-        return _cheapest(total, forms[0].costs(total))
+        return _cheapest(total, forms[0].costs(total), forms[0].factors(total))
     if all([_is_of_rows(use) for use in uses]):
         return _pairs(uses, total)
     if selected and all(["sum" in costs for costs in every]):
@@ -104,12 +104,12 @@ def _pairs(uses: list[Use], total: Sizes) -> Choice:
     pairs = Cost(2 * s * t + sum([c.memory for c in each]), 2 * s * t * h + sum([c.arithmetic for c in each]))
     build = Cost(2 * v * h, 2 * t * v * h + 3 * v * h)
     costs: dict[Strategy, Cost] = {"pairs": pairs, "build": build}
-    if pairs.memory > max(s * (h + 1) + t * (v + h), build.memory):
+    if pairs.memory > max(s * h + t * (v + h), build.memory):
         return Choice("build", total, costs, "lookups and products: less memory")
     return Choice("pairs", total, costs, "lookups and products: inner products of each pair")
 
 
-def _cheapest(sizes: Sizes, costs: dict[Strategy, Cost]) -> Choice:
+def _cheapest(sizes: Sizes, costs: dict[Strategy, Cost], factors: int) -> Choice:
     if "sum" in costs:
         return Choice("sum", sizes, costs, "shift or scale: a sum of cotangents")
     if "outer product" in costs:
@@ -120,7 +120,6 @@ def _cheapest(sizes: Sizes, costs: dict[Strategy, Cost]) -> Choice:
     gram_first = gram.arithmetic < build.arithmetic  # what is built is kept for sums
     fast: Strategy = "gram" if gram_first else "build"
     slow: Strategy = "build" if gram_first else "gram"
-    factors = sizes.groups * sizes.positions * (sizes.inputs + sizes.outputs)
     if costs[fast].memory > max(factors, costs[slow].memory):
         return Choice(slow, sizes, costs, "less memory; the other would outgrow the factors")
     times = costs[slow].arithmetic / max(costs[fast].arithmetic, 1)

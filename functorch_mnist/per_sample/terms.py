@@ -215,7 +215,7 @@ class Absent(Term):
         return tree.wide(self.zeros.new_zeros(len(self.zeros)))
 
     def gram(self, other: Term) -> Tensor:
-        return tree.wide(self.zeros.new_zeros(len(self.zeros), len(other.grads())))
+        return tree.wide(self.zeros.new_zeros(len(self.zeros), len(other.factors()[0])))
 
     def second_moment(self) -> Tensor:
         return tree.wide(self.weighted_sum(self.zeros))
@@ -495,6 +495,9 @@ class Viewed(Term):
 
     def shape(self) -> tuple[int, ...]:
         return self.view.before
+
+    def examples(self, rows: slice) -> Viewed:
+        return Viewed(self.term.examples(rows), self.view)
 
     def grads(self) -> Tensor:
         return self.view.backward(self.term.grads())

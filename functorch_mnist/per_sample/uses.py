@@ -36,6 +36,9 @@ class Sum(Term):
     def shape(self) -> tuple[int, ...]:
         return self.terms[0].shape()
 
+    def examples(self, rows: slice) -> Sum:
+        return replace(self, terms=tuple([term.examples(rows) for term in self.terms]))
+
     def grads(self) -> Tensor:
         return _total([term.grads() for term in self.terms])
 
