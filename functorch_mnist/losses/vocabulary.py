@@ -58,10 +58,11 @@ def chunked_cross_entropy(
         TypeError: an argument is no float tensor, or the labels are not integers.
         RuntimeError: compiled or on a GPU, a label is out of range.
 
-    Guarantees: equals `cross_entropy(torch.nn.functional.linear(hidden, weight, bias), labels)` to rounding, with its
-        derivatives of every order in reverse mode, by `backward`, under `torch.func.grad` and `vmap` in any order, and
-        compiled. In bfloat16 and float16 products are rounded as `linear` rounds them; sums over words are float32. No
-        result hangs on the block size but by rounding. In `per_sample` it is an op with a factored form of its own.
+    Guarantees: equals `cross_entropy(torch.nn.functional.linear(hidden, weight, bias), labels)` to rounding, and so do
+        its derivatives of every order in reverse mode, by `backward`, under `torch.func.grad` and `vmap` in any order,
+        and compiled; forward mode is refused. In bfloat16 and float16 the product is rounded as `linear` rounds it, and
+        all that follows is float32. The block size changes nothing but rounding. In `per_sample` it is an op with a
+        factored form of its own.
 
     Cost: N · block_size numbers at N positions, in the forward pass and in the backward pass, and (V, H) for the
         weight's gradient; the plain loss keeps N · V. One more product N · V · H, for the backward pass makes the

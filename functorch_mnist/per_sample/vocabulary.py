@@ -63,8 +63,7 @@ class VocabularyForm:
         if all([len(x) == 1 or x.stride(0) == 0 for x in layer]):  # repeated, not of each example
             layer = [x[0] for x in layer]
         live = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
-        bias = layer[1] if self.biased else None
-        factors = hidden, cotangent.reshape(labels.shape), labels, z, layer[0], bias, live
+        factors = hidden, cotangent.reshape(labels.shape), labels, z, tuple(layer), live
         return Vocabulary(*factors, self.of_weight, strategy, self.block, self.product)
 
 
@@ -98,10 +97,8 @@ class Vocabulary(Term):
     """(B, T) integers in [0, V)."""
     z: Tensor
     """(B, T): the logarithm of the softmax's sum."""
-    weight: Tensor
-    """(V, H), or (B, V, H) where it or the bias is another one for each example."""
-    bias: Tensor | None
-    """(V,), or (B, V)."""
+    layer: tuple[Tensor, ...]
+    """The weight (V, H), and the bias (V,) where there is one; both (B, …) where one is another for each example."""
     live: Tensor
     """(B,) bool: which examples are not masked."""
     of_weight: bool = tree.static()
@@ -112,12 +109,14 @@ class Vocabulary(Term):
 
     def columns(self, rows: Tensor) -> Tensor:
         """g[i, t, rows[i, s]]: (B, T, S), float32 or wider, for rows (B, S) of words, in any order."""
-        if self.weight.dim() == 2:
-            layer = self.weight[rows], None if self.bias is None else self.bias[rows]
+        weight = self.layer[0]
+        if weight.dim() == 2:
+            layer = [x[rows] for x in self.layer]
         else:
-            at = rows[..., None].expand(*rows.shape, self.weight.shape[-1])
-            layer = self.weight.gather(1, at), None if self.bias is None else self.bias.gather(1, rows)
-        x = blocks.logits(self.hidden.to(self.product), layer[0].to(self.product), layer[1])  # (B, T, S)
+            at = rows[..., None].expand(*rows.shape, weight.shape[-1]), rows
+            layer = [x.gather(1, index) for x, index in zip(self.layer, at, strict=False)]
+        bias = layer[1] if len(layer) > 1 else None
+        x = blocks.logits(self.hidden.to(self.product), layer[0].to(self.product), bias)  # (B, T, S)
         p = torch.exp(x - self._z()[..., None])
         own = self.labels[..., None] == rows[:, None, :]
         return self._kept((p - own.to(p.dtype)) * self.c[..., None])
@@ -126,24 +125,22 @@ class Vocabulary(Term):
         return self._kept(self._fold("grads")).reshape(len(self.c), *self._shape)
 
     def masked(self, keep: Tensor) -> Vocabulary:
-        own = self.weight.dim() == 3
+        layer = self.layer if self.layer[0].dim() == 2 else tuple([masked(x, keep) for x in self.layer])
         return replace(
             self,
-            weight=masked(self.weight, keep) if own else self.weight,
-            bias=masked(self.bias, keep) if own and self.bias is not None else self.bias,
             hidden=masked(self.hidden, keep),
             c=masked(self.c, keep),
             z=torch.where(keep[:, None], self.z, math.inf),  # no softmax is left
+            layer=layer,
             live=self.live & keep,
         )
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         c = self.c * weights.to(self.c.dtype)[:, None]
-        rows = [self.hidden, self.labels, self._z(), c]
-        if self.weight.dim() == 2:
-            rows = [x.flatten(0, 1) for x in rows]
-        total: Tensor = blocks.SUM(rows[0], self.weight, self.bias, *rows[1:], self.block, self.product, self.of_weight)
-        total = total if self.weight.dim() == 2 else total.sum(0)
+        hidden, labels, z, c = self._rows(self.hidden, self.labels, self._z(), c)
+        given = hidden, *self._pair(), labels, z, c, self.block, self.product, self.of_weight
+        total: Tensor = blocks.SUM(*given)
+        total = total.sum(0) if self.layer[0].dim() == 3 else total
         return self._kept(total, self.live.any())
 
     def dot(self, direction: Tensor) -> Tensor:
@@ -158,7 +155,7 @@ class Vocabulary(Term):
     def gram(self, other: Term) -> Tensor:
         if not isinstance(other, Vocabulary) or other.of_weight != self.of_weight:
             return super().gram(other)
-        products = self._fold("gram", *other._factors(), *other._layer())
+        products = self._fold("gram", *other._factors(), *other.layer)
         return self._kept(products, self.live[:, None] & other.live)
 
     def second_moment(self) -> Tensor:
@@ -169,27 +166,28 @@ class Vocabulary(Term):
 
     @property
     def _shape(self) -> torch.Size:
-        return self.weight.shape[-2:] if self.of_weight else self.weight.shape[-2:-1]
+        words, size = self.layer[0].shape[-2:]
+        return torch.Size((words, size) if self.of_weight else (words,))
 
     def _z(self) -> Tensor:
         """z as what it is of the hidden states, the weight and the bias, for who differentiates it."""
-        rows = [self.hidden, self.labels, self.z]
-        if self.weight.dim() == 2:
-            rows = [x.flatten(0, 1) for x in rows]
-        hidden, labels, z = rows
-        nowhere = torch.full_like(labels, -1)
-        found: Tensor = blocks.LOSS(hidden, self.weight, self.bias, nowhere, z, z, self.block)
+        hidden, labels, z = self._rows(self.hidden, self.labels, self.z)
+        found: Tensor = blocks.LOSS(hidden, *self._pair(), torch.full_like(labels, -1), z, z, self.block)
         return found.view(self.z.shape)
+
+    def _rows(self, *factors: Tensor) -> list[Tensor]:
+        """(B, T, …) as (B T, …), unless each example has a weight of its own."""
+        return [x.flatten(0, 1) if self.layer[0].dim() == 2 else x for x in factors]
+
+    def _pair(self) -> tuple[Tensor, Tensor | None]:
+        return self.layer[0], self.layer[1] if len(self.layer) > 1 else None
 
     def _factors(self) -> list[Tensor]:
         return [self.hidden, self.c, self.labels, self._z()]
 
-    def _layer(self) -> list[Tensor]:
-        return [self.weight] if self.bias is None else [self.weight, self.bias]
-
     def _fold(self, quantity: str, *others: Tensor) -> Tensor:
         found: Tensor = _FOLD(
-            quantity, self._factors(), self._layer(), list(others), self.of_weight, self.block, self.product
+            quantity, self._factors(), list(self.layer), list(others), self.of_weight, self.block, self.product
         )
         return found
 
