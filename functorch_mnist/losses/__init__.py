@@ -4,6 +4,7 @@
 |---|---|
 | `classification.py` | cross-entropy, focal loss, accuracy |
 | `labels.py` | what labels must be |
+| `vocabulary.py` | cross-entropy with its output layer, in blocks of a large vocabulary |
 | `regression.py` | the squared error |
 | `imbalance.py` | weights of classes from their counts, and outputs adjusted by how common a class is |
 
@@ -21,3 +22,4 @@ from .imbalance import effective_number_weights as effective_number_weights
 from .imbalance import logit_adjusted as logit_adjusted
 from .labels import check_labels as check_labels
 from .regression import mse as mse
+from .vocabulary import chunked_cross_entropy as chunked_cross_entropy

@@ -10,6 +10,7 @@ the cotangent of its output. Nearly everything one wants of it follows from the 
     calls.py         the same for any op, by its own vector-Jacobian product
     rules.py         what each op says about its weights; where a new op is added
     recurrence.py    recurrent layers, with one tap on all their steps
+    vocabulary.py    the output layer of a large vocabulary, in blocks of words
     kernels.py       ops that run on the whole batch
     following.py     which ops of a loss use which parameter
     capture.py       from a loss to terms: the survey, and the one backward pass
@@ -22,6 +23,7 @@ the cotangent of its output. Nearly everything one wants of it follows from the 
     quantities.py    what users call: norms, clipped sums, products, moments; masks and chunks
 """
 
+from . import vocabulary as vocabulary
 from .factored import Factored as Factored
 from .plan import Plan as Plan
 from .plan import plan as plan
