@@ -56,7 +56,7 @@ def test_less_arithmetic_is_taken_unless_it_outgrows_the_factors():
     assert (few.strategy, few.reason) == ("outer product", "one position: |a|² |g|²")
     wide = Sizes(1, 2, 8, 8)
     assert _cheapest(wide, MATRIX.costs(wide), 32)[::3] == ("gram", "2.0 times less arithmetic")
-    for rows, strategy in ((1, "build"), (2, "gram")):  # 2 H numbers to sort and square, or V H to build and square
+    for rows, strategy in ((1, "build"), (3, "build"), (4, "gram")):  # 2 T H numbers, or the V H of the table
         table = Sizes(1, 2, rows, 5)
         assert _cheapest(table, LookupForm((rows, 5), None).costs(table), 10).strategy == strategy
     sizes = Sizes(2, 3, 4, 1)  # factors of 30

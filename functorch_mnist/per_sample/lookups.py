@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import tree
 from ..batch import masked
 from .layout import layout
-from .terms import Kronecker, Outer, Strategy, Term, row_sums, scaled, squares
+from .terms import Kronecker, Strategy, Term, row_sums, scaled, squares
 
 _PAIRS = 2**24
 """Inner products of positions that are held at a time, where they outgrow the factors: 64 MB in float32."""
@@ -61,22 +61,25 @@ class Lookup(Term):
     def reach(self) -> Tensor | None:
         return squares(self.g, 2).sqrt().sum(1)
 
+    def settled(self) -> Lookup:
+        return replace(self, strategy="gram")
+
     def inner(self, other: Term) -> Tensor:
-        if not isinstance(other, Outer) or other.layout != layout(self.table):
+        found = other.columns(self.rows)
+        if found is None:
             return super().inner(other)
-        a, cotangents = tree.wide(other.a[:, 0]), other.g[:, 0]  # (B, T', H) and (B, T', V)
-        found = cotangents.gather(2, self.rows[:, None, :].expand(-1, a.shape[1], -1))  # (B, T', T)
-        return row_sums(found * (a @ tree.wide(self.g).transpose(1, 2)))
+        a, cotangents = found  # (B, T', H) and (B, T', T)
+        return row_sums(cotangents * (a @ tree.wide(self.g).transpose(1, 2)))
 
     def gram(self, other: Term) -> Tensor:
-        if self.strategy == "build" or not isinstance(other, (Lookup, Outer)):
+        if self.strategy == "build" or not (isinstance(other, Lookup) or self._crosses(other)):
             return super().gram(other)
-        if isinstance(other, Outer) and other.layout != layout(self.table):
-            return super().gram(other)
-        positions = len(self.rows) * self.rows.shape[1] * other.factors()[0].shape[-2]
         factors = max([x.numel() for x in (*self.factors(), *other.factors())])
-        at_once = max(1, max(factors, _PAIRS) // positions)
+        at_once = max(1, max(factors, _PAIRS) // (self.rows.numel() * other.factors()[0].shape[-2]))
         return torch.cat([self._gram(part) for part in other.in_parts(at_once)], 1)
+
+    def _crosses(self, other: Term) -> bool:
+        return other.columns(self.rows[:1, :1].expand(len(other.factors()[0]), -1)) is not None
 
     def _gram(self, other: Term) -> Tensor:
         g = tree.wide(self.g).flatten(0, 1)
@@ -84,9 +87,11 @@ class Lookup(Term):
             same = self.rows.flatten()[:, None] == other.rows.flatten()  # (B T, B' T')
             products = torch.where(same, g @ tree.wide(other.g).flatten(0, 1).T, 0.0)
             return products.view(*self.rows.shape, *other.rows.shape).sum((1, 3))
-        a, cotangents = other.factors()
-        a, cotangents = tree.wide(a[:, 0]), cotangents[:, 0]
-        products = cotangents[..., self.rows.flatten()] * (a @ g.T)  # (B', T', B T)
+        found = other.columns(self.rows.flatten().expand(len(other.factors()[0]), -1))
+        if found is None:
+            return super().gram(other)
+        a, cotangents = found
+        products = cotangents * (a @ g.T)  # (B', T', B T)
         return products.view(*a.shape[:2], *self.rows.shape).sum((1, 3)).T
 
     def second_moment(self) -> Tensor:

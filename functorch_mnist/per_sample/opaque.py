@@ -33,7 +33,7 @@ def call(name: str, *inputs: Tensor) -> list[Tensor]:
         torch.compiler._is_compiling_flag = before
 
 
-@torch.compiler.nested_compile_region(max_reuse_entries=1000)
+@torch.compiler.nested_compile_region(max_reuse_entries=1000)  # type: ignore[untyped-decorator]
 def call_in_region(name: str, *inputs: Tensor) -> list[Tensor]:
     """The same, compiled once however often it is called."""
     return call(name, *inputs)
@@ -82,7 +82,7 @@ class _Lending(TorchDispatchMode):
     """Gives ops other tensors in place of plain ones."""
 
     def __init__(self, given: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.given = given
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -212,7 +212,7 @@ class PreparedPass:
         known = self.prepared.known(self.params, batch)
         signature = Signature(finish, len(batch), mask is not None, alone)
         recorded = self.prepared.recorded(signature, self.params, inputs, known)
-        if recorded is None or recorded.program is None:
+        if recorded is None or recorded.program is None or recorded.structure is None:
             return Pass(self.prepared.loss, self.params, known.ways)(batch, mask, finish, *more)
         return tree.restore(recorded.structure, recorded.program(*inputs))
 

@@ -78,7 +78,7 @@ class _Recorder(TorchDispatchMode):
     """Writes down each op that runs."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph, self.constants = Graph(), torch.nn.Module()
         self.nodes: Any = WeakIdKeyDictionary()  # of tensors, which are let go as ever
         self.variable: set[Node] = set()
@@ -95,19 +95,19 @@ class _Recorder(TorchDispatchMode):
         varies = func not in _SHAPED and any([node in self.variable for node in used])
         if varies and (torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags):
             raise NotRecorded(f"{func}: what comes next hangs on the numbers of the inputs")
-        late = func._schema.is_mutable or any(
-            [self.nodes[x].meta["version"] != x._version for x in tensors(args, kwargs)]
-        )
+        written = any([self.nodes[x].meta["version"] != x._version for x in tensors(args, kwargs)])
         out = func(*args, **kwargs)
         node = self.graph.call_function(func, *given)
-        node.meta["late"], node.meta["backward"] = late, native.in_backward()
+        node.meta["written"] = written
+        about = {"late": written or func._schema.is_mutable, "backward": native.in_backward()}
+        node.meta.update(about)
         if isinstance(out, Tensor):
             self.note(out, node, varies)
         elif isinstance(out, (list, tuple)):
             for i, part in enumerate(out):
                 if isinstance(part, Tensor):
                     item = self.graph.call_function(operator.getitem, (node, i))
-                    item.meta["late"], item.meta["backward"] = late, native.in_backward()
+                    item.meta.update(about)
                     self.note(part, item, varies)
         return out
 
@@ -137,8 +137,8 @@ def record(fn: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> Program
     """The ops of a function of tensors, for inputs of these shapes, dtypes and devices.
 
     Returns:
-        A program of the inputs. What follows a backward pass runs as soon as its inputs are there, so that these are let
-        go as the pass goes on.
+        A program of the inputs. What follows a backward pass runs as soon as its inputs are there, so that these are
+        let go as the pass goes on.
 
     Raises:
         NotRecorded: the function branches on numbers of its inputs, or writes to a tensor that it holds.
@@ -184,13 +184,17 @@ def _unchanged(node: Node) -> Node | None:
     if not isinstance(source, Node):
         return None
     if node.target in _TURNS and source.target == node.target and source.args[1:] == node.args[1:]:
-        return source.args[0]
+        turned: Any = source.args[0]
+        return turned if isinstance(turned, Node) else None
     if "like" not in node.meta or node.meta["like"] != source.meta.get("like"):
         return None
-    if node.target in _ITSELF or (node.target == _ATEN.permute.default and node.args[1] == sorted(node.args[1])):
+    if node.target in _ITSELF:
         return source
-    adds_nothing = node.target in _ADDS and not node.kwargs and isinstance(node.args[1], Node)
-    return source if adds_nothing and _is_zeros(node.args[1]) else None
+    if node.target == _ATEN.permute.default:
+        order: Any = node.args[1]
+        return source if order == sorted(order) else None
+    adds = node.target in _ADDS and not node.kwargs and not node.meta["written"]
+    return source if adds and _is_zeros(node.args[1]) else None
 
 
 def _is_zeros(node: Any) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from .capture import Survey, Use
-from .forms import Cost, LookupForm, MatrixForm, Sizes, matrix_costs
+from .forms import Cost, LookupForm, MatrixForm, Sizes
 from .layout import of_rows
 from .terms import Strategy
 
@@ -42,7 +42,7 @@ def choose(uses: list[Use]) -> Choice:
     selected = all([use.weight.selects for use in uses])
     if selected and len({_kind(use) for use in uses}) == 1:
         return _cheapest(total, forms[0].costs(total), forms[0].factors(total))
-    if all([_is_of_rows(use) for use in uses]):
+    if selected and _is_tied(uses):
         return _pairs(uses, total)
     if selected and all(["sum" in costs for costs in every]):
         return Choice("sum", total, {"sum": every[0]["sum"]}, f"{len(uses)} shifts or scales: sums of cotangents")
@@ -84,29 +84,41 @@ def _kind(use: Use) -> Any:
     if weight.made is None and isinstance(form, LookupForm):
         return "lookup", form.shape, weight.views
     if isinstance(form, MatrixForm):
-        return form, weight.views, weight.made
-    return use  # of a kind of its own
+        return "made", form, weight.views, weight.made
+    rows = weight.made is None and not weight.views and getattr(form, "reads_rows", False)
+    return "rows" if rows else "other", id(use)  # of a kind of its own
 
 
-def _is_of_rows(use: Use) -> bool:
-    """Whether a use reads a table or a matrix as it is, or transposed."""
-    kind = _kind(use)
-    return kind[0] == "matrix" or (kind[0] == "lookup" and not kind[2])
+def _is_tied(uses: list[Use]) -> bool:
+    """Whether a matrix is used as a table, and as one linear map to its rows."""
+    kinds = {_kind(use) for use in uses}
+    lookups = [kind for kind in kinds if kind[0] == "lookup" and not kind[2]]
+    linear = [kind for kind in kinds if kind[0] in ("matrix", "rows")]
+    return len(lookups) == 1 and len(linear) == 1 and len(kinds) == 2
 
 
 def _pairs(uses: list[Use], total: Sizes) -> Choice:
-    """Of a matrix that is a table and a linear map: an embedding tied to the output layer."""
-    sizes = {kind: [use.sizes for use in uses if _kind(use)[0] == kind and use.sizes] for kind in ("lookup", "matrix")}
-    (_, s, v, h), t = sizes["lookup"][0], sum([x.positions for x in sizes["matrix"]])
-    s = sum([x.positions for x in sizes["lookup"]])
-    own = [LookupForm((v, h), None).costs(Sizes(1, s, v, h)), matrix_costs(Sizes(1, t, h, v), patches=0)]
-    each = [min(costs.values(), key=lambda cost: cost.arithmetic) for costs in own]
-    pairs = Cost(2 * s * t + sum([c.memory for c in each]), 2 * s * t * h + sum([c.arithmetic for c in each]))
+    """Of a table that is a linear map too, as an embedding that is tied to the output layer."""
+    costs, memory, positions = [], 0, []
+    for lookup in (True, False):
+        mine = [use for use in uses if isinstance(use.form, LookupForm) == lookup]
+        form, sizes = mine[0].form, mine[0].sizes
+        if form is None or sizes is None:
+            continue
+        sizes = sizes._replace(positions=sum([use.sizes.positions for use in mine if use.sizes is not None]))
+        own = form.costs(sizes)
+        costs.append(own["gram"] if lookup else min(own.values(), key=lambda cost: cost.arithmetic))
+        memory += form.factors(sizes)
+        positions.append(sizes.positions)
+        if lookup:
+            v, h = sizes.inputs, sizes.outputs
+    s, t = positions
+    pairs = Cost(2 * s * t + sum([c.memory for c in costs]), 2 * s * t * h + sum([c.arithmetic for c in costs]))
     build = Cost(2 * v * h, 2 * t * v * h + 3 * v * h)
-    costs: dict[Strategy, Cost] = {"pairs": pairs, "build": build}
-    if pairs.memory > max(s * h + t * (v + h), build.memory):
-        return Choice("build", total, costs, "lookups and products: less memory")
-    return Choice("pairs", total, costs, "lookups and products: inner products of each pair")
+    every: dict[Strategy, Cost] = {"pairs": pairs, "build": build}
+    if pairs.memory > max(memory, build.memory):
+        return Choice("build", total, every, "a table and a linear map: less memory")
+    return Choice("pairs", total, every, "a table and a linear map: inner products of each pair")
 
 
 def _cheapest(sizes: Sizes, costs: dict[Strategy, Cost], factors: int) -> Choice:

@@ -32,7 +32,7 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 from .. import tree
 from ..batch import masked
 from ..compiler import stored
-from .layout import Layout, View, kernel_layout
+from .layout import Layout, View, kernel_layout, layout
 
 Strategy: TypeAlias = Literal["outer product", "gram", "build", "sum", "pairs"]
 """How inner products are taken; `"pairs"`: of each pair of uses."""
@@ -128,6 +128,17 @@ class Term:
     def dot(self, direction: Tensor) -> Tensor:
         """⟨∇_i, V⟩: (B,), for V shaped as the parameter."""
         return row_sums(tree.wide(self.grads()) * direction)
+
+    def columns(self, rows: Tensor) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002
+        """Of a linear map from D columns to V rows, `∇_i = Σ_t g_it a_itᵀ`: a, (B, T, D), and (B, T, S), g at rows (B, S).
+
+        None for what is none.
+        """
+        return None
+
+    def settled(self) -> Term:
+        """Itself, with its inner products by the cheaper strategy: where it is one of several uses."""
+        return self
 
     def square_norms(self) -> Tensor:
         """|∇_i|²: (B,)."""
@@ -297,6 +308,16 @@ class Outer(Term):
             return (squares(self.a, 2) * squares(self.g, 2)).sum(1)
         a, g = tree.wide(self.a), tree.wide(self.g)
         return ((a @ a.transpose(-2, -1)) * (g @ g.transpose(-2, -1))).sum((1, 2, 3))
+
+    def columns(self, rows: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.layout != layout(self.layout.shape) or self.layout.sizes[0] > 1:
+            return None
+        a, g = tree.wide(self.a[:, 0]), self.g[:, 0]
+        return a, g.gather(2, rows[:, None, :].expand(-1, g.shape[1], -1))
+
+    def settled(self) -> Outer:
+        t, d, h = self.a.shape[2], self.a.shape[3], self.g.shape[3]
+        return replace(self, strategy="gram" if t * (d + h) < d * h else "build")
 
     def reach(self) -> Tensor | None:
         if self.a.shape[2] == 1:

@@ -54,7 +54,8 @@ class Sum(Term):
     def square_norms(self) -> Tensor:
         if self.strategy == "build":
             return super().square_norms()
-        crossed = [2 * x.inner(y) for x, y in itertools.combinations(self.terms, 2)]
+        pairs = itertools.combinations(self.terms, 2)
+        crossed = [2 * (y.inner(x) if isinstance(y, Lookup) else x.inner(y)) for x, y in pairs]
         return _total([term.square_norms() for term in self.terms] + crossed).clamp(min=0)  # uses may cancel
 
     def reach(self) -> Tensor | None:
@@ -94,7 +95,7 @@ def merge(terms: list[Term], strategy: Strategy) -> Term:
         else:
             merged.append(term)
     if strategy == "pairs":
-        merged = [_settled(term) for term in merged]
+        merged = [term.settled() for term in merged]
     return merged[0] if len(merged) == 1 else Sum(tuple(merged), strategy)
 
 
@@ -103,8 +104,10 @@ def _joint(one: Term, other: Term) -> Term | None:
     if isinstance(one, Outer) and isinstance(other, Outer) and one.layout == other.layout:
         return replace(one, a=torch.cat([one.a, other.a], 2), g=torch.cat([one.g, other.g], 2))
     if isinstance(one, Lookup) and isinstance(other, Lookup):
-        parts = [torch.cat([getattr(one, name), getattr(other, name)], 1) for name in ("rows", "g", "live")]
-        return Lookup(*parts, one.table, one.strategy)
+        rows, g, live = (
+            torch.cat(both, 1) for both in ((one.rows, other.rows), (one.g, other.g), (one.live, other.live))
+        )
+        return replace(one, rows=rows, g=g, live=live)
     if isinstance(one, Viewed) and isinstance(other, Viewed) and one.view == other.view:
         joint = _joint(one.term, other.term)
         return None if joint is None else Viewed(joint, one.view)
@@ -119,11 +122,3 @@ def _of_rows(term: Term) -> Term:
         return term
     a, g = (inner.g, inner.a) if read[1] else (inner.a, inner.g)
     return Outer(a, g, read[0], inner.strategy)
-
-
-def _settled(term: Term) -> Term:
-    """A term among others of one parameter, which takes its own inner products in the way that is cheaper."""
-    if isinstance(term, Outer):
-        t, d, h = term.a.shape[2], term.a.shape[3], term.g.shape[3]
-        return replace(term, strategy="gram" if t * (d + h) < d * h else "build")
-    return replace(term, strategy="gram") if isinstance(term, Lookup) else term

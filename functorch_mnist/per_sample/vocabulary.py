@@ -58,6 +58,14 @@ class VocabularyForm:
         }
         return {"outer product": Cost(0, 2 * (d + v)), **costs} if t == 1 else costs
 
+    def factors(self, sizes: Sizes) -> int:
+        return sizes.positions * (sizes.inputs + 1)
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether it is a linear map to the rows of its weight."""
+        return self.of_weight
+
     def term(self, saved: Any, cotangent: Tensor, strategy: Strategy) -> Vocabulary:
         hidden, labels, z, *layer = saved
         if all([len(x) == 1 or x.stride(0) == 0 for x in layer]):  # repeated, not of each example
@@ -107,7 +115,25 @@ class Vocabulary(Term):
     block: int = tree.static()
     product: torch.dtype = tree.static()
 
-    def columns(self, rows: Tensor) -> Tensor:
+    def factors(self) -> tuple[Tensor, ...]:
+        return self.hidden, self.c
+
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self._shape)
+
+    def examples(self, rows: slice) -> Vocabulary:
+        hidden, c, labels, z, live = (x[rows] for x in (self.hidden, self.c, self.labels, self.z, self.live))
+        layer = self.layer if self.layer[0].dim() == 2 else tuple([x[rows] for x in self.layer])
+        return replace(self, hidden=hidden, c=c, labels=labels, z=z, layer=layer, live=live)
+
+    def settled(self) -> Vocabulary:
+        t, d, v = *self.hidden.shape[1:], self.layer[0].shape[-2]
+        return replace(self, strategy="gram" if t * (d + v) < d * v else "build")
+
+    def columns(self, rows: Tensor) -> tuple[Tensor, Tensor] | None:
+        return (tree.wide(self.hidden), self.cotangents(rows)) if self.of_weight else None
+
+    def cotangents(self, rows: Tensor) -> Tensor:
         """g[i, t, rows[i, s]]: (B, T, S), float32 or wider, for rows (B, S) of words, in any order."""
         weight = self.layer[0]
         if weight.dim() == 2:
