@@ -210,6 +210,29 @@ def test_zeros_that_are_written_to_through_a_view_are_no_zeros():
         )
 
 
+def test_a_branch_on_what_was_written_through_a_view_is_a_branch_on_data():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x):
+            held = torch.zeros(3, dtype=D)
+            seen = held.view(3)
+            held.add_(x.detach().flatten(0, -2).amax(0))
+            return self.one(x) if bool((seen < 100).all()) else self.two(x).sin()
+
+    params, model = models.from_module(Branching().double(), example_ndim=1)
+
+    def loss_fn(p, x):
+        return model.apply(p, x).square().sum()
+
+    x = normals(1, 3, seed=2)
+    loss = per_sample.prepare(loss_fn, params, x[0])
+    for batch in (x, x, x, x + 1000, x + 1000):
+        torch.testing.assert_close(per_sample.norms(loss, params, batch), per_sample.norms(loss_fn, params, batch))
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_an_example_that_is_not_finite_is_left_out_and_counted(bad):
     case = mlp()

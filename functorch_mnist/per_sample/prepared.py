@@ -211,7 +211,8 @@ class PreparedPass:
             return self.compiled(batch, mask, finish, more, alone, inputs)
         known = self.prepared.known(self.params, batch)
         signature = Signature(finish, len(batch), mask is not None, alone)
-        recorded = self.prepared.recorded(signature, self.params, inputs, known)
+        untracked = any([x.is_inference() for x in inputs])  # whether they are written to is not known
+        recorded = None if untracked else self.prepared.recorded(signature, self.params, inputs, known)
         if recorded is None or recorded.program is None or recorded.structure is None:
             return Pass(self.prepared.loss, self.params, known.ways)(batch, mask, finish, *more)
         return tree.restore(recorded.structure, recorded.program(*inputs))

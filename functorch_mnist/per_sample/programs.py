@@ -92,14 +92,17 @@ class _Recorder(TorchDispatchMode):
         given = nested(self.node, args), nested(self.node, kwargs)
         used: list[Node] = []
         nested(lambda x: used.append(x) if isinstance(x, Node) else None, given)
-        varies = func not in _SHAPED and any([node in self.variable for node in used])
+        written = any([self.nodes[x].meta["version"] != x._version for x in tensors(args, kwargs)])
+        varies = func not in _SHAPED and (written or any([node in self.variable for node in used]))
         if varies and (torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags):
             raise NotRecorded(f"{func}: what comes next hangs on the numbers of the inputs")
-        written = any([self.nodes[x].meta["version"] != x._version for x in tensors(args, kwargs)])
         out = func(*args, **kwargs)
         node = self.graph.call_function(func, *given)
-        node.meta["written"] = written
-        about = {"late": written or func._schema.is_mutable, "backward": native.in_backward()}
+        about = {
+            "written": written,
+            "late": written or func._schema.is_mutable,
+            "backward": native.in_backward(),
+        }
         node.meta.update(about)
         if isinstance(out, Tensor):
             self.note(out, node, varies)
