@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import allocator, checkpoint, data, run_folder
+from .. import allocator, checkpoint, data, per_sample, random, run_folder
 from .. import train as training
 from ..options import INTERRUPTED, WATCHES, Train, UsageError, check_resumed, listed
 from . import build, restore, sources
@@ -77,15 +77,17 @@ def run(options: Train, parts: Parts, folder: Path, *, again: str) -> int:
         step = training.make_step(estimator, optimizer)
         return training.compiled(step) if compiled else step
 
+    examples = (build.prepared(made, parts.train.images), parts.train.labels)
     watch, watcher = None, Watcher(folder, watches)
     if options.watch:  # a batch's loss of one example is that example's loss
-        watch = training.Watch(step_of(training.watching(losses_fn)), options.watch_every)
+        example = (*[x[0] for x in examples], random.key(0))
+        loss_fn = per_sample.prepare(losses_fn, saved.state.params, *example)
+        watch = training.Watch(step_of(training.watching(loss_fn)), options.watch_every)
 
     def config(step: int) -> dict[str, Any]:
         return restore.to_config(begun) | ({LEDGER: private.ledger(step).to_json()} if private else {})
 
     done = int(saved.state.step)
-    examples = (build.prepared(made, parts.train.images), parts.train.labels)
     reporter = Reporter(
         folder, epochs=options.epochs, total=total, done=done, seen=done % per_epoch * batch_size,
         epsilon=private.epsilon if private else None,

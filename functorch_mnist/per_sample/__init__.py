@@ -5,6 +5,8 @@ the cotangent of its output. Nearly everything one wants of it follows from the 
 
     layout.py        how a parameter is read by an op: as matrices, and through views
     terms.py         the sample gradients of one parameter, in factored form
+    lookups.py       those of a table of which rows are taken
+    uses.py          those of a parameter that is used several times
     weights.py       what is made of parameters, and the way back to them
     forms.py         how an op's inputs and its output's cotangent become a term
     calls.py         the same for any op, by its own vector-Jacobian product
@@ -19,6 +21,7 @@ the cotangent of its output. Nearly everything one wants of it follows from the 
     factored.py      the terms of all parameters, and the algebra on them
     passes.py        the backward pass of a batch or of its chunks, and what is made of it
     programs.py      the ops that a function ran, to run again without what led to them
+    opaque.py        functions that the compiler calls and does not follow
     prepared.py      a loss whose survey, strategies and ops are kept
     quantities.py    what users call: norms, clipped sums, products, moments; masks and chunks
 """
@@ -30,9 +33,11 @@ from .plan import plan as plan
 from .prepared import Prepared as Prepared
 from .prepared import prepare as prepare
 from .quantities import ClippedSum as ClippedSum
+from .quantities import GradAndNorms as GradAndNorms
 from .quantities import clipped_sum as clipped_sum
 from .quantities import dot as dot
 from .quantities import factored as factored
+from .quantities import grad_and_norms as grad_and_norms
 from .quantities import grads as grads
 from .quantities import gram as gram
 from .quantities import kronecker as kronecker

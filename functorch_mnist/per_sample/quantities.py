@@ -3,6 +3,7 @@
 With ∇_i the gradient of example i's loss:
 
     norms            |∇_i|
+    grad_and_norms   Σ_i ∇_i  and  |∇_i|
     weighted_sum     Σ_i c_i ∇_i
     clipped_sum      Σ_i min(1, C / |∇_i|) ∇_i
     dot              ⟨∇_i, v⟩
@@ -46,6 +47,17 @@ class ClippedSum(NamedTuple):
     """(B,): zero where masked."""
     nonfinite: Tensor
     """0-d int64: how many examples were left out because their gradient's norm is inf or NaN."""
+
+
+class GradAndNorms(NamedTuple):
+    """The gradient of the summed loss, and what the gradients that add up to it are like."""
+
+    grads: Tree
+    """Σ_i ∇_i, like `params`."""
+    norms: Tensor
+    """(B,): |∇_i|; zero where masked."""
+    losses: Tensor
+    """(B,): zero where masked."""
 
 
 def grads(
@@ -134,6 +146,33 @@ def leaf_norms(
     parts = _chunks("leaf_norms", loss_fn, params, batch, mask, chunk_size, plan)
     columns = [[chunk.unpadded(leaf) for leaf in tree.leaves(run(Factored.leaf_norms))] for chunk, run in parts]
     return tree.unflatten(params, [torch.cat(column) for column in zip(*columns, strict=True)])
+
+
+def grad_and_norms(
+    loss_fn: LossFn,
+    params: Tree,
+    *batch: Tensor,
+    mask: Tensor | None = None,
+    chunk_size: int | None = None,
+    plan: Plan | None = None,
+) -> GradAndNorms:
+    """The gradient of the summed loss and all norms, as a training step that is watched needs them.
+
+    Cost: one backward pass. Of a prepared loss, each parameter's factors are let go as soon as its cotangents are
+        there, so no more memory than an ordinary backward pass.
+
+    Example:
+        >>> found = grad_and_norms(lambda w, x: w * x, torch.tensor(0.0), torch.tensor([1.0, -3.0]))
+        >>> found.grads, found.norms
+        (tensor(-2.), tensor([1., 3.]))
+    """
+    total: Tree = None
+    columns = []
+    for chunk, run in _chunks("grad_and_norms", loss_fn, params, batch, mask, chunk_size, plan):
+        summed, sizes, losses = run(_sum)
+        total = summed if total is None else tree.map(torch.add, total, summed)
+        columns.append((chunk.unpadded(sizes), chunk.unpadded(losses)))
+    return GradAndNorms(total, *[torch.cat(column) for column in zip(*columns, strict=True)])
 
 
 def weighted_sum(
@@ -352,6 +391,13 @@ def _built(found: Factored) -> tuple[Factored, Tensor]:
     """What a clipped sum is taken of, and the norms."""
     found = found.built()
     return found, found.norms()
+
+
+@returns(TREE, TENSOR, TENSOR)
+def _sum(found: Factored) -> tuple[Tree, Tensor, Tensor]:
+    """The sum of all gradients, the norms and the losses."""
+    found, sizes = _built(found)
+    return found.weighted_sum(torch.ones_like(found.losses)), sizes, found.losses
 
 
 @returns(TREE, TENSOR, TENSOR, TENSOR)

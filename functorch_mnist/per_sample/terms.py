@@ -130,7 +130,7 @@ class Term:
         return row_sums(tree.wide(self.grads()) * direction)
 
     def columns(self, rows: Tensor) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002
-        """Of a linear map from D columns to V rows, `∇_i = Σ_t g_it a_itᵀ`: a (B, T, D), and g at rows (B, S) (B, T, S).
+        """Of a linear map from D columns to V rows, `∇_i = Σ_t g_it a_itᵀ`: a (B, T, D), and g at rows (B, S).
 
         None for what is none.
         """

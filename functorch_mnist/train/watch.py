@@ -30,9 +30,8 @@ def watching(loss_fn: Callable[..., Tensor]) -> Estimator:
         if check("watching", batch, mask) == 0:
             nothing = torch.zeros(0, device=batch[0].device)
             return tree.zeros_like(params), _aux(nothing, nothing, tree.zeros_like(params), mask)
-        found = per_sample.factored(loss_fn, params, *batch, mask=mask).built()
-        grads = found.weighted_sum(torch.ones_like(found.losses))
-        return grads, _aux(found.losses, found.norms(), grads, mask)
+        grads, norms, losses = per_sample.grad_and_norms(loss_fn, params, *batch, mask=mask)
+        return grads, _aux(losses, norms, grads, mask)
 
     return Estimator(estimate)
 
