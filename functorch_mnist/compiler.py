@@ -1,10 +1,11 @@
-"""Words to the compiler: what to run while it traces, and where to stop fusing."""
+"""Words to the compiler: what to run while it traces, where to stop fusing, and what is a loop."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops.scan import scan
 
 
 def constant_to_the_compiler(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -29,3 +30,20 @@ def stored(x: Tensor) -> Tensor:
     order = sorted(range(x.dim()), key=x.stride, reverse=True)
     dense = x.permute(order).clone(memory_format=torch.contiguous_format)
     return dense.as_strided(dense.shape, dense.stride()).permute([order.index(axis) for axis in range(x.dim())])
+
+
+def loop(
+    step_fn: Callable[[list[Tensor], Tensor], tuple[list[Tensor], list[Tensor]]], state: list[Tensor], xs: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The last state, and all outputs stacked, of `step_fn(state, x) -> (state, outputs)` over xs (n, …).
+
+    `torch.compile` traces and compiles one step, whatever n is; a loop of Python it would write out. A step may change
+    nothing outside itself; what it returns shares no memory; the state keeps its shapes, dtypes and strides.
+    """
+
+    def step(both: tuple[Tensor, list[Tensor]], x: Tensor) -> tuple[tuple[Tensor, list[Tensor]], list[Tensor]]:
+        state, outputs = step_fn(both[1], x)
+        return (both[0].clone(), state), outputs
+
+    (_, last), outputs = scan(step, (torch.zeros(()), state), xs)  # it must carry a tensor
+    return last, outputs

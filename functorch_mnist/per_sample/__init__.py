@@ -16,7 +16,8 @@ the cotangent of its output. Nearly everything one wants of it follows from the 
     strategies.py    which way inner products are taken
     plan.py          the plan: all of this as a table that can be changed
     factored.py      the terms of all parameters, and the algebra on them
-    quantities.py    what users call: norms, clipped sums, products, moments; masks and chunks
+    chunked.py       sums and rows over the chunks of a batch; a loop for the compiler
+    quantities.py    what users call: norms, clipped sums, products, moments; masks
 """
 
 from .factored import Factored as Factored

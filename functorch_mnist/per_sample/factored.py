@@ -167,14 +167,18 @@ class Pass:
     def __call__(self, batch: Sequence[Tensor], mask: Tensor | None) -> Factored:
         """The factored gradients of a chunk, see `factored`."""
         batch = batches.blanked(batch, mask)
-        if self.first is None:
-            self.first = self._surveyed(batch, 1)
+        first = self.first or self.look(batch)
         try:
-            losses, terms, aux = self._factor(batch, *self.first)
+            losses, terms, aux = self._factor(batch, *first)
         except Strayed:  # a module branches on its batch, as on whether there is any padding
             losses, terms, aux = self._factor(batch, *self._surveyed(batch, len(batch[0])))
         result = Factored(losses, terms, self.params, aux)
         return result if mask is None else result.masked(mask)
+
+    def look(self, batch: Sequence[Tensor]) -> tuple[Survey, Sequence[Strategy | None]]:
+        """The survey that serves all chunks, made by the first example of a batch, and the strategies that follow."""
+        self.first = self._surveyed(batch, 1)
+        return self.first
 
     def _surveyed(self, batch: Sequence[Tensor], rows: int) -> tuple[Survey, Sequence[Strategy | None]]:
         """What the loss does with its parameters, and the strategies that follow."""

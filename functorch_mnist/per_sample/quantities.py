@@ -12,12 +12,13 @@ With ∇_i the gradient of example i's loss:
 
 All take `loss_fn(params, *example) -> ()`, a pure function of one example; `params`, a pytree of float tensors; and
 `*batch`, tensors (B, …). All take `mask` (B,) bool: an example with False, whatever it holds, gives exactly zero; and
-`chunk_size`: so many examples are taken at a time, and the result does not depend on it.
+`chunk_size`: so many examples are taken at a time, and the result does not depend on it. `torch.compile` compiles one
+chunk, whatever their number; in `grads` and `gram`, and inside a transform of torch.func, it compiles each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,8 @@ from .. import native, tree
 from ..batch import Chunk, masked
 from ..tree import Tree
 from .capture import LossFn, dense_grads
-from .factored import Factored, Pass
+from .chunked import Chunked
+from .factored import Factored
 from .plan import Plan
 from .terms import Kronecker
 
@@ -81,8 +83,8 @@ def norms(
         >>> norms(lambda w, x: w @ x, torch.zeros(2), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
         tensor([5., 1.])
     """
-    parts = _factored("norms", loss_fn, params, batch, mask, chunk_size, plan)
-    return torch.cat([chunk.unpadded(part.norms()) for chunk, part in parts])
+    chunked = Chunked("norms", loss_fn, params, batch, mask, chunk_size, plan)
+    return chunked.rows(lambda part: [part.norms()])[0]
 
 
 def leaf_norms(
@@ -99,9 +101,8 @@ def leaf_norms(
         >>> leaf_norms(lambda p, x: p["a"] * x + p["b"], {"a": torch.zeros(()), "b": torch.zeros(())}, torch.ones(2))
         {'a': tensor([1., 1.]), 'b': tensor([1., 1.])}
     """
-    parts = _factored("leaf_norms", loss_fn, params, batch, mask, chunk_size, plan)
-    columns = [[chunk.unpadded(leaf) for leaf in tree.leaves(part.leaf_norms())] for chunk, part in parts]
-    return tree.unflatten(params, [torch.cat(column) for column in zip(*columns, strict=True)])
+    chunked = Chunked("leaf_norms", loss_fn, params, batch, mask, chunk_size, plan)
+    return tree.unflatten(params, chunked.rows(lambda part: tree.leaves(part.leaf_norms())))
 
 
 def weighted_sum(
@@ -125,8 +126,8 @@ def weighted_sum(
     batches.check("per_sample.weighted_sum", batch, mask)
     _check_rows("weighted_sum", "weights", weights, batch)
     weights = weights if mask is None else masked(weights, mask)
-    parts = _factored("weighted_sum", loss_fn, params, batch, mask, chunk_size, plan)
-    return _total(part.weighted_sum(chunk.padded(weights)) for chunk, part in parts)
+    chunked = Chunked("weighted_sum", loss_fn, params, batch, mask, chunk_size, plan)
+    return chunked.sums(lambda part, c: part.weighted_sum(c), weights, like=params)
 
 
 def clipped_sum(
@@ -163,30 +164,27 @@ def clipped_sum(
         raise ValueError(f"clipped_sum: max_norm must be above 0. Found {max_norm}.")
     if isinstance(max_norm, Tensor) and max_norm.dim() > 0:
         raise ValueError(f"clipped_sum: a tensor max_norm must be 0-d. Found {tuple(max_norm.shape)}.")
-    known: Tensor | None = None
-    if callable(max_norm) and chunk_size is not None and chunk_size < len(batch[0]):
-        known = max_norm(norms(loss_fn, params, *batch, mask=mask, chunk_size=chunk_size, plan=plan))
-        _check_rows("clipped_sum", "what max_norm returns", known, batch)
-    total: Tree = None
-    columns, counts = [], []
-    for chunk, part in _factored("clipped_sum", loss_fn, params, batch, mask, chunk_size, plan):
+    chunked = Chunked("clipped_sum", loss_fn, params, batch, mask, chunk_size, plan)
+    factors: list[Tensor] = []
+    if callable(max_norm) and not chunked.alone:
+        sizes = norms(loss_fn, params, *batch, mask=mask, chunk_size=chunk_size, plan=plan)
+        factors.append(_factors(max_norm, sizes))
+
+    def clipped(part: Factored, *known: Tensor) -> tuple[Tree, list[Tensor]]:
         part = part.built()
         sizes = part.norms()
-        if not callable(max_norm):
-            factors = (max_norm / sizes).clamp(max=1)
+        if known:
+            factors = known[0]
         else:
-            if known is None:  # this chunk is the whole batch
-                known = max_norm(chunk.unpadded(sizes))
-                _check_rows("clipped_sum", "what max_norm returns", known, batch)
-            factors = chunk.padded(known)
+            factors = _factors(max_norm, sizes) if callable(max_norm) else (max_norm / sizes).clamp(max=1)
         finite = sizes.isfinite()
         kept = part if _holds(finite) else part.masked(finite)
-        clipped = kept.weighted_sum(masked(factors, finite & (sizes > 0)))
-        total = clipped if total is None else tree.map(torch.add, total, clipped)
-        columns.append((chunk.unpadded(sizes), chunk.unpadded(part.losses)))
-        counts.append((~finite).sum())
-    all_norms, all_losses = (torch.cat(column) for column in zip(*columns, strict=True))
-    return ClippedSum(total, all_norms, all_losses, torch.stack(counts).sum())
+        grads = kept.weighted_sum(masked(factors, finite & (sizes > 0)))
+        return (grads, (~finite).sum()), [sizes, part.losses]
+
+    none = torch.zeros((), dtype=torch.int64, device=batch[0].device)
+    (total, nonfinite), (all_norms, losses) = chunked.both(clipped, *factors, like=(params, none))
+    return ClippedSum(total, all_norms, losses, nonfinite)
 
 
 def dot(
@@ -204,8 +202,8 @@ def dot(
         >>> dot(lambda w, x: w * x, torch.tensor(0.0), torch.tensor([1.0, 3.0]), direction=torch.tensor(2.0))
         tensor([2., 6.])
     """
-    parts = _factored("dot", loss_fn, params, batch, mask, chunk_size, plan)
-    return torch.cat([chunk.unpadded(part.dot(direction)) for chunk, part in parts])
+    chunked = Chunked("dot", loss_fn, params, batch, mask, chunk_size, plan)
+    return chunked.rows(lambda part: [part.dot(direction)])[0]
 
 
 def gram(
@@ -237,10 +235,10 @@ def gram(
         raise TypeError("gram: a batch must be a tuple of tensors, such as (x, y). Found a tensor.")
     if batch_b is None and mask_b is not None:
         raise ValueError("gram: mask_b belongs to batch_b. Found no batch_b.")
-    mine = _factored("gram", loss_fn, params, tuple(batch_a), mask, chunk_size, plan)
+    mine = Chunked("gram", loss_fn, params, batch_a, mask, chunk_size, plan).parts()
     if batch_b is None:
         return _symmetric([(chunk, part.built()) for chunk, part in mine])
-    theirs = _factored("gram", loss_fn, params, tuple(batch_b), mask_b, chunk_size, plan)
+    theirs = Chunked("gram", loss_fn, params, batch_b, mask_b, chunk_size, plan).parts()
     kept = [(chunk, part.built()) for chunk, part in theirs]
     bands = []
     for chunk, part in mine:
@@ -276,8 +274,8 @@ def second_moment(
         >>> second_moment(lambda w, x: w * x, torch.tensor(0.0), torch.tensor([1.0, 3.0]))
         tensor(10.)
     """
-    parts = _factored("second_moment", loss_fn, params, batch, mask, chunk_size, plan)
-    return _total(part.second_moment() for _, part in parts)
+    chunked = Chunked("second_moment", loss_fn, params, batch, mask, chunk_size, plan)
+    return chunked.sums(lambda part: part.second_moment(), like=tree.map(tree.wide, params))
 
 
 def kronecker(
@@ -299,32 +297,16 @@ def kronecker(
     Reference: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", ICML
         2015, section 3; for convolutions Grosse and Martens, ICML 2016.
     """
-    parts = _factored("kronecker", loss_fn, params, batch, mask, chunk_size, plan)
-    factors: dict[str, Kronecker] = _total(part.kronecker() for _, part in parts)
+    chunked = Chunked("kronecker", loss_fn, params, batch, mask, chunk_size, plan)
+    factors: dict[str, Kronecker] = chunked.sums(lambda part: part.kronecker())
     return factors
 
 
-def _factored(
-    where: str,
-    loss_fn: LossFn,
-    params: Tree,
-    batch: tuple[Tensor, ...],
-    mask: Tensor | None,
-    chunk_size: int | None,
-    plan: Plan | None,
-) -> Iterator[tuple[Chunk, Factored]]:
-    chunks = batches.chunks(f"per_sample.{where}", batch, mask, chunk_size)
-    run = Pass(loss_fn, params, plan)
-    for chunk in chunks:
-        yield chunk, run(chunk.batch, chunk.mask)
-
-
-def _total(trees: Iterable[Tree]) -> Tree:
-    """The sum of trees, added up as they come: two are held at a time."""
-    total: Tree = None
-    for part in trees:
-        total = part if total is None else tree.map(torch.add, total, part)
-    return total
+def _factors(max_norm: Callable[[Tensor], Tensor], sizes: Tensor) -> Tensor:
+    """The factors that a rule makes of all norms, checked."""
+    factors = max_norm(sizes)
+    _check_rows("clipped_sum", "what max_norm returns", factors, (sizes,))
+    return factors
 
 
 def _holds(mask: Tensor) -> bool:
