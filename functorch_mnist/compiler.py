@@ -32,16 +32,27 @@ def stored(x: Tensor) -> Tensor:
     return dense.as_strided(dense.shape, dense.stride()).permute([order.index(axis) for axis in range(x.dim())])
 
 
+@constant_to_the_compiler
+def let_change() -> bool:
+    """Has the compiler not refuse what the step of a loop changes outside itself: it is changed once, by the trace."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    tracer: Any = InstructionTranslator.current_tx().output.current_tracer
+    tracer.unsafe_allow_externally_visible_side_effects = True  # of the step alone
+    return True
+
+
 def loop(
     step_fn: Callable[[list[Tensor], Tensor], tuple[list[Tensor], list[Tensor]]], state: list[Tensor], xs: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The last state, and all outputs stacked, of `step_fn(state, x) -> (state, outputs)` over xs (n, …).
 
-    `torch.compile` traces and compiles one step, whatever n is; a loop of Python it would write out. A step may change
-    nothing outside itself; what it returns shares no memory; the state keeps its shapes, dtypes and strides.
+    `torch.compile` traces and compiles one step, whatever n is; a loop of Python it would write out. What a step
+    changes outside itself it changes once; what it returns shares no memory; the state keeps shapes, dtypes, strides.
     """
 
     def step(both: tuple[Tensor, list[Tensor]], x: Tensor) -> tuple[tuple[Tensor, list[Tensor]], list[Tensor]]:
+        let_change()
         state, outputs = step_fn(both[1], x)
         return (both[0].clone(), state), outputs
 

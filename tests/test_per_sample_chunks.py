@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.func import grad, vmap
 from zoo import EXACT, D, difference, normals, of_model
 
-from functorch_mnist import per_sample, tree
+from functorch_mnist import losses, models, per_sample, tree
 
 SIZE = 3
 QUANTITIES = {
@@ -123,3 +124,28 @@ def test_compiled_norms_in_chunks_of_an_ensemble_are_the_norms_of_its_members():
     found = compiled(vmap(lambda p: per_sample.norms(case.loss_fn, p, *case.batch, chunk_size=2)))(stacked)
     expected = torch.stack([per_sample.norms(case.loss_fn, p, *case.batch) for p in ensemble])
     assert difference(found, expected) <= EXACT
+
+
+def test_a_module_compiles_in_chunks_and_what_a_loss_changes_outside_itself_it_changes_once():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.calls = nn.Linear(5, 3, dtype=D), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.linear(x)
+
+    params, model = models.from_module(Counting(), example_ndim=1)
+    x, y, seen = normals(5, 5), torch.arange(5) % 3, []
+
+    def loss_fn(params, x, y):
+        logits = model.apply(params, x)
+        seen.append(logits.shape)
+        return losses.cross_entropy(logits, y)
+
+    call = compiled(lambda *args: per_sample.norms(loss_fn, *args, chunk_size=2), "aot_eager")
+    found = call(params, x, y)
+    assert len(seen) == 2  # by the survey, and by the step
+    assert difference(found, per_sample.norms(loss_fn, params, x, y)) <= EXACT
+    assert difference(model.apply(params, x), x @ params["linear.weight"].T + params["linear.bias"]) <= EXACT

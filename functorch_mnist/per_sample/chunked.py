@@ -1,8 +1,8 @@
 """Sums and rows over the chunks of a batch.
 
 Eager mode takes chunk after chunk. The compiler is given a loop, of which it compiles one step, so that compiling takes
-as long for many chunks as for one; a loop of Python it would write out. A loop may change nothing outside itself: the
-survey is made before it. A transform of torch.func cannot go through it: inside one, it is written out.
+as long for many chunks as for one; a loop of Python it would write out. Tensors may not leave a step but as its result:
+the survey is made before. A transform of torch.func cannot go through the loop: inside one, it is written out.
 """
 
 from __future__ import annotations
