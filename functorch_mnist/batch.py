@@ -89,6 +89,14 @@ class Chunk(NamedTuple):
         return torch.cat([part, part.new_zeros((missing, *part.shape[1:]))]) if missing else part
 
 
+def size_of_chunks(where: str, batch: Sequence[Tensor], mask: Tensor | None, chunk_size: int | None) -> int:
+    """Rows in a chunk, at least 1 and no more than the batch has, see `chunks`."""
+    total = check(where, batch, mask)
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"{where}: chunk_size must be a whole number, at least 1. Found {chunk_size}.")
+    return max(1, total if chunk_size is None else min(chunk_size, total))
+
+
 def chunks(where: str, batch: Sequence[Tensor], mask: Tensor | None, chunk_size: int | None) -> list[Chunk]:
     """The batch in chunks of one size, the last padded; an empty batch is one chunk of padding.
 
@@ -105,10 +113,8 @@ def chunks(where: str, batch: Sequence[Tensor], mask: Tensor | None, chunk_size:
         >>> [chunk.mask for chunk in chunks("here", (torch.zeros(3),), None, 2)]
         [None, tensor([ True, False])]
     """
-    total = check(where, batch, mask)
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"{where}: chunk_size must be a whole number, at least 1. Found {chunk_size}.")
-    size = max(1, total if chunk_size is None else min(chunk_size, total))
+    size = size_of_chunks(where, batch, mask, chunk_size)
+    total = len(batch[0])
     found = []
     for start in range(0, max(1, total), size):
         rows = slice(start, min(start + size, total))

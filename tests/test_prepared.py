@@ -9,6 +9,7 @@ from torch import nn
 from zoo import CASES, D, difference, mlp, normals, tutorial_cnn
 
 from functorch_mnist import losses, models, per_sample, tree
+from functorch_mnist.per_sample import opaque
 from functorch_mnist.per_sample.prepared import Prepared
 
 EXACT = 1e-10
@@ -328,28 +329,28 @@ def test_compiled_it_gives_what_the_loss_gives(make, chunk_size):
     assert difference(found, expected) < EXACT
 
 
-def test_chunks_are_one_region_to_the_compiler():
+def test_the_compiler_sees_one_chunk_and_calls_it():
     case = mlp()
     loss = prepared(case.loss_fn, case.params, case.batch)
-    graphs = []
+    x, y = normals(64, *case.batch[0].shape[1:]), case.batch[1].repeat(64)[:64]
+    sizes = []
 
     def backend(graph, inputs):
-        graphs.append(graph)
+        graphs = [graph, *[part for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]]
+        nodes = [node for part in dict.fromkeys(graphs) for node in part.graph.nodes]
+        sizes.append((len(nodes), len([node for node in nodes if node.target is opaque.call])))
         return graph.forward
 
-    x = normals(64, *case.batch[0].shape[1:])
-    y = case.batch[1].repeat(64)[:64]
-    fn = torch.compile(
-        lambda p, *b: per_sample.clipped_sum(loss, p, *b, max_norm=1.0, chunk_size=4).grads,
-        backend=backend,
-        fullgraph=True,
-    )
     expected = per_sample.clipped_sum(case.loss_fn, case.params, x, y, max_norm=1.0).grads
-    assert difference(fn(case.params, x, y), expected) < EXACT
-    (graph,) = graphs
-    calls = [node for node in graph.graph.nodes if "invoke_subgraph" in str(node.target)]
-    assert len(calls) == 16
-    assert len({node.args[1] for node in calls}) == 1
+    for chunk_size in (4, 16):
+
+        def fn(p, *b, size=chunk_size):
+            return per_sample.clipped_sum(loss, p, *b, max_norm=1.0, chunk_size=size).grads
+
+        found = torch.compile(fn, backend=backend, fullgraph=True)(case.params, x, y)
+        assert difference(found, expected) < EXACT
+    assert sizes[0] == sizes[1]
+    assert sizes[0][1] == 1
 
 
 def test_what_is_made_of_factors_runs_as_soon_as_it_can():

@@ -50,7 +50,7 @@ def influence(options: Influence) -> int:
     }  # fmt: skip
     print(
         f"Influence of {len(images):,} training images on test image {options.test}, a {int(label)}, "
-        f"by {options.method} over {len(points)} checkpoint{"s"[: len(points) > 1]}.",
+        f"by {options.method} over {len(points)} checkpoint{'s'[: len(points) > 1]}.",
         flush=True,
     )
     columns = passes(

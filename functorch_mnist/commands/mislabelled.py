@@ -93,7 +93,7 @@ def _planted(
     ]
     config = restore.to_config(run.begun) | {"flip": options.flip, "seed": options.seed}
     kept = folder / ".partial"
-    print(f"Scoring {len(images):,} training images at {len(points)} checkpoint{"s"[: len(points) > 1]}.", flush=True)
+    print(f"Scoring {len(images):,} training images at {len(points)} checkpoint{'s'[: len(points) > 1]}.", flush=True)
     found = scored(run, points, images, labels, names, compile=options.compile == "on", folder=kept, config=config)
     labels = labels.cpu()
     columns = {"index": torch.arange(len(labels)), "label": labels, "flipped": flipped.long()}
@@ -118,7 +118,7 @@ def _real(options: Mislabelled, run: Trained, names: tuple[str, ...], images: Te
     folder = options.out or options.run / "mislabelled"
     kept = folder / ".partial"
     config = restore.to_config(run.begun) | {"images": len(images)}
-    print(f"Scoring {len(images):,} training images at {len(points)} checkpoint{"s"[: len(points) > 1]}.", flush=True)
+    print(f"Scoring {len(images):,} training images at {len(points)} checkpoint{'s'[: len(points) > 1]}.", flush=True)
     found = scored(run, points, images, labels, names, compile=options.compile == "on", folder=kept, config=config)
     labels = labels.cpu()
     ranked = {name: suspicion(name, score) for name, score in found.scores.items()}

@@ -23,6 +23,7 @@ the cotangent of its output. Nearly everything one wants of it follows from the 
     programs.py      the ops that a function ran, to run again without what led to them
     opaque.py        functions that the compiler calls and does not follow
     prepared.py      a loss whose survey, strategies and ops are kept
+    chunked.py       chunk after chunk; compiled, a loop
     quantities.py    what users call: norms, clipped sums, products, moments; masks and chunks
 """
 

@@ -33,12 +33,6 @@ def call(name: str, *inputs: Tensor) -> list[Tensor]:
         torch.compiler._is_compiling_flag = before
 
 
-@torch.compiler.nested_compile_region(max_reuse_entries=1000)  # type: ignore[untyped-decorator]
-def call_in_region(name: str, *inputs: Tensor) -> list[Tensor]:
-    """The same, compiled once however often it is called."""
-    return call(name, *inputs)
-
-
 def register(fn: Function, held: Sequence[Tensor]) -> str:
     """The name of a function, whose further inputs are then the tensors that it holds. For when the compiler traces.
 

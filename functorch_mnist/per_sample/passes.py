@@ -64,12 +64,16 @@ class Pass:
     def __init__(self, loss: Loss, params: Tree, found: Ways | None = None) -> None:
         self.loss, self.params, self.found = loss, params, found
 
+    def look(self, batch: Sequence[Tensor], mask: Tensor | None) -> Ways:
+        """What is found out before the first chunk."""
+        self.found = ways(self.loss, self.params, batches.blanked(batch, mask))
+        return self.found
+
     def __call__(self, batch: Sequence[Tensor], mask: Tensor | None, finish: Finish = itself, *more: Tree) -> Any:
         """What `finish` makes of the factored gradients of a chunk."""
-        if self.found is None:
-            self.found = ways(self.loss, self.params, batches.blanked(batch, mask))
+        before = self.found or self.look(batch, mask)
         try:
-            found = passed(self.loss, self.params, batch, mask, self.found)
+            found = passed(self.loss, self.params, batch, mask, before)
         except Strayed:  # a module branches on its batch, as on whether there is any padding
             anew = ways(self.loss, self.params, batches.blanked(batch, mask), len(batch[0]))
             found = passed(self.loss, self.params, batch, mask, anew)

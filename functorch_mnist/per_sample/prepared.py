@@ -194,9 +194,12 @@ class Prepared:
 class PreparedPass:
     """The pass of a prepared loss over chunk after chunk."""
 
-    def __init__(self, prepared: Prepared, params: Tree, several: bool) -> None:
-        self.prepared, self.params, self.several = prepared, params, several
+    def __init__(self, prepared: Prepared, params: Tree) -> None:
+        self.prepared, self.params = prepared, params
         self.leaves = tree.leaves(params)
+
+    def look(self, batch: Sequence[Tensor], mask: Tensor | None) -> None:
+        """What is found out before the first chunk: all of it is known."""
 
     def __call__(self, batch: Sequence[Tensor], mask: Tensor | None, finish: Finish = itself, *more: Tree) -> Any:
         """What `finish` makes of the factored gradients of a chunk; `more` are tensors, or trees like `params`."""
@@ -232,23 +235,18 @@ class PreparedPass:
         if found is None:
             return Pass(self.prepared.loss, self.params)(batch, mask, finish, *more)
         name, returned = found
-        call = opaque.call_in_region if self.several else opaque.call
-        name += ""  # an expression: of constants that it can trace to one place the compiler takes any for the other
-        ahead = iter(call(name, *inputs, *self.prepared.held))
+        ahead = iter(opaque.call(name, *inputs, *self.prepared.held))
         parts = []
         for is_tensor in returned if isinstance(returned, tuple) else (returned,):
             parts.append(next(ahead) if is_tensor else tree.unflatten(self.params, [next(ahead) for _ in self.leaves]))
         return tuple(parts) if isinstance(returned, tuple) else parts[0]
 
 
-def passes(
-    loss_fn: LossFn, params: Tree, plan: Plan | None = None, has_aux: bool = False, *, several: bool = False
-) -> Callable[..., Any]:
+def passes(loss_fn: LossFn, params: Tree, plan: Plan | None = None, has_aux: bool = False) -> Pass | PreparedPass:
     """The pass of a loss as a function `(batch, mask, finish, *more)`, see `Pass`.
 
     Args:
         loss_fn, params, plan, has_aux: as for `factored`.
-        several: it will be called for several chunks of one size.
 
     Raises:
         ValueError: a prepared loss is given a plan, or another `has_aux` than it was prepared with.
@@ -258,7 +256,7 @@ def passes(
     if plan is not None or has_aux != loss_fn.loss.has_aux:
         found = "a plan" if plan is not None else f"has_aux = {has_aux}"
         raise ValueError(f"per_sample: a prepared loss has its plan and has_aux from prepare. Found {found}.")
-    return PreparedPass(loss_fn, params, several)
+    return PreparedPass(loss_fn, params)
 
 
 def prepare(

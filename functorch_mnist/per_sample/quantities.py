@@ -13,14 +13,14 @@ With ∇_i the gradient of example i's loss:
 
 All take `loss_fn(params, *example) -> ()`, a pure function of one example; `params`, a pytree of float tensors; and
 `*batch`, tensors (B, …). All take `mask` (B,) bool: an example with False, whatever it holds, gives exactly zero; and
-`chunk_size`: so many examples are taken at a time, and the result does not depend on it.
+`chunk_size`: so many examples are taken at a time, and the result does not depend on it. `torch.compile` compiles one
+chunk, whatever their number; in `grads` and `gram`, and inside a transform of torch.func, it compiles each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from .. import native, tree
 from ..batch import Chunk, masked
 from ..tree import Tree
 from .capture import LossFn, dense_grads
+from .chunked import Chunked, Run
 from .factored import Factored
 from .plan import Plan
 from .prepared import TENSOR, TREE, passes, returns
@@ -125,8 +126,8 @@ def norms(
         >>> norms(lambda w, x: w @ x, torch.zeros(2), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
         tensor([5., 1.])
     """
-    parts = _chunks("norms", loss_fn, params, batch, mask, chunk_size, plan)
-    return torch.cat([chunk.unpadded(run(Factored.norms)) for chunk, run in parts])
+    chunked = Chunked("norms", loss_fn, params, batch, mask, chunk_size, plan)
+    return chunked.rows(lambda run: [run(Factored.norms)])[0]
 
 
 def leaf_norms(
@@ -143,9 +144,8 @@ def leaf_norms(
         >>> leaf_norms(lambda p, x: p["a"] * x + p["b"], {"a": torch.zeros(()), "b": torch.zeros(())}, torch.ones(2))
         {'a': tensor([1., 1.]), 'b': tensor([1., 1.])}
     """
-    parts = _chunks("leaf_norms", loss_fn, params, batch, mask, chunk_size, plan)
-    columns = [[chunk.unpadded(leaf) for leaf in tree.leaves(run(Factored.leaf_norms))] for chunk, run in parts]
-    return tree.unflatten(params, [torch.cat(column) for column in zip(*columns, strict=True)])
+    chunked = Chunked("leaf_norms", loss_fn, params, batch, mask, chunk_size, plan)
+    return tree.unflatten(params, chunked.rows(lambda run: tree.leaves(run(Factored.leaf_norms))))
 
 
 def grad_and_norms(
@@ -166,13 +166,14 @@ def grad_and_norms(
         >>> found.grads, found.norms
         (tensor(-2.), tensor([1., 3.]))
     """
-    total: Tree = None
-    columns = []
-    for chunk, run in _chunks("grad_and_norms", loss_fn, params, batch, mask, chunk_size, plan):
-        summed, sizes, losses = run(_sum)
-        total = summed if total is None else tree.map(torch.add, total, summed)
-        columns.append((chunk.unpadded(sizes), chunk.unpadded(losses)))
-    return GradAndNorms(total, *[torch.cat(column) for column in zip(*columns, strict=True)])
+
+    def summed(run: Run) -> tuple[Tree, list[Tensor]]:
+        grads, sizes, losses = run(_sum)
+        return grads, [sizes, losses]
+
+    chunked = Chunked("grad_and_norms", loss_fn, params, batch, mask, chunk_size, plan)
+    grads, (sizes, losses) = chunked.both(summed, like=params)
+    return GradAndNorms(grads, sizes, losses)
 
 
 def weighted_sum(
@@ -196,8 +197,8 @@ def weighted_sum(
     batches.check("per_sample.weighted_sum", batch, mask)
     _check_rows("weighted_sum", "weights", weights, batch)
     weights = weights if mask is None else masked(weights, mask)
-    parts = _chunks("weighted_sum", loss_fn, params, batch, mask, chunk_size, plan)
-    return _total(run(Factored.weighted_sum, chunk.padded(weights)) for chunk, run in parts)
+    chunked = Chunked("weighted_sum", loss_fn, params, batch, mask, chunk_size, plan)
+    return chunked.sums(lambda run, c: run(Factored.weighted_sum, c), weights, like=params)
 
 
 def clipped_sum(
@@ -234,26 +235,24 @@ def clipped_sum(
         raise ValueError(f"clipped_sum: max_norm must be above 0. Found {max_norm}.")
     if isinstance(max_norm, Tensor) and max_norm.dim() > 0:
         raise ValueError(f"clipped_sum: a tensor max_norm must be 0-d. Found {tuple(max_norm.shape)}.")
-    known: Tensor | None = None
-    if callable(max_norm) and chunk_size is not None and chunk_size < len(batch[0]):
-        known = max_norm(norms(loss_fn, params, *batch, mask=mask, chunk_size=chunk_size, plan=plan))
-        _check_rows("clipped_sum", "what max_norm returns", known, batch)
-    total: Tree = None
-    columns, counts = [], []
-    for chunk, run in _chunks("clipped_sum", loss_fn, params, batch, mask, chunk_size, plan):
-        if not callable(max_norm):
-            clipped, sizes, losses, count = _clipped(run, torch.as_tensor(max_norm, dtype=torch.float64))
-        else:
+    chunked = Chunked("clipped_sum", loss_fn, params, batch, mask, chunk_size, plan)
+    known: list[Tensor] = []
+    if callable(max_norm) and not chunked.alone:
+        sizes = norms(loss_fn, params, *batch, mask=mask, chunk_size=chunk_size, plan=plan)
+        known.append(_factors(max_norm, sizes))
+
+    def clipped(run: Run, *known: Tensor) -> tuple[Tree, list[Tensor]]:
+        if callable(max_norm):
             found, sizes = run(_built)
-            if known is None:  # this chunk is the whole batch
-                known = max_norm(chunk.unpadded(sizes))
-                _check_rows("clipped_sum", "what max_norm returns", known, batch)
-            clipped, sizes, losses, count = _scaled(found, sizes, chunk.padded(known), careful=True)
-        total = clipped if total is None else tree.map(torch.add, total, clipped)
-        columns.append((chunk.unpadded(sizes), chunk.unpadded(losses)))
-        counts.append(count)
-    all_norms, all_losses = (torch.cat(column) for column in zip(*columns, strict=True))
-    return ClippedSum(total, all_norms, all_losses, torch.stack(counts).sum())
+            factors = known[0] if known else _factors(max_norm, sizes)
+            grads, sizes, losses, count = _scaled(found, sizes, factors, careful=True)
+        else:
+            grads, sizes, losses, count = _clipped(run, torch.as_tensor(max_norm, dtype=torch.float64))
+        return (grads, count), [sizes, losses]
+
+    none = torch.zeros((), dtype=torch.int64, device=batch[0].device)
+    (total, nonfinite), (all_norms, losses) = chunked.both(clipped, *known, like=(params, none))
+    return ClippedSum(total, all_norms, losses, nonfinite)
 
 
 def dot(
@@ -271,8 +270,8 @@ def dot(
         >>> dot(lambda w, x: w * x, torch.tensor(0.0), torch.tensor([1.0, 3.0]), direction=torch.tensor(2.0))
         tensor([2., 6.])
     """
-    parts = _chunks("dot", loss_fn, params, batch, mask, chunk_size, plan)
-    return torch.cat([chunk.unpadded(run(Factored.dot, direction)) for chunk, run in parts])
+    chunked = Chunked("dot", loss_fn, params, batch, mask, chunk_size, plan)
+    return chunked.rows(lambda run: [run(Factored.dot, direction)])[0]
 
 
 def gram(
@@ -304,10 +303,10 @@ def gram(
         raise TypeError("gram: a batch must be a tuple of tensors, such as (x, y). Found a tensor.")
     if batch_b is None and mask_b is not None:
         raise ValueError("gram: mask_b belongs to batch_b. Found no batch_b.")
-    mine = _chunks("gram", loss_fn, params, tuple(batch_a), mask, chunk_size, plan)
+    mine = Chunked("gram", loss_fn, params, tuple(batch_a), mask, chunk_size, plan).runs()
     if batch_b is None:
         return _symmetric([(chunk, run(Factored.built)) for chunk, run in mine])
-    theirs = _chunks("gram", loss_fn, params, tuple(batch_b), mask_b, chunk_size, plan)
+    theirs = Chunked("gram", loss_fn, params, tuple(batch_b), mask_b, chunk_size, plan).runs()
     kept = [(chunk, run(Factored.built)) for chunk, run in theirs]
     bands = []
     for chunk, run in mine:
@@ -343,8 +342,8 @@ def second_moment(
         >>> second_moment(lambda w, x: w * x, torch.tensor(0.0), torch.tensor([1.0, 3.0]))
         tensor(10.)
     """
-    parts = _chunks("second_moment", loss_fn, params, batch, mask, chunk_size, plan)
-    return _total(run(Factored.second_moment) for _, run in parts)
+    chunked = Chunked("second_moment", loss_fn, params, batch, mask, chunk_size, plan)
+    return chunked.sums(lambda run: run(Factored.second_moment), like=tree.map(tree.wide, params))
 
 
 def kronecker(
@@ -366,25 +365,9 @@ def kronecker(
     Reference: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", ICML
         2015, section 3; for convolutions Grosse and Martens, ICML 2016.
     """
-    parts = _chunks("kronecker", loss_fn, params, batch, mask, chunk_size, plan)
-    factors: dict[str, Kronecker] = _total(run(Factored.kronecker) for _, run in parts)
+    chunked = Chunked("kronecker", loss_fn, params, batch, mask, chunk_size, plan)
+    factors: dict[str, Kronecker] = chunked.sums(lambda run: run(Factored.kronecker))
     return factors
-
-
-def _chunks(
-    where: str,
-    loss_fn: LossFn,
-    params: Tree,
-    batch: tuple[Tensor, ...],
-    mask: Tensor | None,
-    chunk_size: int | None,
-    plan: Plan | None,
-) -> Iterator[tuple[Chunk, Callable[..., Any]]]:
-    """Each chunk, with a function `(finish, *more)` for what `finish` makes of its factored gradients."""
-    chunks = batches.chunks(f"per_sample.{where}", batch, mask, chunk_size)
-    run = passes(loss_fn, params, plan, several=len(chunks) > 1)
-    for chunk in chunks:
-        yield chunk, partial(run, chunk.batch, chunk.mask)
 
 
 def _built(found: Factored) -> tuple[Factored, Tensor]:
@@ -413,7 +396,7 @@ def _clip_finite(found: Factored, max_norm: Tensor) -> tuple[Tree, Tensor, Tenso
     return _scaled(found, sizes, (max_norm / sizes).clamp(max=1), careful=False)
 
 
-def _clipped(run: Callable[..., Any], max_norm: Tensor) -> tuple[Tree, Tensor, Tensor, Tensor]:
+def _clipped(run: Run, max_norm: Tensor) -> tuple[Tree, Tensor, Tensor, Tensor]:
     if not torch.compiler.is_dynamo_compiling():
         result: tuple[Tree, Tensor, Tensor, Tensor] = run(_clip_finite, max_norm)
         count = native.numbers(result[3])
@@ -430,12 +413,11 @@ def _scaled(found: Factored, sizes: Tensor, factors: Tensor, *, careful: bool) -
     return clipped, sizes, found.losses, (~finite).sum()
 
 
-def _total(trees: Iterable[Tree]) -> Tree:
-    """The sum of trees, added up as they come: two are held at a time."""
-    total: Tree = None
-    for part in trees:
-        total = part if total is None else tree.map(torch.add, total, part)
-    return total
+def _factors(max_norm: Callable[[Tensor], Tensor], sizes: Tensor) -> Tensor:
+    """The factors that a rule makes of all norms, checked."""
+    factors = max_norm(sizes)
+    _check_rows("clipped_sum", "what max_norm returns", factors, (sizes,))
+    return factors
 
 
 def _check_rows(where: str, name: str, values: Tensor, batch: tuple[Tensor, ...]) -> None:
