@@ -10,7 +10,7 @@ from functorch_mnist.per_sample.capture import Survey, Use
 from functorch_mnist.per_sample.forms import ConvolutionForm, Cost, LookupForm, MatrixForm, ScaleForm, ShiftForm, Sizes
 from functorch_mnist.per_sample.layout import View, layout
 from functorch_mnist.per_sample.plan import Plan, Row, _human
-from functorch_mnist.per_sample.strategies import _cheapest, _kind, choose, choose_all, together
+from functorch_mnist.per_sample.strategies import _cheapest, alike, choose, choose_all, together
 from functorch_mnist.per_sample.weights import Made, Weight
 
 MATRIX = MatrixForm(layout((2, 5, 4), groups=(0,), outputs=(1,)), (0, 1, 2))
@@ -202,11 +202,10 @@ def test_uses_of_one_map_are_counted_together_and_of_several_are_built():
     columns = MatrixForm(layout((3, 4), outputs=(1,)), (0, 1))
     both = [use(LINEAR, whole, 1), use(LINEAR, whole, 2)]
 
-    def alike(*uses):
-        return len({_kind(one) for one in uses}) == 1
-
     assert alike(*both)
-    assert alike(use(LINEAR, whole), use(turned, other), use(columns, whole), use(turned, again))
+    for one in (use(turned, other), use(columns, whole), use(turned, again)):
+        assert alike(use(LINEAR, whole), one)
+        assert alike(one, use(LINEAR, whole))
     assert not alike(use(LINEAR, whole), use(LINEAR, flat))
     assert alike(use(LINEAR, flat), use(LINEAR, flat))
     assert not alike(use(ShiftForm((3,), (3,)), whole, 1), use(ShiftForm((3,), (3,)), whole, 2))

@@ -9,11 +9,11 @@ of a lookup T H: then it would set the peak of memory, and the smaller one is ta
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .capture import Survey, Use
 from .forms import Cost, LookupForm, MatrixForm, Sizes
-from .layout import of_rows
+from .layout import Layout, of_rows
 from .terms import Strategy
 
 
@@ -40,7 +40,7 @@ def choose(uses: list[Use]) -> Choice:
     total = sizes[0]._replace(positions=sum([s.positions for s in sizes]))
     every = [form.costs(size) for form, size in zip(forms, sizes, strict=True)]
     selected = all([use.weight.selects for use in uses])
-    if selected and len({_kind(use) for use in uses}) == 1:
+    if selected and all([alike(uses[0], use) for use in uses]):
         return _cheapest(total, forms[0].costs(total), forms[0].factors(total))
     if selected and _is_tied(uses):
         return _pairs(uses, total)
@@ -75,26 +75,38 @@ def together(found: Survey, dense: list[bool]) -> list[bool]:
     return dense
 
 
-def _kind(use: Use) -> Any:
-    """What is equal for uses that are one linear map, or one lookup, at the positions of all."""
-    form, weight = use.form, use.weight
-    read = of_rows(form.layout, weight.views) if isinstance(form, MatrixForm) else None
-    if weight.made is None and read is not None:
-        return "matrix", read[0]
-    if weight.made is None and isinstance(form, LookupForm):
-        return "lookup", form.shape, weight.views
-    if isinstance(form, MatrixForm):
-        return "made", form, weight.views, weight.made
-    rows = weight.made is None and not weight.views and getattr(form, "reads_rows", False)
-    return "rows" if rows else "other", id(use)  # of a kind of its own
+def _read(use: Use) -> Layout | None:
+    """How a linear map reads its matrix from columns to rows; none for what is no such map of a whole matrix."""
+    if use.weight.made is not None or not isinstance(use.form, MatrixForm):
+        return None
+    read = of_rows(use.form.layout, use.weight.views)
+    return None if read is None else read[0]
+
+
+def alike(one: Use, other: Use) -> bool:
+    """Whether two uses are one linear map, or one lookup, at the positions of both."""
+    mine, theirs = one.weight, other.weight
+    if one is other or not isinstance(other.form, type(one.form)):
+        return one is other
+    if mine.made is not None or theirs.made is not None:
+        return isinstance(one.form, MatrixForm) and one.form == other.form and mine is theirs
+    if isinstance(one.form, LookupForm) and isinstance(other.form, LookupForm):
+        return one.form.shape == other.form.shape and mine.views == theirs.views
+    if _read(one) is not None and _read(one) == _read(other):
+        return True
+    return isinstance(one.form, MatrixForm) and one.form == other.form and mine.views == theirs.views
 
 
 def _is_tied(uses: list[Use]) -> bool:
     """Whether a matrix is used as a table, and as one linear map to its rows."""
-    kinds = {_kind(use) for use in uses}
-    lookups = [kind for kind in kinds if kind[0] == "lookup" and not kind[2]]
-    linear = [kind for kind in kinds if kind[0] in ("matrix", "rows")]
-    return len(lookups) == 1 and len(linear) == 1 and len(kinds) == 2
+    lookups = [use for use in uses if isinstance(use.form, LookupForm)]
+    linear = [use for use in uses if not isinstance(use.form, LookupForm)]
+    whole = all([use.weight.made is None and len(use.weight.views) == 0 for use in lookups])
+    if len(lookups) == 0 or len(linear) == 0 or not whole or not all([alike(linear[0], use) for use in linear]):
+        return False
+    first = linear[0]
+    rows = len(first.weight.views) == 0 and first.weight.made is None and getattr(first.form, "reads_rows", False)
+    return bool(rows) or _read(first) is not None
 
 
 def _pairs(uses: list[Use], total: Sizes) -> Choice:

@@ -169,7 +169,12 @@ class Term:
     def project(self, left: Tensor, right: Tensor) -> Tensor:
         """`L ∇_i Rᵀ`, (B, h, d), of the gradient as a matrix (H, D) with its first axis as rows; L (h, H), R (d, D)."""
         sizes = left.shape[1], right.shape[1]
-        return joined([left @ tree.wide(part.grads()).reshape(-1, *sizes) @ right.T for part in self.in_parts()])
+        return joined(
+            [
+                left @ tree.wide(part.grads()).reshape(len(part.factors()[0]), *sizes) @ right.T
+                for part in self.in_parts()
+            ]
+        )
 
 
 @tree.register
