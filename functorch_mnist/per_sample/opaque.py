@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def register(fn: Function, held: Sequence[Tensor]) -> str:
         held: what `held_by` found.
     """
     torch._dynamo.allow_in_graph(call)
-    name = str(len(_FUNCTIONS))
+    name = uuid4().hex  # the compiler keeps graphs on disk, where another program's function may be called as much
 
     def run(*inputs: Tensor) -> list[Tensor]:
         lent, count = WeakIdKeyDictionary(), len(inputs) - len(held)
