@@ -56,10 +56,13 @@ def arms(problem: Problem, max_norm: float) -> list[Arm]:
         name, make = precision(dtype), partial(functional_step, problem, compile=compile, dtype=dtype)
         found.append(Arm(f"functional, {form}, {name}", make, TOLERANCES[dtype], name))
     ours = {dtype: partial(factored, problem, dtype=dtype, max_norm=max_norm, chunk_size=None) for dtype in TOLERANCES}
+    kept = partial(factored, problem, max_norm=max_norm, chunk_size=None, prepared=True)
     works: list[tuple[str, Callable[[], Work], torch.dtype, str]] = [
         ("clipped, compiled", partial(clipped_step, ours[full], compile=True), full, "clipped_step"),
         ("clipped, compiled", partial(clipped_step, ours[half], compile=True), half, "clipped_step"),
         ("norms, compiled", partial(quantity, ours[full], "norms", compile=True), full, "norms"),
+        ("clipped, prepared, eager", partial(clipped_step, kept, compile=False), full, "clipped_step"),
+        ("norms, prepared, eager", partial(quantity, kept, "norms", compile=False), full, "norms"),
     ]
     if len(problem.labels) * sum(p.nbytes for p in problem.params.values()) <= MOST_BYTES:
         others = partial(clipped_step, partial(dense, problem, max_norm=max_norm), compile=False)

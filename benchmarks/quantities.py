@@ -69,12 +69,17 @@ def factored(
     dtype: torch.dtype = torch.float32,
     max_norm: float = MAX_NORM,
     chunk_size: int | None = CHUNK,
+    prepared: bool = False,
 ) -> Way:
-    """This library's way, on examples as they are stored."""
+    """This library's way, on examples as they are stored; with a prepared loss, if it is asked for."""
     apply = train.in_precision(problem.apply, dtype)
 
-    def loss_fn(params: models.Params, stored: Tensor, label: Tensor) -> Tensor:
+    def of_example(params: models.Params, stored: Tensor, label: Tensor) -> Tensor:
         return losses.cross_entropy(apply(params, problem.prepare(stored)), label)
+
+    loss_fn: Callable[..., Tensor] = of_example
+    if prepared:
+        loss_fn = per_sample.prepare(of_example, problem.params, problem.stored[0], problem.labels[0])
 
     def clipped_sum(params: models.Params, stored: Tensor, labels: Tensor) -> Any:
         return per_sample.clipped_sum(loss_fn, params, stored, labels, max_norm=max_norm, chunk_size=chunk_size).grads

@@ -44,8 +44,17 @@ COMPILED: Mapping[str, First] = {
     "compiled nn.Module": First("ordinary_step", partial(module_step, compile=True)),
     "functional, compiled": First("ordinary_step", partial(functional_step, compile=True)),
     "clipped, compiled": First("clipped_step", lambda problem: clipped_step(partial(factored, problem), compile=True)),
+    "clipped, prepared, compiled": First("clipped_step", lambda problem: _prepared(problem, None)),
+    "clipped, prepared, compiled, 16 chunks": First(
+        "clipped_step", lambda problem: _prepared(problem, BATCH_SIZE // 16)
+    ),
     "norms, compiled": First("norms", lambda problem: quantity(partial(factored, problem), "norms", compile=True)),
 }
+
+
+def _prepared(problem: Problem, chunk_size: int | None) -> Work:
+    """A compiled clipped step of a prepared loss."""
+    return clipped_step(partial(factored, problem, chunk_size=chunk_size, prepared=True), compile=True)
 
 
 def import_arms() -> Iterator[Arm]:
