@@ -247,7 +247,8 @@ def clipped_sum(
             factors = known[0] if known else _factors(max_norm, sizes)
             grads, sizes, losses, count = _scaled(found, sizes, factors, careful=True)
         else:
-            grads, sizes, losses, count = _clipped(run, torch.as_tensor(max_norm, dtype=torch.float64))
+            limit = max_norm if isinstance(max_norm, Tensor) else torch.tensor(float(max_norm), dtype=torch.float64)
+            grads, sizes, losses, count = _clipped(run, limit, looks=batch[0].device.type == "cpu")
         return (grads, count), [sizes, losses]
 
     none = torch.zeros((), dtype=torch.int64, device=batch[0].device)
@@ -396,8 +397,9 @@ def _clip_finite(found: Factored, max_norm: Tensor) -> tuple[Tree, Tensor, Tenso
     return _scaled(found, sizes, (max_norm / sizes).clamp(max=1), careful=False)
 
 
-def _clipped(run: Run, max_norm: Tensor) -> tuple[Tree, Tensor, Tensor, Tensor]:
-    if not torch.compiler.is_dynamo_compiling():
+def _clipped(run: Run, max_norm: Tensor, *, looks: bool) -> tuple[Tree, Tensor, Tensor, Tensor]:
+    """The same, of one chunk; `looks`: whether the program may wait for a number."""
+    if looks and not torch.compiler.is_dynamo_compiling():
         result: tuple[Tree, Tensor, Tensor, Tensor] = run(_clip_finite, max_norm)
         count = native.numbers(result[3])
         if count is not None and not count.any():
