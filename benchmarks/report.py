@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .limits import Rates
-from .measure import Comparison, Timing
+from .measure import Comparison, Missing, Timing
 
 UNITS = ((1.0, "s"), (1e3, "ms"), (1e6, "us"))
 """Times are in the first of these in which the reference takes at least one."""
@@ -15,9 +15,10 @@ UNITS = ((1.0, "s"), (1e3, "ms"), (1e6, "us"))
 def markdown(comparison: Comparison, rates: Rates) -> str:
     """The table in Markdown; arms that have no time are its last rows."""
     heads, body = _cells(comparison, rates)
-    rows = body + [[f"{one.name}: {one.reason}", *[""] * (len(heads) - 1)] for one in comparison.missing]
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in body]
+    rows += [[without_time(one), *[""] * (len(heads) - 1)] for one in comparison.missing]
     lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows])
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def text(comparison: Comparison, rates: Rates) -> str:
@@ -31,6 +32,17 @@ def text(comparison: Comparison, rates: Rates) -> str:
     return "\n".join([line.rstrip() for line in lines] + [f"{one.name}: {one.reason}" for one in comparison.missing])
 
 
+def ratio(comparison: Comparison, timing: Timing) -> str:
+    """An arm's ratio with its interval."""
+    low, high = comparison.interval(timing)
+    return f"{comparison.ratio(timing):.2f} ({low:.2f} to {high:.2f})"
+
+
+def without_time(missing: Missing) -> str:
+    """An arm without a time and why, as a cell in Markdown."""
+    return f"{missing.name}: {missing.reason}".replace("|", "\\|")
+
+
 def _cells(comparison: Comparison, rates: Rates) -> tuple[list[str], list[list[str]]]:
     """Heads, and a row for each time. A column that says nothing of any arm is left out."""
     reference = comparison.reference
@@ -39,8 +51,7 @@ def _cells(comparison: Comparison, rates: Rates) -> tuple[list[str], list[list[s
     heads += ["peak, MB", "of the limit", "graphs compiled anew"]
     body = []
     for timing in comparison.timings:
-        (low, high), (least, most) = timing.quartiles, comparison.interval(timing)
-        ratio = comparison.ratio(timing)
+        low, high = timing.quartiles
         is_reference = timing is reference
         body.append(
             [
@@ -48,8 +59,8 @@ def _cells(comparison: Comparison, rates: Rates) -> tuple[list[str], list[list[s
                 f"{timing.first:.2f}",
                 f"{timing.median * scale:.2f}",
                 f"{low * scale:.2f} to {high * scale:.2f}",
-                "1 (reference)" if is_reference else f"{ratio:.2f} ({least:.2f} to {most:.2f})",
-                "" if is_reference else _signed(100 * (ratio - 1)),
+                "1 (reference)" if is_reference else ratio(comparison, timing),
+                "" if is_reference else _signed(100 * (comparison.ratio(timing) - 1)),
                 "" if timing.memory is None else f"{timing.memory / 1e6:.0f}",
                 _of_limit(comparison, timing, rates),
                 str(timing.compilations or ""),

@@ -17,7 +17,7 @@ from .measure import Axis, Comparison, Cost, Missing, Setup, Timing
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
     "torch", "torchvision", "numpy", "functorch-mnist", "opacus", "backpack-for-pytorch", "jax", "jax-privacy",
-    "transformers",
+    "transformers", "timm",
 )  # fmt: skip
 
 

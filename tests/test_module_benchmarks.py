@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import measure, modules
+from benchmarks import measure, modules, recipes, subjects
 from benchmarks.steps import relative_difference
 from functorch_mnist import tree
 
-TINY = modules.Sizes(batch=3, positions=6, layers=2, width=8, heads=2, tokens=20)
+TINY = recipes.Sizes(batch=3, positions=6, layers=2, width=8, heads=2, tokens=20)
 RECIPES = {recipe.name: recipe for recipe in modules.RECIPES}
 
 
@@ -18,7 +18,7 @@ def subject(request):
     recipe = RECIPES[request.param]
     if recipe.name != "LSTM":
         pytest.importorskip("transformers")
-    subject = modules.Subject(recipe, TINY, "cpu")
+    subject = subjects.Subject(recipe, TINY, "cpu")
     subject.recipe.logits(subject.module(**subject.batch[0]))  # where a package warns, it does so once
     return subject
 
@@ -29,19 +29,19 @@ def called(work):
 
 
 def test_the_clipped_sum_is_its_definition_at_any_norm(subject):
-    found = called(modules.clipped(subject))
-    assert relative_difference(found, subject.clipped_sum) < modules.TOLERANCE
-    large = modules.Subject(subject.recipe._replace(max_norm=1e6), TINY, "cpu")
-    mean = called(modules.ordinary(large))
+    found = called(subjects.clipped(subject))
+    assert relative_difference(found, subject.clipped_sum) < subjects.TOLERANCE
+    large = subjects.Subject(subject.recipe._replace(max_norm=1e6), TINY, "cpu")
+    mean = called(subjects.ordinary(large))
     total = tree.map(lambda g: len(large.batch[1]) * g, mean)
-    assert relative_difference(large.clipped_sum, total) < modules.TOLERANCE
-    small = modules.Subject(subject.recipe._replace(max_norm=1e-3), TINY, "cpu")
-    assert tree.norm(called(modules.clipped(small))) <= len(small.batch[1]) * 1e-3 * (1 + 1e-4)
+    assert relative_difference(large.clipped_sum, total) < subjects.TOLERANCE
+    small = subjects.Subject(subject.recipe._replace(max_norm=1e-3), TINY, "cpu")
+    assert tree.norm(called(subjects.clipped(small))) <= len(small.batch[1]) * 1e-3 * (1 + 1e-4)
 
 
 def test_arms_start_alike_and_leave_the_module_as_it_is(subject):
     before = {name: p.clone() for name, p in subject.module.state_dict().items()}
-    works = [modules.ordinary(subject), modules.clipped(subject)]
+    works = [subjects.ordinary(subject), subjects.clipped(subject)]
     assert works[0].start == works[1].start
     for work in works:
         work.call()
@@ -50,8 +50,8 @@ def test_arms_start_alike_and_leave_the_module_as_it_is(subject):
 
 
 def test_the_loop_over_positions_is_the_lstm():
-    subject = modules.Subject(RECIPES["LSTM"], TINY, "cpu")
-    native, loop = modules.ordinary(subject), modules.ordinary(subject, as_loop=True)
+    subject = subjects.Subject(RECIPES["LSTM"], TINY, "cpu")
+    native, loop = subjects.ordinary(subject), subjects.ordinary(subject, as_loop=True)
     assert native.start == loop.start
     assert relative_difference(called(loop), called(native)) < 1e-5
 
@@ -66,8 +66,8 @@ def test_a_network_without_its_package_says_so(monkeypatch):
     def missing(name):
         raise ModuleNotFoundError(f"No module named {name!r}")
 
-    monkeypatch.setattr(modules, "import_module", missing)
-    subject = modules.Subject(RECIPES["BERT"], TINY, "cpu")
+    monkeypatch.setattr(recipes, "import_module", missing)
+    subject = subjects.Subject(RECIPES["BERT"], TINY, "cpu")
     case = measure.Case("BERT", modules.arms(subject, compile=False), relative_difference, 1)
     with pytest.raises(RuntimeError, match="not installed: No module named 'transformers'"):
         measure.compare(case, measure.Setup(threads=torch.get_num_threads()))
