@@ -1,7 +1,7 @@
 """Whether `train` ends as accurate as the article's program: whole commands, one epoch in float32, thirty seeds each.
 
-The article's program is the one with its fault mended, and stops after its epoch whatever it has reached. A seed does not
-give both programs the same numbers, so the interval of the difference of their means is Welch's, of two samples:
+The article's program is the one with its fault mended, and stops after its epoch whatever it has reached. A seed does
+not give both programs the same numbers, so the interval of the difference of their means is Welch's, of two samples:
 
     difference ± t s,    s² = s_1²/n_1 + s_2²/n_2,    degrees of freedom = s⁴ / Σ_i (s_i²/n_i)² / (n_i - 1)
 """
@@ -86,11 +86,15 @@ def run(*, quick: bool, progress: Callable[[str], object]) -> dict[str, Any]:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    runs = [made[key] for key in waiting.values()]
+    return record_of([made[key] for key in waiting.values()])
+
+
+def record_of(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The runs, and what they are together."""
     found = {name: _of(name, runs) for name in COMMANDS}
     return {
         "settings": {"epochs": 1, "precision": "float32", "threads": 1, "commands": COMMANDS},
-        "runs": runs,
+        "runs": list(runs),
         "programs": {name: {"mean": fmean(of), "deviation": stdev(of)} for name, of in found.items()},
         "difference": difference(found[ARTICLE], found[TRAIN])._asdict(),
     }
@@ -101,17 +105,9 @@ def table(record: dict[str, Any]) -> dict[str, str]:
     rows = []
     for name, summary in record["programs"].items():
         of = _of(name, record["runs"])
+        mean = f"{summary['mean']:.3f} ± {summary['deviation']:.3f}"
         below = sum(accuracy < LEAST for accuracy in of)
-        rows.append(
-            [
-                name,
-                str(len(of)),
-                f"{summary['mean']:.3f} ± {summary['deviation']:.3f}",
-                f"{min(of):.2f}",
-                f"{max(of):.2f}",
-            ]
-        )
-        rows[-1].append(str(below))
+        rows.append([name, str(len(of)), mean, f"{min(of):.2f}", f"{max(of):.2f}", str(below)])
     found = record["difference"]
     low, high = found["interval"]
     rows.append(["difference", "", f"{found['mean']:+.3f} ({low:+.3f} to {high:+.3f})", "", "", ""])
