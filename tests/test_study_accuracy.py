@@ -1,12 +1,17 @@
-"""The study of `train` and the article's program, on planted programs."""
+"""The study of `train` and the article's program, on planted programs, and that both make the same steps."""
 
 import json
 import math
 
 import pytest
+import torch
+import torch.nn.functional as F
 
-from benchmarks import results
+from benchmarks import article, results
 from benchmarks.studies import accuracy
+from functorch_mnist import data, random, train
+from functorch_mnist.commands import build
+from functorch_mnist.options import Train
 
 RECORD = results.RESULTS / "study-accuracy.json"
 
@@ -18,6 +23,17 @@ def planted(shift):
         f"print('on the 10000 test images: %.2f%%' % (97.5 + {{seed}} + {shift}))"
     )
     return "-c", code
+
+
+class Times(torch.nn.Module):
+    """The input times a mask, which is given."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x):
+        return x * self.mask
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +95,32 @@ def test_the_commands_differ_in_nothing_but_the_program():
     assert article[:2] == ("-m", "benchmarks.article") and train[:3] == ("-m", "functorch_mnist", "train")
     assert article[-3:] == ("100", "cpu", "1")  # it ends after its one epoch, whatever it has reached
     assert train[-2:] == ("--threads", "1")
+
+
+def test_an_epoch_of_train_is_the_articles_given_its_draws():
+    """The initial parameters, order and masks are `train`'s; the last of three batches is short."""
+    options, images, labels = Train(seed=3), *(rows[:150] for rows in data.load("mnist").train)
+    made = build.classifier(build.Origin(options, (0.1307, 0.3081), len(images), 10))
+    optimizer = build.optimizer(options, 3)
+    state = build.start(options, made, optimizer, torch.device("cpu")).state
+    step = train.make_step(train.batch_gradient(build.losses(made, options)), optimizer)
+    found = train.fit(step, state, (images, labels), epochs=1, batch_size=options.batch_size).params
+
+    net = article.Net()
+    net.load_state_dict(state.params)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+    drawn = train.draws.epoch_draws(state.key, 150, epoch=0, batch_size=64)
+    for index, keys in zip(drawn.examples.split(64), drawn.keys.split(64), strict=True):
+        channel_keys, unit_keys = random.split(keys).unbind(-2)
+        net.dropout1 = Times(random.bernoulli(channel_keys, 0.75, (64, 1, 1)) / 0.75)
+        net.dropout2 = Times(random.bernoulli(unit_keys, 0.5, (128,)) / 0.5)
+        sgd.zero_grad()
+        F.cross_entropy(net((images[index] / 255 - 0.1307) / 0.3081), labels[index]).backward()
+        sgd.step()
+    for name, expected in net.named_parameters():
+        # Sums in another order: float32 keeps seven digits of each.
+        assert (found[name] - expected).norm() < 1e-6 * expected.norm(), name
+        assert (found[name] - state.params[name]).norm() > 1e-4 * expected.norm(), name
 
 
 @pytest.mark.skipif(not RECORD.is_file(), reason="no committed record")
