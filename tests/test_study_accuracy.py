@@ -123,7 +123,6 @@ def test_an_epoch_of_train_is_the_articles_given_its_draws():
         assert (found[name] - state.params[name]).norm() > 1e-4 * expected.norm(), name
 
 
-@pytest.mark.skipif(not RECORD.is_file(), reason="no committed record")
 def test_the_committed_record_is_of_all_seeds_and_gives_its_table():
     found = json.loads(RECORD.read_text(encoding="utf-8"))
     assert found["study"] == "accuracy" and not found["quick"]
