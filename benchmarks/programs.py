@@ -35,6 +35,25 @@ def run(*arguments: str, variables: Mapping[str, str] | None = None) -> subproce
     return done
 
 
+def accuracy(*arguments: str, **values: object) -> float:
+    """The accuracy in percent that a command prints of the test images.
+
+    Args:
+        arguments: Python's, in which the values are put in, and for `{folder}` an empty one.
+        values: by name.
+
+    Raises:
+        RuntimeError: it did not end well, or printed no accuracy.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        filled = [part.format(folder=folder, **values) for part in arguments]
+        printed = run(*filled).stdout
+    found = re.search(r"test images: ([0-9.]+)%", printed)
+    if found is None:
+        raise RuntimeError(f"python {' '.join(filled)}: a program must end with an accuracy. Found {printed!r}.")
+    return float(found[1])
+
+
 class Program:
     """A command that trains and ends with an accuracy on the test images; each call has the next seed."""
 
@@ -48,13 +67,7 @@ class Program:
         Raises:
             RuntimeError: it did not end well, or printed no accuracy.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            filled = [part.format(seed=len(self.accuracies), folder=folder) for part in self.arguments]
-            printed = run(*filled).stdout
-        found = re.search(r"test images: ([0-9.]+)%", printed)
-        if found is None:
-            raise RuntimeError(f"python {' '.join(filled)}: a program must end with an accuracy. Found {printed!r}.")
-        self.accuracies.append(float(found[1]))
+        self.accuracies.append(accuracy(*self.arguments, seed=len(self.accuracies)))
 
     def work(self) -> Work:
         """The command as work, whose outputs are the last accuracy in percent."""
