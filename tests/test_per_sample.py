@@ -44,7 +44,10 @@ def quantities(loss_fn, params, batch, **options):
     weights = normals(len(batch[0]), seed=7)
     direction = tree.map(lambda w: normals(*w.shape, seed=8), params)
     clipped = per_sample.clipped_sum(loss_fn, params, *batch, max_norm=0.7, **options)
+    summed = per_sample.grad_and_norms(loss_fn, params, *batch, **options)
     return {
+        "summed": summed.grads,
+        "norms beside the sum": summed.norms,
         "grads": per_sample.factored(
             loss_fn, params, *batch, **{k: v for k, v in options.items() if k != "chunk_size"}
         ).grads(),
@@ -67,6 +70,8 @@ def expected_quantities(loss_fn, params, batch, mask=None):
     norms = flat.norm(dim=1)
     direction = tree.map(lambda w: normals(*w.shape, seed=8), params)
     return {
+        "summed": combine(torch.ones_like(norms), rows),
+        "norms beside the sum": norms,
         "grads": rows,
         "norms": norms,
         "leaf_norms": tree.map(lambda g: g.reshape(count, -1).norm(dim=1), rows),

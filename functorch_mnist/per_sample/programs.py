@@ -94,7 +94,7 @@ class _Recorder(TorchDispatchMode):
         nested(lambda x: used.append(x) if isinstance(x, Node) else None, given)
         written = any([self.nodes[x].meta["version"] != x._version for x in tensors(args, kwargs)])
         varies = func not in _SHAPED and (written or any([node in self.variable for node in used]))
-        if varies and (torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags):
+        if varies and _asks(func, args):
             raise NotRecorded(f"{func}: what comes next hangs on the numbers of the inputs")
         out = func(*args, **kwargs)
         node = self.graph.call_function(func, *given)
@@ -179,6 +179,13 @@ def _hasten(nodes: list[Node]) -> None:
         if place < start:
             ends[place].append(node)
             places[node], ends[place] = place, node
+
+
+def _asks(func: Any, args: Any) -> bool:
+    """Whether an op makes a number of Python, or a shape, of the numbers of tensors."""
+    if func is _ATEN.index.Tensor:  # by a mask; by integers the shape is theirs
+        return any([x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]])
+    return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
 
 
 def _unchanged(node: Node) -> Node | None:
