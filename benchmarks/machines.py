@@ -16,9 +16,9 @@ from . import recipes, report
 from .definitions import difference
 from .measure import Arm, Axis, Case, Comparison, Question, Setup, Timing, Work
 from .recipes import Recipe, Sizes
-from .subjects import TOLERANCE, Subject, clipped, dense_norms, norms, ordinary
+from .subjects import TOLERANCE, Subject, clipped, dense_norms, norms, ordinary, stepped
 
-ORDINARY = "ordinary"
+ORDINARY, STEP = "ordinary", "step, SGD with momentum"
 
 
 class Bench(NamedTuple):
@@ -58,9 +58,10 @@ WAYS: Mapping[str, tuple[Callable[[Subject], Work], str]] = {
 NORMS = "norms, prepared", "norms, unprepared"
 
 
-def arms(subject: Subject, ways: Sequence[str], suffix: str = "") -> list[Arm]:
-    """The module's own pass first, then these ways."""
+def arms(subject: Subject, ways: Sequence[str], suffix: str = "", *, step: bool = False) -> list[Arm]:
+    """The module's own pass first, if asked for its whole step, then these ways."""
     found = [Arm(ORDINARY + suffix, partial(ordinary, subject), TOLERANCE)]
+    found += [Arm(STEP, partial(stepped, subject), TOLERANCE)] if step else []
     for way in ways:
         make, defined = WAYS[way]
         found.append(Arm(way + suffix, partial(make, subject), TOLERANCE, expected=partial(getattr, subject, defined)))
@@ -71,10 +72,12 @@ def cases(setup: Setup) -> Iterator[Case]:
     """Norms, clipped sums, tables, lengths."""
     for bench in NETWORKS:
         ways = (*NORMS, "norms, dense") if bench.dense else NORMS
-        yield bench.case(f"norms of {bench.recipe.name}, eager", bench.subject(setup), setup, ways)
+        subject = bench.subject(setup)
+        yield bench.of(f"norms of {bench.recipe.name}, eager", arms(subject, ways, step=True), subject, setup)
     for bench in CLIPPED:
         ways = ("clipped, prepared", "clipped, unprepared")
-        yield bench.case(f"clipped, {bench.recipe.name}, eager", bench.subject(setup), setup, ways)
+        subject = bench.subject(setup)
+        yield bench.of(f"clipped, {bench.recipe.name}, eager", arms(subject, ways, step=True), subject, setup)
     yield TABLE.case("table alone", TABLE.subject(setup), setup, NORMS, memory=True)
     plain = TIED.subject(setup)
     blocks = Subject(BLOCKS, plain.sizes, setup.device)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functorch_mnist import losses, models, optim, random, train, tree
+from functorch_mnist import losses, models, optim, per_sample, random, train, tree
 
 from .measure import Work
 from .problems import Problem, start
@@ -82,9 +82,10 @@ def watched_steps(problem: Problem, *, compile: bool, count: int, watched: int) 
         return losses.cross_entropy(problem.apply(params, problem.prepare(stored)), labels)
 
     optimizer = optim.sgd(LR, momentum=MOMENTUM)
+    loss_fn = per_sample.prepare(losses_fn, problem.params, problem.stored[0], problem.labels[0])  # as `train` does
     plain, watching = (
         train.make_step(estimator, optimizer)
-        for estimator in (train.batch_gradient(losses_fn), train.watching(losses_fn))
+        for estimator in (train.batch_gradient(losses_fn), train.watching(loss_fn))
     )
     if compile:
         plain, watching = train.compiled(plain), train.compiled(watching)

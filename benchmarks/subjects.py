@@ -109,6 +109,21 @@ def ordinary(subject: Subject, *, compile: bool = False, as_loop: bool = False) 
     return subject.work(lambda: torch.autograd.grad(run(inputs, targets), weights), weights, subject.named)
 
 
+def stepped(subject: Subject) -> Work:
+    """The module's whole step: its own pass, and SGD with momentum, at a rate that leaves the weights as they are."""
+    module, (inputs, targets) = copy.deepcopy(subject.module), subject.batch
+    weights = list(module.parameters())
+    optimizer = torch.optim.SGD(weights, lr=0.0, momentum=0.9)
+
+    def step() -> list[Tensor]:
+        optimizer.zero_grad()
+        subject.loss(module(**inputs), targets).backward()
+        optimizer.step()
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
+
+    return subject.work(step, weights, subject.named)
+
+
 def clipped(subject: Subject, *, compile: bool = False, prepared: bool = False) -> Work:
     """The clipped sum by this library."""
     loss_fn, params, batch = _functional(subject, prepared=prepared)

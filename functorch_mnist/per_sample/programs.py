@@ -32,6 +32,8 @@ _SHAPED = (
     _ATEN.new_zeros.default, _ATEN.new_ones.default, _ATEN.new_full.default, _ATEN.new_empty.default,
 )  # fmt: skip
 """Ops that look only at the shape of what they get."""
+_SMALL = 2**12
+"""Bytes of numbers that are kept, not made anew."""
 _ZEROS = (_ATEN.zeros.default, _ATEN.new_zeros.default)
 
 
@@ -118,6 +120,8 @@ class _Recorder(TorchDispatchMode):
         self.nodes[x] = self.noted(node, x)
         if varies:
             self.variable.add(node)
+        elif x.untyped_storage().nbytes() <= _SMALL:
+            node.meta["number"] = x
 
     def node(self, x: Any) -> Any:
         """The node of a tensor; one that was not made here is a constant."""
@@ -162,8 +166,47 @@ def record(fn: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> Program
         if source is not None:
             node.replace_all_uses_with(source)
             graph.erase_node(node)
+    if not any([_writes(node) for node in graph.nodes]):
+        _share(graph)
+        _keep_numbers(graph, recorder)
     graph.eliminate_dead_code()
     return Program(graph, recorder.constants)
+
+
+def _writes(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def _share(graph: Graph) -> None:
+    """Leaves out an op that was run before on the same tensors, where nothing is written to."""
+    seen: dict[Any, Node] = {}
+    for node in graph.nodes:
+        if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            continue
+        key = node.target, str(node.args), str(node.kwargs)  # a node is written as its name
+        first = seen.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+def _keep_numbers(graph: Graph, recorder: _Recorder) -> None:
+    """Keeps the few numbers that hang on no input, such as a zero, in place of the ops that make them."""
+    returned = {x for node in graph.nodes if node.op == "output" for x in node.all_input_nodes}
+    for node in list(graph.nodes):
+        made = node.target in _SHAPED or all(["number" in x.meta for x in node.all_input_nodes])
+        drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if node.op != "call_function" or "number" not in node.meta or node in returned or drawn or not made:
+            node.meta.pop("number", None)  # also of what is made of a tensor that the function holds: it may change
+            continue
+        name = f"number_{node.name}"
+        recorder.constants.register_buffer(name, node.meta["number"])
+        with graph.inserting_before(node):
+            kept = graph.get_attr(name)
+        kept.meta.update(node.meta)
+        node.replace_all_uses_with(kept)
+        graph.erase_node(node)
 
 
 def _hasten(nodes: list[Node]) -> None:
