@@ -288,6 +288,7 @@ def prepare(
     Cost: the second call with a batch of one size is made twice, to record it.
 
     Example:
+        >>> from functorch_mnist.per_sample import norms
         >>> loss = prepare(lambda w, x: w @ x, torch.zeros(2), torch.zeros(2))
         >>> batch = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
         >>> [norms(loss, torch.zeros(2), batch) for _ in range(3)][-1]
