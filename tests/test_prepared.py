@@ -211,6 +211,27 @@ def test_zeros_that_are_written_to_through_a_view_are_no_zeros():
         )
 
 
+def test_what_is_returned_is_the_callers_to_write_to():
+    def loss_fn(p, x):
+        return (p["w"] * x).sum()
+
+    params = {"w": normals(3, seed=1), "unused": normals(3, seed=2), "other": normals(3, seed=3)}
+    x = normals(4, 3, seed=4)
+    loss = per_sample.prepare(loss_fn, params, x[0])
+    for _ in range(4):
+        grads, norms, losses = per_sample.grad_and_norms(loss, params, x)
+        squares = per_sample.leaf_norms(loss, params, x)
+        assert torch.equal(grads["w"], x.sum(0))
+        for leaf in (grads["unused"], grads["other"], squares["unused"], squares["other"]):
+            assert not leaf.any()
+        torch.testing.assert_close(norms, x.norm(dim=1))
+        written = [*grads.values(), *squares.values(), norms, losses]
+        for i, leaf in enumerate(written):
+            leaf.fill_(i + 1)
+        for i, leaf in enumerate(written):
+            assert (leaf == i + 1).all()
+
+
 def test_a_branch_on_what_was_written_through_a_view_is_a_branch_on_data():
     class Branching(nn.Module):
         def __init__(self):

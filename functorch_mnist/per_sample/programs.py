@@ -178,11 +178,28 @@ def _writes(node: Node) -> bool:
     return schema is not None and bool(schema.is_mutable)
 
 
+def _given_out(graph: Graph) -> set[Node]:
+    """The nodes whose memory a caller gets, who may write to it: what is returned, and what that is a view of."""
+    ahead = [x for node in graph.nodes if node.op == "output" for x in node.all_input_nodes]
+    found: set[Node] = set()
+    while ahead:
+        node = ahead.pop()
+        if node in found:
+            continue
+        found.add(node)
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or any([result.alias_info is not None for result in schema.returns]):
+            ahead += node.all_input_nodes  # a view, or one of several results
+    return found
+
+
 def _share(graph: Graph) -> None:
     """Leaves out an op that was run before on the same tensors, where nothing is written to."""
     seen: dict[Any, Node] = {}
+    given_out = _given_out(graph)
     for node in graph.nodes:
-        if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if node.op != "call_function" or drawn or node in given_out:
             continue
         key = node.target, str(node.args), str(node.kwargs)  # a node is written as its name
         first = seen.setdefault(key, node)
@@ -193,11 +210,11 @@ def _share(graph: Graph) -> None:
 
 def _keep_numbers(graph: Graph, recorder: _Recorder) -> None:
     """Keeps the few numbers that hang on no input, such as a zero, in place of the ops that make them."""
-    returned = {x for node in graph.nodes if node.op == "output" for x in node.all_input_nodes}
+    given_out = _given_out(graph)
     for node in list(graph.nodes):
         made = node.target in _SHAPED or all(["number" in x.meta for x in node.all_input_nodes])
         drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        if node.op != "call_function" or "number" not in node.meta or node in returned or drawn or not made:
+        if node.op != "call_function" or "number" not in node.meta or node in given_out or drawn or not made:
             node.meta.pop("number", None)  # also of what is made of a tensor that the function holds: it may change
             continue
         name = f"number_{node.name}"
