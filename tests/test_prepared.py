@@ -9,7 +9,7 @@ from torch import nn
 from zoo import CASES, D, difference, mlp, normals, tutorial_cnn
 
 from functorch_mnist import losses, models, per_sample, tree
-from functorch_mnist.per_sample import opaque
+from functorch_mnist.per_sample import opaque, programs
 from functorch_mnist.per_sample.prepared import Prepared
 
 EXACT = 1e-10
@@ -230,6 +230,22 @@ def test_what_is_returned_is_the_callers_to_write_to():
             leaf.fill_(i + 1)
         for i, leaf in enumerate(written):
             assert (leaf == i + 1).all()
+
+
+def test_nothing_that_is_kept_or_shared_is_handed_out():
+    def fn(x):
+        return [torch.zeros(3).view(3, 1), torch.zeros(3), torch.zeros(3), x.sin(), x.sin().view(-1), (x * 0 + 1).cos()]
+
+    x = normals(3, seed=1)
+    program, expected = programs.record(fn, [x]), fn(x)
+    for _ in range(3):
+        found = program(x)
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
+        for i, one in enumerate(found):
+            one.fill_(i + 5)
+        for i, one in enumerate(found):
+            assert (one == i + 5).all()
 
 
 def test_a_branch_on_what_was_written_through_a_view_is_a_branch_on_data():
