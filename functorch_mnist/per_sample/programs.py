@@ -7,6 +7,7 @@ function runs, and what only the recording needed is left out.
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Sequence
@@ -170,6 +171,11 @@ def record(fn: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> Program
         _share(graph)
         _keep_numbers(graph, recorder)
     graph.eliminate_dead_code()
+    for node in graph.nodes:  # zeros that are only there to be added to need not be copied
+        if node.target is _ATEN.scatter_add.default:
+            zeros = node.args[0]
+            if zeros.target in _ZEROS and len(zeros.users) == 1:
+                node.target = _ATEN.scatter_add_.default
     return Program(graph, recorder.constants)
 
 
@@ -194,12 +200,16 @@ def _given_out(graph: Graph) -> set[Node]:
 
 
 def _share(graph: Graph) -> None:
-    """Leaves out an op that was run before on the same tensors, where nothing is written to."""
+    """Leaves out a small op that was run before on the same tensors, where nothing is written to.
+
+    A large result would be held until it is wanted again.
+    """
     seen: dict[Any, Node] = {}
     given_out = _given_out(graph)
     for node in graph.nodes:
         drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        if node.op != "call_function" or drawn or node in given_out:
+        shape, _, dtype = node.meta.get("like", ((), (), torch.float32))
+        if node.op != "call_function" or drawn or node in given_out or math.prod(shape) * dtype.itemsize > _SMALL:
             continue
         key = node.target, str(node.args), str(node.kwargs)  # a node is written as its name
         first = seen.setdefault(key, node)
