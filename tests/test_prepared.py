@@ -92,6 +92,30 @@ def test_other_shapes_dtypes_and_orders_are_prepared_anew():
         assert list(found) == list(params)
 
 
+def test_fewer_parameters_than_it_was_prepared_with_are_prepared_anew_for_each_size():
+    def loss_fn(p, x):
+        return sum((w * x).sum() for w in p.values())
+
+    params = {name: normals(3, seed=i) for i, name in enumerate("abcd")}
+    loss = per_sample.prepare(loss_fn, params, normals(3))
+    for _, rows in itertools.product(range(3), (1, 2, 5)):
+        x = normals(rows, 3, seed=rows)
+        torch.testing.assert_close(per_sample.norms(loss, {"a": params["a"]}, x), x.norm(dim=1))
+
+
+def test_a_masked_first_row_of_another_shape_may_hold_anything():
+    def loss_fn(w, x, y):
+        return losses.cross_entropy(x @ w, y).sum()
+
+    w = normals(3, 4, seed=1)
+    loss = per_sample.prepare(loss_fn, w, normals(3), torch.tensor(0))
+    x, y, mask = normals(2, 5, 3, seed=2), torch.zeros(2, 5, dtype=torch.int64), torch.tensor([False, True])
+    y[0], x[0] = 99, torch.nan
+    for _ in range(3):
+        found, expected = (per_sample.norms(fn, w, x, y, mask=mask) for fn in (loss, loss_fn))
+        assert difference(found, expected) < EXACT
+
+
 def test_one_tensor_may_be_given_twice():
     def loss_fn(w, x, y):
         return (w * x * y.sin()).sum()

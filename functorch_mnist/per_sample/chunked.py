@@ -95,7 +95,7 @@ class Chunked:
         total, count = len(self.batch[0]), -(-len(self.batch[0]) // self.size)
         padded = count * self.size > total
         run = passes(self.loss_fn, self.params, self.plan)
-        run.look([x[:1] for x in self.batch], None if self.mask is None else self.mask[:1])
+        run.look(self.batch, self.mask)
 
         def taken(numbers: Tensor) -> tuple[Tree, list[Tensor]]:
             real = numbers < total if padded else None

@@ -35,10 +35,11 @@ class Ways(NamedTuple):
     """Of each parameter."""
 
 
-def ways(loss: Loss, params: Tree, batch: Sequence[Tensor], rows: int = 1) -> Ways:
-    """What a loss does with its parameters for so many examples of a batch, and the strategies that follow."""
+def ways(loss: Loss, params: Tree, batch: Sequence[Tensor], mask: Tensor | None, rows: int = 1) -> Ways:
+    """What a loss does with its parameters for the first examples of a batch, and the strategies that follow."""
     check_params(params)
-    found = survey(loss.loss_fn, params, batch, has_aux=loss.has_aux, rows=rows)
+    first = batches.blanked([x[:rows] for x in batch], None if mask is None else mask[:rows])
+    found = survey(loss.loss_fn, params, first, has_aux=loss.has_aux, rows=rows)
     return Ways(found, strategies(params, found, loss.plan))
 
 
@@ -66,7 +67,7 @@ class Pass:
 
     def look(self, batch: Sequence[Tensor], mask: Tensor | None) -> Ways:
         """What is found out before the first chunk."""
-        self.found = ways(self.loss, self.params, batches.blanked(batch, mask))
+        self.found = ways(self.loss, self.params, batch, mask)
         return self.found
 
     def __call__(self, batch: Sequence[Tensor], mask: Tensor | None, finish: Finish = itself, *more: Tree) -> Any:
@@ -75,7 +76,7 @@ class Pass:
         try:
             found = passed(self.loss, self.params, batch, mask, before)
         except Strayed:  # a module branches on its batch, as on whether there is any padding
-            anew = ways(self.loss, self.params, batches.blanked(batch, mask), len(batch[0]))
+            anew = ways(self.loss, self.params, batch, mask, len(batch[0]))
             found = passed(self.loss, self.params, batch, mask, anew)
         return finish(found, *more)
 

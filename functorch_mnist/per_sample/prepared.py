@@ -117,24 +117,23 @@ class Prepared:
                 lines.append(f"    {signature.finish.__name__.strip('_')} of {rest[0][0][0]}: {said}")
         return "\n".join(lines)
 
-    def known(self, params: Tree, batch: Sequence[Tensor]) -> Known:
+    def known(self, params: Tree, batch: Sequence[Tensor], mask: Tensor | None = None) -> Known:
         """What is known for parameters and examples like these, found out where they are the first of their kind."""
         leaves, structure = tree.flatten(params)
         examples = tuple([(x.shape[1:], x.dtype, x.device) for x in batch])
         key = structure, (*[_kind(x) for x in leaves], *examples), _autocast(batch[0].device.type)
         known = self._known.get(key)
         if known is None:
-            known = self._known[key] = Known(examples, ways(self.loss, params, batch))
+            known = self._known[key] = Known(examples, ways(self.loss, params, batch, mask))
         return known
 
-    def recorded(self, signature: Signature, params: Tree, inputs: list[Tensor], known: Known) -> Recorded | None:
-        """The ops of a pass, from its second time on."""
-        rest = inputs[len(self.paths) :]
+    def recorded(self, signature: Signature, params: Tree, rest: list[Tensor], known: Known) -> Recorded | None:
+        """The ops of a pass, from its second time on; `rest` are the tensors that it takes besides the parameters."""
         key = signature, tuple([_kind(x) for x in rest])
         if key not in known.recorded:
             known.recorded[key] = None
         elif known.recorded[key] is None:
-            known.recorded[key] = self._record(signature, params, inputs, known.ways)
+            known.recorded[key] = self._record(signature, params, [*tree.leaves(params), *rest], known.ways)
         return known.recorded[key]
 
     def _record(self, signature: Signature, params: Tree, inputs: list[Tensor], found: Ways) -> Recorded:
@@ -203,19 +202,20 @@ class PreparedPass:
 
     def __call__(self, batch: Sequence[Tensor], mask: Tensor | None, finish: Finish = itself, *more: Tree) -> Any:
         """What `finish` makes of the factored gradients of a chunk; `more` are tensors, or trees like `params`."""
-        inputs = [*self.leaves, *batch, *([] if mask is None else [mask])]
+        rest = [*batch, *([] if mask is None else [mask])]
         for part in more:
-            inputs += [part] if isinstance(part, Tensor) else tree.leaves(part)
+            rest += [part] if isinstance(part, Tensor) else tree.leaves(part)
+        inputs = [*self.leaves, *rest]
         alone = tuple([isinstance(part, Tensor) for part in more])
         differentiable = torch.is_grad_enabled() and any([x.requires_grad for x in inputs])
         if native.level() or differentiable:  # what it gives may be differentiated
             return Pass(self.prepared.loss, self.params)(batch, mask, finish, *more)
         if torch.compiler.is_dynamo_compiling():
             return self.compiled(batch, mask, finish, more, alone, inputs)
-        known = self.prepared.known(self.params, batch)
+        known = self.prepared.known(self.params, batch, mask)
         signature = Signature(finish, len(batch), mask is not None, alone)
         untracked = any([x.is_inference() for x in inputs])  # whether they are written to is not known
-        recorded = None if untracked else self.prepared.recorded(signature, self.params, inputs, known)
+        recorded = None if untracked else self.prepared.recorded(signature, self.params, rest, known)
         if recorded is None or recorded.program is None or recorded.structure is None:
             return Pass(self.prepared.loss, self.params, known.ways)(batch, mask, finish, *more)
         return tree.restore(recorded.structure, recorded.program(*inputs))

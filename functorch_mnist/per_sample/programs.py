@@ -23,8 +23,9 @@ from .. import native
 from ..ops import nested, tensors
 
 _ATEN = torch.ops.aten
-_VIEWS = (_ATEN.view.default, _ATEN._unsafe_view.default, _ATEN.expand.default)
-_ITSELF = (*_VIEWS, _ATEN.alias.default, _ATEN.detach.default)
+_ITSELF = (
+    _ATEN.view.default, _ATEN._unsafe_view.default, _ATEN.expand.default, _ATEN.alias.default, _ATEN.detach.default,
+)  # fmt: skip
 _TURNS = (_ATEN.t.default, _ATEN.transpose.int)
 """Done twice, nothing."""
 _ADDS = (_ATEN.add.Tensor, _ATEN.add_.Tensor)
