@@ -27,7 +27,7 @@ def stored(x: Tensor) -> Tensor:
     """
     if not torch.compiler.is_compiling():
         return x
-    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    order = sorted(range(x.dim()), key=lambda axis: (x.stride(axis), x.shape[axis]), reverse=True)
     dense = x.permute(order).clone(memory_format=torch.contiguous_format)
     return dense.as_strided(dense.shape, dense.stride()).permute([order.index(axis) for axis in range(x.dim())])
 

@@ -62,7 +62,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int
     Returns:
         (..., O, height', width').
     """
-    if weight.shape[-3] == 1 and x.dim() == 3 and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (weight.shape[-3] == 1 and x.dim() == 3):
         weight = channels_last(weight)  # `vmap` forgets how one channel is stored, and torch asks the weight as well
     return _over_leading_axes(lambda images: F.conv2d(images, weight, bias, stride, padding), x)
 
@@ -105,7 +105,7 @@ def _max_pool2d_by_comparison(x: Tensor, stride: int) -> Tensor:
     top_right, bottom_right = is_right.unbind(-3)
     number = is_bottom.float() * 2 + torch.where(is_bottom, bottom_right, top_right).float()
     numbers = torch.arange(4.0, device=x.device).view(2, 1, 2, 1)
-    largest = stored(number)[..., None, :, None, :] == numbers
+    largest = stored(number.contiguous())[..., None, :, None, :] == numbers
     return torch.where(largest, windows, 0.0).sum((-4, -2)).movedim(-1, -3)
 
 
@@ -148,6 +148,8 @@ def flatten(x: Tensor) -> Tensor:
     # The gradient of `narrow` is a new tensor in the order of the narrowed one: channels last. Without it the gradient
     # would reach the layers below as a strided view, and each of them would copy it.
     last = x.movedim(-3, -1)
+    if torch.compiler.is_compiling():  # stored as it is computed, and then reordered: two fast kernels for a slow one
+        return stored(last.contiguous()).movedim(-1, -3).flatten(-3)
     return last.narrow(-1, 0, last.shape[-1]).movedim(-1, -3).flatten(-3)
 
 
