@@ -25,6 +25,7 @@ from torch import Tensor
 
 from . import random
 from .compiler import stored
+from .decompositions import compiled_form
 
 _MANY_IMAGES = 48
 """From here on a convolution that covers whole images is faster than a product, though it reorders its kernel."""
@@ -225,7 +226,8 @@ def group_norm(x: Tensor, groups: int, *, epsilon: float = 1e-5) -> Tensor:
     """
     if groups < 1 or x.shape[-3] % groups:
         raise ValueError(f"group_norm: groups must divide the channels, {x.shape[-3]}. Found {groups}.")
-    return F.group_norm(x.flatten(0, -4) if x.dim() > 3 else x[None], groups, eps=epsilon).view(x.shape)
+    images = x.flatten(0, -4) if x.dim() > 3 else x[None]
+    return compiled_form(F.group_norm)(images, groups, eps=epsilon).view(x.shape)
 
 
 def log_softmax(x: Tensor) -> Tensor:

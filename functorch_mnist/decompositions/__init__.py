@@ -2,7 +2,7 @@
 
     recurrent.py    torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, and the cells of each
     attention.py    F.multi_head_attention_forward, F.scaled_dot_product_attention
-    normalization.py    F.batch_norm by fixed statistics, torch._weight_norm
+    normalization.py    F.batch_norm by fixed statistics, F.group_norm, torch._weight_norm
     embedding.py    F.embedding_bag
 
 A recurrent layer is many products with the same matrices, and torch computes it in one op: whoever follows parameters
@@ -36,6 +36,16 @@ DECOMPOSITIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch._weight_norm: normalization.weight_norm,
     F.embedding_bag: embedding.embedding_bag,
 }
+
+COMPILED: dict[Callable[..., Any], Callable[..., Any]] = dict.fromkeys(
+    (F.group_norm, torch.group_norm), normalization.group_norm
+)
+"""Of ops whose own form is fast, and slow once compiled."""
+
+
+def compiled_form(op: Callable[..., Any]) -> Callable[..., Any]:
+    """The op, or what takes less time in its place where this is being compiled."""
+    return COMPILED.get(op, op) if torch.compiler.is_compiling() else op
 
 
 def decomposition(op: Callable[..., Any]) -> Callable[..., Any] | None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import native
-from ..decompositions import DECOMPOSITIONS
+from ..decompositions import DECOMPOSITIONS, compiled_form
 from ..ops import tensors
 from .recurrence import OPS, read
 
@@ -29,7 +29,7 @@ def on_the_batch(func: Any, args: Any, kwargs: Any) -> Any:
     """
     run, simpler = _OPS.get(func), DECOMPOSITIONS.get(func)
     if run is None and simpler is None:
-        return func(*args, **kwargs)
+        return compiled_form(func)(*args, **kwargs)
     at = native.mapped()
     if at[0] == 0 or not _any_of_an_example(args, kwargs):
         return func(*args, **kwargs)
