@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .layout import Layout
 from .lookups import Lookup
-from .terms import Convolution, Dense, Outer, Strategy, Term
+from .terms import Convolution, Dense, Outer, Strategy, Term, by_pixels
 
 
 class Sizes(NamedTuple):
@@ -96,7 +96,13 @@ class ConvolutionForm:
         return Sizes(self.groups, count, math.prod(self.shape[1:]), self.shape[0] // self.groups)
 
     def costs(self, sizes: Sizes) -> dict[Strategy, Cost]:
-        return matrix_costs(sizes, patches=sizes.groups * sizes.positions * sizes.inputs)
+        groups, t, d, h = sizes
+        costs = matrix_costs(sizes, patches=groups * t * d)
+        if t > 1 and by_pixels(self.shape[2:], self.stride):
+            pairs, channels = (t * math.prod(self.stride)) ** 2, self.shape[1]
+            shifted = groups * t * t * math.prod(self.shape[2:])
+            costs["gram"] = Cost(groups * (2 * pairs + 2 * t * t), 2 * groups * (pairs * channels + t * t * h) + shifted)
+        return costs
 
     def factors(self, sizes: Sizes) -> int:
         return sizes.groups * sizes.positions * (sizes.inputs + sizes.outputs)

@@ -435,7 +435,30 @@ class Convolution(Term):
         return row_sums(outputs.view(cotangent.shape) * cotangent)
 
     def square_norms(self) -> Tensor:
-        return super().square_norms() if self.strategy == "build" else self.outer().square_norms()
+        if self.strategy == "build":
+            return super().square_norms()
+        if self.strategy == "outer product" or not by_pixels(self.kernel[2:], self.stride):
+            return self.outer().square_norms()
+        g, h = self.groups, self.kernel[0] // self.groups
+        cotangents = tree.wide(self.cotangent.movedim(2, -1).unflatten(-1, (g, h)).movedim(-2, 1).flatten(2, -2))
+        products = self._patch_products()
+        return row_sums(products * (cotangents @ cotangents.transpose(-2, -1)).view(products.shape))
+
+    def _patch_products(self) -> Tensor:
+        """Inner products of all pairs of patches, (B, G, N, *positions, N, *positions): those of pixels, summed."""
+        images, space = self.image.shape[1], self.image.shape[3:]
+        pixels = tree.wide(self.image.movedim(2, -1).unflatten(-1, (self.groups, -1)).movedim(-2, 1).flatten(2, -2))
+        products = (pixels @ pixels.transpose(-2, -1)).unflatten(-1, (images, *space)).unflatten(2, (images, *space))
+        if any(self.padding):
+            sides = [p for p in reversed(self.padding) for _ in range(2)]
+            products = stored(F.pad(products, [*sides, 0, 0, *sides]))
+        total: Tensor | float = 0.0
+        for offsets in itertools.product(*map(range, self.kernel[2:])):
+            part = products
+            for axis, offset in enumerate(offsets):
+                part = self._along(self._along(part, 3 + axis, axis, offset), 4 + len(space) + axis, axis, offset)
+            total = total + part
+        return total  # type: ignore[return-value]
 
     def reach(self) -> Tensor | None:
         if math.prod(self.cotangent.shape[3:]) * self.cotangent.shape[1] == 1:
@@ -480,7 +503,7 @@ class Convolution(Term):
             for offsets in itertools.product(*map(range, kernel)):
                 part = image
                 for axis in range(space):
-                    part = self._along(part, axis, offsets[axis])
+                    part = self._along(part, 2 + axis, axis, offsets[axis])
                 patches.append(part)
             if image.shape[-1] == 1:  # positions next to each other in memory, for there are more of them
                 a = torch.stack([patch.squeeze(-1) for patch in patches], 2).movedim(2, -1)[:, None, ..., None]
@@ -501,11 +524,19 @@ class Convolution(Term):
             return image
         return F.pad(image, [0, 0, *[p for p in reversed(self.padding) for _ in range(2)]])
 
-    def _along(self, image: Tensor, axis: int, offset: int) -> Tensor:
-        """The numbers that one offset of the kernel meets along an axis of space."""
+    def _along(self, x: Tensor, at: int, axis: int, offset: int) -> Tensor:
+        """The numbers that one offset of the kernel meets along an axis of space, which is an axis of `x`."""
         start = offset * self.dilation[axis]
         stop = start + self.stride[axis] * (self.cotangent.shape[3 + axis] - 1) + 1
-        return image[(slice(None),) * (2 + axis) + (slice(start, stop, self.stride[axis]),)]
+        return x[(slice(None),) * at + (slice(start, stop, self.stride[axis]),)]
+
+
+def by_pixels(kernel: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether inner products of patches are summed from those of pixels: of these there are fewer than pairs of places.
+
+    A stride of s leaves out all but one of s^2 pairs of pixels along each axis, of which the kernel meets K.
+    """
+    return math.prod(stride) ** 2 < math.prod(kernel)
 
 
 @tree.register
