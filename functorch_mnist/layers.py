@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import random
 from .compiler import stored
-from .decompositions import compiled_form
+from .decompositions import fastest
 
 _MANY_IMAGES = 48
 """From here on a convolution that covers whole images is faster than a product, though it reorders its kernel."""
@@ -47,7 +47,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> linear(torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 1.0]]), torch.tensor([0.5]))
         tensor([3.5000])
     """
-    return F.linear(x, weight, bias)
+    return fastest(F.linear)(x, weight, bias)
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, padding: int = 0) -> Tensor:
@@ -227,7 +227,7 @@ def group_norm(x: Tensor, groups: int, *, epsilon: float = 1e-5) -> Tensor:
     if groups < 1 or x.shape[-3] % groups:
         raise ValueError(f"group_norm: groups must divide the channels, {x.shape[-3]}. Found {groups}.")
     images = x.flatten(0, -4) if x.dim() > 3 else x[None]
-    return compiled_form(F.group_norm)(images, groups, eps=epsilon).view(x.shape)
+    return fastest(F.group_norm)(images, groups, eps=epsilon).view(x.shape)
 
 
 def log_softmax(x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import layers, native, random
-from ..decompositions import compiled_form
+from ..decompositions import fastest
 from ..ops import DECIDING, METADATA, flat, nested, tensors, writes
 from .draws import Drawing, channels
 from .trial import Axis, Step, Trial, joined, split
@@ -74,7 +74,7 @@ class Region(Drawing):
                 self.decided(value)
             return value
         if not any([x in self.mine for x in tensors(args, kwargs)]):
-            return compiled_form(func)(*args, **kwargs)
+            return fastest(func)(*args, **kwargs)
         values = flat((args, kwargs))
         if writes(func, args, kwargs) and args and any([p is args[0] for p in self.params]):
             raise ValueError(
@@ -82,7 +82,7 @@ class Region(Drawing):
                 "place out of the forward."
             )
         if not self.lifts:
-            return compiled_form(func)(*args, **kwargs)
+            return fastest(func)(*args, **kwargs)
         if native.level() != self.level:
             raise ValueError(
                 "apply: a module must use its parameters outside of transforms of torch.func. Found "

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import native
-from ..decompositions import DECOMPOSITIONS, compiled_form
+from .. import native, products
+from ..decompositions import DECOMPOSITIONS, fastest
 from ..ops import tensors
 from .recurrence import OPS, read
 
@@ -29,7 +29,7 @@ def on_the_batch(func: Any, args: Any, kwargs: Any) -> Any:
     """
     run, simpler = _OPS.get(func), DECOMPOSITIONS.get(func)
     if run is None and simpler is None:
-        return compiled_form(func)(*args, **kwargs)
+        return fastest(func)(*args, **kwargs)
     at = native.mapped()
     if at[0] == 0 or not _any_of_an_example(args, kwargs):
         return func(*args, **kwargs)
@@ -80,7 +80,7 @@ def _linear(at: tuple[int, int], input: Tensor, weight: Tensor, bias: Tensor | N
     """(B positions, H)."""
     if not native.is_of_an_example(input) or _any_of_an_example((weight, bias), {}) or weight.dim() != 2:
         return None
-    return F.linear(native.taken_out(input, at).flatten(0, -2), weight, bias)
+    return products.linear(native.taken_out(input, at).flatten(0, -2), weight, bias)
 
 
 def _addmm(

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..decompositions import compiled_form
+from ..decompositions import fastest
 from .forms import ConvolutionForm, Form, LookupForm, MatrixForm, ScaleForm, ShiftForm
 from .layout import layout
 
@@ -310,7 +310,7 @@ def group_norm(
 ) -> list[Entry]:
     """Scale and shift of channels, normalised by groups."""
     space = input.dim() - 2
-    return [scale(weight, compiled_form(F.group_norm)(input, num_groups, eps=eps), space), shift(bias, space)]
+    return [scale(weight, fastest(F.group_norm)(input, num_groups, eps=eps), space), shift(bias, space)]
 
 
 @rule(F.instance_norm)

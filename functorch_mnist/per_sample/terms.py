@@ -32,6 +32,7 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 from .. import tree
 from ..batch import masked
 from ..compiler import stored
+from ..products import sum_of_outer
 from .layout import Layout, View, kernel_layout, layout
 
 Strategy: TypeAlias = Literal["outer product", "gram", "build", "sum", "pairs"]
@@ -644,7 +645,7 @@ def merged(x: Tensor) -> Tensor:
 def product(x: Tensor, y: Tensor) -> Tensor:
     """Σ_{b, t} x yᵀ, (G, H, D), of (B, G, T, H) and (B, G, T, D)."""
     if x.shape[1] == 1:
-        return (x.flatten(0, 2).T @ y.flatten(0, 2))[None]
+        return sum_of_outer(x.flatten(0, 2), y.flatten(0, 2))[None]
     return merged(x).transpose(-2, -1) @ merged(y)
 
 

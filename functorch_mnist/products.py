@@ -1,0 +1,71 @@
+"""Products of matrices in float32 on a CPU, by the faster of the two libraries that torch has for them.
+
+torch gives products to MKL, which has kernels for Intel's CPUs and takes about twice as long as it could on others, and
+convolutions to oneDNN, which has kernels for all. A product `x Wᵀ` is a convolution with a kernel of one pixel: the
+rows of x are the pixels of one image, stored channels last. So both are the same numbers in the same order.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import platform
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_weight
+
+from .compiler import constant_to_the_compiler
+
+_WORTH = 2**21
+"""Multiplications: fewer take less time than a convolution's call."""
+
+
+@constant_to_the_compiler
+def prefers_convolutions() -> bool:
+    """Whether torch has oneDNN beside an MKL that was not written for this CPU."""
+    return _mkl_is_foreign()
+
+
+@functools.cache
+def _mkl_is_foreign() -> bool:
+    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return both and "Intel" not in _vendor()
+
+
+def _vendor() -> str:
+    """Of the CPU, as `GenuineIntel`; empty where it is not known."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
+def _by_convolution(multiplications: int, x: Tensor, y: Tensor) -> bool:
+    """Whether a product of `x` and `y` is taken as a convolution."""
+    kinds = x.dtype == y.dtype == torch.float32 and x.device.type == y.device.type == "cpu"
+    return kinds and multiplications >= _WORTH and prefers_convolutions()
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`: `x Wᵀ + b`, (…, H) of (…, D) and (H, D)."""
+    rows = math.prod(input.shape[:-1])
+    if weight.dim() != 2 or not _by_convolution(rows * weight.numel(), input, weight):
+        return F.linear(input, weight, bias)
+    out: Tensor = F.conv2d(_image(input), weight[..., None, None], bias)
+    return out.movedim(1, -1).reshape(*input.shape[:-1], len(weight))
+
+
+def sum_of_outer(x: Tensor, y: Tensor) -> Tensor:
+    """`xᵀ y`, (H, D) of (N, H) and (N, D): a sum of outer products, as the gradient of a weight is."""
+    if not _by_convolution(x.numel() * y.shape[1], x, y):
+        return x.T @ y
+    return conv2d_weight(_image(y), (x.shape[1], y.shape[1], 1, 1), _image(x))[..., 0, 0]
+
+
+def _image(x: Tensor) -> Tensor:
+    """The rows of (…, D) as the pixels of one image (1, D, N, 1), stored channels last."""
+    return x.reshape(1, math.prod(x.shape[:-1]), 1, x.shape[-1]).movedim(-1, 1)
