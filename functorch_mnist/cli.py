@@ -76,7 +76,7 @@ def _parse(arguments: list[str]) -> Any:
             options = _read(arguments, opt.RECIPES[options.training.recipe])
         (opt.check_sweep if isinstance(options, opt.Sweep) else opt.check_compare)(options)
     elif isinstance(options, opt.Plan):
-        opt.check(options.training)
+        opt.check_plan(options)
     elif isinstance(options, opt.Analysis):
         opt.check_analysis(options)
     elif isinstance(options, opt.Account):

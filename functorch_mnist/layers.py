@@ -26,10 +26,7 @@ from torch import Tensor
 from . import random
 from .compiler import stored
 from .decompositions import fastest
-
-_MANY_IMAGES = 48
-"""From here on a convolution that covers whole images is faster than a product, though it reorders its kernel."""
-_ONEDNN = torch.backends.mkldnn.is_available()
+from .products import prefers_convolutions
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -165,12 +162,10 @@ def image_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     Returns:
         (..., H).
 
-    Cost: one matrix product. In float32 on a CPU, for one image (to which `vmap` adds others) or at least 48, it is a
-        convolution whose kernel covers the image: torch gives convolutions to oneDNN and products to MKL, and the
-        former was twice as fast and needs no other order of the images' numbers, but of the kernel's.
+    Cost: one matrix product; where torch's products are slow, a convolution whose kernel covers the image, which needs
+        no other order of the images' numbers, but of the kernel's.
     """
-    worth = x.dim() == 3 or math.prod(x.shape[:-3]) >= _MANY_IMAGES
-    if worth and x.dtype == torch.float32 and x.device.type == "cpu" and _ONEDNN:
+    if x.dtype == torch.float32 and x.device.type == "cpu" and prefers_convolutions():
         kernel = weight.unflatten(-1, x.shape[-3:])
         return conv2d(x, kernel, bias).flatten(-3)
     return linear(flatten(x), weight, bias)

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import functools
 import math
-import platform
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
+from . import machine
 from .compiler import constant_to_the_compiler
 
 _WORTH = 2**21
@@ -32,16 +31,7 @@ def prefers_convolutions() -> bool:
 @functools.cache
 def _mkl_is_foreign() -> bool:
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    return both and "Intel" not in _vendor()
-
-
-def _vendor() -> str:
-    """Of the CPU, as `GenuineIntel`; empty where it is not known."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
+    return both and "Intel" not in machine.vendor()
 
 
 def _by_convolution(multiplications: int, x: Tensor, y: Tensor) -> bool:

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import data, layers, models, optim, privacy, random, train
+from .. import data, layers, models, optim, per_sample, privacy, random, train
 from .. import losses as losses_of
 from .. import options as options_of
 from ..models import Model, Params
 from ..options import Train, given_weights
-from .faults import refusing
+from .faults import refusing, saying_warnings
 from .sources import Parts
 
 SIDE = 28
@@ -319,6 +319,16 @@ def losses(made: Classifier, options: Train, others: Partners | None = None) -> 
         return made.loss(outputs, labels.unsqueeze(-1).expand(keys.shape[:-1])).mean(-1)
 
     return losses_fn
+
+
+def fastest(
+    loss_fn: Callable[..., Tensor], params: Params, *example: Tensor, options: Train, batch_size: int
+) -> Callable[..., Tensor]:
+    """The loss of one example, whose sample gradients are taken as `plan --tune` has found fastest, where it has."""
+    batch = [x.expand(batch_size, *x.shape) for x in example]
+    with saying_warnings():
+        plan = per_sample.tune(loss_fn, params, *batch, compile=options.compile == "on", measure=False)
+    return plan.of(loss_fn)
 
 
 def order(options: Train, labels: Tensor) -> train.Order | None:

@@ -1,6 +1,8 @@
 """Faults that one line can tell, and a save that a second Ctrl-C does not break off."""
 
 import signal
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,6 +27,16 @@ def refusing(kind: type[Exception], rule: str = "") -> Iterator[None]:
 def first_line(error: Exception) -> str:
     """What the error says, without what torch adds for its developers."""
     return str(error).partition("\n")[0]
+
+
+@contextmanager
+def saying_warnings() -> Iterator[None]:
+    """Tells each of this library's warnings in one line on stderr."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for text in dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning):
+        print(f"functorch-mnist: {text.partition(chr(10))[0]}", file=sys.stderr)
 
 
 def check_finite(values: Tree, what: str, remedy: str = "Lower --lr, or set --max-norm.") -> None:

@@ -5,12 +5,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .. import per_sample, random
+from .. import allocator, per_sample, random
 from ..models import Params
 from ..options import Plan, UsageError
+from ..per_sample import measured
 from ..per_sample.plan import Way
 from . import build
-from .faults import refusing
+from .faults import refusing, saying_warnings
 
 
 def plan(options: Plan) -> int:
@@ -21,8 +22,17 @@ def plan(options: Plan) -> int:
         return made.loss(made.outputs(params, image), label)
 
     example = torch.zeros(1, 28, 28, dtype=torch.uint8), torch.tensor(0)
+    params = made.init(random.key(0))
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     with refusing(RuntimeError, "The model must fit in memory. Found: "):
-        found = per_sample.plan(loss_fn, made.init(random.key(0)), *example, batch_size=options.batch_size)
+        if options.tune:
+            allocator.keep_freed_memory()  # as `train` does
+            batch = [torch.stack([x] * options.batch_size) for x in example]
+            with saying_warnings():
+                found = per_sample.tune(loss_fn, params, *batch, compile=options.compile == "on")
+        else:
+            found = per_sample.plan(loss_fn, params, *example, batch_size=options.batch_size)
     for wish in options.override:
         name, equals, way = wish.partition("=")
         if not equals:
@@ -30,4 +40,6 @@ def plan(options: Plan) -> int:
         with refusing(ValueError):
             found = found.override(name, cast(Way, way))
     print(found)
+    if options.tune:
+        print(f"Kept in {measured.default_file()}.")
     return 0

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import data, optim, privacy
+from .. import data, optim, privacy, random, tree
 from .. import train as training
 from ..checkpoint import JSON
 from ..options import Train, UsageError
@@ -35,8 +35,8 @@ class Private:
         """
         self.options, self.made, self.optimizer = options, made, optimizer
         self.clipping = build.clipping(options)
-        self.data = digest(list(examples))
-        total = len(examples.labels)
+        self.data, self.example = digest(list(examples)), [x[0] for x in examples]
+        total = self.total = len(examples.labels)
         self.per_epoch = steps_per_epoch(options, total)
         self.steps = options.epochs * self.per_epoch
         self.secret = privacy.Secret(options.noise_seed)
@@ -89,9 +89,15 @@ class Private:
     @cached_property
     def step(self) -> training.PrivateStep:
         """The run's step."""
+        device = self.example[0].device
+        params = tree.map(lambda p: p.to(device), self.made.init(random.key(0)))
+        loss_fn = build.fastest(
+            build.losses(self.made, self.options), params, *self.example, random.key(0).to(device),
+            options=self.options, batch_size=privacy.chunk_sizes(self.mechanism, self.total)[-1],
+        )  # fmt: skip
         with refusing(ValueError):
             step = training.make_private_step(
-                build.losses(self.made, self.options),
+                loss_fn,
                 self.optimizer,
                 clipping=self.clipping,
                 noise_multiplier=self.mechanism.noise_multiplier,

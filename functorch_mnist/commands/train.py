@@ -81,7 +81,8 @@ def run(options: Train, parts: Parts, folder: Path, *, again: str) -> int:
     watch, watcher = None, Watcher(folder, watches)
     if options.watch:  # a batch's loss of one example is that example's loss
         example = (*[x[0] for x in examples], random.key(0))
-        loss_fn = per_sample.prepare(losses_fn, saved.state.params, *example)
+        tuned_fn = build.fastest(losses_fn, saved.state.params, *example, options=options, batch_size=batch_size)
+        loss_fn = per_sample.prepare(tuned_fn, saved.state.params, *example)
         watch = training.Watch(step_of(training.watching(loss_fn)), options.watch_every)
 
     def config(step: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from .analysis import Plan as Plan
 from .analysis import Predict as Predict
 from .analysis import Scores as Scores
 from .analysis import check_analysis as check_analysis
+from .analysis import check_plan as check_plan
 from .saved import check_resumed as check_resumed
 from .saved import differences as differences
 from .saved import from_json as from_json

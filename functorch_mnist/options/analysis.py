@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from .train import Train
+from .train import Train, check
 from .words import Rule, UsageError, check_ranges, listed
 
 SCORES = ("loss", "el2n", "grand", "margin", "self-influence", "forgetting")
@@ -127,6 +127,12 @@ class Plan:
     """Precision of the forward and backward pass."""
     override: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Take a parameter another way, as NAME=WAY, such as conv2.weight=gram; may be given again."""
+    tune: bool = False
+    """Time the ways on this machine and keep the fastest for `train`, in the user's cache folder."""
+    compile: Literal["on", "off"] = "off"
+    """Whether what is timed is compiled, as for runs with --compile on."""
+    threads: int | None = None
+    """Number of CPU threads; torch's own choice by default."""
 
     @property
     def training(self) -> Train:
@@ -137,6 +143,8 @@ class Plan:
             activation=self.activation,
             batch_size=self.batch_size,
             precision=self.precision,
+            compile=self.compile,
+            threads=self.threads,
         )
 
 
@@ -148,6 +156,18 @@ _RULES: tuple[Rule, ...] = (
     ("above 0 and below 1", lambda v: 0 < v < 1, ("flip",)),
     ("from 1 to 1024", lambda v: 1 <= v <= 1024, ("threads",)),
 )
+
+
+def check_plan(options: Plan) -> None:
+    """Refuses what can be refused before torch is imported.
+
+    Raises:
+        UsageError: a number is out of its range, or an option has no effect beside the others.
+    """
+    check(options.training)
+    for name in ("compile", "threads"):
+        if not options.tune and getattr(options, name) != getattr(Plan(), name):
+            raise UsageError(f"--{name} has no effect without --tune.")
 
 
 def check_analysis(options: Analysis) -> None:

@@ -20,6 +20,8 @@ the cotangent of its output. Nearly everything one wants of it follows from the 
     plan.py          the plan: all of this as a table that can be changed
     factored.py      the terms of all parameters, and the algebra on them
     passes.py        the backward pass of a batch or of its chunks, and what is made of it
+    measured.py      the file of times that were measured
+    tuning.py        the plan with the ways that are fastest on this machine
     programs.py      the ops that a function ran, to run again without what led to them
     opaque.py        functions that the compiler calls and does not follow
     prepared.py      a loss whose survey, strategies and ops are kept
@@ -51,3 +53,4 @@ from .rules import matrix as matrix
 from .rules import rule as rule
 from .rules import shift as shift
 from .terms import Kronecker as Kronecker
+from .tuning import tune as tune

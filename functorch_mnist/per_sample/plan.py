@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -68,6 +68,10 @@ class Plan:
         changed = replace(row, way=way, reason="asked for")
         return replace(self, rows=tuple(changed if r is row else r for r in self.rows))
 
+    def of(self, loss_fn: LossFn) -> Planned:
+        """The loss, whose sample gradients are then taken by this plan wherever it is passed to."""
+        return Planned(loss_fn, self)
+
     @property
     def memory(self) -> int:
         """Bytes that the batch's inner products take besides the factors, all parameters at once."""
@@ -103,6 +107,17 @@ class Plan:
         shape = "x".join(map(str, row.shape)) or "()"
         ops = ", ".join(dict.fromkeys(row.ops)) or "none"
         return (row.path, shape, ops, *numbers, row.way, memory, arithmetic, row.reason)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A loss and the plan of its sample gradients: called, it is the loss."""
+
+    loss_fn: LossFn
+    plan: Plan
+
+    def __call__(self, params: Tree, *example: Tensor) -> Any:
+        return self.loss_fn(params, *example)
 
 
 def _human(count: int, unit: str) -> str:

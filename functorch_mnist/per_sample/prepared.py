@@ -20,7 +20,7 @@ from . import opaque
 from .capture import LossFn, Strayed
 from .factored import Factored
 from .passes import Finish, Loss, Pass, Ways, itself, passed, ways
-from .plan import Plan
+from .plan import Plan, Planned
 from .programs import NotRecorded, Program, record
 
 Kind: TypeAlias = tuple[torch.Size, torch.dtype, torch.device]
@@ -251,6 +251,8 @@ def passes(loss_fn: LossFn, params: Tree, plan: Plan | None = None, has_aux: boo
     Raises:
         ValueError: a prepared loss is given a plan, or another `has_aux` than it was prepared with.
     """
+    if isinstance(loss_fn, Planned):
+        return passes(loss_fn.loss_fn, params, loss_fn.plan if plan is None else plan, has_aux)
     if not isinstance(loss_fn, Prepared):
         return Pass(Loss(loss_fn, plan, has_aux), params)
     if plan is not None or has_aux != loss_fn.loss.has_aux:
@@ -298,6 +300,8 @@ def prepare(
           one example: (2,) float32
             norms of 2: ... ops
     """
+    if isinstance(loss_fn, Planned):
+        loss_fn, plan = loss_fn.loss_fn, loss_fn.plan if plan is None else plan
     prepared = Prepared(Loss(loss_fn, plan, has_aux), params)
     prepared.known(params, [torch.as_tensor(x)[None] for x in example])
     return prepared

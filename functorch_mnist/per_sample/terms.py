@@ -35,8 +35,12 @@ from ..compiler import stored
 from ..products import sum_of_outer
 from .layout import Layout, View, kernel_layout, layout
 
-Strategy: TypeAlias = Literal["outer product", "gram", "build", "sum", "pairs"]
-"""How inner products are taken; `"pairs"`: of each pair of uses."""
+Strategy: TypeAlias = Literal["outer product", "gram", "build", "unfold", "grouped convolution", "sum", "pairs"]
+"""How inner products are taken; `"pairs"`: of each pair of uses. A convolution builds its gradients in one of two ways,
+`"unfold"`: as products of patches, or `"grouped convolution"`: with the examples as groups."""
+
+BUILDS: tuple[Strategy, ...] = ("build", "unfold", "grouped convolution")
+"""The strategies that build the sample gradients; `"build"` takes the way that is counted to move less memory."""
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _WEIGHT_GRADIENTS: dict[int, Any] = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
@@ -355,10 +359,8 @@ class Outer(Term):
         return g.transpose(-2, -1) @ a
 
 
-_FEW_INPUTS = 32
-"""Up to so many inputs per position (kernel times channels), products were faster than a grouped convolution."""
 _AT_ONCE = 128
-"""Examples in one grouped convolution, or nearly so many: it needs copies of its factors, channels first."""
+"""Examples in one grouped convolution, or nearly so many: fewer bound the copies it makes, and take no more time."""
 
 
 @tree.register
@@ -391,12 +393,23 @@ class Convolution(Term):
         return self._parts().grads()
 
     def _parts(self) -> Parts:
-        inputs = math.prod(self.kernel[1:])
-        if self.image.device.type != "cpu" or self.image.dtype == torch.bfloat16 or inputs <= _FEW_INPUTS:
+        if not self._by_groups():
             return Parts((self.outer().grads(),))
         count = max(1, round(len(self.image) / _AT_ONCE))
         parts = zip(self.image.tensor_split(count), self.cotangent.tensor_split(count), strict=True)
         return Parts(tuple([self._grads_by_groups(image, cotangent) for image, cotangent in parts]))
+
+    def _by_groups(self) -> bool:
+        """Whether the gradients are built by a grouped convolution.
+
+        It copies image and cotangent; products read each pixel for each offset of the kernel. bfloat16 and GPUs have
+        fast kernels of products alone.
+        """
+        if self.strategy in ("unfold", "grouped convolution"):
+            return self.strategy == "grouped convolution"
+        copied = self.kernel[1] * math.prod(self.stride) + self.kernel[0] // self.groups
+        has_kernels = self.image.device.type == "cpu" and self.image.dtype != torch.bfloat16
+        return has_kernels and copied < math.prod(self.kernel[1:])
 
     def _grads_by_groups(self, image: Tensor, cotangent: Tensor) -> Tensor:
         """The examples as groups of one convolution: as fast as the ordinary weight gradient, given channels first.
@@ -436,7 +449,7 @@ class Convolution(Term):
         return row_sums(outputs.view(cotangent.shape) * cotangent)
 
     def square_norms(self) -> Tensor:
-        if self.strategy == "build":
+        if self.strategy in BUILDS:
             return super().square_norms()
         if self.strategy == "outer product" or not by_pixels(self.kernel[2:], self.stride):
             return self.outer().square_norms()
@@ -472,7 +485,7 @@ class Convolution(Term):
         return row_sums((a.squeeze(1).clamp(min=0) * g).sqrt().view(len(self.image), -1))
 
     def gram(self, other: Term) -> Tensor:
-        if self.strategy == "build" or not isinstance(other, Convolution):
+        if self.strategy in BUILDS or not isinstance(other, Convolution):
             return super().gram(other)
         return self.outer().gram(other.outer())
 
@@ -618,7 +631,7 @@ def scaled(x: Tensor, weights: Tensor) -> Tensor:
 
 def _builds(term: Outer | Convolution, shape: tuple[int, ...], a: Tensor, g: Tensor) -> bool:
     """Whether inner products build the sample gradients, and these are no larger than the factors."""
-    return term.strategy == "build" and math.prod(shape) <= a[0].numel() + g[0].numel()
+    return term.strategy in BUILDS and math.prod(shape) <= a[0].numel() + g[0].numel()
 
 
 def weighted(values: Tensor, weights: Tensor) -> Tensor:
