@@ -9,10 +9,10 @@ import functorch_mnist
 
 ROOT = Path(functorch_mnist.__file__).parent
 ROWS = [
-    {"compiler"},
-    {"tree", "allocator", "batch", "native", "ops", "hyperparameters", "options"},
-    {"random"},
-    {"layers", "losses", "optim", "data", "decompositions"},
+    {"compiler", "machine"},
+    {"tree", "allocator", "batch", "native", "ops", "products", "hyperparameters", "options"},
+    {"random", "decompositions"},
+    {"layers", "losses", "optim", "data"},
     {"models"},
     {"per_sample"},
     {"statistics", "attribution", "privacy", "calibration", "ensemble"},

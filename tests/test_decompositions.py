@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.func import grad, vmap
+from torch.func import grad, jacrev, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from functorch_mnist.decompositions import __all__ as public
-from functorch_mnist.decompositions import decomposition
+from functorch_mnist.decompositions import decomposition, fastest
+from functorch_mnist.decompositions.normalization import group_norm
 
 LAYERS = {"lstm": torch.lstm, "gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
 CELLS = {
@@ -568,3 +569,50 @@ def test_a_mode_finds_the_op_in_torchs_module_and_runs_it_decomposed(op, trainin
 def test_the_public_names_are_there():
     assert public == ["decomposition"]
     assert decomposition(torch.relu) is None
+
+
+GROUPED = [((3, 6, 4, 5), 3), ((2, 6), 3), ((2, 8, 7), 8), ((2, 4, 3, 3, 2), 1)]
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize(("shape", "groups"), GROUPED)
+def test_group_norm_for_the_compiler_is_group_norm_with_its_derivatives(shape, groups, affine, last):
+    x = torch.randn(shape, dtype=torch.float64) * 2 + 5
+    if last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    weights = tuple(torch.randn(2, shape[1], dtype=torch.float64)) if affine else ()
+    cotangent = torch.randn(shape, dtype=torch.float64)
+    expected, pull = vjp(lambda x, *w: F.group_norm(x, groups, *w), x, *weights)
+    found, pull_found = vjp(lambda x, *w: group_norm(x, groups, *w), x, *weights)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(pull_found(cotangent), pull(cotangent), rtol=1e-10, atol=1e-10)
+
+    def curvature(fn):
+        return jacrev(grad(lambda x: (fn(x, groups) * cotangent[:1]).sum()))(x[:1])
+
+    torch.testing.assert_close(curvature(group_norm), curvature(F.group_norm), rtol=1e-9, atol=1e-9)
+
+
+def test_group_norm_is_as_precise_far_from_zero_as_torchs():
+    x = torch.randn(2, 8, 16, 16) * 1e-2 + 100
+    exact = F.group_norm(x.double(), 4)
+    mine, theirs = [(fn(x, 4) - exact).abs().max() for fn in (group_norm, F.group_norm)]
+    assert mine <= 4 * theirs
+    low = group_norm(x.bfloat16(), 4)
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low, F.group_norm(x.bfloat16(), 4), rtol=2e-2, atol=2e-2)
+
+
+def test_a_group_norm_of_single_numbers_is_refused():
+    for fn in (group_norm, F.group_norm):
+        with pytest.raises(ValueError, match=r"several numbers|more than 1 value"):
+            fn(torch.ones(1, 3), 3)
+
+
+def test_group_norm_has_another_form_once_compiled():
+    x = torch.randn(2, 8, 5, 5).contiguous(memory_format=torch.channels_last)
+    assert fastest(F.group_norm) is F.group_norm
+    assert fastest(torch.relu) is torch.relu
+    compiled = torch.compile(lambda x: fastest(F.group_norm)(x, 4), fullgraph=True)(x)
+    torch.testing.assert_close(compiled, F.group_norm(x, 4), rtol=1e-5, atol=1e-5)

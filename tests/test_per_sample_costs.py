@@ -1,5 +1,7 @@
 """What the strategies cost, which of them is taken, and how a plan is printed: numbers by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,11 +38,14 @@ def test_costs_are_numbers_stored_and_multiplications_and_additions():
         "gram": Cost(4, 2 * 2 * 9),
         "build": Cost(40, 2 * 2 * 20),
     }
-    patches = 2 * 20 * 12
-    assert KERNEL.costs(Sizes(2, 20, 12, 3)) == {
-        "gram": Cost(2 * 2 * 400 + patches, 2 * 2 * 400 * 15),
+    assert KERNEL.costs(Sizes(2, 20, 12, 3)) == {  # pixels have 2 channels and meet 6 offsets of the kernel
+        "gram": Cost(2 * (2 * 400 + 2 * 400), 2 * 2 * 400 * (2 + 3) + 2 * 400 * 6),
         "build": Cost(2 * 3 * 12, 2 * 2 * 20 * 3 * 12),
+        "unfold": Cost(2 * 3 * 12 + 2 * 20 * 12, 2 * 2 * 20 * 3 * 12),
+        "grouped convolution": Cost(2 * 3 * 12 + 2 * 20 * (2 + 3), 2 * 2 * 20 * 3 * 12),
     }
+    sparse = replace(KERNEL, stride=(2, 2))  # 16 pairs of pixels for one of places: products of patches are fewer
+    assert sparse.costs(Sizes(2, 20, 12, 3))["gram"] == Cost(2 * 2 * 400 + 2 * 20 * 12, 2 * 2 * 400 * 15)
     assert KERNEL.costs(Sizes(1, 1, 12, 3))["outer product"] == Cost(0, 30)
     assert KERNEL.costs(Sizes(2, 1, 12, 3))["outer product"] == Cost(24, 60)
     assert LookupForm((7, 2), None).costs(Sizes(1, 3, 7, 2)) == {"gram": Cost(12, 18), "build": Cost(14, 6 + 28)}

@@ -62,8 +62,13 @@ def group_norm(
         num_groups: divides C.
         weight, bias: (C,), or none.
         eps: added to the variance.
+
+    Raises:
+        ValueError: there is one number in all, as torch says too.
     """
     n, c = input.shape[:2]
+    if input.numel() == num_groups:
+        raise ValueError(f"group_norm: there must be several numbers in a group. Found {tuple(input.shape)}.")
     space = list(range(2, input.dim()))
     size = input[0].numel() // num_groups
 

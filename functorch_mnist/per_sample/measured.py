@@ -82,8 +82,7 @@ def add(file: Path, place: Place, times: Mapping[str, float]) -> None:
         warnings.simplefilter("ignore")  # said when it was read
         records = read(file)
     kept = [record for record in records if find([record], place) is None]
-    rounded = {way: float(f"{t:.4g}") for way, t in times.items()}
-    text = json.dumps({"format": FORMAT, "records": [*kept, {**place, "milliseconds": rounded}]}, indent=1)
+    text = json.dumps({"format": FORMAT, "records": [*kept, {**place, "milliseconds": dict(times)}]}, indent=1)
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".new")
     try:

@@ -146,7 +146,7 @@ def _times(terms: dict[Way, Term], compile: bool, seconds: float) -> dict[str, f
             taken[way].append(1000 * (time.perf_counter() - before))
         if len(taken[way]) >= 25:
             break
-    return {way: statistics.median(every) for way, every in taken.items()}
+    return {way: float(f"{statistics.median(every):.4g}") for way, every in taken.items()}
 
 
 def _fastest(row: Row, times: dict[str, float]) -> Row:
