@@ -54,7 +54,8 @@ class Problem:
             module = self.loaded(torch.float64)
             with torch.no_grad():
                 for i, p in enumerate(module.parameters()):
-                    p += (draw > 0) * 2.0**-21 * p * random.normal(random.fold_in(random.key(draw), i), p.shape)
+                    noise = random.normal(random.fold_in(random.key(draw), i), tuple(p.shape))
+                    p.mul_(1 + (2.0**-21 * noise if draw else 0))
             F.cross_entropy(module(self.x.double()), self.labels).backward()
             found.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]))
         return max(float((gradient - found[0]).norm() / found[0].norm()) for gradient in found[1:])
@@ -108,7 +109,7 @@ def sequence(length: int, batch_size: int, device: str = "cpu") -> Problem:
 
 def _of_module(module: Callable[[], nn.Module], x: Tensor, device: str) -> Problem:
     """A module's problem, on examples that it takes as they are stored."""
-    _, model = models.from_module(module().to(device, memory_format=torch.channels_last), example_ndim=x.dim() - 1)
+    _, model = models.from_module(module().to(device).to(memory_format=torch.channels_last), example_ndim=x.dim() - 1)
     labels = random.randint(random.key(2), (len(x),), 0, networks.CLASSES).to(device)
     return Problem(module, model.apply, model.init(random.key(0)), x.to(device), _as_stored, labels)
 

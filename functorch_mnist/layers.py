@@ -15,7 +15,6 @@ Images are fastest on a CPU in the channels-last memory format. A layer keeps th
 `max_pool2d` also keep it in their gradients, which torch's own do not.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -23,10 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import random
+from . import products, random
 from .compiler import stored
 from .decompositions import fastest
-from .products import prefers_convolutions
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -44,7 +42,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> linear(torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 1.0]]), torch.tensor([0.5]))
         tensor([3.5000])
     """
-    return fastest(F.linear)(x, weight, bias)
+    return products.linear(x, weight, bias)
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, padding: int = 0) -> Tensor:
@@ -165,7 +163,7 @@ def image_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     Cost: one matrix product; where torch's products are slow, a convolution whose kernel covers the image, which needs
         no other order of the images' numbers, but of the kernel's.
     """
-    if x.dtype == torch.float32 and x.device.type == "cpu" and prefers_convolutions():
+    if x.dtype == torch.float32 and x.device.type == "cpu" and products.prefers_convolutions():
         kernel = weight.unflatten(-1, x.shape[-3:])
         return conv2d(x, kernel, bias).flatten(-3)
     return linear(flatten(x), weight, bias)
@@ -222,7 +220,8 @@ def group_norm(x: Tensor, groups: int, *, epsilon: float = 1e-5) -> Tensor:
     if groups < 1 or x.shape[-3] % groups:
         raise ValueError(f"group_norm: groups must divide the channels, {x.shape[-3]}. Found {groups}.")
     images = x.flatten(0, -4) if x.dim() > 3 else x[None]
-    return fastest(F.group_norm)(images, groups, eps=epsilon).view(x.shape)
+    normalized: Tensor = fastest(F.group_norm)(images, groups, eps=epsilon)
+    return normalized.view(x.shape)
 
 
 def log_softmax(x: Tensor) -> Tensor:

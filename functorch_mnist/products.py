@@ -45,7 +45,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = math.prod(input.shape[:-1])
     if weight.dim() != 2 or not _by_convolution(rows * weight.numel(), input, weight):
         return F.linear(input, weight, bias)
-    out: Tensor = F.conv2d(_image(input), weight[..., None, None], bias)
+    out = F.conv2d(_image(input), weight[..., None, None], bias)
     return out.movedim(1, -1).reshape(*input.shape[:-1], len(weight))
 
 
@@ -53,7 +53,8 @@ def sum_of_outer(x: Tensor, y: Tensor) -> Tensor:
     """`xᵀ y`, (H, D) of (N, H) and (N, D): a sum of outer products, as the gradient of a weight is."""
     if not _by_convolution(x.numel() * y.shape[1], x, y):
         return x.T @ y
-    return conv2d_weight(_image(y), (x.shape[1], y.shape[1], 1, 1), _image(x))[..., 0, 0]
+    weight: Tensor = conv2d_weight(_image(y), (x.shape[1], y.shape[1], 1, 1), _image(x))
+    return weight[..., 0, 0]
 
 
 def _image(x: Tensor) -> Tensor:

@@ -22,10 +22,10 @@ def plan(options: Plan) -> int:
         return made.loss(made.outputs(params, image), label)
 
     example = torch.zeros(1, 28, 28, dtype=torch.uint8), torch.tensor(0)
-    params = made.init(random.key(0))
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     with refusing(RuntimeError, "The model must fit in memory. Found: "):
+        params = made.init(random.key(0))
         if options.tune:
             allocator.keep_freed_memory()  # as `train` does
             batch = [torch.stack([x] * options.batch_size) for x in example]

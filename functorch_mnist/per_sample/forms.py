@@ -101,7 +101,9 @@ class ConvolutionForm:
         if t > 1 and by_pixels(self.shape[2:], self.stride):
             pairs, channels = (t * math.prod(self.stride)) ** 2, self.shape[1]
             shifted = groups * t * t * math.prod(self.shape[2:])
-            costs["gram"] = Cost(groups * (2 * pairs + 2 * t * t), 2 * groups * (pairs * channels + t * t * h) + shifted)
+            costs["gram"] = Cost(
+                groups * (2 * pairs + 2 * t * t), 2 * groups * (pairs * channels + t * t * h) + shifted
+            )
         copied = groups * t * (self.shape[1] * math.prod(self.stride) + h)
         costs["unfold"] = costs["build"]._replace(memory=costs["build"].memory + groups * t * d)
         costs["grouped convolution"] = costs["build"]._replace(memory=costs["build"].memory + copied)

@@ -301,7 +301,7 @@ def prepare(
             norms of 2: ... ops
     """
     if isinstance(loss_fn, Planned):
-        loss_fn, plan = loss_fn.loss_fn, loss_fn.plan if plan is None else plan
+        plan, loss_fn = loss_fn.plan if plan is None else plan, loss_fn.loss_fn
     prepared = Prepared(Loss(loss_fn, plan, has_aux), params)
     prepared.known(params, [torch.as_tensor(x)[None] for x in example])
     return prepared

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ..tree import Tree
 from . import measured
 from .capture import LossFn, Survey, factor, survey
 from .plan import Plan, Row, Way, planned, strategies
-from .terms import Strategy, Term
+from .terms import Term
 
 MUCH = 4
 """A way that computes so many times as much as another, or keeps so many times as much, is not tried."""
@@ -115,7 +115,7 @@ def _terms(
             ways = candidates(rows[leaf])
             rows[leaf] = replace(rows[leaf], way=ways[min(number, len(ways) - 1)])
         chosen = strategies(params, found, replace(plan, rows=tuple(rows)))
-        _, all_terms, _ = factor(loss_fn, params, list(batch), found, cast(Sequence[Strategy | None], chosen))
+        _, all_terms, _ = factor(loss_fn, params, list(batch), found, chosen)
         for leaf in leaves:
             terms[leaf].setdefault(rows[leaf].way, all_terms[leaf])
     return terms
