@@ -70,7 +70,9 @@ def from_module(
     Guarantees: neither the module nor an input is changed; equal inputs give equal outputs; a batch is the stack of its
         examples; no call leaves a trace, whether it returns or raises, also in several threads.
 
-    Cost: the first call for inputs of new shapes tries the module on batches of two and three examples.
+    Cost: the first call for inputs of new shapes tries the module on batches of two and three examples. Parameters are
+        stored as the module's are: where steps are compiled on a CPU, convert one of convolutions first by
+        `.to(memory_format=torch.channels_last)`, or each step reorders its kernels and their gradients.
 
     Example:
         >>> params, model = from_module(nn.Linear(3, 2), example_ndim=1)
