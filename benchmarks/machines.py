@@ -16,7 +16,7 @@ from . import recipes, report
 from .definitions import difference
 from .measure import Arm, Axis, Case, Comparison, Question, Setup, Timing, Work
 from .recipes import Recipe, Sizes
-from .subjects import TOLERANCE, Subject, clipped, dense_norms, norms, ordinary, stepped
+from .subjects import TOLERANCE, Subject, clipped, clipped_by_opacus, dense_norms, norms, ordinary, stepped
 
 ORDINARY, STEP = "ordinary", "step, SGD with momentum"
 
@@ -53,6 +53,7 @@ WAYS: Mapping[str, tuple[Callable[[Subject], Work], str]] = {
     "norms, dense": (dense_norms, "norms"),
     "clipped, prepared": (partial(clipped, prepared=True), "clipped_sum"),
     "clipped, unprepared": (clipped, "clipped_sum"),
+    "clipped, Opacus, ghost clipping": (partial(clipped_by_opacus, mode="ghost"), "clipped_sum"),
 }
 """Each way to work, with what it must find."""
 NORMS = "norms, prepared", "norms, unprepared"
@@ -90,7 +91,8 @@ def cases(setup: Setup) -> Iterator[Case]:
             positions = subject.sizes.positions
             axis = Axis("T", positions) if batch == 1 else None
             name = f"T={positions}, B={batch}"
-            yield bench.case(name, subject, setup, ("clipped, prepared",), axis=axis, memory=True)
+            ways = ("clipped, prepared", "clipped, Opacus, ghost clipping")
+            yield bench.case(name, subject, setup, ways, axis=axis, memory=True)
 
 
 def conclude(comparisons: Sequence[Comparison]) -> str:

@@ -8,31 +8,19 @@ the eager module's. Opacus clips the same module where it can.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal
 
-from . import peers, recipes, report
+from . import recipes, report
 from .measure import Arm, Case, Comparison, Question, Setup, Work
 from .recipes import Lstm, LstmLoop, Recipe, Sizes
 from .steps import relative_difference
-from .subjects import TOLERANCE, Subject, clipped, ordinary
+from .subjects import TOLERANCE, Subject, clipped, clipped_by_opacus, ordinary
 
 ROUNDS = 15
 QUICK = {"batch": 4, "positions": 16, "layers": 2, "width": 64, "tokens": 100}
 TRANSFORMER, RECURRENT = Sizes(16, 128, 6, 256, 4), Sizes(16, 64, 2, 256)
-
-
-def opacus(subject: Subject, *, mode: Literal["hooks", "ghost"]) -> Work:
-    """The clipped sum by Opacus."""
-    module, (inputs, targets) = copy.deepcopy(subject.module), subject.batch
-    weights = list(module.parameters())
-    call = peers.opacus_clipped_sum(
-        module, inputs, targets, subject.recipe.logits, mode=mode, max_norm=subject.recipe.max_norm
-    )
-    return subject.work(call, weights, subject.named)
 
 
 def arms(subject: Subject, *, compile: bool) -> list[Arm]:
@@ -43,8 +31,8 @@ def arms(subject: Subject, *, compile: bool) -> list[Arm]:
         found.append(Arm(LOOP, partial(ordinary, subject, as_loop=True), TOLERANCE))
     ways: dict[str, Callable[[], Work]] = {f"clipped, {form}": partial(clipped, subject, compile=compile)}
     if not compile:
-        ways["clipped, Opacus, hooks"] = partial(opacus, subject, mode="hooks")
-        ways["clipped, Opacus, ghost clipping"] = partial(opacus, subject, mode="ghost")
+        ways["clipped, Opacus, hooks"] = partial(clipped_by_opacus, subject, mode="hooks")
+        ways["clipped, Opacus, ghost clipping"] = partial(clipped_by_opacus, subject, mode="ghost")
     expected = partial(getattr, subject, "clipped_sum")
     return found + [Arm(name, make, TOLERANCE, expected=expected) for name, make in ways.items()]
 

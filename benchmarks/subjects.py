@@ -9,13 +9,14 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from functorch_mnist import models, per_sample, train, tree
 
+from . import peers
 from .measure import Work
 from .problems import start
 from .quantities import norms_of
@@ -133,6 +134,16 @@ def clipped(subject: Subject, *, compile: bool = False, prepared: bool = False) 
 
     run = train.compiled(clipped_sum) if compile else clipped_sum
     return subject.work(_settled(run, params, batch, prepared=prepared), list(params.values()))
+
+
+def clipped_by_opacus(subject: Subject, *, mode: Literal["hooks", "ghost"]) -> Work:
+    """The clipped sum by Opacus."""
+    module, (inputs, targets) = copy.deepcopy(subject.module), subject.batch
+    weights = list(module.parameters())
+    call = peers.opacus_clipped_sum(
+        module, inputs, targets, subject.recipe.logits, mode=mode, max_norm=subject.recipe.max_norm
+    )
+    return subject.work(call, weights, subject.named)
 
 
 def norms(subject: Subject, *, prepared: bool = False) -> Work:
