@@ -634,3 +634,13 @@ def test_a_quantity_stores_neither_gradients_nor_pairs_of_positions_where_its_st
         with Stored() as stored:
             getattr(case.term, quantity)(*options.get(quantity, ()))
         assert 0 < stored.most < limit, quantity
+
+
+def test_inner_products_of_many_examples_store_no_more_pairs_of_positions_than_there_are_factors():
+    case, other = outer("gram", 4, 20, 20)(0, 32), outer("gram", 4, 20, 20)(20, 31)
+    factors = sum(x.numel() for term in (case.term, other.term) for x in term.factors())
+    with Stored() as stored:
+        found = case.term.gram(other.term)
+    assert stored.most <= factors < 32 * 4 * 31 * 4  # of all pairs
+    expected = case.grads.flatten(1) @ other.grads.flatten(1).T
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)

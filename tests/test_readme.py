@@ -8,6 +8,7 @@ import pytest
 
 import functorch_mnist as fm
 from functorch_mnist import cli
+from functorch_mnist.per_sample import measured
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -16,7 +17,8 @@ COMMANDS = re.findall(r"^functorch-mnist (.*?)(?:#.*)?$", README, re.MULTILINE)
 
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0])
-def test_a_python_block_runs(block, monkeypatch, capsys):
+def test_a_python_block_runs(block, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(measured, "default_file", lambda: tmp_path / "ways.json")
     whole = fm.data.load("mnist")
     part = fm.data.Dataset(*(fm.data.Split(s.images[:640], s.labels[:640]) for s in whole[:2]), whole.classes)
     monkeypatch.setattr(fm.data, "load", lambda name: part)  # a hundredth of MNIST, for the time it takes

@@ -338,8 +338,17 @@ class Outer(Term):
         if not isinstance(other, Outer):
             return super().gram(other)
         (b, groups, t), (other_b, other_t) = self.a.shape[:3], (other.a.shape[0], other.a.shape[2])
-        if groups * b * t * other_b * other_t > (b + other_b) * math.prod(self.layout.shape):
+        count = groups * b * t * other_b * other_t
+        if count > (b + other_b) * math.prod(self.layout.shape):
             return super().gram(other)  # the gradients are smaller than the products of all pairs of positions
+        factors = sum([x.numel() for x in (*self.factors(), *other.factors())])
+        tiles = min(max(1, b), -(-count // max(1, factors)))  # no more products at a time than there are factors
+        rows = max(1, -(-b // max(1, tiles)))
+        return joined([part._pairs(other) for part in self.in_parts(rows) if isinstance(part, Outer)])
+
+    def _pairs(self, other: Outer) -> Tensor:
+        """⟨∇_i, ∇'_j⟩ by the inner products of all pairs of positions."""
+        (b, groups, t), (other_b, other_t) = self.a.shape[:3], (other.a.shape[0], other.a.shape[2])
         products = pairs(self.a, other.a) * pairs(self.g, other.g)  # (G, B T, B' T')
         return products.view(groups, b, t, other_b, other_t).sum((0, 2, 4))
 
