@@ -20,6 +20,8 @@ from .compiler import constant_to_the_compiler
 
 _WORTH = 2**21
 """Multiplications: fewer take less time than a convolution's call."""
+_ROWS = 128
+"""Fewer take less time than the reordering of the kernel: a machine multiplies some dozen times while it moves a number."""
 
 
 @constant_to_the_compiler
@@ -34,16 +36,16 @@ def _mkl_is_foreign() -> bool:
     return both and "Intel" not in machine.vendor()
 
 
-def _by_convolution(multiplications: int, x: Tensor, y: Tensor) -> bool:
-    """Whether a product of `x` and `y` is taken as a convolution."""
+def _by_convolution(rows: int, weights: int, x: Tensor, y: Tensor) -> bool:
+    """Whether a product of `x` and `y`, of so many rows with so many weights, is taken as a convolution."""
     kinds = x.dtype == y.dtype == torch.float32 and x.device.type == y.device.type == "cpu"
-    return kinds and multiplications >= _WORTH and prefers_convolutions()
+    return kinds and rows >= _ROWS and rows * weights >= _WORTH and prefers_convolutions()
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: `x Wᵀ + b`, (…, H) of (…, D) and (H, D)."""
     rows = math.prod(input.shape[:-1])
-    if weight.dim() != 2 or not _by_convolution(rows * weight.numel(), input, weight):
+    if weight.dim() != 2 or not _by_convolution(rows, weight.numel(), input, weight):
         return F.linear(input, weight, bias)
     out = F.conv2d(_image(input), weight[..., None, None], bias)
     return out.movedim(1, -1).reshape(*input.shape[:-1], len(weight))
@@ -51,7 +53,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def sum_of_outer(x: Tensor, y: Tensor) -> Tensor:
     """`xᵀ y`, (H, D) of (N, H) and (N, D): a sum of outer products, as the gradient of a weight is."""
-    if not _by_convolution(x.numel() * y.shape[1], x, y):
+    if not _by_convolution(len(x), x.shape[1] * y.shape[1], x, y):
         return x.T @ y
     weight: Tensor = conv2d_weight(_image(y), (x.shape[1], y.shape[1], 1, 1), _image(x))
     return weight[..., 0, 0]
