@@ -21,7 +21,7 @@ from .compiler import constant_to_the_compiler
 _WORTH = 2**21
 """Multiplications: fewer take less time than a convolution's call."""
 _ROWS = 128
-"""Fewer take less time than the reordering of the kernel: some dozen multiplications take as long as to move a number."""
+"""Fewer take less time than to reorder the kernel: some dozen multiplications take as long as moving a number."""
 
 
 @constant_to_the_compiler
