@@ -23,6 +23,9 @@ _WORTH = 2**21
 _ROWS = 128
 """Fewer take less time than to reorder the kernel: some dozen multiplications take as long as moving a number."""
 
+_DENSE = 64
+"""Multiplications for each number of a row, inputs and outputs: with fewer, moving the rows takes the time."""
+
 
 @constant_to_the_compiler
 def prefers_convolutions() -> bool:
@@ -36,16 +39,18 @@ def _mkl_is_foreign() -> bool:
     return both and "Intel" not in machine.vendor()
 
 
-def _by_convolution(rows: int, weights: int, x: Tensor, y: Tensor) -> bool:
-    """Whether a product of `x` and `y`, of so many rows with so many weights, is taken as a convolution."""
-    kinds = x.dtype == y.dtype == torch.float32 and x.device.type == y.device.type == "cpu"
-    return kinds and rows >= _ROWS and rows * weights >= _WORTH and prefers_convolutions()
+def _by_convolution(rows: int, inputs: int, outputs: int, x: Tensor, y: Tensor) -> bool:
+    """Whether a product of `x` and `y`, of so many rows with a matrix, is taken as a convolution."""
+    if not x.dtype == y.dtype == torch.float32 or x.device.type != "cpu" or y.device.type != "cpu":
+        return False
+    worth = rows * inputs * outputs >= _WORTH and inputs * outputs >= _DENSE * (inputs + outputs)
+    return rows >= _ROWS and worth and prefers_convolutions()
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: `x Wᵀ + b`, (…, H) of (…, D) and (H, D)."""
     rows = math.prod(input.shape[:-1])
-    if weight.dim() != 2 or not _by_convolution(rows, weight.numel(), input, weight):
+    if weight.dim() != 2 or not _by_convolution(rows, *weight.shape, input, weight):
         return F.linear(input, weight, bias)
     out = F.conv2d(_image(input), weight[..., None, None], bias)
     return out.movedim(1, -1).reshape(*input.shape[:-1], len(weight))
@@ -53,7 +58,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def sum_of_outer(x: Tensor, y: Tensor) -> Tensor:
     """`xᵀ y`, (H, D) of (N, H) and (N, D): a sum of outer products, as the gradient of a weight is."""
-    if not _by_convolution(len(x), x.shape[1] * y.shape[1], x, y):
+    if not _by_convolution(len(x), x.shape[1], y.shape[1], x, y):
         return x.T @ y
     weight: Tensor = conv2d_weight(_image(y), (x.shape[1], y.shape[1], 1, 1), _image(x))
     return weight[..., 0, 0]
