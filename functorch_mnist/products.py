@@ -50,7 +50,8 @@ def _by_convolution(rows: int, inputs: int, outputs: int, x: Tensor, y: Tensor) 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: `x Wᵀ + b`, (…, H) of (…, D) and (H, D)."""
     rows = math.prod(input.shape[:-1])
-    if weight.dim() != 2 or not _by_convolution(rows, *weight.shape, input, weight):
+    outputs, inputs = weight.shape if weight.dim() == 2 else (0, 0)
+    if not _by_convolution(rows, inputs, outputs, input, weight):
         return F.linear(input, weight, bias)
     out = F.conv2d(_image(input), weight[..., None, None], bias)
     return out.movedim(1, -1).reshape(*input.shape[:-1], len(weight))
