@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from . import machine
+from . import machine, native
 from .compiler import constant_to_the_compiler
 
 _WORTH = 2**21
@@ -50,7 +50,8 @@ def _by_convolution(rows: int, inputs: int, outputs: int, x: Tensor, y: Tensor) 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: `x Wᵀ + b`, (…, H) of (…, D) and (H, D)."""
     rows = math.prod(input.shape[:-1])
-    outputs, inputs = weight.shape if weight.dim() == 2 else (0, 0)
+    own = weight.dim() != 2 or native.is_of_an_example(weight)  # a matrix for each example: products of a batch
+    outputs, inputs = (0, 0) if own else weight.shape
     if not _by_convolution(rows, inputs, outputs, input, weight):
         return F.linear(input, weight, bias)
     out = F.conv2d(_image(input), weight[..., None, None], bias)

@@ -10,8 +10,9 @@ import functorch_mnist
 ROOT = Path(functorch_mnist.__file__).parent
 ROWS = [
     {"compiler", "machine"},
-    {"tree", "allocator", "batch", "native", "ops", "products", "hyperparameters", "options"},
-    {"random", "decompositions"},
+    {"tree", "allocator", "batch", "native", "ops", "hyperparameters", "options"},
+    {"random", "products"},
+    {"decompositions"},
     {"layers", "losses", "optim", "data"},
     {"models"},
     {"per_sample"},

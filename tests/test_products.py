@@ -53,6 +53,15 @@ def test_large_products_in_float32_are_convolutions_where_mkl_is_foreign(foreign
         assert convolutions(products.linear, small, kernel) == 0
 
 
+def test_a_matrix_for_each_example_is_no_convolution(foreign):
+    x, w = draw(3, 200, 130), draw(3, 140, 130, seed=1)
+    assert convolutions(lambda: vmap(products.linear)(x, w)) == 0
+    torch.testing.assert_close(vmap(products.linear)(x, w), x @ w.mT, rtol=1e-5, atol=1e-4)
+    shared = vmap(products.linear, (0, None))
+    assert (convolutions(lambda: shared(x, w[0])) > 0) == foreign
+    torch.testing.assert_close(shared(x, w[0]), x @ w[0].T, rtol=1e-5, atol=1e-4)
+
+
 def test_a_product_is_taken_under_transforms_and_compiled(foreign):
     x, w = draw(6, 200, 130), draw(140, 130, seed=1)
 
