@@ -29,13 +29,17 @@ LIMIT = 2**24
 
 def default_file() -> Path:
     """`functorch_mnist/ways.json` in `$XDG_CACHE_HOME`, or in `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "functorch_mnist" / "ways.json"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "functorch_mnist" / "ways.json"
 
 
 def here(device: torch.device) -> dict[str, Any]:
     """The machine, and the versions that run on it."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    versions = {"torch": torch.__version__, "functorch-mnist": metadata.version("functorch-mnist")}
+    try:
+        own = metadata.version("functorch-mnist")
+    except metadata.PackageNotFoundError:  # run where it lies
+        own = ""
+    versions = {"torch": torch.__version__, "functorch-mnist": own}
     return {"processor": gpu or machine.processor(), "threads": torch.get_num_threads(), **versions}
 
 
