@@ -51,6 +51,13 @@ def test_every_way_finds_what_is_defined_from_the_same_start(bench):
             assert relative_difference(called(work), getattr(subject, defined)) < subjects.TOLERANCE
 
 
+def test_opacus_finds_the_clipped_sum_of_texts():
+    pytest.importorskip("opacus")
+    subject = machines.LENGTHS[0].bench(2).subject(QUICK)
+    ((make, defined),) = machines.OPACUS.values()
+    assert relative_difference(called(make(subject)), getattr(subject, defined)) < subjects.TOLERANCE
+
+
 def test_the_norms_of_one_example_are_those_of_its_ordinary_gradient(bench):
     subject = bench.subject(QUICK)
     alone = subjects.Subject(subject.recipe, subject.sizes._replace(batch=1), "cpu")
