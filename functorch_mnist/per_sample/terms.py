@@ -462,15 +462,14 @@ class Convolution(Term):
             return super().square_norms()
         if self.strategy == "outer product" or not by_pixels(self.kernel[2:], self.stride):
             return self.outer().square_norms()
-        g, h = self.groups, self.kernel[0] // self.groups
-        cotangents = tree.wide(self.cotangent.movedim(2, -1).unflatten(-1, (g, h)).movedim(-2, 1).flatten(2, -2))
+        cotangents = tree.wide(self._grouped(self.cotangent).flatten(2, -2))
         products = self._patch_products()
         return row_sums(products * (cotangents @ cotangents.transpose(-2, -1)).view(products.shape))
 
     def _patch_products(self) -> Tensor:
         """Inner products of all pairs of patches, (B, G, N, *positions, N, *positions): those of pixels, summed."""
         images, space = self.image.shape[1], self.image.shape[3:]
-        pixels = tree.wide(self.image.movedim(2, -1).unflatten(-1, (self.groups, -1)).movedim(-2, 1).flatten(2, -2))
+        pixels = tree.wide(self._grouped(self.image).flatten(2, -2))
         products = (pixels @ pixels.transpose(-2, -1)).unflatten(-1, (images, *space)).unflatten(2, (images, *space))
         if any(self.padding):
             sides = [p for p in reversed(self.padding) for _ in range(2)]
@@ -532,13 +531,18 @@ class Convolution(Term):
                 a = torch.stack([patch.squeeze(-1) for patch in patches], 2).movedim(2, -1)[:, None, ..., None]
             else:
                 a = torch.stack(patches, -2).unflatten(-1, (g, -1)).movedim(-2, 1)  # (B, G, N, *positions, K, C / G)
-        cotangent = self.cotangent.movedim(2, -1).unflatten(-1, (g, h)).movedim(-2, 1)
+        cotangent = self._grouped(self.cotangent)
         return Outer(
             a.reshape(b, g, -1, math.prod(self.kernel[1:])),
             cotangent.reshape(b, g, -1, h),
             kernel_layout(self.kernel, g),
             self.strategy,
         )
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        """(B, N, channels, *space) as (B, G, N, *space, channels / G)."""
+        grouped: Tensor = x.movedim(2, -1).unflatten(-1, (self.groups, x.shape[2] // self.groups)).movedim(-2, 1)
+        return grouped
 
     def _padded_channels_last(self) -> Tensor:
         """The image with its padding, (B, N, *space, channels)."""
