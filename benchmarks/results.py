@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
@@ -55,8 +54,10 @@ def machine() -> dict[str, Any]:
     """Processor, versions and commit: what a number cannot be read without."""
     import torch
 
+    from functorch_mnist import machine as cpu
+
     return {
-        "processor": _processor(),
+        "processor": cpu.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": platform.system(),
@@ -109,16 +110,6 @@ def _comparison(record: dict[str, Any]) -> Comparison:
         record["settings"],
         {precision: Cost(**cost) for precision, cost in record["costs"].items()},
         record["axis"] and Axis(*record["axis"]),
-    )
-
-
-def _processor() -> str:
-    try:
-        lines: Sequence[str] = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
     )
 
 
