@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from . import calibration as calibration
     from . import checkpoint as checkpoint
     from . import data as data
+    from . import distributed as distributed
     from . import ensemble as ensemble
     from . import layers as layers
     from . import losses as losses
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
     __version__: str
 
 _NAMESPACES = (
-    "attribution", "calibration", "checkpoint", "data", "ensemble", "layers", "losses", "models", "optim", "per_sample",
-    "privacy", "random", "statistics", "sweep", "train", "tree",
+    "attribution", "calibration", "checkpoint", "data", "distributed", "ensemble", "layers", "losses", "models",
+    "optim", "per_sample", "privacy", "random", "statistics", "sweep", "train", "tree",
 )  # fmt: skip
 
 

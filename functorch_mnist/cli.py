@@ -55,7 +55,12 @@ def _run(arguments: list[str]) -> int:
     with _held_signals():
         from . import commands  # imports torch
     try:
+        count = getattr(getattr(options, "training", options), "processes", 1)
+        if count > 1 and "RANK" not in os.environ:  # which a launcher sets
+            return commands.launch(["-m", __package__, *arguments], processes=count)
         return commands.COMMANDS[type(options)](options)
+    except commands.TOLD:
+        return 1
     except commands.FAULTS as error:
         return _fail(str(error), 1)
 

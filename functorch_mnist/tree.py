@@ -104,6 +104,16 @@ def restore(structure: Structure, values: list[Tensor]) -> Tree:
     return pytree.tree_unflatten(values, structure)
 
 
+def replaced(tree: Tree, which: Callable[[Tree], bool], by: Callable[[Any], Tree]) -> Tree:
+    """The tree with `by(node)` in place of each node, the outermost first, that `which` says.
+
+    Example:
+        >>> replaced({"a": (1, 2), "b": 3}, lambda node: isinstance(node, tuple), sum)
+        {'a': 3, 'b': 3}
+    """
+    return pytree.tree_map(lambda node: by(node) if which(node) else node, tree, is_leaf=which)
+
+
 def zeros_like(tree: T) -> T:
     """Zeros of the same shapes, dtypes, devices and memory formats."""
     return map(torch.zeros_like, tree)

@@ -14,7 +14,7 @@ ROWS = [
     {"random", "products"},
     {"decompositions"},
     {"layers", "losses", "optim", "data"},
-    {"models"},
+    {"models", "distributed"},
     {"per_sample"},
     {"statistics", "attribution", "privacy", "calibration", "ensemble"},
     {"train", "checkpoint"},

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .. import batch as batches
 from .. import random, tree
+from ..distributed import ALONE, World, rows_over
 from ..losses import check_labels
 from ..losses.labels import own
 from ..per_sample import Plan, factored
@@ -89,6 +90,7 @@ def features(
     mask: Tensor | None = None,
     chunk_size: int | None = None,
     plan: Plan | None = None,
+    world: World = ALONE,
 ) -> Tensor:
     """The projected gradients of each example: (N, F), whose inner products are those of the gradients on average.
 
@@ -98,15 +100,22 @@ def features(
         batch: tensors (N, …).
         projection: of these parameters.
         mask, chunk_size, plan: as in `per_sample.norms`.
+        world: the processes, all with the same examples, which divide the chunks between them.
 
     Cost: one backward pass, and F numbers for each example.
     """
-    rows = []
-    for chunk in batches.chunks("attribution.features", batch, mask, chunk_size):
-        part = factored(loss_fn, params, *chunk.batch, mask=chunk.mask, plan=plan)
-        columns = [projected.flatten(1) for projected in part.project(projection.maps)]
-        rows.append(chunk.unpadded(torch.cat(columns, 1)))
-    return torch.cat(rows)
+
+    def of(*batch: Tensor) -> Tensor:
+        rows = []
+        examples, keep = (batch, None) if mask is None else (batch[:-1], batch[-1])
+        for chunk in batches.chunks("attribution.features", examples, keep, chunk_size):
+            part = factored(loss_fn, params, *chunk.batch, mask=chunk.mask, plan=plan)
+            columns = [projected.flatten(1) for projected in part.project(projection.maps)]
+            rows.append(chunk.unpadded(torch.cat(columns, 1)))
+        return torch.cat(rows)
+
+    batches.size_of_chunks("attribution.features", batch, mask, chunk_size)
+    return rows_over(world, of, *batch, *([] if mask is None else [mask]), unit=chunk_size)
 
 
 def log_odds(outputs: Tensor, labels: Tensor) -> Tensor:

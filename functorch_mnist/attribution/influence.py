@@ -11,11 +11,12 @@ section 3.3.
 """
 
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
 
+from ..distributed import ALONE, World, rows_over
 from ..per_sample import Plan, gram, norms
 from ..tree import Tree
 
@@ -28,6 +29,7 @@ def gradient_cosine(
     *,
     chunk_size: int | None = None,
     plan: Plan | None = None,
+    world: World = ALONE,
 ) -> Tensor:
     """The cosine of the gradients of each training and each test example: (N, M), 0 where one is zero.
 
@@ -35,10 +37,11 @@ def gradient_cosine(
         loss_fn: `loss_fn(params, *example) -> ()`, pure.
         params: a pytree of float tensors.
         train, test: tensors (N, …) and (M, …).
-        chunk_size, plan: as in `per_sample.gram`.
+        chunk_size, plan, world: as in `per_sample.gram`.
     """
-    products = gram(loss_fn, params, train, test, chunk_size=chunk_size, plan=plan)
-    sizes = [norms(loss_fn, params, *batch, chunk_size=chunk_size, plan=plan) for batch in (train, test)]
+    products = gram(loss_fn, params, train, test, chunk_size=chunk_size, plan=plan, world=world)
+    of = partial(norms, loss_fn, params, chunk_size=chunk_size, plan=plan)
+    sizes = [rows_over(world, of, *batch, unit=chunk_size) for batch in (train, test)]
     lengths = sizes[0][:, None].double() * sizes[1].double()
     return torch.where(lengths == 0, 0.0, products / lengths).to(products.dtype)  # a NaN stays one
 
@@ -52,6 +55,7 @@ def tracin(
     lrs: Sequence[float] | Tensor,
     chunk_size: int | None = None,
     plan: Plan | None = None,
+    world: World = ALONE,
 ) -> Tensor:
     """TracIn of each training on each test example: (N, M).
 
@@ -61,7 +65,7 @@ def tracin(
         train, test: tensors (N, …) and (M, …).
         lrs: (T,), the learning rate at each checkpoint. With momentum μ a step goes 1 / (1 - μ) times as far in all,
             which changes no order.
-        chunk_size, plan: as in `per_sample.gram`.
+        chunk_size, plan, world: as in `per_sample.gram`.
 
     Raises:
         ValueError: there is no checkpoint, or there are not as many learning rates.
@@ -75,7 +79,7 @@ def tracin(
             f"Found {len(checkpoints)} and rates of shape {tuple(rates.shape)}."
         )
     parts = (
-        lr * gram(loss_fn, params, train, test, chunk_size=chunk_size, plan=plan)
+        lr * gram(loss_fn, params, train, test, chunk_size=chunk_size, plan=plan, world=world)
         for params, lr in zip(checkpoints, lrs, strict=True)
     )
     found: Tensor = reduce(torch.add, parts)

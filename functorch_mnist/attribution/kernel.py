@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..distributed import ALONE, World
 from ..per_sample import Plan, gram
 from ..tree import Tree
 
@@ -27,6 +28,7 @@ def tangent_kernel(
     *,
     chunk_size: int | None = None,
     plan: Plan | None = None,
+    world: World = ALONE,
 ) -> Tensor:
     """The trace form of the empirical neural tangent kernel: (N, M).
 
@@ -34,7 +36,7 @@ def tangent_kernel(
         outputs_fn: `outputs_fn(params, *input) -> (C,)`, of one example.
         params: a pytree of float tensors.
         a, b: tuples of inputs (N, …) and (M, …); without `b` all pairs of `a`.
-        chunk_size, plan: as in `per_sample.gram`.
+        chunk_size, plan, world: as in `per_sample.gram`.
 
     Cost: C backward passes over each set.
     """
@@ -51,7 +53,7 @@ def tangent_kernel(
     parts = []
     for unit in torch.eye(count, device=a[0].device):
         first, second = (None if x is None else (*x, unit.expand(len(x[0]), count)) for x in (a, b))
-        parts.append(gram(output_fn, params, first or (), second, chunk_size=chunk_size, plan=plan))
+        parts.append(gram(output_fn, params, first or (), second, chunk_size=chunk_size, plan=plan, world=world))
     return torch.stack(parts).mean(0)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import batch as batches
 from .. import tree
+from ..distributed import ALONE, World, rows_over
 from ..losses import check_labels, cross_entropy
 from ..losses.labels import own
 from ..per_sample import Plan, factored
@@ -57,6 +58,7 @@ def scores(
     mask: Tensor | None = None,
     chunk_size: int | None = None,
     plan: Plan | None = None,
+    world: World = ALONE,
 ) -> Scores:
     """All scores of each example at one checkpoint, in one backward pass.
 
@@ -69,6 +71,7 @@ def scores(
         mask: (N,) bool; the numbers of an example with False are zero.
         chunk_size: examples taken at a time.
         plan: of `per_sample`.
+        world: the processes, all with the same examples, which divide the chunks between them.
 
     Raises:
         ValueError: tensors differ in N, a label is out of range, or the chunk size or the plan does not fit.
@@ -82,13 +85,18 @@ def scores(
         outputs = outputs_fn(params, *example[:-1])
         return loss_fn(outputs, example[-1]), outputs
 
-    rows = []
-    for chunk in batches.chunks("attribution.scores", (*inputs, labels), mask, chunk_size):
-        part = factored(both_fn, params, *chunk.batch, mask=chunk.mask, plan=plan, has_aux=True)
-        (given,) = batches.blanked(chunk.batch[-1:], chunk.mask)
-        found = Scores(tree.wide(part.losses), part.norms(), *of_outputs(part.aux, given))
-        rows.append([chunk.unpadded(batches.masked(column, chunk.keep())) for column in found])
-    return Scores(*[torch.cat(column) for column in zip(*rows, strict=True)])
+    def of(*batch: Tensor) -> Scores:
+        rows = []
+        examples, keep = (batch, None) if mask is None else (batch[:-1], batch[-1])
+        for chunk in batches.chunks("attribution.scores", examples, keep, chunk_size):
+            part = factored(both_fn, params, *chunk.batch, mask=chunk.mask, plan=plan, has_aux=True)
+            (given,) = batches.blanked(chunk.batch[-1:], chunk.mask)
+            found = Scores(tree.wide(part.losses), part.norms(), *of_outputs(part.aux, given))
+            rows.append([chunk.unpadded(batches.masked(column, chunk.keep())) for column in found])
+        return Scores(*[torch.cat(column) for column in zip(*rows, strict=True)])
+
+    batches.size_of_chunks("attribution.scores", (*inputs, labels), mask, chunk_size)
+    return rows_over(world, of, *inputs, labels, *([] if mask is None else [mask]), unit=chunk_size)
 
 
 def of_outputs(outputs: Tensor, labels: Tensor) -> OutputScores:

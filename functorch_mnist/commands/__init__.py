@@ -7,6 +7,8 @@ from typing import Any
 from .. import options
 from ..checkpoint import CheckpointError
 from ..data import DataError
+from ..distributed import DisagreementError, EndedError, JoinError, LaunchError, LostError
+from ..distributed import launch as launch
 from .account import account
 from .compare import compare
 from .evaluate import evaluate
@@ -37,5 +39,7 @@ COMMANDS: Mapping[type, Callable[[Any], int]] = MappingProxyType(
 )
 """By the type of their options."""
 
-FAULTS = (CheckpointError, DataError, DivergedError)
+FAULTS = (CheckpointError, DataError, DivergedError, DisagreementError, JoinError, LaunchError, LostError)
+TOLD = EndedError
+"""Another process has told it."""
 """What a command raises for a fault that one line can tell, besides `UsageError`."""

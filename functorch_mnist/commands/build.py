@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import data, layers, models, optim, per_sample, privacy, random, train
+from .. import data, layers, models, optim, per_sample, privacy, random, train, tree
 from .. import losses as losses_of
 from .. import options as options_of
 from ..models import Model, Params
@@ -136,7 +136,8 @@ def _fixed(options: Train) -> Callable[[Tensor], Tensor]:
         filters = models.scattering_filters(SIDE, SIDE, scale=2, angles=8)
 
         def features(images: Tensor) -> Tensor:
-            found = models.scattering(data.upright(images[..., 0, :, :].float()) / 255, filters)
+            own = tree.map(lambda spectrum: spectrum.to(images.device), filters)
+            found = models.scattering(data.upright(images[..., 0, :, :].float()) / 255, own)
             return layers.group_norm(found, NORM_GROUPS).flatten(-3) / math.sqrt(FEATURES)
 
         return features

@@ -10,8 +10,10 @@ import torch
 from tqdm import tqdm
 
 from .. import checkpoint, data, run_folder, statistics
+from ..distributed import World
 from ..options import Train
 from ..train import Progress, evaluate
+from ..train.agreement import check_state
 from . import build
 from .build import Best, Classifier, Saved
 from .faults import check_finite
@@ -31,13 +33,16 @@ class Saver:
         every: int,
         keep: int,
         config: Callable[[int], Any],
+        world: World,
     ) -> None:
+        """A saver; in other processes than the first it holds the newest state and writes nothing."""
         self.folder, self.every, self.keep, self.config = run / run_folder.CHECKPOINTS, every, keep, config
-        self.newest, self.saved_step, self.judge = newest, saved_step, judge
+        self.newest, self.saved_step, self.judge, self.world = newest, saved_step, judge, world
 
     def __call__(self, progress: Progress) -> None:
         self.newest = Saved(progress.state, progress.loss, self.judge.best)
         if progress.step % self.every == 0:
+            check_state(self.world, progress.state)
             self.save()
 
     def save(self) -> int:
@@ -48,7 +53,7 @@ class Saver:
         """
         step = int(self.newest.state.step)
         check_finite(self.newest, f"Loss and parameters after step {step}")
-        if step != self.saved_step:
+        if step != self.saved_step and self.world.rank == 0:
             checkpoint.save(self.folder, self.newest, step=step, config=self.config(step), keep=self.keep)
             self.saved_step = step
         return step
@@ -58,9 +63,16 @@ class Judge:
     """Evaluates held-out images after each epoch, holds the best epoch, and says when no better one has come."""
 
     def __init__(
-        self, run: Path, options: Train, made: Classifier, held_out: data.Split | None, best: Best | tuple[()]
+        self,
+        run: Path,
+        options: Train,
+        made: Classifier,
+        held_out: data.Split | None,
+        best: Best | tuple[()],
+        world: World,
     ) -> None:
         self.run, self.options, self.made, self.held_out, self.best = run, options, made, held_out, best
+        self.world = world
 
     def __call__(self, progress: Progress) -> bool:
         """Whether training ends after this epoch."""
@@ -68,11 +80,11 @@ class Judge:
             return False
         params = build.current(self.options, progress.state)
         check_finite((params, progress.loss), f"Loss and parameters after step {progress.step}")
-        found = evaluate(self.made.outputs, self.made.test_loss, params, *self.held_out)
-        record = {"loss": found.loss.item(), "correct": found.correct, "total": found.total}
-        run_folder.append_metrics(
-            self.run, {"kind": "held-out", "epoch": progress.epoch, "step": progress.step, **record}
-        )
+        found = evaluate(self.made.outputs, self.made.test_loss, params, *self.held_out, world=self.world)
+        if self.world.rank == 0:
+            record = {"loss": found.loss.item(), "correct": found.correct, "total": found.total}
+            where = {"kind": "held-out", "epoch": progress.epoch, "step": progress.step}
+            run_folder.append_metrics(self.run, where | record)
         told = f"Accuracy on the {found.total:,} held-out images after epoch {progress.epoch + 1}"
         tqdm.write(f"{told}: {100 * found.accuracy:.2f}%", file=sys.stdout)
         if isinstance(self.best, Best) and found.correct > int(self.best.correct):
@@ -100,11 +112,12 @@ class Reporter:
         done: int,
         seen: int,
         epsilon: Callable[[int], float] | None = None,
+        silent: bool = False,
     ) -> None:
         """A reporter of a run; `epsilon(steps)` is what a private one has spent."""
         self.run, self.epochs, self.total, self.epsilon = run, epochs, total, epsilon
         form = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-        self.bar = bar(total=total, done=done, form=form)
+        self.bar = bar(total=total, done=done, form=form, silent=silent)
         self.since, self.examples_before = time.perf_counter(), seen
 
     def __call__(self, progress: Progress) -> None:
@@ -165,14 +178,13 @@ class Watcher:
     def _record(self, progress: Progress) -> None:
         aux = progress.aux
         check_finite(aux["norms"], f"The gradients of step {progress.step}")
-        rows = int(aux["count"])
+        norms = aux["norms"][aux["keep"]].double()
         record: dict[str, Any] = {"kind": "watch", "epoch": progress.epoch, "step": progress.step}
         if "norms" in self.watches:
-            norms = aux["norms"][:rows].double()  # padding comes last
             low, median, high = norms.quantile(norms.new_tensor(self.QUANTILES)).tolist()
             record["norms"] = {"mean": norms.mean().item(), "10 %": low, "50 %": median, "90 %": high,
                                "most": norms.max().item()}  # fmt: skip
-        if "noise-scale" in self.watches and rows > 1:
+        if "noise-scale" in self.watches and len(norms) > 1:
             record |= {"trace": aux["trace"].item(), "square_norm": aux["square_norm"].item()}
         run_folder.append_metrics(self.run, record)
 

@@ -6,19 +6,24 @@ from pathlib import Path
 
 from .. import plots
 from .. import sweep as sweeps
+from ..distributed import World
 from ..options import Compare, combinations, lrs
 from . import sources
+from .processes import load, processes
 from .scoring import write, write_picture
 from .sweep import percent, typed
 from .sweeping import spread, swept
-from .train import prepare
 
 
 def compare(options: Compare) -> int:
     """Sweeps the learning rate of each combination, and prints and draws what it reached."""
+    with processes(options.training, options) as world:
+        return _compare(options, world)
+
+
+def _compare(options: Compare, world: World) -> int:
     one = options.training
-    prepare(one.threads)
-    parts = sources.divided(one, sources.load(one.dataset, one.data_dir, sources.device(one.device)))
+    parts = sources.divided(one, load(one, world))
     folder = one.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
     print(f"Comparison folder: {folder}", flush=True)
     runs = sweeps.grid(seeds=range(one.seed, one.seed + options.seeds), lr=lrs(options))
@@ -30,7 +35,7 @@ def compare(options: Compare) -> int:
         name = f"{loss}, {optimizer}, {schedule}"
         print(f"{name}: {len(runs[sweeps.SEED])} runs", flush=True)
         own = folder / "-".join((loss, optimizer, schedule))
-        done = swept(given, parts, runs, own, lanes=options.lanes, told=False, again=again)
+        done = swept(given, parts, runs, own, lanes=options.lanes, told=False, again=again, world=world)
         held_out, tested = spread(runs, done.held_out), spread(runs, done.tested)
         points = []
         for place, first in enumerate(held_out.rows.tolist()):
@@ -46,6 +51,8 @@ def compare(options: Compare) -> int:
             best.append((name, runs["lr"][int(held_out.rows[place])].item(), place, held_out, tested))
         else:
             print(f"{name}: no learning rate has stayed finite with all seeds.")
+    if world.rank:
+        return int(not best)
     write(folder / "compared.csv", ("\n".join(lines) + "\n").encode())
     if not best:
         print("Nothing has stayed finite with all seeds.")

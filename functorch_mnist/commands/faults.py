@@ -1,6 +1,5 @@
-"""Faults that one line can tell, and a save that a second Ctrl-C does not break off."""
+"""Faults that one line can tell."""
 
-import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -47,14 +46,3 @@ def check_finite(values: Tree, what: str, remedy: str = "Lower --lr, or set --ma
     """
     if not all(bool(leaf.isfinite().all()) for leaf in tree.leaves(values)):
         raise DivergedError(f"{what} must be finite. Found NaN or infinity. {remedy}")
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Keeps a second Ctrl-C from breaking off what the first one asked for."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -8,21 +8,26 @@ from torch.func import grad
 
 from .. import per_sample, plots, statistics
 from .. import train as training
+from ..distributed import World
 from ..models import Params
 from ..options import Influence, UsageError
 from ..tree import Tree
-from . import restore, sources
+from . import restore
 from .faults import check_finite
 from .passes import forget, passes
+from .processes import processes
 from .restore import Point
 from .scoring import rows, write_csv, write_picture
-from .train import prepare
 
 
 def influence(options: Influence) -> int:
     """Writes influence.csv and influence.png, and prints both ends."""
-    prepare(options.threads)
-    where = sources.device(options.device)
+    with processes(options) as world:
+        return _influence(options, world)
+
+
+def _influence(options: Influence, world: World) -> int:
+    where = world.device
     run = restore.trained(options.run, where)
     dataset = restore.training_images(run, options.data_dir, where)
     if options.test >= len(dataset.test.images):
@@ -61,7 +66,10 @@ def influence(options: Influence) -> int:
         given=([point.params for point in points], directions),
         folder=kept,
         config=config,
+        world=world,
     )
+    if world.rank:
+        return 0
     check_finite(columns, "The influences", "Has the run diverged?")
     lrs = torch.tensor([point.lr for point in points]) if options.method == "tracin" else torch.ones(1)
     found, labels = lrs @ columns["influence"], labels.cpu()

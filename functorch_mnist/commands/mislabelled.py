@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from .. import attribution, data, plots, random, run_folder
+from ..distributed import World, digest
 from ..options import SCORES, Mislabelled, Train, UsageError, listed
-from . import restore, sources
-from .passes import digest, forget
+from . import restore
+from .passes import forget
+from .processes import processes
 from .restore import Trained
 from .scoring import rows, scored, suspicion, write_csv, write_picture
 from .sources import Parts
-from .train import prepare
 from .train import run as train_run
 
 _CHECKED = (0.1, 0.2, 0.3)
@@ -25,14 +26,18 @@ _ALL = 2**31 - 1
 
 def mislabelled(options: Mislabelled) -> int:
     """Ranks the labels as they are, or plants wrong ones, trains anew and looks for them."""
-    prepare(options.threads)
-    where = sources.device(options.device)
+    with processes(options) as world:
+        return _mislabelled(options, world)
+
+
+def _mislabelled(options: Mislabelled, world: World) -> int:
+    where = world.device
     run = restore.trained(options.run, where)
     names = listed("--scores", options.scores, SCORES)
     dataset = restore.training_images(run, options.data_dir, where)
     images, labels = (part[: options.images] for part in dataset.train)
     if options.flip is None:
-        return _real(options, run, names, images, labels)
+        return _real(options, run, names, images, labels, world)
     planted, flipped = attribution.planted(
         labels, dataset.classes, key=random.key(options.seed, device=where), part=options.flip
     )
@@ -42,15 +47,17 @@ def mislabelled(options: Mislabelled) -> int:
     changed = Parts(data.Split(images, planted), None, dataset.test, dataset.classes)
     wanted = _options(run.options, changed, options)
     # Named after all that it hangs on, so that no training on other labels is taken for it.
-    name = digest((images, planted)) + repr(replace(wanted, device="cpu", compile="off", threads=None))
+    same = replace(wanted, device="cpu", compile="off", threads=None, timeout=120)
+    name = digest((images, planted)) + repr(same)
     training = folder / f"training-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
     status = train_run(
         replace(wanted, resume=training if run_folder.exists(training) else None),
         changed,
         training,
         again="the same command",
+        world=world,
     )
-    return status or _planted(options, folder, training, names, changed, flipped.cpu())
+    return status or _planted(options, folder, training, names, changed, flipped.cpu(), world)
 
 
 def _options(trained: Train, dataset: Parts, options: Mislabelled) -> Train:
@@ -66,6 +73,9 @@ def _options(trained: Train, dataset: Parts, options: Mislabelled) -> Train:
         device=options.device,
         compile=options.compile,
         threads=options.threads,
+        processes=1,
+        timeout=options.timeout,
+        shards=None,
         watch=None,
         watch_every=1,
         images=None,
@@ -83,6 +93,7 @@ def _planted(
     names: tuple[str, ...],
     dataset: Parts,
     flipped: Tensor,
+    world: World,
 ) -> int:
     """Looks for the flips with the scores over the training."""
     run = restore.trained(training, dataset.train.images.device)
@@ -94,7 +105,11 @@ def _planted(
     config = restore.to_config(run.begun) | {"flip": options.flip, "seed": options.seed}
     kept = folder / ".partial"
     print(f"Scoring {len(images):,} training images at {len(points)} checkpoint{'s'[: len(points) > 1]}.", flush=True)
-    found = scored(run, points, images, labels, names, compile=options.compile == "on", folder=kept, config=config)
+    found = scored(
+        run, points, images, labels, names, compile=options.compile == "on", folder=kept, config=config, world=world
+    )
+    if world.rank:
+        return 0
     labels = labels.cpu()
     columns = {"index": torch.arange(len(labels)), "label": labels, "flipped": flipped.long()}
     write_csv(folder / "scores.csv", columns | {"prediction": found.prediction} | found.scores)
@@ -113,13 +128,19 @@ def _planted(
     return 0
 
 
-def _real(options: Mislabelled, run: Trained, names: tuple[str, ...], images: Tensor, labels: Tensor) -> int:
+def _real(
+    options: Mislabelled, run: Trained, names: tuple[str, ...], images: Tensor, labels: Tensor, world: World
+) -> int:
     points = restore.points(options.run, run, images.device)
     folder = options.out or options.run / "mislabelled"
     kept = folder / ".partial"
     config = restore.to_config(run.begun) | {"images": len(images)}
     print(f"Scoring {len(images):,} training images at {len(points)} checkpoint{'s'[: len(points) > 1]}.", flush=True)
-    found = scored(run, points, images, labels, names, compile=options.compile == "on", folder=kept, config=config)
+    found = scored(
+        run, points, images, labels, names, compile=options.compile == "on", folder=kept, config=config, world=world
+    )
+    if world.rank:
+        return 0
     labels = labels.cpu()
     ranked = {name: suspicion(name, score) for name, score in found.scores.items()}
     # The mean rank over the scores: they are in different units, and each alone has its own mistakes.

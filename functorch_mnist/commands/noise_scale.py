@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from .. import plots, random, run_folder, statistics
+from ..distributed import World, digest, first_of
 from ..models import Params
 from ..options import NoiseScale, UsageError
-from . import restore, sources
+from . import restore
 from .faults import check_finite
-from .passes import CHUNK, bar, digest
+from .passes import CHUNK, bar
+from .processes import processes
 from .restore import Point, Trained
 from .scoring import write, write_picture
-from .train import prepare
 
 _KEPT = ".partial.json"
 
@@ -32,15 +33,20 @@ class Measured(NamedTuple):
 
 def noise_scale(options: NoiseScale) -> int:
     """Prints a line for each part of the run that was watched and for each checkpoint; writes a table and a picture."""
-    prepare(options.threads)
-    where = sources.device(options.device)
-    run = restore.trained(options.run, where)
+    with processes(options) as world:
+        return _noise_scale(options, world)
+
+
+def _noise_scale(options: NoiseScale, world: World) -> int:
+    run = restore.trained(options.run, world.device)
     folder = options.out or options.run / "noise-scale"
     records = [r for r in run_folder.read_metrics(options.run) if r["kind"] == "watch" and _is_noise(r)]
     estimates = {
         "batches": _watched(records, options.windows),
-        "checkpoint": _at_checkpoints(options, run, where, folder),
+        "checkpoint": _at_checkpoints(options, run, folder, world),
     }
+    if world.rank:
+        return 0
     print(f"{'from':>12}{'steps':>16}{'noise scale':>14}{'error':>10}{'tr Σ':>12}{'|E ∇|²':>12}")
     lines = ["from,first_step,last_step,noise_scale,error,trace,trace_error,square_norm,square_norm_error,samples"]
     for source, measured in estimates.items():
@@ -79,28 +85,29 @@ def _watched(records: Sequence[Mapping[str, Any]], windows: int) -> list[Measure
     return measured
 
 
-def _at_checkpoints(options: NoiseScale, run: Trained, where: torch.device, folder: Path) -> list[Measured]:
+def _at_checkpoints(options: NoiseScale, run: Trained, folder: Path, world: World) -> list[Measured]:
     """The noise scale at each checkpoint, from single examples, dropout as in training; goes on where it stopped."""
-    dataset = restore.training_images(run, options.data_dir, where)
+    dataset = restore.training_images(run, options.data_dir, world.device)
     images, labels = (rows[: options.images] for rows in dataset.train)
     if len(images) < 3:
         raise UsageError(f"--images must be 3 at least for an error bar. Found {len(images)}.")
-    points = restore.points(options.run, run, where)
+    points = restore.points(options.run, run, world.device)
     given = ([point.params for point in points], images, labels)
     config = restore.to_config(run.begun) | {"digest": digest(given)}
-    kept = _read(folder / _KEPT, config)
+    kept = _shared(_read(folder / _KEPT, config), points, world)
 
     def loss_fn(params: Params, image: Tensor, label: Tensor, key: Tensor) -> Tensor:
         return run.made.loss(run.made.outputs(params, image, key), label)
 
     measured: list[Measured] = []
     folder.mkdir(parents=True, exist_ok=True)
-    with bar(total=len(points), unit=" checkpoints") as progress:
+    with bar(total=len(points), unit=" checkpoints", silent=world.rank > 0) as progress:
         for point in points:
             if str(point.step) not in kept:
                 try:
                     keys = _keys(point, len(images))
-                    found = statistics.noise_scale(loss_fn, point.params, images, labels, keys, chunk_size=CHUNK)
+                    rows = (images, labels, keys)
+                    found = statistics.noise_scale(loss_fn, point.params, *rows, chunk_size=CHUNK, world=world)
                 except KeyboardInterrupt:
                     raise KeyboardInterrupt(
                         f"Interrupted after {len(measured)} of {len(points)} checkpoints. "
@@ -109,10 +116,24 @@ def _at_checkpoints(options: NoiseScale, run: Trained, where: torch.device, fold
                 numbers = torch.tensor([found.trace, found.square_norm])
                 check_finite(numbers, f"The gradients at step {point.step}", "Has the run diverged?")
                 kept[str(point.step)] = list(found)
-                run_folder.write(folder / _KEPT, json.dumps({"config": config, "found": kept}).encode())
-            measured.append(Measured(point.step, point.step, statistics.NoiseScale(*kept[str(point.step)])))
+                if world.rank == 0:
+                    run_folder.write(folder / _KEPT, json.dumps({"config": config, "found": kept}).encode())
+            measured.append(Measured(point.step, point.step, _scale(kept[str(point.step)])))
             progress.update(1)
     return measured
+
+
+def _shared(kept: dict[str, list[float]], points: Sequence[Point], world: World) -> dict[str, list[float]]:
+    """What the first process has found in the folder, on all."""
+    nothing = [math.nan] * len(statistics.NoiseScale._fields)
+    rows = torch.tensor([kept.get(str(point.step), nothing) for point in points], dtype=torch.float64)
+    found = first_of(world, rows.to(world.device)).tolist()
+    return {str(p.step): row for p, row in zip(points, found, strict=True) if not math.isnan(row[-1])}
+
+
+def _scale(numbers: list[float]) -> statistics.NoiseScale:
+    scale, error, trace, trace_error, square_norm, square_norm_error, samples = numbers
+    return statistics.NoiseScale(scale, error, trace, trace_error, square_norm, square_norm_error, int(samples))
 
 
 def _keys(point: Point, count: int) -> Tensor:

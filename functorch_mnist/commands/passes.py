@@ -1,6 +1,5 @@
 """Passes over a data set that can be broken off and gone on with: numbers of each example, chunk by chunk."""
 
-import hashlib
 import shutil
 import sys
 import time
@@ -14,8 +13,8 @@ from tqdm import tqdm
 
 from .. import checkpoint, tree
 from ..checkpoint import JSON
+from ..distributed import World, digest, first_of, gather, undisturbed
 from ..tree import Tree
-from .faults import undisturbed
 
 CHUNK = 512
 """Examples taken at a time."""
@@ -36,6 +35,7 @@ def passes(
     given: Tree,
     folder: Path,
     config: Mapping[str, JSON],
+    world: World,
 ) -> Columns:
     """What `compute` says of each example in each of some passes: columns (count, N).
 
@@ -47,6 +47,7 @@ def passes(
         given: the tensors that the numbers hang on besides the examples, such as parameters.
         folder: where what is done is kept until all is. What was computed from something else is dropped.
         config: what else the numbers hang on.
+        world: the processes, each of which takes every so many-th chunk; the first one keeps what is done.
 
     Raises:
         KeyboardInterrupt: Ctrl-C, after what is done has been saved; it says how to go on.
@@ -55,24 +56,29 @@ def passes(
     size = min(CHUNK, total)
     state: Columns = {name: torch.zeros((count, total), dtype=dtype) for name, dtype in columns.items()}
     config = {**config, "digest": digest((given, list(examples)))}
-    folder.mkdir(parents=True, exist_ok=True)  # told before the work, if it cannot be
-    done, state = _kept(folder, config, state)
-    saved_at = time.monotonic()
-    with bar(total=count * total, done=done, unit=" examples") as progress:
+    done = 0
+    if world.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)  # told before the work, if it cannot be
+        done, state = _kept(folder, config, state)
+    shared = tree.map(lambda x: x.to(world.device), (state, torch.tensor([done])))
+    state, before = tree.map(Tensor.cpu, first_of(world, shared))
+    done, saved_at = int(before), time.monotonic()
+    with bar(total=count * total, done=done, unit=" examples", silent=world.rank > 0) as progress:
         try:
             while done < count * total:
                 number, start = divmod(done, total)
-                rows = slice(start, min(start + size, total))
-                found = compute(number, *[_filled(x[rows], size) for x in examples])
+                chunks = [slice(at, min(at + size, total)) for at in range(start, total, size)][: world.size]
+                found = _computed(compute, number, examples, chunks, size, columns, world)
+                rows = slice(start, chunks[-1].stop)
                 for name, column in state.items():
-                    column[number, rows] = found[name][: rows.stop - rows.start].to(column)
+                    column[number, rows] = found[name].to(column)
                 done += rows.stop - rows.start
                 progress.update(rows.stop - rows.start)
-                if time.monotonic() - saved_at > SAVE_EVERY:
+                if time.monotonic() - saved_at > SAVE_EVERY and world.rank == 0:
                     checkpoint.save(folder, state, step=done, config=config, keep=1)
                     saved_at = time.monotonic()
         except KeyboardInterrupt:
-            if done:
+            if done and world.rank == 0:
                 with undisturbed():
                     checkpoint.save(folder, state, step=done, config=config, keep=1)
             raise KeyboardInterrupt(
@@ -81,10 +87,29 @@ def passes(
     return state
 
 
-def bar(*, total: int, unit: str = "it", done: int = 0, form: str | None = None) -> "tqdm[Any]":
+def _computed(
+    compute: Compute,
+    number: int,
+    examples: Sequence[Tensor],
+    chunks: Sequence[slice],
+    size: int,
+    columns: Mapping[str, torch.dtype],
+    world: World,
+) -> Columns:
+    """The numbers of the examples of at most as many chunks as there are processes, each process's its own."""
+    sizes = [rows.stop - rows.start for rows in chunks] + [0] * (world.size - len(chunks))
+    if sizes[world.rank]:
+        found = compute(number, *[_filled(x[chunks[world.rank]], size) for x in examples])
+        mine = {name: found[name][: sizes[world.rank]].to(kind) for name, kind in columns.items()}
+    else:
+        mine = {name: torch.zeros(0, dtype=kind, device=world.device) for name, kind in columns.items()}
+    return gather(world, mine, sizes)
+
+
+def bar(*, total: int, unit: str = "it", done: int = 0, form: str | None = None, silent: bool = False) -> "tqdm[Any]":
     """A progress bar on a terminal, and nothing elsewhere."""
     size = shutil.get_terminal_size()  # 80 x 24 where a terminal does not say, and tqdm would show nothing
-    silent = not sys.stderr.isatty()
+    silent = silent or not sys.stderr.isatty()
     return tqdm(
         total=total,
         initial=done,
@@ -94,17 +119,6 @@ def bar(*, total: int, unit: str = "it", done: int = 0, form: str | None = None)
         ncols=size.columns,
         nrows=size.lines,
     )
-
-
-def digest(values: Tree) -> str:
-    """A name of tensors' numbers: equal ones have equal names."""
-    seen = hashlib.sha256()
-    for leaf in tree.leaves(values):
-        seen.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
-        seen.update(
-            leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if leaf.numel() else b""
-        )
-    return seen.hexdigest()
 
 
 def forget(folder: Path) -> None:

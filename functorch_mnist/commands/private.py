@@ -9,11 +9,11 @@ from torch import Tensor
 from .. import data, optim, privacy, random, tree
 from .. import train as training
 from ..checkpoint import JSON
+from ..distributed import World, digest
 from ..options import Train, UsageError
 from . import build
 from .build import Classifier, Saved
 from .faults import refusing
-from .passes import digest
 
 LEDGER = "ledger"
 """Where a checkpoint's config holds what was spent."""
@@ -27,13 +27,15 @@ def steps_per_epoch(options: Train, examples: int) -> int:
 class Private:
     """A run's mechanism, its account and its training loop."""
 
-    def __init__(self, options: Train, examples: data.Split, made: Classifier, optimizer: optim.Optimizer) -> None:
+    def __init__(
+        self, options: Train, examples: data.Split, made: Classifier, optimizer: optim.Optimizer, world: World
+    ) -> None:
         """Finds the noise, where the options give a budget.
 
         Raises:
             UsageError: the numbers do not go together, or the accountant is not installed.
         """
-        self.options, self.made, self.optimizer = options, made, optimizer
+        self.options, self.made, self.optimizer, self.world = options, made, optimizer, world
         self.clipping = build.clipping(options)
         self.data, self.example = digest(list(examples)), [x[0] for x in examples]
         total = self.total = len(examples.labels)
@@ -102,6 +104,7 @@ class Private:
                 clipping=self.clipping,
                 noise_multiplier=self.mechanism.noise_multiplier,
                 expected=self.expected,
+                world=self.world,
             )
         return step.compiled() if self.options.compile == "on" else step
 
@@ -116,6 +119,7 @@ class Private:
             steps=self.steps,
             loss=saved.loss,
             callbacks=callbacks,
+            world=self.world,
         )
 
     def start_line(self) -> str:

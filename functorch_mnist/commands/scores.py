@@ -3,17 +3,22 @@
 import torch
 
 from .. import plots
+from ..distributed import World
 from ..options import SCORES, Scores, listed
-from . import restore, sources
+from . import restore
 from .passes import forget
+from .processes import processes
 from .scoring import WIDTH, rows, scored, write_csv, write_picture
-from .train import prepare
 
 
 def scores(options: Scores) -> int:
     """Writes scores.csv, histograms.png and gallery.png."""
-    prepare(options.threads)
-    where = sources.device(options.device)
+    with processes(options) as world:
+        return _scores(options, world)
+
+
+def _scores(options: Scores, world: World) -> int:
+    where = world.device
     run = restore.trained(options.run, where)
     names = listed("--scores", options.scores, SCORES)
     points = restore.points(options.run, run, where)
@@ -25,7 +30,11 @@ def scores(options: Scores) -> int:
     kept = folder / ".partial"
     config = restore.to_config(run.begun) | {"images": len(images)}
     print(f"Scoring {len(images):,} training images at {_moments(len(points), points[-1].step)}.", flush=True)
-    found = scored(run, points, images, labels, names, compile=options.compile == "on", folder=kept, config=config)
+    found = scored(
+        run, points, images, labels, names, compile=options.compile == "on", folder=kept, config=config, world=world
+    )
+    if world.rank:
+        return 0
     labels = labels.cpu()
     table = {"index": torch.arange(len(images)), "label": labels, "prediction": found.prediction, **found.scores}
     write_csv(folder / "scores.csv", table)

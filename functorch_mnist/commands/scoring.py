@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import attribution, plots, run_folder
 from .. import train as training
 from ..checkpoint import JSON
+from ..distributed import World
 from ..models import Params
 from ..options import UsageError
 from .faults import check_finite
@@ -40,6 +41,7 @@ def scored(
     compile: bool,
     folder: Path,
     config: Mapping[str, JSON],
+    world: World,
 ) -> Scored:
     """The scores of images with labels.
 
@@ -51,6 +53,7 @@ def scored(
         compile: whether to compile the pass.
         folder: where what is done is kept until all is.
         config: what the numbers hang on besides the checkpoints and the names.
+        world: the processes.
 
     Raises:
         UsageError: a score needs more checkpoints than there are.
@@ -83,6 +86,7 @@ def scored(
                 "by_gradient": by_gradient,
                 "compile": compile,
             },
+            world=world,
         )
     check_finite(columns, "The scores", "Has the run diverged?")
     lrs = torch.tensor([point.lr for point in points])

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from .. import calibration, ensemble, plots, random
 from .. import sweep as sweeps
+from ..distributed import World
 from ..options import LOGARITHMIC, PRIVATE_OVER, Axis, Sweep, axes, flag
 from . import sources
+from .processes import load, processes
 from .scoring import write, write_picture
 from .sources import Parts
 from .sweeping import Swept, outputs_of, spread, swept, words
-from .train import prepare
 
 SHOWN = 10
 """Settings in the table."""
@@ -23,9 +24,13 @@ DRAWS = 7
 
 def sweep(options: Sweep) -> int:
     """Trains all runs, and prints and draws what they reached."""
+    with processes(options.training, options) as world:
+        return _sweep(options, world)
+
+
+def _sweep(options: Sweep, world: World) -> int:
     one = options.training
-    prepare(one.threads)
-    parts = sources.divided(one, sources.load(one.dataset, one.data_dir, sources.device(one.device)))
+    parts = sources.divided(one, load(one, world))
     runs = table(options)
     folder = one.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
     print(f"Sweep folder: {folder}")
@@ -36,7 +41,9 @@ def sweep(options: Sweep) -> int:
     if PRIVATE_OVER & runs.keys():
         print("Steps are clipped and noisy as private ones, of fixed batches; what they spend is not accounted for.")
     halving = None if options.halve_every is None else sweeps.Halving(options.halve_every, options.halve_keep)
-    done = swept(one, parts, runs, folder, lanes=options.lanes, halving=halving)
+    done = swept(one, parts, runs, folder, lanes=options.lanes, halving=halving, world=world)
+    if world.rank:
+        return int(bool(done.held_out.isnan().all()))
     held_out = spread(runs, done.held_out)
     print(f"\n{_ended(done)}")
     write(folder / "runs.csv", rows(done).encode())

@@ -12,12 +12,13 @@ from torch.func import vmap
 from .. import checkpoint, data, privacy, random, sweep, tree
 from .. import train as training
 from ..checkpoint import JSON
+from ..distributed import World, digest, first_of, rows_over
 from ..models import Params
 from ..options import CHANGEABLE, PRIVATE_OVER, Train, UsageError, set_to, to_json
 from ..run_folder import CHECKPOINTS
 from . import build
 from .build import Classifier, Origin
-from .passes import digest
+from .processes import check_data
 from .sources import Parts
 
 NOISE = 1
@@ -112,6 +113,7 @@ def swept(
     halving: sweep.Halving | None = None,
     told: bool = True,
     again: str | None = None,
+    world: World,
 ) -> Swept:
     """The sweep after all its runs have ended; goes on with one that was broken off in the folder.
 
@@ -124,6 +126,7 @@ def swept(
         halving: whether only the better settings go on.
         told: print how far it is.
         again: what goes on after Ctrl-C; by default the same command with the folder.
+        world: the processes, of which the first keeps the folder.
 
     Raises:
         UsageError: the folder holds another sweep.
@@ -148,16 +151,21 @@ def swept(
         "digest": digest((runs, parts.train, parts.held_out)),
         "halving": list(halving) if halving else None,
     }
-    found, width = _kept(folder, begun, config, lanes)
-    if width is None:
-        width = _chosen(several, runs, begun, lanes, told=told)
+    check_data(world, (runs, parts.train, parts.held_out, parts.test))
+    found, width = begun, 0
+    if world.rank == 0:
+        found, width = _kept(folder, begun, config, lanes)
+        width = width or _chosen(several, runs, begun, lanes, told=told)
+    found, chosen = first_of(world, (found, torch.tensor([width], device=where)))
+    width = int(chosen)
     config["width"] = width
     total, saved = len(runs[sweep.SEED]), int(found.epoch)
 
     def keep(now: sweep.Sweep) -> None:
         nonlocal saved
         epoch = int(now.epoch)
-        checkpoint.save(folder / CHECKPOINTS, now, step=epoch, config=config, keep=2)
+        if world.rank == 0:
+            checkpoint.save(folder / CHECKPOINTS, now, step=epoch, config=config, keep=2)
         saved = epoch
         if told:
             left = int((now.ended == sweep.RUNNING).sum())
@@ -169,7 +177,14 @@ def swept(
 
     try:
         found = sweep.fit(
-            several, runs, found, width=width, halving=halving, patience=options.patience, callbacks=(keep,)
+            several,
+            runs,
+            found,
+            width=width,
+            halving=halving,
+            patience=options.patience,
+            callbacks=(keep,),
+            world=world,
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
@@ -178,9 +193,13 @@ def swept(
         ) from None
     tested = torch.full((total,), torch.nan, dtype=torch.float64)
     with_epoch = (found.best_epoch >= 0).nonzero().squeeze(1)
-    for some in with_epoch.split(width) if len(with_epoch) else ():
-        given = _outputs(made, found.best, some, parts.test.images, width).argmax(-1)
-        tested[some.cpu()] = (given == parts.test.labels).double().mean(-1).cpu()
+
+    def accuracies(which: Tensor) -> Tensor:
+        given = _outputs(made, found.best, which, parts.test.images, width).argmax(-1)
+        return (given == parts.test.labels).double().mean(-1)
+
+    if len(with_epoch):
+        tested[with_epoch.cpu()] = rows_over(world, accuracies, with_epoch, unit=width).cpu()
     failed = found.ended.cpu() == sweep.FAILED
     held_out = found.at_best("accuracy").cpu().masked_fill(failed, torch.nan)
     return Swept(tree.map(Tensor.cpu, runs), found, made, width, held_out, tested.masked_fill(failed, torch.nan))
@@ -221,8 +240,8 @@ def _outputs(made: Classifier, params: Params, which: Tensor, images: Tensor, wi
     return torch.cat(found)
 
 
-def _kept(folder: Path, begun: sweep.Sweep, config: Mapping[str, Any], lanes: str) -> tuple[sweep.Sweep, int | None]:
-    """Where a sweep stands in its folder, and how many runs it makes at once."""
+def _kept(folder: Path, begun: sweep.Sweep, config: Mapping[str, Any], lanes: str) -> tuple[sweep.Sweep, int]:
+    """Where a sweep stands in its folder, and how many runs it makes at once, 0 where that is not settled."""
     good, faults = None, list[checkpoint.CheckpointError]()
     for path in reversed(checkpoint.steps(folder / CHECKPOINTS)):
         try:
@@ -241,7 +260,7 @@ def _kept(folder: Path, begun: sweep.Sweep, config: Mapping[str, Any], lanes: st
         if folder.exists() and any(path.name != CHECKPOINTS for path in folder.iterdir()):
             raise UsageError(f"{folder} must be empty or hold this sweep. Found other files. Choose another --out.")
         folder.mkdir(parents=True, exist_ok=True)
-        return begun, None
+        return begun, 0
     print(f"Going on after epoch {good.step}.", flush=True)
     state: sweep.Sweep = good.state
     return state, int(str(good.config["width"]))

@@ -1,7 +1,6 @@
 """`train`: one run, from the data to the accuracy on the test images."""
 
 import shlex
-import sys
 from contextlib import closing
 from datetime import datetime
 from pathlib import Path
@@ -9,37 +8,34 @@ from typing import Any
 
 import torch
 
-from .. import allocator, checkpoint, data, per_sample, random, run_folder
+from .. import checkpoint, data, per_sample, random, run_folder
 from .. import train as training
-from ..options import INTERRUPTED, WATCHES, Train, UsageError, check_resumed, listed
+from ..distributed import World, first_of, undisturbed
+from ..options import WATCHES, Train, UsageError, check_resumed, listed
 from . import build, restore, sources
 from .build import Best, Origin, Saved
 from .callbacks import Judge, Reporter, Saver, Watcher
-from .faults import check_finite, first_line, undisturbed
+from .faults import check_finite, first_line
 from .private import LEDGER, Private, steps_per_epoch
+from .processes import check_data, load, processes
 from .sources import Parts
 from .tuning import tuned
 
 
 def train(options: Train) -> int:
     """Trains as the options say, or goes on; prints the accuracy on the test images."""
-    prepare(options.threads)
-    parts = sources.divided(options, sources.load(options.dataset, options.data_dir, sources.device(options.device)))
-    folder = options.resume or options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
-    if options.tune is not None and options.resume is None:
-        run_folder.check_free(folder)
-        options = tuned(options, parts)
-    return run(options, parts, folder, again=f"functorch-mnist train --resume {shlex.quote(str(folder))}")
+    with processes(options) as world:
+        parts = sources.divided(options, load(options, world))
+        folder = options.resume or options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+        if options.tune is not None and options.resume is None:
+            if world.rank == 0:
+                run_folder.check_free(folder)
+            options = tuned(options, parts)
+        again = f"functorch-mnist train --resume {shlex.quote(str(folder))}"
+        return run(options, parts, folder, again=again, world=world)
 
 
-def prepare(threads: int | None) -> None:
-    """What every long command does before it starts."""
-    allocator.keep_freed_memory()
-    if threads is not None:
-        torch.set_num_threads(threads)
-
-
-def run(options: Train, parts: Parts, folder: Path, *, again: str) -> int:
+def run(options: Train, parts: Parts, folder: Path, *, again: str, world: World) -> int:
     """Trains on images in a folder, or goes on there if `options.resume` is set; the exit status.
 
     Args:
@@ -47,7 +43,9 @@ def run(options: Train, parts: Parts, folder: Path, *, again: str) -> int:
         parts: what it is trained and tested on, on the run's device.
         folder: the run's.
         again: the command that goes on with it, for whoever breaks it off.
+        world: the processes; the first of them writes.
     """
+    check_data(world, (parts.train, parts.held_out, parts.test))
     where = parts.train.images.device
     begun = build.origin(options, parts)
     watches = listed("--watch", options.watch or "", WATCHES)
@@ -60,13 +58,16 @@ def run(options: Train, parts: Parts, folder: Path, *, again: str) -> int:
     total = options.epochs * per_epoch
     made = build.classifier(begun)
     optimizer = build.optimizer(options, per_epoch)
-    private = Private(options, parts.train, made, optimizer) if options.private else None
+    private = Private(options, parts.train, made, optimizer, world) if options.private else None
     saved, saved_step = build.start(options, made, optimizer, where), -1
-    if options.resume is None:
-        run_folder.create(folder, options)
-    else:
-        saved, saved_step = _resumed(folder, saved, begun, total, private)
-        run_folder.write_config(folder, options)
+    if world.rank == 0:
+        if options.resume is None:
+            run_folder.create(folder, options)
+        else:
+            saved, saved_step = _resumed(folder, saved, begun, total, private)
+            run_folder.write_config(folder, options)
+    saved, step = first_of(world, (saved, torch.tensor([saved_step], device=where)))
+    saved_step = int(step)
     print(f"Run folder: {folder}", flush=True)
     if private:
         print(private.start_line(), flush=True)
@@ -74,7 +75,11 @@ def run(options: Train, parts: Parts, folder: Path, *, again: str) -> int:
     compiled = options.compile == "on"
 
     def step_of(estimator: training.Estimator) -> training.Step:
-        step = training.make_step(estimator, optimizer)
+        if compiled and world.shards:  # whose parts must be called alike, however many a process has
+            parts = training.Estimator(training.compiled(estimator.fn), estimator.finish)
+            update = optimizer._replace(update=training.compiled(optimizer.update))
+            return training.make_step(parts, update, world)
+        step = training.make_step(estimator, optimizer, world)
         return training.compiled(step) if compiled else step
 
     examples = (build.prepared(made, parts.train.images), parts.train.labels)
@@ -89,15 +94,17 @@ def run(options: Train, parts: Parts, folder: Path, *, again: str) -> int:
         return restore.to_config(begun) | ({LEDGER: private.ledger(step).to_json()} if private else {})
 
     done = int(saved.state.step)
+    judge = Judge(folder, options, made, parts.held_out, saved.best, world)
+    saver = Saver(
+        folder, saved, judge, saved_step=saved_step, every=options.save_every, keep=options.keep, config=config,
+        world=world,
+    )  # fmt: skip
     reporter = Reporter(
         folder, epochs=options.epochs, total=total, done=done, seen=done % per_epoch * batch_size,
-        epsilon=private.epsilon if private else None,
+        epsilon=private.epsilon if private else None, silent=world.rank > 0,
     )  # fmt: skip
-    judge = Judge(folder, options, made, parts.held_out, saved.best)
-    saver = Saver(
-        folder, saved, judge, saved_step=saved_step, every=options.save_every, keep=options.keep, config=config
-    )
-    callbacks = (reporter, watcher, saver)  # a checkpoint never comes before the records of its steps
+    # a checkpoint never comes before the records of its steps
+    callbacks = (reporter, watcher, saver) if world.rank == 0 else (saver,)
     try:
         with closing(reporter):
             if private:
@@ -115,27 +122,34 @@ def run(options: Train, parts: Parts, folder: Path, *, again: str) -> int:
                     watch=watch,
                     until=judge,
                     callbacks=callbacks,
+                    world=world,
                 )
         saver.save()
         if isinstance(judge.best, Best) and int(judge.best.epoch) >= 0:
             print(f"Testing the parameters of epoch {int(judge.best.epoch) + 1}, the best on the held-out images.")
         tested = build.tested(options, saver.newest)
-        result = training.evaluate(made.outputs, made.test_loss, tested, *parts.test)
+        result = training.evaluate(made.outputs, made.test_loss, tested, *parts.test, world=world)
         check_finite(result.loss, "The loss on the test images")
         record = {"loss": result.loss.item(), "correct": result.correct, "total": result.total}
-        run_folder.append_metrics(folder, {"kind": "test", "step": saver.saved_step, **record})
+        if world.rank == 0:
+            run_folder.append_metrics(folder, {"kind": "test", "step": saver.saved_step, **record})
         print(f"Accuracy of the network on the {result.total} test images: {100 * result.accuracy:.2f}%")
-        if private:
+        if private and world.rank == 0:
             run_folder.append_metrics(folder, private.record(saver.saved_step))
             print(private.summary(saver.saved_step))
-    except (KeyboardInterrupt, OSError) as stop:  # OSError: a full disk, or nobody reads on
+    except OSError:  # a full disk, or nobody reads on
+        with undisturbed():
+            saver.save()
+        raise
+    except KeyboardInterrupt:
         with undisturbed():
             last = saver.save()
-        if isinstance(stop, OSError):
-            raise
-        print(f"Interrupted after step {last}. Go on with: {again}", file=sys.stderr)
-        return INTERRUPTED
+        raise KeyboardInterrupt(f"Interrupted after step {last}. Go on with: {again}") from None
     except RuntimeError as error:
+        if world.size > 1:
+            with undisturbed():
+                error.add_note(f"Saved after step {saver.save()}. Go on with: {again}")
+            raise
         if saver.newest is not saved:
             raise
         raise UsageError(

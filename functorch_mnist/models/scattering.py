@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import tree
+
 _TOGETHER = 16
 """Images in one product: their intermediate results still fit a processor's cache, which is worth a factor of three."""
 
@@ -42,7 +44,9 @@ class Filters(NamedTuple):
     """Per grid the same for columns."""
 
 
-def scattering_filters(height: int, width: int, *, scale: int = 2, angles: int = 8) -> Filters:
+def scattering_filters(
+    height: int, width: int, *, scale: int = 2, angles: int = 8, device: torch.device | str | None = None
+) -> Filters:
     """The filters for images of this size, in float32; computed in float64.
 
     Args:
@@ -50,6 +54,7 @@ def scattering_filters(height: int, width: int, *, scale: int = 2, angles: int =
         width: likewise.
         scale: J, at least 1: features are averages over 2^J pixels.
         angles: L, at least 1: how many directions a half turn is divided into.
+        device: that of the images.
 
     Raises:
         ValueError: one of these rules is broken.
@@ -66,11 +71,13 @@ def scattering_filters(height: int, width: int, *, scale: int = 2, angles: int =
     height, width = height + 2 * step, width + 2 * step
     scales = [torch.stack([_morlet(height, width, j, i, angles) for i in range(angles)]) for j in range(scale)]
     wavelets = torch.stack(scales)
-    return Filters(
-        tuple(_coarse(_coarse(wavelets[r:], r, -1), r, -2).float() for r in range(scale)),
-        tuple(_average(height, scale, r).float() for r in range(scale)),
-        tuple(_average(width, scale, r).float() for r in range(scale)),
+    filters = Filters(
+        tuple(_coarse(_coarse(wavelets[r:], r, -1), r, -2) for r in range(scale)),
+        tuple(_average(height, scale, r) for r in range(scale)),
+        tuple(_average(width, scale, r) for r in range(scale)),
     )
+    moved: Filters = tree.map(lambda spectrum: spectrum.to(device=device, dtype=torch.float32), filters)
+    return moved
 
 
 def scattering(images: Tensor, filters: Filters) -> Tensor:

@@ -152,7 +152,7 @@ def _optimizer(
             params, grads = decayed(params, grads, rate)
         return _descend(params, state, grads, rate, b1=b1, b2=b2, epsilon=epsilon)
 
-    return Optimizer(init, update)
+    return Optimizer(init, update, elementwise=True)
 
 
 def _descend(

@@ -63,7 +63,7 @@ def averaging(optimizer: Optimizer, *, decay: float | Tensor) -> Optimizer:
         average = tree.map(lambda a, w: torch.lerp(tree.wide(w), a, keep.to(a.dtype)), state.average, params)
         return params, Averaged(inner, updates, average)
 
-    return Optimizer(lambda params: _init(optimizer, params), update)
+    return Optimizer(lambda params: _init(optimizer, params), update, optimizer.elementwise)
 
 
 def stochastic_weight_averaging(optimizer: Optimizer, *, start: int, every: int = 1) -> Optimizer:
@@ -121,7 +121,7 @@ def stochastic_weight_averaging(optimizer: Optimizer, *, start: int, every: int 
 
         return params, Averaged(inner, updates, tree.map(average, state.average, params))
 
-    return Optimizer(lambda params: _init(optimizer, params), update)
+    return Optimizer(lambda params: _init(optimizer, params), update, optimizer.elementwise)
 
 
 def _init(optimizer: Optimizer, params: Tree) -> Averaged:

@@ -95,4 +95,4 @@ def sgd(
         params = tree.map(lambda w, g: add_scaled(w, g, -rate), params, g)
         return params, SGDState(state.updates + 1, velocity)
 
-    return Optimizer(init, update)
+    return Optimizer(init, update, elementwise=True)

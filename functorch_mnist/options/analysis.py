@@ -62,7 +62,11 @@ class Analysis:
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to compute."""
     threads: int | None = None
-    """Number of CPU threads; torch's own choice by default."""
+    """Number of CPU threads of each process; by default torch's own choice, or its part of the cores."""
+    processes: int = 1
+    """Compute in so many processes on this machine, with the same result; torchrun starts its own."""
+    timeout: int = 120
+    """Seconds that a process waits for another one before the command ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +158,8 @@ _RULES: tuple[Rule, ...] = (
     ("at least 0", lambda v: v >= 0, ("test",)),
     ("at least 0 and below 2**63", lambda v: 0 <= v < 2**63, ("seed",)),
     ("above 0 and below 1", lambda v: 0 < v < 1, ("flip",)),
-    ("from 1 to 1024", lambda v: 1 <= v <= 1024, ("threads",)),
+    ("from 1 to 1024", lambda v: 1 <= v <= 1024, ("threads", "processes")),
+    ("from 1 to 86400", lambda v: 1 <= v <= 86400, ("timeout",)),
 )
 
 

@@ -131,7 +131,13 @@ class Train:
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to train."""
     threads: int | None = None
-    """Number of CPU threads; torch's own choice by default."""
+    """CPU threads of each process; by default torch's own choice, or its part of the cores; 1 with --shards."""
+    processes: int = 1
+    """Train in so many processes on this machine, with the same result; torchrun starts its own."""
+    shards: int | None = None
+    """Sum each batch in so many parts, a power of two, in a fixed order: 1, 2, 4, … processes end bit for bit alike."""
+    timeout: int = 120
+    """Seconds that a process waits for another one before the run ends."""
     watch: str | None = None
     """Record what sample gradients are like: noise-scale, norms, or both with a comma."""
     watch_every: int = 1
@@ -192,9 +198,13 @@ PRIVATE = (
 )  # fmt: skip
 """The options that do nothing without `private`."""
 
-CHANGEABLE = frozenset({"epochs", "device", "compile", "threads", "save_every", "keep", "resume", "data_dir"})
+CHANGEABLE = frozenset(
+    {"epochs", "device", "compile", "threads", "processes", "timeout", "save_every", "keep", "resume", "data_dir"}
+)
 """The options that a resumed run may change."""
 
+
+_POWERS = tuple(2**n for n in range(11))
 
 _RULES: tuple[Rule, ...] = (
     ("at least 0 and below 2**31", lambda v: 0 <= v < 2**31, ("epochs",)),
@@ -204,7 +214,9 @@ _RULES: tuple[Rule, ...] = (
         ("hidden", "batch_size", "save_every", "keep", "watch_every"),
     ),
     ("at least 0 and below 2**63", lambda v: 0 <= v < 2**63, ("seed",)),
-    ("from 1 to 1024", lambda v: 1 <= v <= 1024, ("threads",)),  # torch crashes at some number above
+    ("from 1 to 1024", lambda v: 1 <= v <= 1024, ("threads", "processes")),  # torch crashes at some number above
+    ("a power of two up to 1024", lambda v: v in _POWERS, ("shards",)),
+    ("from 1 to 86400", lambda v: 1 <= v <= 86400, ("timeout",)),
     ("at least 0 and below 2**63", lambda v: 0 <= v < 2**63, ("noise_seed",)),
     ("from 0 to 64", lambda v: 0 <= v <= 64, ("copies",)),
     ("from 1 to 27", lambda v: 1 <= v <= 27, ("shift",)),
@@ -252,6 +264,8 @@ def check(options: Train) -> None:
         raise UsageError("--copies has no effect with --model scattering, whose features are computed once.")
     if not options.copies and chosen_of(options, "shift"):
         raise UsageError("--shift has no effect without --copies.")
+    if options.shards is not None and options.shards % options.processes:
+        raise UsageError(f"--processes must divide --shards {options.shards}. Found {options.processes}.")
     if options.optimizer != "sgd" and options.momentum >= 1:
         raise UsageError(f"--momentum must be below 1 with --optimizer {options.optimizer}. Found {options.momentum}.")
     _check_parts(options)

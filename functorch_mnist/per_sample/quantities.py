@@ -28,6 +28,7 @@ from torch import Tensor
 from .. import batch as batches
 from .. import native, tree
 from ..batch import Chunk, masked
+from ..distributed import ALONE, World, rows_over
 from ..tree import Tree
 from .capture import LossFn, dense_grads
 from .chunked import Chunked, Run
@@ -285,15 +286,17 @@ def gram(
     mask_b: Tensor | None = None,
     chunk_size: int | None = None,
     plan: Plan | None = None,
+    world: World = ALONE,
 ) -> Tensor:
     """⟨∇_i, ∇'_j⟩ for all i of one batch and j of another: (B, B'), float32 or wider.
 
     Args:
         batch_a, batch_b: tensors (B, …) and (B', …); without `batch_b` all pairs of `batch_a`.
         mask, mask_b: of the two; without `batch_b`, `mask` holds for both.
+        world: the processes, all with the same examples, which divide the rows of the result between them.
 
-    Cost: one backward pass over each batch. With chunks, the factors of `batch_b` (of `batch_a`, where it stands for
-        both) are kept, gradients that are smaller than their factors in place of these.
+    Cost: one backward pass over each batch, over `batch_b` by each process. With chunks, the factors of `batch_b` (of
+        `batch_a`, where it stands for both) are kept, gradients that are smaller than their factors in place of these.
 
     Example:
         >>> gram(lambda w, x: w @ x, torch.zeros(2), (torch.tensor([[1.0, 2.0], [0.0, 1.0]]),))
@@ -304,6 +307,17 @@ def gram(
         raise TypeError("gram: a batch must be a tuple of tensors, such as (x, y). Found a tensor.")
     if batch_b is None and mask_b is not None:
         raise ValueError("gram: mask_b belongs to batch_b. Found no batch_b.")
+    if world.size > 1:
+        batch_b, mask_b = (batch_a, mask) if batch_b is None else (batch_b, mask_b)
+
+        def band_of(*rows: Tensor) -> Tensor:
+            some, keep = (rows, None) if mask is None else (rows[:-1], rows[-1])
+            return gram(
+                loss_fn, params, some, batch_b, mask=keep, mask_b=mask_b, chunk_size=chunk_size, plan=plan
+            )  # fmt: skip
+
+        batches.size_of_chunks("per_sample.gram", batch_a, mask, chunk_size)
+        return rows_over(world, band_of, *batch_a, *([] if mask is None else [mask]), unit=chunk_size)
     mine = Chunked("gram", loss_fn, params, tuple(batch_a), mask, chunk_size, plan).runs()
     if batch_b is None:
         return _symmetric([(chunk, run(Factored.built)) for chunk, run in mine])

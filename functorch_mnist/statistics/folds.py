@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import batch as batches
 from .. import tree
+from ..distributed import ALONE, World, gather, in_pairs, shares
 from ..per_sample import Factored, Plan, factored
 from ..tree import Tree
 
@@ -80,6 +81,7 @@ def fold(
     mask: Tensor | None = None,
     chunk_size: int | None = None,
     plan: Plan | None = None,
+    world: World = ALONE,
 ) -> S:
     """A statistic of the sample gradients of all examples.
 
@@ -92,15 +94,17 @@ def fold(
         mask: (N,) bool; an example with False, whatever it holds, is left out.
         chunk_size: examples taken at a time. Memory is that of one chunk.
         plan: of `per_sample`.
+        world: the processes, all with the same examples, which divide the chunks between them and merge what they find.
 
     Returns:
-        What `of` returns, of all examples.
+        What `of` returns, of all examples, the same on all processes.
 
     Raises:
         TypeError: `of` returns something else, a parameter is no float tensor, or the batch or its mask no tensor.
         ValueError: the batch, the mask, the chunk size, the loss or the plan does not fit.
 
-    Guarantees: equal, up to rounding, for every chunk size and order of the examples. Chunks are summed in the
+    Guarantees: equal, up to rounding, for every chunk size, order of the examples and number of processes; for those
+    bit for bit with `world.shards`. Chunks are summed in the
     precision of the gradients, float32 at least, and added up in float64. Of no example, means are NaN and sums 0.
 
     Example:
@@ -109,10 +113,31 @@ def fold(
         >>> found.mean, found.variance
         (tensor(2., dtype=torch.float64), tensor(2., dtype=torch.float64))
     """
-    parts = (of(part) for part in gradients("fold", loss_fn, params, batch, mask, chunk_size, plan))
-    first = next(parts)
-    _check_statistic(first)
-    return reduce(merge, parts, first)
+    found = []
+    for rows, size in _parts(world, batch, mask, chunk_size):
+        some, keep = tuple([x[rows] for x in batch]), None if mask is None else mask[rows]
+        parts = (of(part) for part in gradients("fold", loss_fn, params, some, keep, size, plan))
+        first = next(parts)
+        _check_statistic(first)
+        found.append(reduce(merge, parts, first))
+    mine = in_pairs(found, merge)
+    if world.size == 1:
+        return mine
+    everyone: S = gather(world, tree.map(lambda leaf: leaf[None], mine))
+    return in_pairs([tree.map(lambda leaf, rank=rank: leaf[rank], everyone) for rank in range(world.size)], merge)
+
+
+def _parts(
+    world: World, batch: tuple[Tensor, ...], mask: Tensor | None, chunk_size: int | None
+) -> list[tuple[slice, int | None]]:
+    """The rows of each of this process's parts, and how many are taken at a time."""
+    total = batches.check("statistics.fold", batch, mask)
+    if world.parts == 1:
+        return [(slice(0, total), chunk_size)]
+    batches.size_of_chunks("statistics.fold", batch, mask, chunk_size)
+    size = max(1, chunk_size or -(-total // world.parts))
+    every = shares(total, world.parts, unit=size)
+    return [(rows, size) for rows in every[world.rank * world.parts_here : (world.rank + 1) * world.parts_here]]
 
 
 def gradients(

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import NamedTuple
 
 import torch
@@ -26,9 +26,10 @@ from torch import Tensor
 
 from .. import batch as batches
 from .. import tree
+from ..distributed import ALONE, World
 from ..per_sample import Plan
 from ..tree import Tree
-from .folds import Gradients, Sums, gradients, merge, wide_sums
+from .folds import Gradients, Sums, fold, gradients, merge, wide_sums
 
 
 @tree.register
@@ -156,11 +157,12 @@ def noise_scale(
     mask: Tensor | None = None,
     chunk_size: int | None = None,
     plan: Plan | None = None,
+    world: World = ALONE,
 ) -> NoiseScale:
     """The noise scale at one point, from the gradients of single examples.
 
     Args:
-        loss_fn, params, batch, mask, chunk_size, plan: as in `fold`; at least three examples that count.
+        loss_fn, params, batch, mask, chunk_size, plan, world: as in `fold`; at least three examples that count.
 
     Raises:
         ValueError: there are fewer than three examples.
@@ -174,15 +176,26 @@ def noise_scale(
         (1.6667, 5.8333)
     """
 
+    if world.parts > 1:
+        fold_over = partial(fold, mask=mask, chunk_size=chunk_size, plan=plan, world=world)
+        sums: Noise = fold_over(loss_fn, params, *batch, of=Noise.of)
+        _check_count(sums)
+        left_out: _LeftOut = fold_over(loss_fn, params, *batch, of=lambda part: _LeftOut.of(part, sums))
+        return left_out.noise_scale(sums)
+
     def read() -> Iterable[Gradients]:
         return gradients("noise_scale", loss_fn, params, batch, mask, chunk_size, plan)
 
     alone = len(batches.chunks("statistics.noise_scale", batch, mask, chunk_size)) == 1
     kept = list(read()) if alone else None
     whole = reduce(merge, (Noise.of(part) for part in kept or read()))
+    _check_count(whole)
+    return reduce(merge, (_LeftOut.of(part, whole) for part in kept or read())).noise_scale(whole)
+
+
+def _check_count(whole: Noise) -> None:
     if whole.count < 3:
         raise ValueError(f"noise_scale: at least three examples that count. Found {int(whole.count)}.")
-    return reduce(merge, (_LeftOut.of(part, whole) for part in kept or read())).noise_scale(whole)
 
 
 def averaged(traces: Tensor, square_norms: Tensor) -> NoiseScale:

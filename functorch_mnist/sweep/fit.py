@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import tree
+from ..distributed import ALONE, World, rows_over
 from ..train import State
 from ..tree import Tree
 from .lanes import Lanes, Program, init, judged, put_, take
@@ -106,6 +107,7 @@ def fit(
     halving: Halving | None = None,
     patience: int | None = None,
     callbacks: Iterable[Callable[[Sweep], None]] = (),
+    world: World = ALONE,
 ) -> Sweep:
     """The sweep after all its runs have ended.
 
@@ -118,11 +120,13 @@ def fit(
             failed run the failed one counts as worst.
         patience: end a run after so many epochs without a higher score, at least 1.
         callbacks: called after each epoch with where the sweep stands, a value of its own.
+        world: the processes, which divide the runs of each epoch between them; all then hold all runs.
 
     Raises:
         ValueError: a number is out of its range, or there are other runs than in the sweep.
 
-    Guarantees: a run's numbers are those of the same run alone, bit for bit, at any width from 2 on, and at width 1.
+    Guarantees: a run's numbers are those of the same run alone, bit for bit, at any width from 2 on, and at width 1,
+        for any number of processes.
         A run that fails leaves the others as they are. One that was broken off goes on from any value given to a
         callback, to the same bits.
     """
@@ -135,7 +139,7 @@ def fit(
     callbacks, epochs = tuple(callbacks), sweep.losses.shape[1]
     sweep = tree.map(torch.clone, sweep)
     while int(sweep.epoch) < epochs and bool((sweep.ended == RUNNING).any()):
-        _epoch_(lanes, runs, sweep, width)
+        _epoch_(lanes, runs, sweep, width, world)
         made = int(sweep.epoch)
         if patience is not None:
             _end_(sweep, (made - 1 - sweep.best_epoch) >= patience, STOPPED)
@@ -148,29 +152,47 @@ def fit(
     return sweep
 
 
-def _epoch_(lanes: Lanes, runs: Runs, sweep: Sweep, width: int) -> None:
+def _epoch_(lanes: Lanes, runs: Runs, sweep: Sweep, width: int, world: World) -> None:
     """One more epoch of all runs that have not ended, in place."""
     epoch = int(sweep.epoch)
     alive = (sweep.ended == RUNNING).nonzero().squeeze(1)
     before = sweep.score.nan_to_num(nan=-torch.inf).amax(1)
-    for some in alive.split(_fitting(width, len(alive))):
-        real = len(some)
-        which = torch.cat([some, some[:1].expand(_fitting(width, real) - real)])  # idle lanes are copies, dropped below
-        part, states = take(runs, which), take(sweep.states, which)
-        losses, failed = lanes.epoch_(part, states, epoch=epoch)
-        scores = judged(lanes.program, part, states)
-        finite = torch.stack([leaf.flatten(1).isfinite().all(1) for leaf in tree.leaves(states.params)]).all(0)
-        failed = torch.where((failed < 0) & ~finite, states.step - 1, failed)
-        states, losses, failed, scores = take((states, losses, failed, scores), torch.arange(real))
-        sweep.losses[some, epoch] = losses.to(sweep.losses)
-        sweep.failed[some] = failed.to(sweep.failed)
-        for name, column in sweep.scores.items():
-            column[some, epoch] = torch.where(failed < 0, scores[name], torch.nan).to(column)
-        put_(sweep.states, some, states)
-        better = (sweep.score[some, epoch] > before[some]).nonzero().squeeze(1)
-        put_(sweep.best, some[better], take(lanes.program.kept(states), better))
+
+    def trained(alive: Tensor) -> _Trained:
+        groups = [_trained(lanes, runs, sweep, some, width) for some in alive.split(_fitting(width, len(alive)))]
+        return tree.map(lambda *parts: torch.cat(parts), *groups)
+
+    found = rows_over(world, trained, alive)
+    sweep.losses[alive, epoch] = found.losses.to(sweep.losses)
+    sweep.failed[alive] = found.failed.to(sweep.failed)
+    for name, column in sweep.scores.items():
+        column[alive, epoch] = torch.where(found.failed < 0, found.scores[name], torch.nan).to(column)
+    put_(sweep.states, alive, found.states)
+    better = (sweep.score[alive, epoch] > before[alive]).nonzero().squeeze(1)
+    put_(sweep.best, alive[better], take(lanes.program.kept(found.states), better))
     sweep.epoch.add_(1)
     _end_(sweep, sweep.failed >= 0, FAILED)
+
+
+class _Trained(NamedTuple):
+    """Some runs after an epoch: leaves (L, …)."""
+
+    states: State
+    losses: Tensor
+    failed: Tensor
+    scores: dict[str, Tensor]
+
+
+def _trained(lanes: Lanes, runs: Runs, sweep: Sweep, some: Tensor, width: int) -> _Trained:
+    """Some runs, at most `width`, after one more epoch of them side by side."""
+    real = len(some)
+    which = torch.cat([some, some[:1].expand(_fitting(width, real) - real)])  # idle lanes are copies, dropped below
+    part, states = take(runs, which), take(sweep.states, which)
+    losses, failed = lanes.epoch_(part, states, epoch=int(sweep.epoch))
+    scores = judged(lanes.program, part, states)
+    finite = torch.stack([leaf.flatten(1).isfinite().all(1) for leaf in tree.leaves(states.params)]).all(0)
+    failed = torch.where((failed < 0) & ~finite, states.step - 1, failed)
+    return take(_Trained(states, losses, failed, scores), torch.arange(real))
 
 
 def _fitting(width: int, runs: int) -> int:

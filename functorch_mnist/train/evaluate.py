@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..batch import check
+from ..distributed import ALONE, World, rows_over
 from ..losses import check_labels
 from ..tree import Tree
 
@@ -69,6 +70,7 @@ def evaluate(
     labels: Tensor,
     *,
     batch_size: int = 1000,
+    world: World = ALONE,
 ) -> Evaluation:
     """Counts and mean loss of a classifier over a data set.
 
@@ -79,14 +81,15 @@ def evaluate(
         x: (N, …), at least one example; or a tuple of such tensors, for several inputs.
         labels: (N,) integers in [0, K).
         batch_size: rows per call.
+        world: the processes, which divide the calls between them.
 
     Raises:
         ValueError: there is no example, `batch_size` is below 1, or labels are not (N,) in [0, K).
         TypeError: the labels are not integers.
 
-    Guarantees: the counts do not depend on `batch_size`.
+    Guarantees: the counts do not depend on `batch_size`, nor any bit of the result on the number of processes.
     """
-    outputs = predictions(apply_fn, params, x, batch_size=batch_size)
+    outputs = predictions(apply_fn, params, x, batch_size=batch_size, world=world)
     check_labels("evaluate", outputs, labels.cpu())  # where the error can tell what was found
     classes = outputs.shape[-1]
     pairs = torch.bincount(labels.long() * classes + outputs.argmax(-1), minlength=classes**2)
@@ -94,9 +97,14 @@ def evaluate(
 
 
 def predictions(
-    apply_fn: Callable[..., Tensor], params: Tree, x: Tensor | tuple[Tensor, ...], *, batch_size: int = 1000
+    apply_fn: Callable[..., Tensor],
+    params: Tree,
+    x: Tensor | tuple[Tensor, ...],
+    *,
+    batch_size: int = 1000,
+    world: World = ALONE,
 ) -> Tensor:
-    """The outputs for each example: (N, …) to (N, K), `batch_size` rows at a time.
+    """The outputs for each example: (N, …) to (N, K), `batch_size` rows at a time, divided between the processes.
 
     Raises:
         ValueError: there is no example, the inputs differ in their number, or `batch_size` is below 1.
@@ -106,6 +114,10 @@ def predictions(
         raise ValueError(
             f"evaluate: examples and batch_size must be at least 1. Found {len(inputs[0])} and {batch_size}."
         )
+
+    def of(*rows: Tensor) -> Tensor:
+        parts = zip(*[x.split(batch_size) for x in rows], strict=True)
+        return torch.cat([apply_fn(params, *part) for part in parts])
+
     with torch.no_grad():
-        parts = zip(*[rows.split(batch_size) for rows in inputs], strict=True)
-        return torch.cat([apply_fn(params, *rows) for rows in parts])
+        return rows_over(world, of, *inputs, unit=batch_size)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import data
+from ..distributed import ALONE, World, rows_of
+from .agreement import CHECK_EVERY, check_examples, check_state
 from .draws import Order, epoch_draws
 from .step import State, Step
 
@@ -53,6 +55,7 @@ def fit(
     watch: Watch | None = None,
     until: Callable[[Progress], bool] | None = None,
     callbacks: Iterable[Callable[[Progress], None]] = (),
+    world: World = ALONE,
 ) -> State:
     """The state after training until `epochs` epochs have been made.
 
@@ -68,13 +71,17 @@ def fit(
         loss: the `Progress.loss` that goes with a state from the middle of an epoch.
         watch: a step such as one of `watching`, whose aux callbacks want now and then.
         until: asked after each epoch, before the callbacks; where it says so, training ends.
-        callbacks: called after each step, in order.
+        callbacks: called after each step, in order, on all processes.
+        world: the processes. All are given the same examples and state, and draw the same batches; `step` is of the
+            same world, and sees this process's rows.
 
     Raises:
         ValueError: the tensors differ in their number of examples, or have none, or a number is out of its range.
         TypeError: `examples` is one tensor.
+        DisagreementError: examples or states differ between processes: at the start, every 100 steps or at the end.
 
-    Guarantees: bit for bit the same on one machine, however often it was stopped and resumed.
+    Guarantees: bit for bit the same on one machine, however often it was stopped and resumed. Equal up to rounding for
+        any number of processes; with `world.shards` bit for bit.
     """
     if isinstance(examples, Tensor):
         raise TypeError("fit: examples must be a tuple of tensors. Found one tensor. Pass (x,)?")
@@ -88,6 +95,8 @@ def fit(
         raise ValueError(f"fit: watch.every must be at least 1. Found {watch.every}.")
     (total,) = sizes
     callbacks = tuple(callbacks)
+    check_examples(world, examples)
+    check_state(world, state)
     per_epoch = data.steps_per_epoch(total, batch_size)
     done = int(state.step)
     for epoch in range(done // per_epoch, epochs):
@@ -96,6 +105,7 @@ def fit(
         loss = torch.zeros((), dtype=torch.float64, device=state.key.device) if loss is None or start == 0 else loss
         places = torch.arange(total, device=state.key.device)
         for batch in data.batches(places, batch_size=batch_size, start=start, pad=pad):
+            batch = rows_of(world, batch)
             examples_of = drawn.examples[batch.examples]
             rows = [*[tensor[examples_of] for tensor in examples], drawn.keys[batch.examples]]
             seen = min((done - epoch * per_epoch + 1) * batch_size, total)
@@ -106,6 +116,8 @@ def fit(
             done += 1
             progress = Progress(state, loss, seen, epoch, done, seen == total, aux)
             ended = until is not None and progress.epoch_ended and until(progress)
+            if done % CHECK_EVERY == 0 or done == epochs * per_epoch or ended:
+                check_state(world, state)
             for callback in callbacks:
                 callback(progress)
             if ended:

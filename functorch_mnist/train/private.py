@@ -14,9 +14,11 @@ from torch import Tensor
 
 from .. import privacy, random, tree
 from ..data import Batch
+from ..distributed import ALONE, World, first_of, in_pairs, parts_of, rows_of, sum_over
 from ..optim import Optimizer
 from ..privacy import Clipping, Mechanism, Secret, Sums, chunks, clipped_sums, draw, joins, released
 from ..tree import Tree
+from .agreement import CHECK_EVERY, check_examples, check_state
 from .fit import Progress
 from .forms import compiled
 from .step import State, init_state
@@ -29,8 +31,8 @@ class PrivateStep(NamedTuple):
     """`add(state, sums, keys, batch, *examples) -> sums`: with those of one more chunk; before the first they are None.
     `keys` (2, 2) are those of the step's noise and of its examples, `batch` says which rows of `examples` it takes."""
     step: Callable[..., tuple[State, dict[str, Tensor]]]
-    """`step(state, sums, keys, batch, *examples) -> (state, aux)`: adds the last chunk and makes the step, with noise.
-    `aux` holds what is never private, see `Sums.seen`."""
+    """`step(state, sums, keys, batch, *examples) -> (state, aux)`: adds the last chunk, if there is one, sums over all
+    processes, and makes the step, with noise. `aux` holds what is never private, see `Sums.seen`."""
     joins: Callable[..., Tensor] = joins
     """`privacy.joins`, by which a Poisson step draws its examples."""
     keys: Callable[[Tensor, Tensor], Tensor] = random.fold_in
@@ -60,6 +62,7 @@ def make_private_step(
     clipping: Clipping,
     noise_multiplier: float,
     expected: float,
+    world: World = ALONE,
 ) -> PrivateStep:
     """A private training step.
 
@@ -68,7 +71,9 @@ def make_private_step(
         optimizer: gets the noisy mean gradient.
         clipping: the rule.
         noise_multiplier: σ, at least 0.
-        expected: what sums are divided by: the expected number of examples of a step, not the realised one.
+        expected: what sums are divided by: the expected number of examples of a step of all processes, not the
+            realised one.
+        world: the processes. Each adds the chunks of its own rows; all add the same noise to the sum.
 
     Raises:
         ValueError: a number is out of its range.
@@ -105,9 +110,11 @@ def make_private_step(
         return more if sums is None else tree.map(torch.add, sums, more)
 
     def step(
-        state: State, sums: Sums | None, keys: Tensor, batch: Batch, *examples: Tensor
+        state: State, sums: Sums | None, keys: Tensor, batch: Batch | None, *examples: Tensor
     ) -> tuple[State, dict[str, Tensor]]:
-        total = add(state, sums, keys, batch, *examples)
+        total = sum_over(world, sums if batch is None else add(state, sums, keys, batch, *examples))
+        if total is None:
+            raise ValueError("private step: there must be a chunk, or sums. Found neither.")
         grads, estimator = released(
             state.params, total, keys[0], clipping=clipping, noise_multiplier=noise_multiplier, expected=expected,
             clipping_state=state.estimator,
@@ -129,6 +136,7 @@ def fit_private(
     chunk_sizes: Sequence[int] | None = None,
     loss: Tensor | None = None,
     callbacks: Iterable[Callable[[Progress], None]] = (),
+    world: World = ALONE,
 ) -> State:
     """The state after training until `steps` steps have been made.
 
@@ -142,10 +150,13 @@ def fit_private(
         steps: how many there shall be in all, at least 0.
         chunk_sizes: fixed sizes for `privacy.chunks`; by default `privacy.chunk_sizes`.
         loss: the `Progress.loss` that goes with a state from the middle of an epoch.
-        callbacks: called after each step, in order.
+        callbacks: called after each step, in order, on all processes.
+        world: the processes, of which `step` is as well. Draws and noise are those of process 0's secret, once for all:
+            the account is that of one process.
 
     Raises:
         ValueError: the tensors differ in their number of examples, or have none, or a number is out of its range.
+        DisagreementError: examples or states differ between processes.
     """
     lengths = {len(tensor) for tensor in examples}
     if len(lengths) != 1 or 0 in lengths or steps < 0:
@@ -156,18 +167,36 @@ def fit_private(
     (total,) = lengths
     device, callbacks = examples[0].device, tuple(callbacks)
     sizes = privacy.chunk_sizes(mechanism, total) if chunk_sizes is None else chunk_sizes
-    roots, expected = random.split(secret.key(device), 3), privacy.expected_examples(mechanism, total)
+    check_examples(world, examples)
+    check_state(world, state)
+    roots, expected = random.split(first_of(world, secret.key(device)), 3), privacy.expected_examples(mechanism, total)
     per_epoch = max(1, round(total / expected))
     for done in range(int(state.step), steps):
         keys = step.keys(roots[1:], state.step)
-        *first, last = chunks(draw(mechanism, roots[0], step=state.step, examples=total, joins=step.joins), sizes)
-        sums = None
-        for batch in first:
-            sums = step.add(state, sums, keys, batch, *examples)
-        state, aux = step.step(state, sums, keys, last, *examples)
+        drawn = chunks(draw(mechanism, roots[0], step=state.step, examples=total, joins=step.joins), sizes)
+        state, aux = _stepped(step, state, keys, [rows_of(world, batch) for batch in drawn], examples, world)
+        if (done + 1) % CHECK_EVERY == 0 or done + 1 == steps:
+            check_state(world, state)
         epoch, before = divmod(done, per_epoch)
         loss = aux["loss"].double() + (0 if loss is None or before == 0 else loss)
         progress = Progress(state, loss, round(expected * (before + 1)), epoch, done + 1, before + 1 == per_epoch, aux)
         for callback in callbacks:
             callback(progress)
     return state
+
+
+def _stepped(
+    step: PrivateStep, state: State, keys: Tensor, chunks: list[Batch], examples: Sequence[Tensor], world: World
+) -> tuple[State, dict[str, Tensor]]:
+    """A step over this process's rows of some chunks."""
+    if world.shards is None:
+        sums = None
+        for batch in chunks[:-1]:
+            sums = step.add(state, sums, keys, batch, *examples)
+        return step.step(state, sums, keys, chunks[-1], *examples)
+    totals: list[Sums | None] = [None] * world.parts_here
+    for batch in chunks:
+        parts = parts_of(world, batch)
+        totals = [step.add(state, sums, keys, part, *examples) for sums, part in zip(totals, parts, strict=True)]
+    sums = in_pairs(totals, lambda a, b: tree.map(torch.add, a, b))
+    return step.step(state, sums, keys, None, *examples)

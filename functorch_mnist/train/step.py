@@ -3,10 +3,10 @@
     G = Σ_i m_i ∇loss(w; example_i),    (w, s) ← optimizer(w, s, G / divisor)
 
 An estimator works on sums over examples and the step divides once, so that chunks, padding and several processes give
-the same result.
+the same result. The step of one process is that of a world of one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -16,6 +16,7 @@ from torch.func import grad, vmap
 
 from .. import tree
 from ..batch import blanked, check
+from ..distributed import ALONE, Sharded, World, gather, in_pairs, sum_over
 from ..optim import Optimizer
 from ..tree import Tree
 
@@ -34,7 +35,7 @@ class State(NamedTuple):
     """What the estimator adapts, such as a clipping norm."""
 
 
-def init_state(params: Tree, optimizer: Optimizer, key: Tensor) -> State:
+def init_state(params: Tree, optimizer: Optimizer | Sharded, key: Tensor) -> State:
     """The state before the first step.
 
     Args:
@@ -42,21 +43,29 @@ def init_state(params: Tree, optimizer: Optimizer, key: Tensor) -> State:
         optimizer: gives its own initial state.
         key: (2,), the root of the order of examples and of dropout.
     """
-    return State(params, optimizer.init(params), torch.zeros((), dtype=torch.int64, device=key.device), key)
+    kept = optimizer.keep(params) if isinstance(optimizer, Sharded) else params
+    return State(kept, optimizer.init(params), torch.zeros((), dtype=torch.int64, device=key.device), key)
+
+
+def _as_it_is(_grads: Tree, aux: dict[str, Tensor]) -> dict[str, Tensor]:
+    return aux
 
 
 @dataclass(frozen=True)
 class Estimator:
     """A gradient estimator: `(params, *batch, mask) -> (grads, aux)`, sums over the examples of the batch.
 
-    `grads` is shaped as `params`; `aux` holds tensors, the 0-d sum `"loss"` at least. A masked example, whatever it
-    holds, adds exactly nothing.
+    `grads` is shaped as `params`; `aux` holds tensors, the 0-d sum `"loss"` at least: 0-d ones are sums, others (B, …)
+    rows of the examples. A masked example, whatever it holds, adds exactly nothing.
     """
 
     fn: Callable[..., tuple[Tree, dict[str, Tensor]]]
+    finish: Callable[[Tree, dict[str, Tensor]], dict[str, Tensor]] = _as_it_is
+    """`finish(grads, aux) -> aux`: of the sums over all processes, what is no sum."""
 
     def __call__(self, params: Tree, *batch: Tensor, mask: Tensor | None = None) -> tuple[Tree, dict[str, Tensor]]:
-        return self.fn(params, *batch, mask=mask)
+        grads, aux = self.fn(params, *batch, mask=mask)
+        return grads, self.finish(grads, aux)
 
 
 def gradient(loss_fn: Callable[..., Tensor]) -> Estimator:
@@ -117,23 +126,27 @@ class Step(Protocol):
     ) -> tuple[State, dict[str, Tensor]]: ...
 
 
-def make_step(loss_fn: Callable[..., Tensor] | Estimator, optimizer: Optimizer) -> Step:
-    """A training step: the estimator, one division, the optimizer.
+def make_step(loss_fn: Callable[..., Tensor] | Estimator, optimizer: Optimizer | Sharded, world: World = ALONE) -> Step:
+    """A training step: the estimator, the sum over processes, one division, the optimizer.
 
     Args:
         loss_fn: an estimator, or the loss of one example, `loss_fn(params, *example) -> ()`, which stands for
             `gradient(loss_fn)`.
         optimizer: gets the mean gradient.
+        world: the processes. The step of each takes its own rows, those of `distributed.rows_of`.
 
     Returns:
         `step(state, *batch, mask=None, divisor=None) -> (state, aux)`. `batch`: tensors (B, …). `mask`: (B,) bool.
-        `divisor`: what the sums are divided by, by default B. `aux`: the estimator's, the sum `"loss"` in it.
+        `divisor`: what the sums are divided by, by default B. `aux`: the estimator's, the sum `"loss"` in it, over the
+        rows of all processes. The state is the same on all.
 
     Raises:
         ValueError: from the step, for tensors that differ in B, a mask that is not (B,) bool, and without a divisor for
-            a mask (B would count padding) or an empty batch.
+            a mask (B would count padding), several processes (each knows its rows alone) or an empty batch; where the
+            parts of a world do not divide B.
 
-    Guarantees: pure. Compiles as one graph.
+    Guarantees: pure. Compiles as one graph. With `world.shards`, the same bits for any number of processes, where the
+        estimator's parts are called alike: compile the estimator and the optimizer then, not the step.
 
     Example:
         >>> from functorch_mnist import optim, random
@@ -149,14 +162,48 @@ def make_step(loss_fn: Callable[..., Tensor] | Estimator, optimizer: Optimizer) 
         state: State, *batch: Tensor, mask: Tensor | None = None, divisor: float | Tensor | None = None
     ) -> tuple[State, dict[str, Tensor]]:
         rows = check("step", batch, mask)
-        if divisor is None and mask is not None:
-            raise ValueError("step: a mask needs a divisor, for B counts the padding. Pass the number of real rows.")
+        if divisor is None and (mask is not None or world.size > 1):
+            which = (
+                "a mask needs a divisor, for B counts the padding" if world.size == 1 else "processes need a divisor"
+            )
+            raise ValueError(f"step: {which}. Pass the number of real rows of all.")
         if divisor is None and rows == 0:
             raise ValueError("step: a batch without a divisor must have an example. Found B = 0. Pass a divisor?")
-        sums, aux = estimator(state.params, *batch, mask=mask)
         count = rows if divisor is None else divisor
+        params = optimizer.whole(state.params) if isinstance(optimizer, Sharded) else state.params
+        sums, scalars, columns = _summed(world, estimator, params, batch, mask)
+        if isinstance(optimizer, Sharded):
+            sums, scalars = optimizer.sum(sums), sum_over(world, scalars)
+        else:
+            sums, scalars = sum_over(world, (sums, scalars))
+        aux = {**scalars, **gather(world, columns)}
+        if estimator.finish is not _as_it_is:
+            aux = estimator.finish(optimizer.whole(sums) if isinstance(optimizer, Sharded) else sums, aux)
         grads = tree.map(lambda g: g / count, sums)
-        params, optimizer_state = optimizer.update(state.params, state.optimizer, grads)
-        return state._replace(params=params, optimizer=optimizer_state, step=state.step + 1), aux
+        kept, optimizer_state = optimizer.update(state.params, state.optimizer, grads)
+        return state._replace(params=kept, optimizer=optimizer_state, step=state.step + 1), aux
 
     return step
+
+
+def _summed(
+    world: World, estimator: Estimator, params: Tree, batch: Sequence[Tensor], mask: Tensor | None
+) -> tuple[Tree, dict[str, Tensor], dict[str, Tensor]]:
+    """What the estimator says of this process's rows, summed over its parts: the sums, those of aux, and aux's rows."""
+    rows, parts = len(batch[0]), world.parts_here
+    if rows % parts:
+        raise ValueError(f"step: the {parts} parts of a process must divide its rows. Found {rows}. Use rows_of?")
+    found, columns = [], []
+    for part in range(parts):
+        which = slice(part * rows // parts, (part + 1) * rows // parts)
+        sums, aux = estimator.fn(params, *[x[which] for x in batch], mask=None if mask is None else mask[which])
+        found.append((sums, {name: value for name, value in aux.items() if value.dim() == 0}))
+        columns.append({name: value for name, value in aux.items() if value.dim() > 0})
+    sums, scalars = in_pairs(found, _added)
+    if parts == 1:
+        return sums, scalars, columns[0]
+    return sums, scalars, tree.map(lambda *pieces: torch.cat(pieces), *columns)
+
+
+def _added(a: Tree, b: Tree) -> Tree:
+    return tree.map(torch.add, a, b)

@@ -19,9 +19,9 @@ def watching(loss_fn: Callable[..., Tensor]) -> Estimator:
 
     Returns:
         The estimator. Its gradient is that of `gradient(loss_fn)`, up to rounding. Its aux holds, besides `"loss"`:
-        `"count"`, how many examples count; `"norms"` (B,), |∇_i|, zero where masked; `"trace"` and `"square_norm"`,
-        0-d, the unbiased estimates of `statistics.of_batch`, NaN for fewer than two examples: for the noise scale,
-        average each over steps with `statistics.averaged`.
+        `"count"`, how many examples count; `"norms"` (B,), |∇_i|, zero where masked; `"keep"` (B,) bool, the mask;
+        `"trace"` and `"square_norm"`, 0-d, the unbiased estimates of `statistics.of_batch`, NaN for fewer than two
+        examples: for the noise scale, average each over steps with `statistics.averaged`.
 
     Cost: one backward pass.
     """
@@ -29,14 +29,17 @@ def watching(loss_fn: Callable[..., Tensor]) -> Estimator:
     def estimate(params: Tree, *batch: Tensor, mask: Tensor | None) -> tuple[Tree, dict[str, Tensor]]:
         if check("watching", batch, mask) == 0:
             nothing = torch.zeros(0, device=batch[0].device)
-            return tree.zeros_like(params), _aux(nothing, nothing, tree.zeros_like(params), mask)
+            return tree.zeros_like(params), _aux(nothing, nothing, mask)
         grads, norms, losses = per_sample.grad_and_norms(loss_fn, params, *batch, mask=mask)
-        return grads, _aux(losses, norms, grads, mask)
+        return grads, _aux(losses, norms, mask)
 
-    return Estimator(estimate)
+    def finish(grads: Tree, aux: dict[str, Tensor]) -> dict[str, Tensor]:
+        trace, square_norm = statistics.of_batch(aux["norms"], grads, aux["keep"])
+        return {**aux, "trace": trace, "square_norm": square_norm}
+
+    return Estimator(estimate, finish)
 
 
-def _aux(losses: Tensor, norms: Tensor, grads: Tree, mask: Tensor | None) -> dict[str, Tensor]:
-    trace, square_norm = statistics.of_batch(norms, grads, mask)
-    count = torch.ones_like(norms).sum() if mask is None else mask.sum()
-    return {"loss": tree.wide(losses).sum(), "count": count, "norms": norms, "trace": trace, "square_norm": square_norm}
+def _aux(losses: Tensor, norms: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    keep = torch.ones_like(norms, dtype=torch.bool) if mask is None else mask
+    return {"loss": tree.wide(losses).sum(), "count": keep.sum(), "norms": norms, "keep": keep}

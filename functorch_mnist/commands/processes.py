@@ -1,0 +1,90 @@
+"""A command in one or more processes: entering the world, what all must have in common, and who speaks."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from .. import allocator, data, distributed
+from ..distributed import World, check_agreed
+from ..distributed.agreement import code, digest_of
+from ..options import Analysis, Train
+from ..tree import Tree
+from . import sources
+from .faults import refusing
+
+_OWN = frozenset({"data_dir", "out", "resume", "run", "processes", "timeout", "threads"})
+"""Options that may differ between processes: paths of a machine, and how it is used."""
+_SAME = "Start all of them with the same command, data and version."
+
+
+@contextmanager
+def processes(options: Train | Analysis, command: Any = None) -> Iterator[World]:
+    """The world that a command computes in; all but the first process print nothing.
+
+    Args:
+        options: say the device, the threads and how long others are waited for.
+        command: all options, where there are more.
+
+    Raises:
+        UsageError: there is no such device, or the processes do not divide the shards.
+        JoinError, LostError, EndedError: as from `distributed.joined`.
+        DisagreementError: the processes have other versions or options.
+    """
+    sources.device(options.device)
+    shards = options.shards if isinstance(options, Train) else None
+    allocator.keep_freed_memory()
+    with (
+        refusing(ValueError),
+        distributed.joined(device=options.device, shards=shards, seconds=options.timeout) as world,
+    ):
+        threads = options.threads or _threads(world)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        check_agreed(world, "Starting", _SAME, version=code())
+        wanted = repr((type(command or options).__name__, _without_own(asdict(command or options))))
+        bits = torch.get_num_threads() if world.shards else None
+        check_agreed(world, "Starting", _SAME, options=digest_of(wanted), threads=digest_of(repr(bits)))
+        with redirect_stdout(open(os.devnull, "w")) if world.rank else redirect_stdout(sys.stdout):
+            yield world
+
+
+def _without_own(values: Any) -> Any:
+    return {name: _without_own(v) if isinstance(v, dict) else v for name, v in values.items() if name not in _OWN}
+
+
+def _threads(world: World) -> int | None:
+    """CPU threads of this process: its part of the machine's cores; one with shards, whose bits hang on it."""
+    if world.shards is not None:
+        return 1
+    if world.size == 1:
+        return None
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", world.size)))
+    return max(1, len(os.sched_getaffinity(0)) // here)
+
+
+def load(options: Train, world: World) -> data.Dataset:
+    """The run's data set on this process's device; the first process downloads it, if it must be."""
+    if world.rank == 0:
+        found = sources.load(options.dataset, options.data_dir, world.device)
+    wait(world)
+    return found if world.rank == 0 else sources.load(options.dataset, options.data_dir, world.device)
+
+
+def check_data(world: World, values: Tree) -> None:
+    """Refuses data that are not the same on all processes.
+
+    Raises:
+        DisagreementError: they are not.
+    """
+    if world.size > 1:
+        check_agreed(world, "Starting", _SAME, data=distributed.digest(values))
+
+
+def wait(world: World) -> None:
+    """Waits until all processes have come here."""
+    distributed.sum_over(world, torch.zeros(1, device=world.device))

@@ -1,0 +1,176 @@
+"""Who is there: each process says so in the store, twice a second, by a thread of its own.
+
+Where a sum fails, its message says only that something has. Who is gone, or does not come, is found here: a process
+whose thread has fallen silent is gone or stopped; one whose thread is heard but which is not waiting as the others are
+does something else.
+"""
+
+import os
+import signal
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from enum import StrEnum
+
+import torch.distributed as dist
+
+from .sums import WAITING
+
+_BEAT = 0.5
+"""Seconds from one sign of life to the next."""
+_SILENT = 3.0
+"""After so many seconds without one, a process is gone."""
+HEARD = 2.0
+"""Seconds in which all that are there have heard why another leaves."""
+
+
+_TOLD = "Another process has ended, and has told why."
+
+
+class Ended(Exception):
+    """Training or another command ends because of another process."""
+
+
+class LostError(Ended):
+    """A process is gone or does not go on."""
+
+
+class EndedError(Ended):
+    """Another process has ended with an error, and has told it."""
+
+
+class Left(StrEnum):
+    """Why a process has left."""
+
+    DONE = "done"
+    INTERRUPTED = "interrupted"
+    FAILED = "failed"
+    WAITING = "waiting"
+    """It has waited in vain, and asks who is missing."""
+
+
+class Attendance:
+    """This process's place among the others."""
+
+    def __init__(self, store: dist.Store, client: dist.Store, rank: int, size: int) -> None:
+        """Says that this process is there; `client` is for the thread alone."""
+        self.store, self.rank, self.size = store, rank, size
+        self._closed = threading.Event()
+        self._heard: dict[int, str] = {}
+        store.set(f"who/{rank}", f"pid {os.getpid()} on {socket.gethostname()}")
+        client.set(f"beat/{rank}", "0")
+        self._thread = threading.Thread(target=self._beat, args=(client,), daemon=True)
+        self._thread.start()
+
+    def _beat(self, client: dist.Store) -> None:
+        count = 0
+        while not self._closed.wait(_BEAT):
+            count += 1
+            try:
+                client.set(f"beat/{self.rank}", str(count))
+                self._heard |= self._asked(client)
+            except RuntimeError:  # who holds the store is gone: the main thread finds it out
+                return
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._closed.set()
+
+    def wait_for_all(self, seconds: float) -> list[int]:
+        """The ranks that have not come within so many seconds."""
+        deadline = time.monotonic() + seconds
+        while True:
+            missing = [rank for rank in range(self.size) if not self.store.check([f"who/{rank}"])]
+            if not missing or time.monotonic() > deadline:
+                return missing
+            time.sleep(0.1)
+
+    def leave(self, why: Left) -> None:
+        """Says why this process leaves."""
+        with suppress(RuntimeError):
+            self.store.set(f"left/{self.rank}", why.value)
+
+    def explained(self, error: BaseException) -> BaseException:
+        """What this process ends with, where it ends with an error: its own one, or who else has caused it."""
+        notes = " ".join(getattr(error, "__notes__", []))
+        interrupted = isinstance(error, KeyboardInterrupt)
+        if not interrupted and not _of_a_sum(error):
+            self.leave(Left.FAILED)
+            return error if self._first() else EndedError(_TOLD)
+        self.leave(Left.INTERRUPTED if interrupted else Left.WAITING)
+        lost = self._lost()
+        if lost:
+            return LostError(f"{lost} {notes}".strip()) if self._first() else EndedError(_TOLD)
+        whys = self._whys()
+        if interrupted or Left.INTERRUPTED in whys.values():
+            told = str(error) if interrupted else f"Interrupted. {notes}"
+            return KeyboardInterrupt(told) if self.rank == 0 else EndedError(_TOLD)
+        if Left.FAILED in whys.values():
+            return EndedError(_TOLD)
+        self.leave(Left.FAILED)
+        return error if self._first() else EndedError(_TOLD)
+
+    def _first(self) -> bool:
+        """Whether this process is the first that has something to tell."""
+        try:
+            return bool(self.store.compare_set("told", "", str(self.rank)) == str(self.rank).encode())
+        except RuntimeError:
+            return True
+
+    def _whys(self) -> dict[int, str]:
+        """Why others have left, those that have; also where the store has gone with one of them since."""
+        with suppress(RuntimeError):
+            return self._heard | self._asked(self.store)
+        return dict(self._heard)
+
+    def _asked(self, store: dist.Store) -> dict[int, str]:
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        return {rank: store.get(f"left/{rank}").decode() for rank in others if store.check([f"left/{rank}"])}
+
+    def _lost(self) -> str:
+        """Who is gone or does not come, in words; nothing where all have left by themselves, or wait as this one."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        try:
+            before = {rank: self.store.get(f"beat/{rank}") for rank in others}
+            deadline = time.monotonic() + _SILENT
+            while time.monotonic() < deadline and len(self._whys()) < len(others):
+                time.sleep(0.1)
+            absent = [rank for rank in others if rank not in self._whys()]
+            silent = [rank for rank in absent if self.store.get(f"beat/{rank}") == before[rank]]
+            if silent:
+                return f"{self._named(silent)} gone or stopped: nothing was heard of it for {_SILENT:g} s."
+            if absent and Left.INTERRUPTED not in self._whys().values():
+                return f"{self._named(absent)} not going on, while the others wait."
+        except RuntimeError:
+            if self._heard.get(0) not in (Left.FAILED, Left.INTERRUPTED):
+                return "Process 0, or the launcher that holds the store, is gone."
+        return ""
+
+    def _named(self, ranks: list[int]) -> str:
+        names = [f"{rank} of {self.size} ({self.store.get(f'who/{rank}').decode()})" for rank in ranks]
+        return f"Process {names[0]} is" if len(names) == 1 else f"Processes {' and '.join(names)} are"
+
+
+def _of_a_sum(error: BaseException) -> bool:
+    """Whether torch's collectives have raised it, eager or compiled."""
+    for frame in traceback.extract_tb(error.__traceback__):
+        if "/torch/distributed/" in frame.filename or "_c10d_functional" in (frame.line or "") or frame.name == WAITING:
+            return isinstance(error, RuntimeError)
+    return False
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Keeps signals that ask to stop from breaking off what the first one, or a fault, has begun."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

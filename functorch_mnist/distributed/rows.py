@@ -1,0 +1,105 @@
+"""Which rows are whose.
+
+A batch is drawn once, the same on every process, and cut into equal parts, padded and masked: shapes are the same on
+all, so that all compile, and call, the same. Each process takes neighbouring parts, in the order of the ranks.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import tree
+from ..data import Batch
+from .sums import gather
+from .world import World
+
+T = TypeVar("T")
+
+
+def rows_of(world: World, batch: Batch) -> Batch:
+    """This process's rows of a batch that all have drawn.
+
+    Args:
+        world: the processes.
+        batch: (B,) examples, at least one, and their mask.
+
+    Returns:
+        `world.parts_here` parts of ⌈B / world.parts⌉ rows, one after the other. Rows beyond B repeat the first example
+        and are masked. In a world of one without shards it is the batch itself.
+
+    Example:
+        >>> rows_of(World(shards=2), Batch(torch.tensor([5, 6, 7]), None))
+        Batch(examples=tensor([5, 6, 7, 5]), mask=tensor([ True,  True,  True, False]))
+    """
+    if world.parts == 1:
+        return batch
+    rows = len(batch.examples)
+    each = -(-rows // world.parts)
+    missing = each * world.parts - rows
+    examples, mask = batch.examples, batch.mask
+    if missing:
+        mask = torch.ones_like(examples, dtype=torch.bool) if mask is None else mask
+        examples = torch.cat([examples, examples[:1].expand(missing)])
+        mask = torch.cat([mask, mask.new_zeros(missing)])
+    mine = slice(world.rank * world.parts_here * each, (world.rank + 1) * world.parts_here * each)
+    return Batch(examples[mine], None if mask is None else mask[mine])
+
+
+def parts_of(world: World, batch: Batch) -> list[Batch]:
+    """The parts of this process's rows, in order: what `rows_of` gives, cut into `world.parts_here`."""
+    masks = [None] * world.parts_here if batch.mask is None else batch.mask.chunk(world.parts_here)
+    return [Batch(*part) for part in zip(batch.examples.chunk(world.parts_here), masks, strict=True)]
+
+
+def shares(count: int, parts: int, *, unit: int = 1) -> list[slice]:
+    """Some rows, divided into parts of neighbouring rows, as equal as whole units can be.
+
+    Args:
+        count: how many rows there are, from 0.
+        parts: how many parts, some of which may be empty.
+        unit: rows that are not parted, such as those of a chunk.
+
+    Example:
+        >>> shares(5, 2, unit=2)
+        [slice(0, 2, None), slice(2, 5, None)]
+    """
+    units = -(-count // unit)
+    edges = [min(count, units * part // parts * unit) for part in range(parts + 1)]
+    return [slice(*edge) for edge in pairwise(edges)]
+
+
+def rows_over(world: World, fn: Callable[..., T], *rows: Tensor, unit: int | None = None) -> T:
+    """What a function makes of each row, the rows divided between the processes.
+
+    Args:
+        world: the processes.
+        fn: `fn(*rows) -> tree of (n, …)`, its i-th row a function of the i-th row alone.
+        rows: tensors (N, …), at least one row, the same on all processes.
+        unit: rows that `fn` takes at a time: with it each process is given whole units, which are those of one process
+            alone. By default each is given an N-th part at once.
+
+    Returns:
+        `fn(*rows)`, the same on all processes.
+
+    Cost: the result is sent once to each process.
+
+    Example:
+        >>> rows_over(World(), torch.neg, torch.arange(3))
+        tensor([ 0, -1, -2])
+    """
+    if world.size == 1:
+        return fn(*rows)
+    divided = shares(len(rows[0]), world.size, unit=unit or 1)
+    sizes = [part.stop - part.start for part in divided]
+    mine = divided[world.rank]
+    some = mine if sizes[world.rank] else slice(0, unit or 1)  # what none is left for says the shapes of the result
+    found = fn(*[x[some] for x in rows])
+    return gather(world, _first(found, sizes[world.rank]), sizes)
+
+
+def _first(values: T, count: int) -> T:
+
+    return tree.map(lambda leaf: leaf[:count], values)

@@ -1,0 +1,56 @@
+"""Who computes: how many processes there are, and which one this is."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that compute one result, as one of them sees them: an argument of all that sums over examples.
+
+    All hold the same parameters, data and keys, and call the same functions with the same arguments; each works on its
+    own rows, and their sums are the same on all.
+
+    Raises:
+        ValueError: the rank is not below the size, several processes have no group, or the shards are no power of two
+            that the size divides.
+    """
+
+    rank: int = 0
+    """Which process this is, from 0."""
+    size: int = 1
+    """How many there are."""
+    device: torch.device = field(default=torch.device("cpu"))
+    """Where this one computes."""
+    group: str = ""
+    """The name of torch's process group; none is needed for a single process."""
+    shards: int | None = None
+    """S: a batch is summed in so many equal parts, in a fixed binary tree: then the sums are the same bits for 1, 2, 4,
+    … S processes of equal threads on equal machines. None: equal up to rounding for any number of processes."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.size:
+            raise ValueError(f"World: rank must be from 0, below size. Found {self.rank} of {self.size}.")
+        if self.size > 1 and not self.group:
+            raise ValueError("World: several processes need a process group. Found none. Enter `joined` for one.")
+        if self.shards is not None and (self.shards < 1 or self.shards & (self.shards - 1)):
+            raise ValueError(f"World: shards must be a power of two. Found {self.shards}.")
+        if self.shards is not None and self.shards % self.size:
+            raise ValueError(
+                f"World: the number of processes must divide the shards. Found {self.size} and {self.shards}."
+            )
+
+    @property
+    def parts(self) -> int:
+        """In how many parts a batch is summed, by all processes."""
+        return self.shards or self.size
+
+    @property
+    def parts_here(self) -> int:
+        """How many of them are this process's."""
+        return self.parts // self.size
+
+
+ALONE = World()
+"""The world of a single process."""

@@ -1,0 +1,48 @@
+"""What processes that train together must have in common: their examples at the start, their state all along."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .. import tree
+from ..distributed import Shard, World, check_agreed, digest
+from .step import State
+
+CHECK_EVERY = 100
+"""Steps from one comparison of the states to the next."""
+_ROWS = 1000
+"""Of so many examples the digest is taken."""
+
+
+def check_examples(world: World, examples: Sequence[Tensor]) -> None:
+    """Refuses examples that are not the same on all processes, such as those of a loader that gives each its own part.
+
+    Cost: a digest of a thousand examples, evenly spaced.
+    """
+    if world.size == 1:
+        return
+    step = max(1, len(examples[0]) // _ROWS)
+    shapes = tuple(x.new_zeros(()).expand(x.shape).shape for x in examples)
+    found = digest([x[::step] for x in examples])
+    check_agreed(
+        world,
+        f"fit, with {len(examples[0]):,} examples of {shapes[0][1:]} on this process",
+        "Give all of them to each: its own rows are chosen by rank.",
+        examples=found,
+    )
+
+
+def check_state(world: World, state: State) -> None:
+    """Refuses states that are no longer the same on all processes.
+
+    Cost: a digest of the state, and 32 bytes sent.
+    """
+    if world.size == 1:
+        return
+    own = tree.replaced(state, lambda node: isinstance(node, Shard), lambda _: ())  # differ by right
+    check_agreed(
+        world,
+        f"Training, after step {int(state.step)}",
+        "Do all have the same memory, libraries and kind of processor?",
+        state=digest(own),
+    )

@@ -1,0 +1,215 @@
+"""What a world of processes finds, for `test_distributed.py`: `python worlds.py OUT SHARDS CASE …` is one of them.
+
+The environment says which. Each writes what it has found into a file of its own.
+"""
+
+import os
+import subprocess
+import sys
+from functools import partial
+
+import torch
+
+from functorch_mnist import (
+    attribution,
+    distributed,
+    layers,
+    models,
+    optim,
+    per_sample,
+    privacy,
+    random,
+    statistics,
+    sweep,
+    train,
+    tree,
+)
+from functorch_mnist.distributed import World
+
+EXAMPLES, CLASSES, BATCH = 23, 3, 7
+KEY = random.key(0)
+X = random.normal(random.key(1), (EXAMPLES, 5))
+Y = torch.arange(EXAMPLES) % CLASSES
+CLIPPING = privacy.Flat(0.5)
+
+
+def model():
+    return models.mlp((5, 6, CLASSES))
+
+
+def outputs(params, x, key=None):
+    x = x if key is None else layers.dropout(x, key, rate=0.5)
+    return model().apply(params, x)
+
+
+def loss_fn(params, x, y, key=None):
+    return torch.nn.functional.cross_entropy(outputs(params, x, key)[None], y[None])
+
+
+def fitted(world, estimator, optimizer, *, compile=False):
+    made = optimizer if isinstance(optimizer, optim.Optimizer) else optimizer(world)
+    step = train.make_step(estimator, made, world)
+    state = train.init_state(model().init(KEY), made, KEY)
+    seen = []
+    state = train.fit(
+        train.compiled(step) if compile else step, state, (X, Y), epochs=2, batch_size=BATCH, pad=compile, world=world,
+        callbacks=(lambda progress: seen.append({**unpadded(progress.aux), "total": progress.loss}),),
+    )  # fmt: skip
+    return (made.whole(state) if isinstance(made, distributed.Sharded) else state), seen
+
+
+def unpadded(aux):
+    """Without the rows of the padding, of which each number of processes has its own."""
+    return {**aux, "norms": aux["norms"][aux["keep"]], "keep": aux["keep"].sum()} if "keep" in aux else aux
+
+
+def clipped(params, *batch, mask):
+    found = per_sample.clipped_sum(loss_fn, params, *batch, max_norm=0.5, mask=mask)
+    keep = torch.ones_like(found.norms) if mask is None else mask
+    return found.grads, {"loss": (found.losses * keep).sum()}
+
+
+def training(world):
+    """Plain, with dropout, a momentum, and a last batch that is short."""
+    return fitted(world, train.gradient(loss_fn), optim.sgd(0.1, momentum=0.9))
+
+
+def clipped_training(world):
+    return fitted(world, train.Estimator(clipped), optim.adam(0.05))
+
+
+def watched_training(world):
+    return fitted(world, train.watching(loss_fn), optim.sgd(0.1))
+
+
+def compiled_training(world):
+    return fitted(world, train.watching(loss_fn), optim.sgd(0.1, momentum=0.9), compile=True)[0]
+
+
+def private_training(world):
+    optimizer = optim.averaging(optim.sgd(0.5), decay=0.9)
+    mechanism = privacy.Poisson(0.4, 1.0)
+    step = train.make_private_step(
+        loss_fn, optimizer, clipping=CLIPPING, noise_multiplier=1.0, expected=0.4 * EXAMPLES, world=world
+    )
+    state = train.init_private_state(model().init(KEY), optimizer, KEY, CLIPPING)
+    secret = privacy.Secret(5 if world.rank == 0 else 6 + world.rank)  # the first process's is that of all
+    seen = []
+    state = train.fit_private(
+        step, state, (X, Y), mechanism=mechanism, secret=secret, steps=5, chunk_sizes=(4, 8), world=world,
+        callbacks=(lambda progress: seen.append(progress.aux),),
+    )  # fmt: skip
+    return state, seen
+
+
+def evaluation(world):
+    return tuple(train.evaluate(outputs, cross_entropies, model().init(KEY), X, Y, batch_size=4, world=world))
+
+
+def cross_entropies(outputs, labels):
+    return torch.nn.functional.cross_entropy(outputs, labels, reduction="none")
+
+
+def folds(world):
+    def of(gradients):
+        kinds = (statistics.Norms, statistics.Moments, statistics.KroneckerFactors)
+        return tuple(kind.of(gradients) for kind in kinds)
+
+    mask = torch.arange(EXAMPLES) != 4
+    fold = partial(statistics.fold, loss_fn, model().init(KEY), of=of, world=world)
+    return fold(X, Y, mask=mask), fold(X, Y, chunk_size=3), fold(X[:2], Y[:2], chunk_size=1)
+
+
+def rows(world):
+    """What hangs on each example alone."""
+    params = model().init(KEY)
+    projection = attribution.projection(params, key=KEY, size=4)
+    mask = torch.arange(EXAMPLES) != 4
+    return (
+        attribution.scores(outputs, params, X, labels=Y, loss_fn=lambda o, y: cross_entropies(o[None], y[None])[0],
+                           mask=mask, chunk_size=5, world=world),
+        attribution.features(loss_fn, params, X, Y, projection=projection, chunk_size=5, world=world),
+        per_sample.gram(loss_fn, params, (X, Y), (X[:3], Y[:3]), mask=mask, chunk_size=5, world=world),
+        per_sample.gram(loss_fn, params, (X, Y), chunk_size=5, world=world),
+        attribution.gradient_cosine(loss_fn, params, (X, Y), (X[:3], Y[:3]), chunk_size=5, world=world),
+        attribution.tangent_kernel(outputs, params, (X,), (X[:2],), chunk_size=5, world=world),
+        attribution.features(loss_fn, params, X[:1], Y[:1], projection=projection, world=world),
+    )  # fmt: skip
+
+
+def swept(world):
+    runs = sweep.grid(lr=[0.1, 0.5, 1e30], seeds=[0, 1])
+
+    def init(hyper, key):
+        return train.init_state(model().init(key), optim.sgd(hyper["lr"]), key)
+
+    def step(hyper, state, *rows, mask, divisor):
+        return train.make_step(loss_fn, optim.sgd(hyper["lr"]))(state, *rows, mask=mask, divisor=divisor)
+
+    def judge(hyper, state):
+        return {"accuracy": (outputs(state.params, X).argmax(-1) == Y).double().mean()}
+
+    program = sweep.Program(init, step, judge)
+    lanes = sweep.Lanes(program, (X, Y), batch_size=BATCH, compile=False)
+    begun = sweep.start(program, runs, epochs=3)
+    return tuple(sweep.fit(lanes, runs, begun, width=2, halving=sweep.Halving(2, 0.5), world=world))
+
+
+def shards(world):
+    """Optimizers whose state, and in the second whose parameters as well, live in shards."""
+    like = model().init(KEY)
+    averaged = optim.averaging(optim.adamw(0.05), decay=0.9)
+    return (
+        fitted(world, train.watching(loss_fn), lambda world: distributed.sharded(averaged, world, like)),
+        fitted(world, train.gradient(loss_fn),
+               lambda world: distributed.sharded(optim.sgd(0.1, momentum=0.9), world, like, keep_params=False)),
+    )  # fmt: skip
+
+
+def sums(world):
+    """Of a tree of all kinds of leaves; numbers that add up exactly, in any order."""
+    mine = World(size=1) if world.size == 1 else world
+    ranks = range(world.size) if world.size == 1 else [world.rank]
+    leaves = [
+        {"a": torch.full((3,), 0.5 + rank), "b": torch.full((2, 1), 2**40 + rank), "c": torch.tensor(rank / 4).double(),
+         "d": torch.tensor([1.5 * rank], dtype=torch.bfloat16), "e": torch.zeros(0)}
+        for rank in ranks
+    ]  # fmt: skip
+    found = distributed.sum_over(mine, leaves[0])
+    compiled = train.compiled(lambda tree: distributed.sum_over(mine, tree))(leaves[0])
+    return found, compiled
+
+
+FUNCTIONS = (
+    training, clipped_training, watched_training, private_training, evaluation, folds, rows, swept, shards,
+    compiled_training, sums,
+)  # fmt: skip
+CASES = {fn.__name__: fn for fn in FUNCTIONS}
+
+
+def started(out, size, *, shards=None, cases=tuple(CASES), script=__file__, environment=(), own=lambda rank: {}):
+    """The processes of a world on this machine, each with one thread."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    base = dict(os.environ) | {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    base |= {"OMP_NUM_THREADS": "1"} | dict(environment)
+    arguments = [sys.executable, script, str(out), str(shards or 0), *cases]
+    return [
+        subprocess.Popen(arguments, env=base | {"RANK": str(rank)} | own(rank), stdout=subprocess.PIPE,
+                         stderr=subprocess.PIPE, text=True)
+        for rank in range(size)
+    ]  # fmt: skip
+
+
+def main(out, shards, *cases):
+    torch.set_num_threads(1)
+    with distributed.joined(shards=int(shards) or None, seconds=100) as world:
+        found = {case: CASES[case](world) for case in cases}
+    torch.save(tree.leaves(found), f"{out}/{world.rank}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
