@@ -52,6 +52,8 @@ def _run(arguments: list[str]) -> int:
         options = _parse(arguments)
     except SystemExit as done:  # from tyro, which has printed help or what is wrong
         return int(done.code or 0)
+    if "RANK" in os.environ:  # torch would complain of a sum that Ctrl-C breaks off
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with _held_signals():
         from . import commands  # imports torch
     try:

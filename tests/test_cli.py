@@ -628,7 +628,8 @@ def test_a_stop_at_any_moment_leaves_a_checkpoint_that_goes_on_bit_equal(
         answer = ask("train", "--data-dir", data_dir, *LINEAR, "--out", run)
     assert answer.status == 130
     told = re.fullmatch(
-        r"Interrupted after step (\d+)\. Go on with: functorch-mnist train --resume '(.*)'\n", answer.err
+        r"functorch-mnist: Interrupted after step (\d+)\. Go on with: functorch-mnist train --resume '(.*)'\n",
+        answer.err,
     )
     assert told, answer
     assert told[2] == str(run)
@@ -691,7 +692,7 @@ def test_a_real_ctrl_c_ends_the_process_with_130_and_a_second_changes_nothing(da
         process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert re.fullmatch(r"Interrupted after step \d+\. Go on with: .*\n", err)
+    assert re.fullmatch(r"functorch-mnist: Interrupted after step \d+\. Go on with: .*\n", err)
     assert succeed("evaluate", run)
 
 

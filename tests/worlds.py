@@ -4,8 +4,11 @@ The environment says which. Each writes what it has found into a file of its own
 """
 
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from functools import partial
 
 import torch
@@ -24,7 +27,6 @@ from functorch_mnist import (
     train,
     tree,
 )
-from functorch_mnist.distributed import World
 
 EXAMPLES, CLASSES, BATCH = 23, 3, 7
 KEY = random.key(0)
@@ -168,16 +170,12 @@ def shards(world):
 
 def sums(world):
     """Of a tree of all kinds of leaves; numbers that add up exactly, in any order."""
-    mine = World(size=1) if world.size == 1 else world
-    ranks = range(world.size) if world.size == 1 else [world.rank]
-    leaves = [
+    rank = world.rank
+    return distributed.sum_over(
+        world,
         {"a": torch.full((3,), 0.5 + rank), "b": torch.full((2, 1), 2**40 + rank), "c": torch.tensor(rank / 4).double(),
-         "d": torch.tensor([1.5 * rank], dtype=torch.bfloat16), "e": torch.zeros(0)}
-        for rank in ranks
-    ]  # fmt: skip
-    found = distributed.sum_over(mine, leaves[0])
-    compiled = train.compiled(lambda tree: distributed.sum_over(mine, tree))(leaves[0])
-    return found, compiled
+         "d": torch.tensor([1.5 * rank], dtype=torch.bfloat16), "e": torch.zeros(0)},
+    )  # fmt: skip
 
 
 FUNCTIONS = (
@@ -187,27 +185,71 @@ FUNCTIONS = (
 CASES = {fn.__name__: fn for fn in FUNCTIONS}
 
 
-def started(out, size, *, shards=None, cases=tuple(CASES), script=__file__, environment=(), own=lambda rank: {}):
-    """The processes of a world on this machine, each with one thread."""
-    import socket
+def faulty(world):
+    """Training in which process 1 does at step 3 what FAULT says; after each step all say where they are."""
+    fault = os.environ["FAULT"] if world.rank == 1 else ""
+    x, params = X, model().init(KEY)
+    if fault == "data":
+        x = X + 1
+    if fault == "state":
+        params = model().init(random.key(1))
+    step = train.make_step(loss_fn, optim.sgd(0.1), world)
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    base = dict(os.environ) | {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    base |= {"OMP_NUM_THREADS": "1"} | dict(environment)
-    arguments = [sys.executable, script, str(out), str(shards or 0), *cases]
+    def stepped(state, *batch, mask, divisor):
+        state, aux = step(state, *batch, mask=mask, divisor=divisor)
+        if fault == "drift" and int(state.step) == 3:
+            state = state._replace(params={name: p * (1 + 1e-6) for name, p in state.params.items()})
+        return state, aux
+
+    def act(progress):
+        if progress.step != 3:
+            return
+        if fault == "raise":
+            raise ValueError("this process has a fault of its own")
+        if fault == "bug":
+            raise RuntimeError("this process has a bug")
+        if fault == "exit":
+            os._exit(7)
+        if fault == "hang":
+            time.sleep(1000)
+        if fault in ("SIGKILL", "SIGSTOP", "SIGTERM"):
+            os.kill(os.getpid(), getattr(signal, fault))
+
+    state = train.init_state(params, optim.sgd(0.1), KEY)
+    return train.fit(stepped, state, (x, Y), epochs=50, batch_size=BATCH, callbacks=(act,), world=world)
+
+
+def started(arguments, size, *, port=None, **environment):
+    """The processes of a world on this machine, each with one thread: `python …` with an environment as torchrun's.
+
+    `arguments` are those of all, or a function of the rank.
+    """
+    base = dict(os.environ) | {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    base |= {"MASTER_PORT": str(port or free_port())} | environment
+    of = arguments if callable(arguments) else lambda rank: arguments
     return [
-        subprocess.Popen(arguments, env=base | {"RANK": str(rank)} | own(rank), stdout=subprocess.PIPE,
-                         stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, *map(str, of(rank))], env=base | {"RANK": str(rank)},
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for rank in range(size)
     ]  # fmt: skip
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def main(out, shards, *cases):
     torch.set_num_threads(1)
-    with distributed.joined(shards=int(shards) or None, seconds=100) as world:
-        found = {case: CASES[case](world) for case in cases}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with distributed.joined(shards=int(shards) or None, seconds=float(os.environ.get("SECONDS", 100))) as world:
+            found = {case: (CASES | {"faulty": faulty})[case](world) for case in cases}
+    except (distributed.JoinError, distributed.LostError, distributed.DisagreementError, ValueError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    except (distributed.EndedError, KeyboardInterrupt):
+        sys.exit(1)
     torch.save(tree.leaves(found), f"{out}/{world.rank}.pt")
 
 

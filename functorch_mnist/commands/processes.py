@@ -15,7 +15,6 @@ from ..distributed.agreement import code, digest_of
 from ..options import Analysis, Train
 from ..tree import Tree
 from . import sources
-from .faults import refusing
 
 _OWN = frozenset({"data_dir", "out", "resume", "run", "processes", "timeout", "threads"})
 """Options that may differ between processes: paths of a machine, and how it is used."""
@@ -31,17 +30,14 @@ def processes(options: Train | Analysis, command: Any = None) -> Iterator[World]
         command: all options, where there are more.
 
     Raises:
-        UsageError: there is no such device, or the processes do not divide the shards.
+        UsageError: there is no such device.
         JoinError, LostError, EndedError: as from `distributed.joined`.
         DisagreementError: the processes have other versions or options.
     """
     sources.device(options.device)
     shards = options.shards if isinstance(options, Train) else None
     allocator.keep_freed_memory()
-    with (
-        refusing(ValueError),
-        distributed.joined(device=options.device, shards=shards, seconds=options.timeout) as world,
-    ):
+    with distributed.joined(device=options.device, shards=shards, seconds=options.timeout) as world:
         threads = options.threads or _threads(world)
         if threads is not None:
             torch.set_num_threads(threads)

@@ -76,8 +76,9 @@ class Attendance:
                 return
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Ends the thread: one that is in torch's store when Python ends would abort the process."""
         self._closed.set()
+        self._thread.join(_SILENT)
 
     def wait_for_all(self, seconds: float) -> list[int]:
         """The ranks that have not come within so many seconds."""
@@ -101,7 +102,7 @@ class Attendance:
             self.leave(Left.FAILED)
             return error if self._first() else EndedError(_TOLD)
         self.leave(Left.INTERRUPTED if interrupted else Left.WAITING)
-        lost = self._lost()
+        lost = self._lost(blames=not interrupted)
         if lost:
             return LostError(f"{lost} {notes}".strip()) if self._first() else EndedError(_TOLD)
         whys = self._whys()
@@ -130,8 +131,8 @@ class Attendance:
         others = [rank for rank in range(self.size) if rank != self.rank]
         return {rank: store.get(f"left/{rank}").decode() for rank in others if store.check([f"left/{rank}"])}
 
-    def _lost(self) -> str:
-        """Who is gone or does not come, in words; nothing where all have left by themselves, or wait as this one."""
+    def _lost(self, *, blames: bool) -> str:
+        """Who is gone, or does not come though this one has waited and `blames` it, in words; else nothing."""
         others = [rank for rank in range(self.size) if rank != self.rank]
         try:
             before = {rank: self.store.get(f"beat/{rank}") for rank in others}
@@ -142,7 +143,7 @@ class Attendance:
             silent = [rank for rank in absent if self.store.get(f"beat/{rank}") == before[rank]]
             if silent:
                 return f"{self._named(silent)} gone or stopped: nothing was heard of it for {_SILENT:g} s."
-            if absent and Left.INTERRUPTED not in self._whys().values():
+            if blames and absent and Left.INTERRUPTED not in self._whys().values():
                 return f"{self._named(absent)} not going on, while the others wait."
         except RuntimeError:
             if self._heard.get(0) not in (Left.FAILED, Left.INTERRUPTED):

@@ -48,12 +48,11 @@ def joined(*, device: str = "cpu", shards: int | None = None, seconds: float = S
         seconds: how long to wait for others: to come, and in each sum.
 
     Raises:
-        JoinError: within `seconds`: the environment is not whole, the port is in use, the address does not answer, or
-            processes are missing; it names them.
+        JoinError: within `seconds`: the environment is not whole, the shards do not fit, the port is in use, the
+            address does not answer, or processes are missing; it names them.
         LostError: a process is gone, or keeps the others waiting for longer than `seconds`; it names it. Told by one
             process; the others raise `EndedError`.
         EndedError: another process has ended with an error of its own, and has told it.
-        ValueError: as from `World`.
 
     Guarantees: within `seconds` and a few more, no process waits for one that does not come.
     """
@@ -62,7 +61,10 @@ def joined(*, device: str = "cpu", shards: int | None = None, seconds: float = S
         yield World(device=torch.device(device), shards=shards)
         return
     where = torch.device("cuda", place.local_rank) if device == "cuda" else torch.device(device)
-    World(place.rank, place.size, where, "to be joined", shards)  # refuses before anything is opened
+    try:
+        World(place.rank, place.size, where, "to be joined", shards)  # refuses before anything is opened
+    except ValueError as error:
+        raise JoinError(str(error)) from error
     timeout = timedelta(seconds=seconds)
     store = _store(place, timeout)
     attendance = Attendance(store, _client(place, timeout), place.rank, place.size)
