@@ -38,12 +38,11 @@ def processes(options: Train | Analysis, command: Any = None) -> Iterator[World]
     shards = options.shards if isinstance(options, Train) else None
     allocator.keep_freed_memory()
     with distributed.joined(device=options.device, shards=shards, seconds=options.timeout) as world:
-        threads = options.threads or _threads(world)
-        if threads is not None:
-            torch.set_num_threads(threads)
+        one = 1 if world.shards and options.threads is None else options.threads  # bits hang on it
+        threads = distributed.bind(world, one)
         check_agreed(world, "Starting", _SAME, version=code())
         wanted = repr((type(command or options).__name__, _without_own(asdict(command or options))))
-        bits = torch.get_num_threads() if world.shards else None
+        bits = threads if world.shards else None
         check_agreed(world, "Starting", _SAME, options=digest_of(wanted), threads=digest_of(repr(bits)))
         with redirect_stdout(open(os.devnull, "w")) if world.rank else redirect_stdout(sys.stdout):
             yield world
@@ -51,16 +50,6 @@ def processes(options: Train | Analysis, command: Any = None) -> Iterator[World]
 
 def _without_own(values: Any) -> Any:
     return {name: _without_own(v) if isinstance(v, dict) else v for name, v in values.items() if name not in _OWN}
-
-
-def _threads(world: World) -> int | None:
-    """CPU threads of this process: its part of the machine's cores; one with shards, whose bits hang on it."""
-    if world.shards is not None:
-        return 1
-    if world.size == 1:
-        return None
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", world.size)))
-    return max(1, len(os.sched_getaffinity(0)) // here)
 
 
 def load(options: Train, world: World) -> data.Dataset:

@@ -6,7 +6,8 @@
 
 Nothing here is global: a world is an argument. One of a single process costs nothing.
 
-The files, in the order of reading: `world`, `sums`, `rows`, `shards`, `agreement`, `attendance`, `joined`, `launch`.
+The files, in the order of reading: `world`, `sums`, `rows`, `shards`, `agreement`, `cores`,
+`attendance`, `joined`, `launch`.
 """
 
 from .agreement import DisagreementError as DisagreementError
@@ -16,6 +17,7 @@ from .attendance import Ended as Ended
 from .attendance import EndedError as EndedError
 from .attendance import LostError as LostError
 from .attendance import undisturbed as undisturbed
+from .cores import bind as bind
 from .joined import JoinError as JoinError
 from .joined import joined as joined
 from .launch import LaunchError as LaunchError

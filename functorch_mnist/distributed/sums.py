@@ -4,8 +4,9 @@
     scatter_sum   a slice of Σ_r v_r     each process gets its own: an all-to-all, then P slices added
     gather        the slices, or rows, of all processes, one after the other
 
-With `world.shards` a sum is `gather` after `scatter_sum`, whose additions are a fixed binary tree. Both ways a process
-sends 2 (P - 1) / P times the vector, the least there is (Patarasu and Yuan 2009).
+With `world.shards` a sum is `gather` after `scatter_sum`, whose additions are a fixed binary tree. Two processes send
+each other all they have, which takes one message in place of two. All ways a process sends 2 (P - 1) / P times the
+vector, the least there is (Patarasu and Yuan 2009).
 
 All belong outside transforms: inside `grad` a collective fails, inside `vmap` it is called again and again.
 
@@ -68,6 +69,8 @@ def _kind(leaf: Tensor) -> torch.dtype:
 
 
 def _summed(world: World, vector: Tensor) -> Tensor:
+    if world.size == 2:
+        return vector + _of_the_other(world, vector)
     if world.shards is None:
         return _waited(torch.ops._c10d_functional.all_reduce(vector, "sum", world.group))
     length = len(vector)
@@ -91,6 +94,10 @@ def scatter_sum(world: World, vector: Tensor) -> Tensor:
     if world.size == 1:
         return vector
     sizes = [len(vector) // world.size] * world.size
+    if world.size == 2:
+        halves = vector.split(sizes)
+        both: Tensor = halves[world.rank] + _of_the_other(world, halves[1 - world.rank])
+        return both
     parts = _waited(torch.ops._c10d_functional.all_to_all_single(vector.contiguous(), sizes, sizes, world.group))
     total: Tensor = in_pairs(list(parts.split(sizes)), torch.add)
     return total
@@ -112,10 +119,11 @@ def gather(world: World, values: T, sizes: Sequence[int] | None = None) -> T:
         return values
     mine = len(leaves[0])
     most = mine if sizes is None else max(sizes)
-    rows = [_bytes(leaf, most) for leaf in leaves]
+    alike = len({leaf.dtype for leaf in leaves}) == 1
+    rows = [_rows(leaf, most, as_bytes=not alike) for leaf in leaves]
     widths = [row.shape[1] for row in rows]
     row = torch.cat(rows, 1) if len(rows) > 1 else rows[0]
-    found = _waited(torch.ops._c10d_functional.all_gather_into_tensor(row.contiguous(), world.size, world.group))
+    found = _gathered(world, row.contiguous())
     if sizes is not None and any(size != most for size in sizes):
         found = torch.cat([part[:size] for part, size in zip(found.split(most), sizes, strict=True)])
     columns = found.split(widths, 1)
@@ -123,17 +131,32 @@ def gather(world: World, values: T, sizes: Sequence[int] | None = None) -> T:
     return tree.unflatten(values, made)
 
 
-def _bytes(leaf: Tensor, rows: int) -> Tensor:
-    """The rows of a tensor as bytes (rows, …), with zeros after the last."""
+def _gathered(world: World, row: Tensor) -> Tensor:
+    """Rows of equal numbers of all processes."""
+    if world.size == 2:
+        theirs = _of_the_other(world, row)
+        return torch.cat([row, theirs] if world.rank == 0 else [theirs, row])
+    return _waited(torch.ops._c10d_functional.all_gather_into_tensor(row, world.size, world.group))
+
+
+def _of_the_other(world: World, rows: Tensor) -> Tensor:
+    """What the other of two processes has in place of these rows: one message each way, where other ways take two."""
+    sizes = [0, len(rows)] if world.rank == 0 else [len(rows), 0]
+    return _waited(torch.ops._c10d_functional.all_to_all_single(rows.contiguous(), sizes, sizes, world.group))
+
+
+def _rows(leaf: Tensor, rows: int, *, as_bytes: bool) -> Tensor:
+    """The rows of a tensor (rows, …), as bytes where others are of another type, with zeros after the last."""
     flat = leaf.detach().reshape(len(leaf), math.prod(leaf.shape[1:]))
     if len(leaf) < rows:
         flat = torch.cat([flat, flat.new_zeros((rows - len(leaf), flat.shape[1]))])
-    return flat.contiguous().view(torch.uint8)
+    return flat.contiguous().view(torch.uint8) if as_bytes else flat
 
 
 def _values(column: Tensor, like: Tensor) -> Tensor:
-    """The way back from bytes (n, …) to (n, …) of the type and trailing shape of a tensor."""
-    found: Tensor = column.reshape(-1).view(like.dtype).view(len(column), *like.shape[1:])
+    """The way back to (n, …) of the type and trailing shape of a tensor."""
+    flat = column if column.dtype == like.dtype else column.reshape(-1).view(like.dtype)
+    found: Tensor = flat.reshape(len(column), *like.shape[1:])
     return found
 
 

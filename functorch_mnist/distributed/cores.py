@@ -1,0 +1,54 @@
+"""CPU cores, divided between the processes of a machine."""
+
+import os
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from .agreement import digest_of
+from .sums import gather
+from .world import World
+
+
+def bind(world: World, threads: int | None = None) -> int:
+    """Gives this process its part of the cores, and torch as many threads, so that processes do not take turns on one.
+
+    Args:
+        world: the processes.
+        threads: so many instead, on all cores where they are more than the part.
+
+    Returns:
+        The number of threads.
+
+    Guarantees: cores are divided between those processes alone that may use the same, so that what a launcher has
+        divided already is not divided again. A process alone is left as it is.
+    """
+    if world.size > 1:
+        cores = sorted(os.sched_getaffinity(0))
+        mine = bytes.fromhex(digest_of(f"{socket.gethostname()} {cores}"))
+        row = torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(world.device)[None]
+        alike = (gather(world, row) == row).all(1).nonzero().squeeze(1).tolist()
+        part = part_of(cores, alike.index(world.rank), len(alike))
+        threads = threads or len(part)
+        if threads <= len(part) and world.device.type == "cpu":
+            for thread in Path("/proc/self/task").iterdir():  # torch has started some already
+                with suppress(OSError):
+                    os.sched_setaffinity(int(thread.name), part)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()
+
+
+def part_of(cores: Sequence[int], place: int, count: int) -> list[int]:
+    """The place-th of `count` parts of some cores; one core, shared, where there are not as many.
+
+    Example:
+        >>> part_of([0, 1, 4, 5], 1, 2)
+        [4, 5]
+    """
+    if len(cores) < count:
+        return [cores[place % len(cores)]]
+    return list(cores[place * len(cores) // count : (place + 1) * len(cores) // count])
