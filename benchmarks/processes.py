@@ -75,7 +75,7 @@ def cases(setup: Setup) -> Iterator[Case]:
     problem, threads = cnn(ROWS, setup.device), setup.threads
     half = max(1, threads // 2)
     numbers = sum(leaf.numel() for leaf in tree.leaves(problem.params))
-    rounds = 9 if setup.quick else 15
+    rounds = 3 if setup.quick else 12
     two = f"2 processes of {half} thread{'s' * (half > 1)}"
     one = f"1 process of {threads} thread{'s' * (threads > 1)}"
     others = {

@@ -156,9 +156,10 @@ class Ranks:
             "OMP_NUM_THREADS": str(threads),
         }  # fmt: skip
         line = [sys.executable, "-m", "benchmarks.ranks", arm, str(rows), str(shards or 0)]
+        self._line = " ".join(line)
         self._processes = [
             subprocess.Popen(line, env=base | {"RANK": str(rank)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                             stderr=subprocess.DEVNULL if rank else None, text=True, cwd=Path(__file__).parent.parent)
+                             stderr=subprocess.DEVNULL, text=True, cwd=Path(__file__).parent.parent)
             for rank in range(size)
         ]  # fmt: skip
         self.ask("0")
@@ -171,15 +172,16 @@ class Ranks:
             process.stdin.flush()
         answers = [process.stdout.readline().strip() for process in self._processes if process.stdout]
         if not all(answers):
-            raise RuntimeError("a process has ended")
+            raise RuntimeError(f"a process has ended: {self._line}, in an environment as torchrun's, says why")
         return answers
 
-    def close(self) -> None:
-        """Ends them."""
+    def __del__(self) -> None:
+        """Ends them: their input ends."""
         for process in self._processes:
-            with suppress(OSError):
-                if process.stdin:
-                    process.stdin.close()
+            for stream in (process.stdin, process.stdout):
+                with suppress(OSError):
+                    if stream:
+                        stream.close()
         for process in self._processes:
             process.wait(60)
 

@@ -1,4 +1,4 @@
-"""Writes the tables of the README from committed results.
+"""Writes the tables of the READMEs from committed results.
 
     python -m benchmarks.readme
 
@@ -17,6 +17,7 @@ from . import questions, report, results, studies
 T = TypeVar("T")
 
 README = Path(__file__).parent.parent / "README.md"
+PAGES = (README, Path(__file__).parent / "README.md")
 _TABLE = re.compile(r"(<!-- table ([^/\n]+)/([^/\n]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -50,4 +51,5 @@ def _named(found: dict[str, T], case: str, path: Path) -> T:
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,147 @@
+"""Devices: everything that is public, and each command's model, loss and step, on `meta`, where a tensor that was made
+on another device is an error.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import functorch_mnist as fm
+from functorch_mnist.commands import build
+from functorch_mnist.options import RECIPES, Train
+
+META = torch.device("meta")
+ROWS, CLASSES = 4, 10
+
+
+def on_meta(values):
+    return fm.tree.map(lambda leaf: leaf.to(META), values)
+
+
+IMAGES = torch.zeros(ROWS, 1, 28, 28, dtype=torch.uint8, device=META)
+LABELS = torch.zeros(ROWS, dtype=torch.int64, device=META)
+KEYS = torch.zeros(ROWS, 2, dtype=torch.int32, device=META)
+
+
+def check(values):
+    """All leaves are on the meta device."""
+    leaves = fm.tree.leaves(values)
+    assert leaves
+    for leaf in leaves:
+        assert leaf.device == META, leaf
+    return values
+
+
+RUNS = {
+    **RECIPES,
+    "mlp": Train(model="mlp"),
+    "linear": Train(model="linear", loss="mse"),
+    "small cnn": Train(model="small-cnn", focal=1.0),
+    "straightened": Train(straighten=True),
+    "bfloat16": Train(precision="bfloat16"),
+    "weighted": Train(class_weights="balanced", logit_adjustment=1.0),
+    "weighted mse": Train(loss="mse", class_weights="1,1,1,1,1,1,1,1,1,2"),
+    "smoothed": Train(label_smoothing=0.1),
+    "augmented": Train(augment="shift=1,rotate=5,scale=0.1,shear=0.05,elastic=0.7,erase=0.2"),
+    "mixed": Train(mixup=0.4),
+    "copies": Train(copies=2),
+    "adam": Train(optimizer="adam", schedule="cosine", max_norm=1.0),
+    "averaged": Train(optimizer="adamw", average_from=0.5, schedule="step-decay"),
+}
+
+
+@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
+def test_each_commands_model_loss_and_step_stay_on_their_device(options):
+    begun = build.Origin(options, (0.1307, 0.3081), ROWS, CLASSES, (1,) * CLASSES)
+    made = build.classifier(begun)
+    examples = fm.data.Split(IMAGES, LABELS)
+    others = build.partners(options, examples)
+    losses_fn = build.losses(made, options, others)
+    optimizer = build.optimizer(options, 10)
+    params = on_meta(made.init(fm.random.key(0)))
+    prepared = check(build.prepared(made, IMAGES))
+    check(made.outputs(params, IMAGES))
+    state = fm.train.init_state(params, optimizer, KEYS[0])
+    mask = torch.zeros(ROWS, dtype=torch.bool, device=META)
+    divisor = torch.zeros((), device=META)
+    for estimator in (fm.train.batch_gradient(losses_fn), fm.train.watching(losses_fn)):
+        step = fm.train.make_step(estimator, optimizer)
+        check(step(state, prepared, LABELS, KEYS, mask=mask, divisor=divisor))
+
+
+@pytest.mark.parametrize(
+    "options", [RECIPES["private"], replace(RECIPES["private"], model="cnn")], ids=["scattering", "cnn"]
+)
+@pytest.mark.parametrize("clipping", ["flat", "automatic", "global", "per-layer", "quantile"])
+def test_private_steps_stay_on_their_device(options, clipping):
+    options = replace(options, clipping=clipping)
+    made = build.classifier(build.Origin(options, (0.1307, 0.3081), ROWS, CLASSES))
+    rule, optimizer = build.clipping(options), build.optimizer(options, 10)
+    step = fm.train.make_private_step(
+        build.losses(made, options), optimizer, clipping=rule, noise_multiplier=1.0, expected=4.0
+    )
+    params = on_meta(made.init(fm.random.key(0)))
+    state = fm.train.init_private_state(params, optimizer, KEYS[0], rule)
+    state = state._replace(estimator=on_meta(rule.init()))
+    batch = fm.data.Batch(LABELS, torch.zeros(ROWS, dtype=torch.bool, device=META))
+    keys = KEYS[:2]
+    sums = check(step.add(state, None, keys, batch, build.prepared(made, IMAGES), LABELS))
+    check(step.step(state, sums, keys, batch, build.prepared(made, IMAGES), LABELS))
+
+
+MODEL = fm.models.cnn()
+PARAMS = on_meta(MODEL.init(fm.random.key(0)))
+BATCH = (IMAGES.float(), LABELS)
+MASK = torch.zeros(ROWS, dtype=torch.bool, device=META)
+
+
+def loss_fn(params, image, label):
+    return fm.losses.cross_entropy(MODEL.apply(params, image), label)
+
+
+def outputs(params, image):
+    return MODEL.apply(params, image)
+
+
+def norms_of(gradients):
+    return fm.statistics.Norms.of(gradients), fm.statistics.Moments.of(gradients)
+
+
+def factors_of(gradients):
+    return fm.statistics.KroneckerFactors.of(gradients)
+
+
+PUBLIC = {
+    "clipped_sum": lambda: tuple(fm.per_sample.clipped_sum(loss_fn, PARAMS, *BATCH, max_norm=1.0, mask=MASK)),
+    "norms": lambda: fm.per_sample.norms(loss_fn, PARAMS, *BATCH, mask=MASK),
+    "chunks": lambda: fm.per_sample.norms(loss_fn, PARAMS, *BATCH, mask=MASK, chunk_size=3),
+    "gram": lambda: fm.per_sample.gram(loss_fn, PARAMS, BATCH, chunk_size=3),
+    "dot": lambda: fm.per_sample.dot(loss_fn, PARAMS, *BATCH, direction=PARAMS),
+    "second_moment": lambda: fm.per_sample.second_moment(loss_fn, PARAMS, *BATCH),
+    "kronecker": lambda: fm.per_sample.kronecker(loss_fn, PARAMS, *BATCH),
+    "weighted_sum": lambda: fm.per_sample.weighted_sum(loss_fn, PARAMS, *BATCH, weights=torch.zeros(ROWS, device=META)),
+    "fold": lambda: fm.statistics.fold(loss_fn, PARAMS, *BATCH, of=norms_of, chunk_size=3),
+    "factors": lambda: fm.statistics.fold(loss_fn, PARAMS, *BATCH, of=factors_of),
+    "cosines": lambda: fm.statistics.cosines(loss_fn, PARAMS, *BATCH, direction=PARAMS),
+    "features": lambda: fm.attribution.features(
+        loss_fn,
+        PARAMS,
+        *BATCH,
+        projection=on_meta(fm.attribution.projection(MODEL.init(fm.random.key(0)), key=fm.random.key(1), size=8)),
+    ),
+    "tangent_kernel": lambda: fm.attribution.tangent_kernel(outputs, PARAMS, BATCH[:1]),
+    "gradient_cosine": lambda: fm.attribution.gradient_cosine(loss_fn, PARAMS, BATCH, BATCH),
+    "clipped_sums": lambda: fm.privacy.clipped_sums(loss_fn, PARAMS, *BATCH, clipping=fm.privacy.Flat(1.0)),
+    "augmented": lambda: fm.data.augmented(IMAGES.float(), KEYS, fm.data.Augmentation(shift=1, elastic=0.5)),
+    "scattering": lambda: fm.models.scattering(IMAGES[:, 0].float(), fm.models.scattering_filters(28, 28, device=META)),
+    "upright": lambda: fm.data.upright(IMAGES.float()),
+    "normal": lambda: fm.random.normal(KEYS[0], (3,)),
+    "permutation": lambda: fm.random.permutation(KEYS[0], 5),
+    "draws": lambda: fm.train.epoch_draws(KEYS[0], 9, epoch=1, batch_size=4),
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_functions_stay_on_their_device(name):
+    check(PUBLIC[name]())
