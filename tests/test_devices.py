@@ -136,10 +136,35 @@ PUBLIC = {
     "augmented": lambda: fm.data.augmented(IMAGES.float(), KEYS, fm.data.Augmentation(shift=1, elastic=0.5)),
     "scattering": lambda: fm.models.scattering(IMAGES[:, 0].float(), fm.models.scattering_filters(28, 28, device=META)),
     "upright": lambda: fm.data.upright(IMAGES.float()),
+    "shifted": lambda: fm.data.shifted(IMAGES.float(), KEYS, pixels=2),
+    "mixing_shares": lambda: fm.data.mixing_shares(0.4)(KEYS),
+    "balanced_order": lambda: fm.data.epoch_order(5, key=KEYS[0], epoch=1),
     "normal": lambda: fm.random.normal(KEYS[0], (3,)),
+    "box_muller": lambda: fm.random.box_muller(KEYS[0], (3,)),
+    "uniform": lambda: fm.random.uniform(KEYS[0], (3,)),
+    "randint": lambda: fm.random.randint(KEYS[0], (3,), 0, 5),
+    "split": lambda: fm.random.split(KEYS[0], 3),
     "permutation": lambda: fm.random.permutation(KEYS[0], 5),
     "draws": lambda: fm.train.epoch_draws(KEYS[0], 9, epoch=1, batch_size=4),
+    "joins": lambda: fm.privacy.joins(KEYS[0], 3, 9, 0.5),
+    "focal": lambda: fm.losses.focal(LOGITS, LABELS, gamma=2.0),
+    "mse": lambda: fm.losses.mse(LOGITS, fm.losses.one_hot(LABELS, CLASSES)),
+    "logit_adjusted": lambda: fm.losses.logit_adjusted(LOGITS, LOGITS[0], strength=1.0),
+    "of_outputs": lambda: fm.attribution.of_outputs(LOGITS, LABELS),
+    "log_odds": lambda: fm.attribution.log_odds(LOGITS, LABELS),
+    "scores": lambda: fm.attribution.scores(outputs, PARAMS, BATCH[0], labels=LABELS, chunk_size=3),
+    "predictions": lambda: fm.train.predictions(MODEL.apply, PARAMS, BATCH[0], batch_size=3),
+    "ensemble": lambda: fm.ensemble.mean(LOGITS[None]),
+    "vote": lambda: fm.ensemble.vote(LOGITS[None]),
+    "disagreement": lambda: fm.ensemble.disagreement(LOGITS[None].expand(2, -1, -1)),
+    "mutual_information": lambda: fm.ensemble.mutual_information(LOGITS[None].expand(2, -1, -1)),
+    "brier": lambda: fm.calibration.brier(LOGITS.softmax(-1), LABELS),
+    "linear": lambda: fm.models.mlp((784, 8, CLASSES)).apply(LINEAR, BATCH[0].flatten(1)),
+    "dropout": lambda: fm.layers.dropout(LOGITS, KEYS, rate=0.5),
+    "group_norm": lambda: fm.layers.group_norm(torch.zeros(ROWS, 8, 3, 3, device=META), 2),
 }
+LOGITS = torch.zeros(ROWS, CLASSES, device=META)
+LINEAR = on_meta(fm.models.mlp((784, 8, CLASSES)).init(fm.random.key(0)))
 
 
 @pytest.mark.parametrize("name", PUBLIC)

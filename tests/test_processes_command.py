@@ -150,6 +150,20 @@ def test_ctrl_c_ends_all_processes_with_one_line_and_one_checkpoint(data_dir, tm
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
 
 
+def test_where_the_launcher_is_killed_its_processes_stop_and_the_run_can_go_on(data_dir, tmp_path):
+    run = tmp_path / "run"
+    process = begun("train", "--data-dir", data_dir, *LONG, "--epochs", 2000, "--processes", 2, "--out", run)
+    wait_for_step(run, 60)
+    pids = ranks(process)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 60
+    while any(os.path.exists(f"/proc/{pid}") for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert "Going on after step" in command("train", "--resume", run, "--processes", 1, "--epochs", 500)
+
+
 def test_torchrun_starts_the_processes_as_well(data_dir, linear, tmp_path):
     torchrun = ("-m", "torch.distributed.run")
     run = tmp_path / "run"

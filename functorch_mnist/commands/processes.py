@@ -44,7 +44,7 @@ def processes(options: Train | Analysis, command: Any = None) -> Iterator[World]
         wanted = repr((type(command or options).__name__, _without_own(asdict(command or options))))
         bits = threads if world.shards else None
         check_agreed(world, "Starting", _SAME, options=digest_of(wanted), threads=digest_of(repr(bits)))
-        with redirect_stdout(open(os.devnull, "w")) if world.rank else redirect_stdout(sys.stdout):
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if world.rank else sys.stdout):
             yield world
 
 

@@ -111,7 +111,8 @@ def _resampled(images: Tensor, move_key: Tensor, field_key: Tensor, augmentation
         noise = random.box_muller(field_key.reshape(-1, 2), (2, height, width)).to(images.dtype)
         rows, columns = (_smoothing(side, images) for side in (height, width))
         smooth = (rows @ noise @ columns.T).movedim(1, -1)  # (N, height, width, 2)
-        field = smooth * augmentation.elastic * images.new_tensor([2 / width, 2 / height])
+        sides = [torch.full((), 2 / side, dtype=images.dtype, device=images.device) for side in (width, height)]
+        field = smooth * augmentation.elastic * torch.stack(sides)
     return resampled(flat, across, along, field).view(images.shape)
 
 

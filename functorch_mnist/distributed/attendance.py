@@ -26,7 +26,6 @@ _SILENT = 3.0
 HEARD = 2.0
 """Seconds in which all that are there have heard why another leaves."""
 
-
 _TOLD = "Another process has ended, and has told why."
 
 
@@ -55,9 +54,16 @@ class Left(StrEnum):
 class Attendance:
     """This process's place among the others."""
 
-    def __init__(self, store: dist.Store, client: dist.Store, rank: int, size: int) -> None:
-        """Says that this process is there; `client` is for the thread alone."""
-        self.store, self.rank, self.size = store, rank, size
+    def __init__(self, store: dist.Store, client: dist.Store, rank: int, size: int, *, hosted: bool) -> None:
+        """Says that this process is there.
+
+        Args:
+            store: of all.
+            client: another connection to it, for the thread alone.
+            rank, size: of this process.
+            hosted: whether the launcher holds the store: where it is gone, this process stops as by Ctrl-C.
+        """
+        self.store, self.rank, self.size, self.hosted = store, rank, size, hosted
         self._closed = threading.Event()
         self._heard: dict[int, str] = {}
         store.set(f"who/{rank}", f"pid {os.getpid()} on {socket.gethostname()}")
@@ -72,7 +78,9 @@ class Attendance:
             try:
                 client.set(f"beat/{self.rank}", str(count))
                 self._heard |= self._asked(client)
-            except RuntimeError:  # who holds the store is gone: the main thread finds it out
+            except RuntimeError:  # who holds the store is gone
+                if self.hosted and not self._closed.is_set():
+                    os.kill(os.getpid(), signal.SIGTERM)
                 return
 
     def close(self) -> None:

@@ -67,7 +67,7 @@ def joined(*, device: str = "cpu", shards: int | None = None, seconds: float = S
         raise JoinError(str(error)) from error
     timeout = timedelta(seconds=seconds)
     store = _store(place, timeout)
-    attendance = Attendance(store, _client(place, timeout), place.rank, place.size)
+    attendance = Attendance(store, _client(place, timeout), place.rank, place.size, hosted=place.hosted)
     try:
         _wait_for_all(attendance, seconds)
         if where.type == "cuda":
@@ -85,7 +85,9 @@ def joined(*, device: str = "cpu", shards: int | None = None, seconds: float = S
                 ended = attendance.explained(error)
                 if place.rank == 0 and not place.hosted:
                     time.sleep(HEARD)  # the store goes with this process
-                raise ended from error
+                if ended is not error:
+                    raise ended from error
+                raise
         attendance.leave(Left.DONE)
         dist.destroy_process_group()
     finally:
