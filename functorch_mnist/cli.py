@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt as stop:
+        if "RANK" in os.environ and not str(stop):  # the launcher says it, once for all
+            return opt.INTERRUPTED
         return _fail(str(stop) or "Interrupted.", opt.INTERRUPTED)
     except opt.UsageError as error:
         return _fail(str(error), 2)

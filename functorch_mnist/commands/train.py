@@ -144,11 +144,15 @@ def run(options: Train, parts: Parts, folder: Path, *, again: str, world: World)
     except KeyboardInterrupt:
         with undisturbed():
             last = saver.save()
-        raise KeyboardInterrupt(f"Interrupted after step {last}. Go on with: {again}") from None
+        place = f"Interrupted after step {last}. " if world.rank == 0 else ""  # which alone has saved it
+        raise KeyboardInterrupt(f"{place}Go on with: {again}") from None
     except RuntimeError as error:
         if world.size > 1:
             with undisturbed():
-                error.add_note(f"Saved after step {saver.save()}. Go on with: {again}")
+                last = saver.save()
+            error.add_note(
+                f"Saved after step {last}. Go on with: {again}" if world.rank == 0 else f"Go on with: {again}"
+            )
             raise
         if saver.newest is not saved:
             raise

@@ -104,8 +104,8 @@ class Attendance:
 
     def explained(self, error: BaseException) -> BaseException:
         """What this process ends with, where it ends with an error: its own one, or who else has caused it."""
-        notes = " ".join(getattr(error, "__notes__", []))
         interrupted = isinstance(error, KeyboardInterrupt)
+        notes = " ".join([*([str(error)] if interrupted else []), *getattr(error, "__notes__", [])])
         if not interrupted and not _of_a_sum(error):
             self.leave(Left.FAILED)
             return error if self._first() else EndedError(_TOLD)
@@ -115,8 +115,8 @@ class Attendance:
             return LostError(f"{lost} {notes}".strip()) if self._first() else EndedError(_TOLD)
         whys = self._whys()
         if interrupted or Left.INTERRUPTED in whys.values():
-            told = str(error) if interrupted else f"Interrupted. {notes}"
-            return KeyboardInterrupt(told) if self.rank == 0 else EndedError(_TOLD)
+            told = notes if interrupted else f"Interrupted. {notes}"
+            return EndedError(_TOLD) if self.rank or (told and not self._first()) else KeyboardInterrupt(told)
         if Left.FAILED in whys.values():
             return EndedError(_TOLD)
         self.leave(Left.FAILED)

@@ -3,6 +3,7 @@
 import logging
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 
 import torch.distributed as dist
@@ -24,10 +25,11 @@ def launch(arguments: Sequence[str], *, processes: int) -> int:
         processes: how many, at least 1.
 
     Returns:
-        The exit status: the first that is not 0, or 128 and the signal that this process was given.
+        The exit status: the first that is not 0, or 128 and the number of a signal.
 
     Raises:
-        LaunchError: a process was killed before it could tell, and no other has told of it.
+        LaunchError: a process was killed, and no other has told of it.
+        KeyboardInterrupt: this process was asked to stop, and none of those started has told where it stands.
 
     Guarantees: where one fails, the others are asked to stop, and killed where they have not after 30 s.
     """
@@ -37,28 +39,30 @@ def launch(arguments: Sequence[str], *, processes: int) -> int:
         "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "launched",
     }  # fmt: skip
-    ranks = range(processes)
-    started = start_processes(
-        "functorch_mnist",
-        sys.executable,
-        {rank: tuple(arguments) for rank in ranks},
-        {rank: {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in ranks},
-        DefaultLogsSpecs(),
-    )
-    try:
-        result = started.wait(period=0.05)
-    except SignalException as asked:
-        number = signal.Signals(asked.sigval)
-        with undisturbed():
-            started.close(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
-        return 128 + number
+    ranks, told = range(processes), f"{prefix(shared)}/told"
+    with tempfile.TemporaryDirectory() as logs:  # where torch would leave a folder of its own
+        started = start_processes(
+            "functorch_mnist",
+            sys.executable,
+            {rank: tuple(arguments) for rank in ranks},
+            {rank: {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in ranks},
+            DefaultLogsSpecs(logs),
+        )
+        try:
+            result = started.wait(period=0.05)
+        except SignalException as asked:
+            number = signal.Signals(asked.sigval)
+            with undisturbed():
+                started.close(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+            if not store.check([told]):
+                raise KeyboardInterrupt from None
+            return 128 + number
     if result is None or not result.failures:
         return 0
     first = min(result.failures.values(), key=lambda failure: failure.timestamp)
-    if first.exitcode < 0 and not store.check([f"{prefix(shared)}/told"]):
-        names = ", ".join(str(rank) for rank, one in sorted(result.failures.items()) if one.exitcode == first.exitcode)
+    if first.exitcode < 0 and not store.check([told]):
         raise LaunchError(
-            f"{'Process' if len(names) == 1 else 'Processes'} {names} of {processes} must not be killed. "
-            f"Found {signal.Signals(-first.exitcode).name}."
+            f"Process {first.local_rank} of {processes} was killed, by {signal.Signals(-first.exitcode).name}. "
+            "The others have been stopped."
         )
     return 128 - first.exitcode if first.exitcode < 0 else first.exitcode
