@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Annotated, Any, Union
 
@@ -26,6 +26,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         Ctrl-C. Each but 0 is told in one line, or in tyro's box where an option cannot be read.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    status = _answer(arguments, ends=argv is None)
+    if argv is None and "RANK" in os.environ:
+        with suppress(OSError):
+            sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # threads of torch's sums may abort where Python ends
+    return status
+
+
+def _answer(arguments: list[str], *, ends: bool) -> int:
+    """The exit status of a command; `ends`: whether the process ends with it."""
     signal.signal(signal.SIGTERM, _interrupt)  # a polite kill stops as Ctrl-C does
     _mend_streams()
     try:
@@ -43,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.", 1)
     finally:
-        if argv is None:  # the process ends here, and one more Ctrl-C would break off Python's own end
+        if ends:  # one more Ctrl-C would break off Python's own end
             signal.signal(signal.SIGINT, signal.SIG_IGN)
     return status
 
@@ -59,9 +70,9 @@ def _run(arguments: list[str]) -> int:
     with _held_signals():
         from . import commands  # imports torch
     try:
-        count = getattr(getattr(options, "training", options), "processes", 1)
-        if count > 1 and "RANK" not in os.environ:  # which a launcher sets
-            return commands.launch(["-m", __package__, *arguments], processes=count)
+        one = getattr(options, "training", options)
+        if getattr(one, "processes", 1) > 1 and "RANK" not in os.environ:  # which a launcher sets
+            return commands.launched(one, ["-m", __package__, *arguments])
         return commands.COMMANDS[type(options)](options)
     except commands.TOLD:
         return 1

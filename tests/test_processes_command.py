@@ -102,10 +102,21 @@ def test_two_processes_train_what_one_does_into_one_folder(data_dir, cnn, tmp_pa
     "options",
     [
         ("--recipe", "private", "--noise-seed", "1", "--epochs", "1", "--batch-size", "64"),
-        ("--watch", "noise-scale,norms", *LINEAR),
-        ("--hold-out", "32", "--patience", "1", "--average", "0.9", "--max-norm", "1", *LINEAR),
-    ],
-    ids=["private", "watched", "held out"],
+        (
+            "--watch",
+            "noise-scale,norms",
+            "--hold-out",
+            "32",
+            "--patience",
+            "1",
+            "--average",
+            "0.9",
+            "--max-norm",
+            "1",
+            *LINEAR,
+        ),
+    ],  # fmt: skip
+    ids=["private", "watched"],
 )
 def test_with_shards_two_processes_write_the_bytes_that_one_does(options, data_dir, tmp_path):
     runs = [tmp_path / "one", tmp_path / "two"]
@@ -214,6 +225,26 @@ def test_processes_with_other_options_are_refused(data_dir, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_analyses_of_other_runs_are_refused(linear, data_dir, tmp_path):
+    other = tmp_path / "other"
+    succeed("train", "--data-dir", data_dir, *LINEAR, "--seed", 1, "--out", other)
+    for name in ("noise-scale", "scores"):
+        processes = worlds.started(lambda rank: ["-m", "functorch_mnist", name, (linear, other)[rank]], 2)  # noqa: B023
+        ends = [finished(process) for process in processes]
+        assert [status for status, _, _ in ends] == [1, 1]
+        (line,) = "".join(err for _, _, err in ends).splitlines()
+        assert "all processes must have the same data" in line
+
+
+def test_a_first_step_that_is_not_possible_is_told_in_one_line(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/bin/false")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    options = ("--data-dir", data_dir, *LINEAR, "--compile", "on", "--processes", 2, "--out", tmp_path / "run")
+    status, _, err = finished(begun("train", *options))
+    (line,) = err.splitlines()
+    assert status == 2 and "The first step must be possible" in line
+
+
 def test_a_folder_that_holds_a_run_is_refused_in_one_line(data_dir, linear):
     process = begun("train", "--data-dir", data_dir, *LINEAR, "--processes", "2", "--out", linear)
     status, _, err = finished(process)
@@ -239,7 +270,7 @@ def test_analyses_divide_their_examples_and_write_the_same_files(linear, tmp_pat
 
 def test_a_sweep_divides_its_runs_and_finds_the_same(data_dir, tmp_path):
     options = ("--data-dir", data_dir, "--model", "linear", "--epochs", "2", "--batch-size", "32", "--hold-out", "32",
-               "--over", "lr=0.01,0.1,1", "--seeds", "2", "--lanes", "2")  # fmt: skip
+               "--over", "lr=0.01,0.1,1", "--halve-every", "1", "--halve-keep", "0.3", "--lanes", "2")  # fmt: skip
     found = []
     for processes, asked in ((1, succeed), (2, command)):
         out = tmp_path / str(processes)

@@ -178,9 +178,48 @@ def sums(world):
     )  # fmt: skip
 
 
+def gathers(world):
+    """Rows of types that lie at odd places, one row of all and one of each."""
+    one = {"a": torch.tensor([1.5]), "b": torch.tensor([2**40]), "c": torch.tensor([True]),
+           "d": torch.tensor([[1, 2, 3]], dtype=torch.int16)}  # fmt: skip
+    none = {name: value[:0] for name, value in one.items()}
+    sizes = [1] + [0] * (world.size - 1)
+    first = distributed.gather(world, one if world.rank == 0 else none, sizes) if world.size > 1 else one
+    short = distributed.rows_over(world, lambda x: x, torch.arange(7, dtype=torch.int16))
+    return first, short, distributed.first_of(world, ()), distributed.gather(world, {})
+
+
+def half_training(world):
+    """Parameters in bfloat16, whose parts are added in float32."""
+    params = tree.map(lambda p: p.bfloat16(), model().init(KEY))
+    like = params
+
+    def run(optimizer):
+        step = train.make_step(loss_of_half, optimizer, world)
+        state = train.init_state(params, optimizer, KEY)
+        state = train.fit(step, state, (X, Y), epochs=2, batch_size=BATCH, world=world)
+        return optimizer.whole(state) if isinstance(optimizer, distributed.Sharded) else state
+
+    return run(optim.sgd(0.1)), run(distributed.sharded(optim.sgd(0.1), world, like))
+
+
+def loss_of_half(params, x, y, key):
+    return loss_fn(params, x.bfloat16(), y)
+
+
+def unmasked_rows(world):
+    """An estimator whose rows do not say which are padding."""
+
+    def norms(params, *batch, mask):
+        found = per_sample.clipped_sum(loss_fn, params, *batch, max_norm=0.5, mask=mask)
+        return found.grads, {"loss": found.losses.sum() * 0, "norms": found.norms}
+
+    return fitted(world, train.Estimator(norms), optim.sgd(0.1))
+
+
 FUNCTIONS = (
     training, clipped_training, watched_training, private_training, evaluation, folds, rows, swept, shards,
-    compiled_training, sums,
+    unmasked_rows, gathers, half_training, compiled_training, sums,
 )  # fmt: skip
 CASES = {fn.__name__: fn for fn in FUNCTIONS}
 
@@ -204,15 +243,13 @@ def faulty(world):
     def act(progress):
         if progress.step != 3:
             return
-        if fault == "raise":
-            raise ValueError("this process has a fault of its own")
         if fault == "bug":
             raise RuntimeError("this process has a bug")
-        if fault == "exit":
-            os._exit(7)
+        if fault == "late":
+            time.sleep(float(os.environ["SECONDS"]) + 2)
         if fault == "hang":
             time.sleep(1000)
-        if fault in ("SIGKILL", "SIGSTOP", "SIGTERM"):
+        if fault in ("SIGKILL", "SIGSTOP"):
             os.kill(os.getpid(), getattr(signal, fault))
 
     state = train.init_state(params, optim.sgd(0.1), KEY)

@@ -8,7 +8,6 @@ from .. import options
 from ..checkpoint import CheckpointError
 from ..data import DataError
 from ..distributed import DisagreementError, EndedError, JoinError, LaunchError, LostError
-from ..distributed import launch as launch
 from .account import account
 from .compare import compare
 from .evaluate import evaluate
@@ -18,6 +17,7 @@ from .mislabelled import mislabelled
 from .noise_scale import noise_scale
 from .plan import plan
 from .predict import predict
+from .processes import launched as launched
 from .scores import scores
 from .sweep import sweep
 from .train import train
@@ -40,6 +40,7 @@ COMMANDS: Mapping[type, Callable[[Any], int]] = MappingProxyType(
 """By the type of their options."""
 
 FAULTS = (CheckpointError, DataError, DivergedError, DisagreementError, JoinError, LaunchError, LostError)
+"""What a command raises for a fault that one line can tell, besides `UsageError`."""
+
 TOLD = EndedError
 """Another process has told it."""
-"""What a command raises for a fault that one line can tell, besides `UsageError`."""

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from .. import plots, random, run_folder, statistics
-from ..distributed import World, digest, first_of
+from ..distributed import World, check_agreed, digest, first_of
 from ..models import Params
 from ..options import NoiseScale, UsageError
 from . import restore
 from .faults import check_finite
 from .passes import CHUNK, bar
-from .processes import processes
+from .processes import SAME, processes
 from .restore import Point, Trained
 from .scoring import write, write_picture
 
@@ -94,6 +94,7 @@ def _at_checkpoints(options: NoiseScale, run: Trained, folder: Path, world: Worl
     points = restore.points(options.run, run, world.device)
     given = ([point.params for point in points], images, labels)
     config = restore.to_config(run.begun) | {"digest": digest(given)}
+    check_agreed(world, "Starting", SAME, data=str(config["digest"]))
     kept = _shared(_read(folder / _KEPT, config), points, world)
 
     def loss_fn(params: Params, image: Tensor, label: Tensor, key: Tensor) -> Tensor:

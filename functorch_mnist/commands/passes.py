@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from .. import checkpoint, tree
 from ..checkpoint import JSON
-from ..distributed import World, digest, first_of, gather, undisturbed
+from ..distributed import World, check_agreed, digest, first_of, gather, undisturbed
 from ..tree import Tree
+from .processes import SAME
 
 CHUNK = 512
 """Examples taken at a time."""
@@ -56,6 +57,7 @@ def passes(
     size = min(CHUNK, total)
     state: Columns = {name: torch.zeros((count, total), dtype=dtype) for name, dtype in columns.items()}
     config = {**config, "digest": digest((given, list(examples)))}
+    check_agreed(world, "Starting", SAME, data=str(config["digest"]))
     done = 0
     if world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)  # told before the work, if it cannot be

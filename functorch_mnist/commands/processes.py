@@ -1,8 +1,9 @@
 """A command in one or more processes: entering the world, what all must have in common, and who speaks."""
 
 import os
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from typing import Any
@@ -18,7 +19,18 @@ from . import sources
 
 _OWN = frozenset({"data_dir", "out", "resume", "run", "processes", "timeout", "threads"})
 """Options that may differ between processes: paths of a machine, and how it is used."""
-_SAME = "Start all of them with the same command, data and version."
+SAME = "Start all of them with the same command, data and version."
+
+
+def launched(options: Train | Analysis, arguments: Sequence[str]) -> int:
+    """The exit status of a command in as many processes of this machine as its options say.
+
+    Raises:
+        UsageError: there is no such device.
+        LaunchError, KeyboardInterrupt: as from `distributed.launch`.
+    """
+    sources.device(options.device)
+    return distributed.launch(arguments, processes=options.processes)
 
 
 @contextmanager
@@ -40,12 +52,18 @@ def processes(options: Train | Analysis, command: Any = None) -> Iterator[World]
     with distributed.joined(device=options.device, shards=shards, seconds=options.timeout) as world:
         one = 1 if world.shards and options.threads is None else options.threads  # bits hang on it
         threads = distributed.bind(world, one)
-        check_agreed(world, "Starting", _SAME, version=code())
+        check_agreed(world, "Starting", SAME, version=code())
         wanted = repr((type(command or options).__name__, _without_own(asdict(command or options))))
         bits = threads if world.shards else None
-        check_agreed(world, "Starting", _SAME, options=digest_of(wanted), threads=digest_of(repr(bits)))
+        check_agreed(world, "Starting", SAME, options=digest_of(wanted), threads=digest_of(repr(bits)))
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if world.rank else sys.stdout):
-            yield world
+            try:
+                yield world
+            except BaseException:
+                if world.size > 1:  # a launcher stops all where one fails: this one shall tell what it has to tell
+                    for number in (signal.SIGINT, signal.SIGTERM):
+                        signal.signal(number, signal.SIG_IGN)
+                raise
 
 
 def _without_own(values: Any) -> Any:
@@ -67,7 +85,7 @@ def check_data(world: World, values: Tree) -> None:
         DisagreementError: they are not.
     """
     if world.size > 1:
-        check_agreed(world, "Starting", _SAME, data=distributed.digest(values))
+        check_agreed(world, "Starting", SAME, data=distributed.digest(values))
 
 
 def wait(world: World) -> None:

@@ -155,9 +155,9 @@ def swept(
     found, width = begun, 0
     if world.rank == 0:
         found, width = _kept(folder, begun, config, lanes)
-        width = width or _chosen(several, runs, begun, lanes, told=told)
-    found, chosen = first_of(world, (found, torch.tensor([width], device=where)))
-    width = int(chosen)
+    found, kept_width = first_of(world, (found, torch.tensor([width], device=where)))
+    width = int(kept_width) or _chosen(several, runs, begun, lanes, told=told)
+    width = int(first_of(world, torch.tensor([width], device=where)))
     config["width"] = width
     total, saved = len(runs[sweep.SEED]), int(found.epoch)
 

@@ -10,7 +10,7 @@ import torch
 
 from .. import checkpoint, data, per_sample, random, run_folder
 from .. import train as training
-from ..distributed import World, first_of, undisturbed
+from ..distributed import World, first_of, of_a_sum, undisturbed
 from ..options import WATCHES, Train, UsageError, check_resumed, listed
 from . import build, restore, sources
 from .build import Best, Origin, Saved
@@ -147,7 +147,7 @@ def run(options: Train, parts: Parts, folder: Path, *, again: str, world: World)
         place = f"Interrupted after step {last}. " if world.rank == 0 else ""  # which alone has saved it
         raise KeyboardInterrupt(f"{place}Go on with: {again}") from None
     except RuntimeError as error:
-        if world.size > 1:
+        if of_a_sum(error):
             with undisturbed():
                 last = saver.save()
             error.add_note(

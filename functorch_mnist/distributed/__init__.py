@@ -16,6 +16,7 @@ from .agreement import digest as digest
 from .attendance import Ended as Ended
 from .attendance import EndedError as EndedError
 from .attendance import LostError as LostError
+from .attendance import of_a_sum as of_a_sum
 from .attendance import undisturbed as undisturbed
 from .cores import bind as bind
 from .joined import JoinError as JoinError
@@ -34,6 +35,5 @@ from .sums import gather as gather
 from .sums import in_pairs as in_pairs
 from .sums import scatter_sum as scatter_sum
 from .sums import sum_over as sum_over
-from .sums import total_of as total_of
 from .world import ALONE as ALONE
 from .world import World as World

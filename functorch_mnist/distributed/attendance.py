@@ -106,10 +106,12 @@ class Attendance:
         """What this process ends with, where it ends with an error: its own one, or who else has caused it."""
         interrupted = isinstance(error, KeyboardInterrupt)
         notes = " ".join([*([str(error)] if interrupted else []), *getattr(error, "__notes__", [])])
-        if not interrupted and not _of_a_sum(error):
+        if not interrupted and not of_a_sum(error):
             self.leave(Left.FAILED)
             return error if self._first() else EndedError(_TOLD)
         self.leave(Left.INTERRUPTED if interrupted else Left.WAITING)
+        with suppress(RuntimeError):
+            self.store.set(f"order/{self.rank}", str(self.store.add("order", 1)))
         lost = self._lost(blames=not interrupted)
         if lost:
             return LostError(f"{lost} {notes}".strip()) if self._first() else EndedError(_TOLD)
@@ -119,8 +121,7 @@ class Attendance:
             return EndedError(_TOLD) if self.rank or (told and not self._first()) else KeyboardInterrupt(told)
         if Left.FAILED in whys.values():
             return EndedError(_TOLD)
-        self.leave(Left.FAILED)
-        return error if self._first() else EndedError(_TOLD)
+        return LostError(f"{self._late()} {notes}".strip()) if self._first() else EndedError(_TOLD)
 
     def _first(self) -> bool:
         """Whether this process is the first that has something to tell."""
@@ -158,12 +159,20 @@ class Attendance:
                 return "Process 0, or the launcher that holds the store, is gone."
         return ""
 
+    def _late(self) -> str:
+        """Who has come last to where all have waited for each other in vain."""
+        try:
+            orders = {rank: int(self.store.get(f"order/{rank}")) for rank in range(self.size)}
+        except RuntimeError:
+            return "The connection to another process is lost."
+        return f"{self._named([max(orders, key=orders.__getitem__)])} late: the others have waited for it in vain."
+
     def _named(self, ranks: list[int]) -> str:
         names = [f"{rank} of {self.size} ({self.store.get(f'who/{rank}').decode()})" for rank in ranks]
         return f"Process {names[0]} is" if len(names) == 1 else f"Processes {' and '.join(names)} are"
 
 
-def _of_a_sum(error: BaseException) -> bool:
+def of_a_sum(error: BaseException) -> bool:
     """Whether torch's collectives have raised it, eager or compiled."""
     for frame in traceback.extract_tb(error.__traceback__):
         if "/torch/distributed/" in frame.filename or "_c10d_functional" in (frame.line or "") or frame.name == WAITING:

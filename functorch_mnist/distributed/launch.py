@@ -25,7 +25,8 @@ def launch(arguments: Sequence[str], *, processes: int) -> int:
         processes: how many, at least 1.
 
     Returns:
-        The exit status: the first that is not 0, or 128 and the number of a signal.
+        The exit status: that of the process that has told what has happened, else the first that is not 0; 128 and the
+        number of a signal.
 
     Raises:
         LaunchError: a process was killed, and no other has told of it.
@@ -65,4 +66,6 @@ def launch(arguments: Sequence[str], *, processes: int) -> int:
             f"Process {first.local_rank} of {processes} was killed, by {signal.Signals(-first.exitcode).name}. "
             "The others have been stopped."
         )
-    return 128 - first.exitcode if first.exitcode < 0 else first.exitcode
+    teller = int(store.get(told)) if store.check([told]) else first.local_rank
+    status = result.failures.get(teller, first).exitcode
+    return 128 - status if status < 0 else status

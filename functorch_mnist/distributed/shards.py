@@ -90,10 +90,11 @@ def sharded(optimizer: Optimizer, world: World, params: Tree, *, keep_params: bo
     sizes = [leaf.numel() for leaf in leaves]
     length = -(-sum(sizes) // (world.size * _ALIGNED)) * _ALIGNED
     shapes = [leaf.shape for leaf in leaves]
+    wanted = [(shape, True) for shape in shapes]
 
     def is_like_params(node: Tree) -> bool:
         found, other = tree.flatten(node)
-        return other == structure and [getattr(leaf, "shape", None) for leaf in found] == shapes
+        return other == structure and [(leaf.shape, leaf.dtype.is_floating_point) for leaf in found] == wanted
 
     def shard(values: Tree) -> Shard:
         start = world.rank * length

@@ -25,6 +25,9 @@ from .world import World
 
 T = TypeVar("T")
 
+_SENT = (torch.float32, torch.float64, torch.int64, torch.uint8)
+"""Types that are sent as they are; others go as bytes."""
+
 
 def sum_over(world: World, values: T) -> T:
     """The sum of a tree over all processes, the same bits on each.
@@ -119,7 +122,7 @@ def gather(world: World, values: T, sizes: Sequence[int] | None = None) -> T:
         return values
     mine = len(leaves[0])
     most = mine if sizes is None else max(sizes)
-    alike = len({leaf.dtype for leaf in leaves}) == 1
+    alike = len({leaf.dtype for leaf in leaves}) == 1 and leaves[0].dtype in _SENT
     rows = [_rows(leaf, most, as_bytes=not alike) for leaf in leaves]
     widths = [row.shape[1] for row in rows]
     row = torch.cat(rows, 1) if len(rows) > 1 else rows[0]
@@ -155,16 +158,16 @@ def _rows(leaf: Tensor, rows: int, *, as_bytes: bool) -> Tensor:
 
 def _values(column: Tensor, like: Tensor) -> Tensor:
     """The way back to (n, …) of the type and trailing shape of a tensor."""
-    flat = column if column.dtype == like.dtype else column.reshape(-1).view(like.dtype)
+    flat = column if column.dtype == like.dtype else column.reshape(-1).clone().view(like.dtype)  # aligned
     found: Tensor = flat.reshape(len(column), *like.shape[1:])
     return found
 
 
 def first_of(world: World, values: T) -> T:
     """The tree of process 0, on all processes, bit for bit; the others' own say its structure, shapes and types."""
-    if world.size == 1:
-        return values
     leaves = tree.leaves(values)
+    if world.size == 1 or not leaves:
+        return values
     sent = torch.cat([leaf.detach().contiguous().reshape(-1).view(torch.uint8) for leaf in leaves])
     found = _waited(torch.ops._c10d_functional.broadcast(sent, 0, world.group))
     pieces = found.split([leaf.numel() * leaf.element_size() for leaf in leaves])
@@ -184,11 +187,6 @@ def in_pairs(values: Sequence[T], add: Callable[[T, T], T]) -> T:
         pairs = [add(rest[place], rest[place + 1]) for place in range(0, len(rest) - 1, 2)]
         rest = pairs + rest[len(pairs) * 2 :]
     return rest[0]
-
-
-def total_of(world: World, values: Sequence[T]) -> T:
-    """The sum of the parts of all processes, `world.parts_here` trees of each, in one binary tree over all parts."""
-    return sum_over(world, in_pairs(values, lambda a, b: tree.map(torch.add, a, b)))
 
 
 def _waited(pending: Tensor) -> Tensor:

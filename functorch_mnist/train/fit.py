@@ -105,6 +105,7 @@ def fit(
         loss = torch.zeros((), dtype=torch.float64, device=state.key.device) if loss is None or start == 0 else loss
         places = torch.arange(total, device=state.key.device)
         for batch in data.batches(places, batch_size=batch_size, start=start, pad=pad):
+            drawn_rows = len(batch.examples)
             batch = rows_of(world, batch)
             examples_of = drawn.examples[batch.examples]
             rows = [*[tensor[examples_of] for tensor in examples], drawn.keys[batch.examples]]
@@ -112,6 +113,7 @@ def fit(
             count = seen - (done - epoch * per_epoch) * batch_size
             chosen = step if watch is None or done % watch.every else watch.step
             state, aux = chosen(state, *rows, mask=batch.mask, divisor=torch.tensor(float(count)))
+            aux = {name: value[:drawn_rows] if value.dim() else value for name, value in aux.items()}
             loss = loss + aux["loss"]
             done += 1
             progress = Progress(state, loss, seen, epoch, done, seen == total, aux)

@@ -171,14 +171,7 @@ def make_step(loss_fn: Callable[..., Tensor] | Estimator, optimizer: Optimizer |
             raise ValueError("step: a batch without a divisor must have an example. Found B = 0. Pass a divisor?")
         count = rows if divisor is None else divisor
         params = optimizer.whole(state.params) if isinstance(optimizer, Sharded) else state.params
-        sums, scalars, columns = _summed(world, estimator, params, batch, mask)
-        if isinstance(optimizer, Sharded):
-            sums, scalars = optimizer.sum(sums), sum_over(world, scalars)
-        else:
-            sums, scalars = sum_over(world, (sums, scalars))
-        aux = {**scalars, **gather(world, columns)}
-        if estimator.finish is not _as_it_is:
-            aux = estimator.finish(optimizer.whole(sums) if isinstance(optimizer, Sharded) else sums, aux)
+        sums, aux = _total(world, estimator, optimizer, params, batch, mask)
         grads = tree.map(lambda g: g / count, sums)
         kept, optimizer_state = optimizer.update(state.params, state.optimizer, grads)
         return state._replace(params=kept, optimizer=optimizer_state, step=state.step + 1), aux
@@ -186,24 +179,37 @@ def make_step(loss_fn: Callable[..., Tensor] | Estimator, optimizer: Optimizer |
     return step
 
 
-def _summed(
-    world: World, estimator: Estimator, params: Tree, batch: Sequence[Tensor], mask: Tensor | None
-) -> tuple[Tree, dict[str, Tensor], dict[str, Tensor]]:
-    """What the estimator says of this process's rows, summed over its parts: the sums, those of aux, and aux's rows."""
+def _total(
+    world: World,
+    estimator: Estimator,
+    optimizer: Optimizer | Sharded,
+    params: Tree,
+    batch: Sequence[Tensor],
+    mask: Tensor | None,
+) -> tuple[Tree, dict[str, Tensor]]:
+    """What the estimator says of the rows of all processes: the sums, as the optimizer takes them, and aux."""
     rows, parts = len(batch[0]), world.parts_here
     if rows % parts:
         raise ValueError(f"step: the {parts} parts of a process must divide its rows. Found {rows}. Use rows_of?")
     found, columns = [], []
     for part in range(parts):
         which = slice(part * rows // parts, (part + 1) * rows // parts)
-        sums, aux = estimator.fn(params, *[x[which] for x in batch], mask=None if mask is None else mask[which])
-        found.append((sums, {name: value for name, value in aux.items() if value.dim() == 0}))
+        grads, aux = estimator.fn(params, *[x[which] for x in batch], mask=None if mask is None else mask[which])
+        found.append((grads, {name: value for name, value in aux.items() if value.dim() == 0}))
         columns.append({name: value for name, value in aux.items() if value.dim() > 0})
-    sums, scalars = in_pairs(found, _added)
-    if parts == 1:
-        return sums, scalars, columns[0]
-    return sums, scalars, tree.map(lambda *pieces: torch.cat(pieces), *columns)
+    mine = found[0]
+    if parts > 1:  # parts are added in float32 or wider, as `sum_over` adds them
+        mine = in_pairs([tree.map(_wide, part) for part in found], lambda a, b: tree.map(torch.add, a, b))
+        columns[0] = tree.map(lambda *pieces: torch.cat(pieces), *columns)
+    if isinstance(optimizer, Sharded):
+        sums, scalars = optimizer.sum(mine[0]), sum_over(world, mine[1])
+    else:
+        sums, scalars = tree.map(lambda total, part: total.to(part.dtype), sum_over(world, mine), found[0])
+    aux = {**scalars, **gather(world, columns[0])}
+    if estimator.finish is not _as_it_is:
+        aux = estimator.finish(optimizer.whole(sums) if isinstance(optimizer, Sharded) else sums, aux)
+    return sums, aux
 
 
-def _added(a: Tree, b: Tree) -> Tree:
-    return tree.map(torch.add, a, b)
+def _wide(leaf: Tensor) -> Tensor:
+    return tree.wide(leaf) if leaf.is_floating_point() else leaf
