@@ -98,26 +98,22 @@ def test_two_processes_train_what_one_does_into_one_folder(data_dir, cnn, tmp_pa
     ]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--recipe", "private", "--noise-seed", "1", "--epochs", "1", "--batch-size", "64"),
-        (
-            "--watch",
-            "noise-scale,norms",
-            "--hold-out",
-            "32",
-            "--patience",
-            "1",
-            "--average",
-            "0.9",
-            "--max-norm",
-            "1",
-            *LINEAR,
-        ),
-    ],  # fmt: skip
-    ids=["private", "watched"],
+PRIVATE = ("--recipe", "private", "--noise-seed", "1", "--epochs", "1", "--batch-size", "64")
+AVERAGED = (
+    "--watch",
+    "noise-scale,norms",
+    "--hold-out",
+    "32",
+    "--patience",
+    "1",
+    "--average",
+    "0.9",
+    "--max-norm",
+    "1",
 )
+
+
+@pytest.mark.parametrize("options", [PRIVATE, (*AVERAGED, *LINEAR)], ids=["private", "averaged"])
 def test_with_shards_two_processes_write_the_bytes_that_one_does(options, data_dir, tmp_path):
     runs = [tmp_path / "one", tmp_path / "two"]
     for run, processes, asked in zip(runs, (1, 2), (succeed, command), strict=True):

@@ -101,6 +101,7 @@ class Attendance:
         """Says why this process leaves."""
         with suppress(RuntimeError):
             self.store.set(f"left/{self.rank}", why.value)
+            self.store.set("left", "")
 
     def explained(self, error: BaseException) -> BaseException:
         """What this process ends with, where it ends with an error: its own one, or who else has caused it."""
@@ -137,6 +138,8 @@ class Attendance:
         return dict(self._heard)
 
     def _asked(self, store: dist.Store) -> dict[int, str]:
+        if not store.check(["left"]):
+            return {}
         others = [rank for rank in range(self.size) if rank != self.rank]
         return {rank: store.get(f"left/{rank}").decode() for rank in others if store.check([f"left/{rank}"])}
 
