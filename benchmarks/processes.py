@@ -4,11 +4,12 @@ A step of P processes of T threads each takes the same batch as one of P T threa
 Then what a sum over processes takes, of one number and of as many as the CNN has, and ordinary steps of 1 to 4
 processes of one thread: a model of them, in two constants, is held against those steps.
 
-    seconds(P) = compute(P) + 2 (P - 1) latency + 2 (P - 1) / P · bytes / bandwidth
+    seconds(P) = compute(P) + log2(P) latency + 2 (P - 1) / P · bytes / bandwidth
 
 Bytes are the kernel's count of what has gone over the loopback interface.
 """
 
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -139,13 +140,13 @@ class Constants(NamedTuple):
     """Of a model of sums over processes."""
 
     latency: float
-    """Seconds of a message."""
+    """Seconds of a message, of which one follows another log2(P) times."""
     bandwidth: float
     """Bytes that a process sends in a second."""
 
     def seconds(self, size: int, numbers: int) -> float:
         """What a sum of float32 numbers takes."""
-        return 2 * (size - 1) * self.latency + 2 * (size - 1) / size * 4 * numbers / self.bandwidth
+        return math.log2(size) * self.latency + 2 * (size - 1) / size * 4 * numbers / self.bandwidth
 
 
 def constants(found: dict[str, Comparison]) -> dict[int, Constants]:
@@ -156,17 +157,17 @@ def constants(found: dict[str, Comparison]) -> dict[int, Constants]:
         if comparison is not None and len(comparison.timings) == 2:
             small, large = (timing.median / comparison.settings["steps"] for timing in comparison.timings)
             sent = 2 * (size - 1) / size * 4 * comparison.settings["numbers"]
-            fitted[size] = Constants(small / (2 * (size - 1)), sent / (large - small))
+            fitted[size] = Constants(small / math.log2(size), sent / (large - small))
     return fitted
 
 
 GPUS = {
-    "8, NVLink 4": (8, Constants(2e-6, 450e9)),
-    "64, InfiniBand NDR": (64, Constants(5e-6, 50e9)),
-    "512, InfiniBand NDR": (512, Constants(5e-6, 50e9)),
+    "8, NVLink 4": (8, Constants(10e-6, 450e9)),
+    "64, InfiniBand NDR": (64, Constants(20e-6, 50e9)),
+    "512, InfiniBand NDR": (512, Constants(20e-6, 50e9)),
 }
 """Published bandwidths of a GPU in one direction: H100's NVLink 900 GB/s in both, and ConnectX-7's 400 Gb/s (NVIDIA's
-data sheets). The latencies are assumed."""
+data sheets). The latencies, 10 and 20 us, are assumed."""
 MODELS = {"CNN, 1.2 M": 1_199_882, "GPT-2, 124 M": 124_439_808, "1.3 B": 1_300_000_000}
 
 

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from benchmarks import limits, measure, plots, questions, readme, report, results, studies
+from benchmarks import limits, measure, plots, processes, questions, readme, report, results, studies
 
 RATES = limits.Rates({"float32": 1e9, "bfloat16": 2e9}, 1e9)
 
@@ -163,8 +163,9 @@ def test_a_readme_table_without_its_result_or_case_is_an_error_that_names_it(tmp
         readme.with_tables("<!-- table planted/C -->\n<!-- end -->", tmp_path)
 
 
-def test_the_readmes_tables_are_those_of_the_committed_results():
-    text = readme.README.read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.parent.name)
+def test_the_tables_of_a_page_are_those_of_the_committed_results(page):
+    text = page.read_text(encoding="utf-8")
     assert readme.with_tables(text) == text
     assert len(re.findall("<!-- table", text)) == len(re.findall("<!-- table [^/\n]+/[^/\n]+ -->\n", text)) >= 2
 
@@ -183,3 +184,14 @@ def test_every_committed_result_holds_its_samples(name):
         assert len({len(timing.samples) for timing in one.timings}) == 1
         assert one.reference.samples
         assert one.reference.name in report.markdown(one, rates)
+
+
+def test_a_sum_over_processes_takes_latency_and_bytes():
+    constants = processes.Constants(latency=1e-3, bandwidth=1e6)
+    assert constants.seconds(4, 1000) == pytest.approx(2 * 1e-3 + 1.5 * 4000 / 1e6)
+    comparisons, _ = results.read(results.RESULTS / "processes-2-cores.json")
+    found = {comparison.case: comparison for comparison in comparisons}
+    for size, one in processes.constants(found).items():
+        small, large = (timing.median / 10 for timing in found[f"sums, P={size}"].timings)
+        assert one.seconds(size, 1) == pytest.approx(small, rel=1e-3)
+        assert one.seconds(size, found["sums, P=2"].settings["numbers"]) == pytest.approx(large)

@@ -85,7 +85,7 @@ def watched_training(world):
 
 
 def compiled_training(world):
-    return fitted(world, train.watching(loss_fn), optim.sgd(0.1, momentum=0.9), compile=True)[0]
+    return fitted(world, train.gradient(loss_fn), optim.sgd(0.1, momentum=0.9), compile=True)[0]
 
 
 def private_training(world):
