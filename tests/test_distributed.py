@@ -303,3 +303,19 @@ def test_an_error_that_is_not_of_a_sum_is_not_taken_for_a_lost_process():
     with pytest.raises(RuntimeError) as caught:
         torch.zeros(2) @ torch.zeros(3)
     assert not distributed.of_a_sum(caught.value)
+
+
+def test_aux_that_is_neither_a_sum_nor_rows_is_refused_of_several_parts_and_left_as_it_is_of_one():
+    def estimate(params, *batch, mask):
+        return torch.ones(()), {"loss": torch.zeros(()), "counts": torch.arange(5)}
+
+    state = train.init_state(torch.zeros(()), optim.sgd(0.1), worlds.KEY)
+    seen = []
+    fit = lambda world: train.fit(  # noqa: E731
+        train.make_step(train.Estimator(estimate), optim.sgd(0.1), world), state, (torch.ones(4),), epochs=1,
+        batch_size=2, callbacks=(lambda progress: seen.append(progress.aux["counts"]),), world=world,
+    )  # fmt: skip
+    fit(ALONE)
+    assert all(len(counts) == 5 for counts in seen)
+    with pytest.raises(ValueError, match=r"rows of the 1 examples. Found counts \(5,\)"):
+        fit(World(shards=2))

@@ -113,7 +113,8 @@ def fit(
             count = seen - (done - epoch * per_epoch) * batch_size
             chosen = step if watch is None or done % watch.every else watch.step
             state, aux = chosen(state, *rows, mask=batch.mask, divisor=torch.tensor(float(count)))
-            aux = {name: value[:drawn_rows] if value.dim() else value for name, value in aux.items()}
+            if world.parts > 1:  # the rows of the padding, of which each number of processes has its own
+                aux = {name: value[:drawn_rows] if value.dim() else value for name, value in aux.items()}
             loss = loss + aux["loss"]
             done += 1
             progress = Progress(state, loss, seen, epoch, done, seen == total, aux)

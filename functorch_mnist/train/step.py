@@ -197,6 +197,12 @@ def _total(
         grads, aux = estimator.fn(params, *[x[which] for x in batch], mask=None if mask is None else mask[which])
         found.append((grads, {name: value for name, value in aux.items() if value.dim() == 0}))
         columns.append({name: value for name, value in aux.items() if value.dim() > 0})
+        for name, value in columns[-1].items():
+            if world.parts > 1 and len(value) != rows // parts:
+                raise ValueError(
+                    f"step: of several parts, aux must hold 0-d sums or rows of the {rows // parts} examples. "
+                    f"Found {name} {tuple(value.shape)}."
+                )
     mine = found[0]
     if parts > 1:  # parts are added in float32 or wider, as `sum_over` adds them
         mine = in_pairs([tree.map(_wide, part) for part in found], lambda a, b: tree.map(torch.add, a, b))
