@@ -280,3 +280,7 @@ def test_one_thread_each_with_shards(data_dir, tmp_path):
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_shards_are_refused_where_no_batch_is_divided():
+    assert "--shards" in complain(2, "sweep", "--over", "lr=0.1,1", "--hold-out", "32", "--shards", "2")

@@ -98,7 +98,7 @@ _RULES: tuple[Rule, ...] = (
     ("above 0 and below 1", lambda v: 0 < v < 1, ("halve_keep",)),
 )
 _UNUSED = (
-    "private", "watch", "watch_every", "tune", "tune_steps", "tune_rounds", "resume", "save_every", "keep",
+    "private", "watch", "watch_every", "tune", "tune_steps", "tune_rounds", "resume", "save_every", "keep", "shards",
 )  # fmt: skip
 
 
