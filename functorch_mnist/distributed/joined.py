@@ -80,6 +80,9 @@ def joined(*, device: str = "cpu", shards: int | None = None, seconds: float = S
             yield World(place.rank, place.size, where, dist.group.WORLD.group_name, shards)  # type: ignore[union-attr]
         except Ended:
             raise
+        except GeneratorExit:  # Ctrl-C between the world's coming and its first use
+            attendance.leave(Left.INTERRUPTED)
+            raise
         except BaseException as error:
             with undisturbed():
                 ended = attendance.explained(error)
