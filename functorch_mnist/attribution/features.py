@@ -105,17 +105,16 @@ def features(
     Cost: one backward pass, and F numbers for each example.
     """
 
-    def of(*batch: Tensor) -> Tensor:
+    def of(*batch: Tensor, mask: Tensor | None = None) -> Tensor:
         rows = []
-        examples, keep = (batch, None) if mask is None else (batch[:-1], batch[-1])
-        for chunk in batches.chunks("attribution.features", examples, keep, chunk_size):
+        for chunk in batches.chunks("attribution.features", batch, mask, chunk_size):
             part = factored(loss_fn, params, *chunk.batch, mask=chunk.mask, plan=plan)
             columns = [projected.flatten(1) for projected in part.project(projection.maps)]
             rows.append(chunk.unpadded(torch.cat(columns, 1)))
         return torch.cat(rows)
 
     batches.size_of_chunks("attribution.features", batch, mask, chunk_size)
-    return rows_over(world, of, *batch, *([] if mask is None else [mask]), unit=chunk_size)
+    return rows_over(world, of, *batch, mask=mask, unit=chunk_size)
 
 
 def log_odds(outputs: Tensor, labels: Tensor) -> Tensor:

@@ -85,10 +85,9 @@ def scores(
         outputs = outputs_fn(params, *example[:-1])
         return loss_fn(outputs, example[-1]), outputs
 
-    def of(*batch: Tensor) -> Scores:
+    def of(*batch: Tensor, mask: Tensor | None = None) -> Scores:
         rows = []
-        examples, keep = (batch, None) if mask is None else (batch[:-1], batch[-1])
-        for chunk in batches.chunks("attribution.scores", examples, keep, chunk_size):
+        for chunk in batches.chunks("attribution.scores", batch, mask, chunk_size):
             part = factored(both_fn, params, *chunk.batch, mask=chunk.mask, plan=plan, has_aux=True)
             (given,) = batches.blanked(chunk.batch[-1:], chunk.mask)
             found = Scores(tree.wide(part.losses), part.norms(), *of_outputs(part.aux, given))
@@ -96,7 +95,7 @@ def scores(
         return Scores(*[torch.cat(column) for column in zip(*rows, strict=True)])
 
     batches.size_of_chunks("attribution.scores", (*inputs, labels), mask, chunk_size)
-    return rows_over(world, of, *inputs, labels, *([] if mask is None else [mask]), unit=chunk_size)
+    return rows_over(world, of, *inputs, labels, mask=mask, unit=chunk_size)
 
 
 def of_outputs(outputs: Tensor, labels: Tensor) -> OutputScores:

@@ -52,10 +52,11 @@ def processes(options: Train | Analysis, command: Any = None) -> Iterator[World]
     with distributed.joined(device=options.device, shards=shards, seconds=options.timeout) as world:
         one = 1 if world.shards and options.threads is None else options.threads  # bits hang on it
         threads = distributed.bind(world, one)
-        check_agreed(world, "Starting", SAME, version=code())
-        wanted = repr((type(command or options).__name__, _without_own(asdict(command or options))))
-        bits = threads if world.shards else None
-        check_agreed(world, "Starting", SAME, options=digest_of(wanted), threads=digest_of(repr(bits)))
+        if world.size > 1:  # one alone need not read its own sources
+            check_agreed(world, "Starting", SAME, version=code())
+            wanted = repr((type(command or options).__name__, _without_own(asdict(command or options))))
+            bits = threads if world.shards else None
+            check_agreed(world, "Starting", SAME, options=digest_of(wanted), threads=digest_of(repr(bits)))
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if world.rank else sys.stdout):
             try:
                 yield world

@@ -71,13 +71,17 @@ def shares(count: int, parts: int, *, unit: int = 1) -> list[slice]:
     return [slice(*edge) for edge in pairwise(edges)]
 
 
-def rows_over(world: World, fn: Callable[..., T], *rows: Tensor, unit: int | None = None) -> T:
+def rows_over(
+    world: World, fn: Callable[..., T], *rows: Tensor, mask: Tensor | None = None, unit: int | None = None
+) -> T:
     """What a function makes of each row, the rows divided between the processes.
 
     Args:
         world: the processes.
-        fn: `fn(*rows) -> tree of (n, …)`, its i-th row a function of the i-th row alone.
+        fn: `fn(*rows) -> tree of (n, …)`, its i-th row a function of the i-th row alone; with a mask
+            `fn(*rows, mask=…)`.
         rows: tensors (N, …), at least one row, the same on all processes.
+        mask: (N,) bool, divided as the rows are.
         unit: rows that `fn` takes at a time: with it each process is given whole units, which are those of one process
             alone. By default each is given an N-th part at once.
 
@@ -91,12 +95,13 @@ def rows_over(world: World, fn: Callable[..., T], *rows: Tensor, unit: int | Non
         tensor([ 0, -1, -2])
     """
     if world.size == 1:
-        return fn(*rows)
+        return fn(*rows) if mask is None else fn(*rows, mask=mask)
     divided = shares(len(rows[0]), world.size, unit=unit or 1)
     sizes = [part.stop - part.start for part in divided]
     mine = divided[world.rank]
     some = mine if sizes[world.rank] else slice(0, unit or 1)  # what none is left for says the shapes of the result
-    found = fn(*[x[some] for x in rows])
+    part = [x[some] for x in rows]
+    found = fn(*part) if mask is None else fn(*part, mask=mask[some])
     return gather(world, _first(found, sizes[world.rank]), sizes)
 
 

@@ -310,14 +310,11 @@ def gram(
     if world.size > 1:
         batch_b, mask_b = (batch_a, mask) if batch_b is None else (batch_b, mask_b)
 
-        def band_of(*rows: Tensor) -> Tensor:
-            some, keep = (rows, None) if mask is None else (rows[:-1], rows[-1])
-            return gram(
-                loss_fn, params, some, batch_b, mask=keep, mask_b=mask_b, chunk_size=chunk_size, plan=plan
-            )  # fmt: skip
+        def band_of(*rows: Tensor, mask: Tensor | None = None) -> Tensor:
+            return gram(loss_fn, params, rows, batch_b, mask=mask, mask_b=mask_b, chunk_size=chunk_size, plan=plan)
 
         batches.size_of_chunks("per_sample.gram", batch_a, mask, chunk_size)
-        return rows_over(world, band_of, *batch_a, *([] if mask is None else [mask]), unit=chunk_size)
+        return rows_over(world, band_of, *batch_a, mask=mask, unit=chunk_size)
     mine = Chunked("gram", loss_fn, params, tuple(batch_a), mask, chunk_size, plan).runs()
     if batch_b is None:
         return _symmetric([(chunk, run(Factored.built)) for chunk, run in mine])

@@ -22,11 +22,10 @@ def check_examples(world: World, examples: Sequence[Tensor]) -> None:
     if world.size == 1:
         return
     step = max(1, len(examples[0]) // _ROWS)
-    shapes = tuple(x.new_zeros(()).expand(x.shape).shape for x in examples)
     found = digest([x[::step] for x in examples])
     check_agreed(
         world,
-        f"fit, with {len(examples[0]):,} examples of {shapes[0][1:]} on this process",
+        f"fit, with {len(examples[0]):,} examples of {tuple(examples[0].shape[1:])} on this process",
         "Give all of them to each: its own rows are chosen by rank.",
         examples=found,
     )
