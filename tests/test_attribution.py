@@ -209,16 +209,23 @@ def test_a_kronecker_solve_undoes_the_damped_kronecker_product(name):
     assert factors
     vector = tree.map(lambda w: normals(*w.shape, seed=4), case.params)
     solved = attribution.curvature(factors, diagonal).solve(vector, damping=0.2)
-    for path, v, s, d in zip(
-        tree.paths(vector), tree.leaves(vector), tree.leaves(solved), tree.leaves(diagonal), strict=True
-    ):
-        if path not in factors:
-            assert difference(s, v / (d + 0.2)) <= EXACT
-            continue
-        pair = factors[path]
-        applied = pair.cotangents @ pair.matrices(s) @ pair.inputs  # (A ⊗ G) s, before its scale
-        trace = sum(torch.trace(a) * torch.trace(g) for a, g in zip(pair.inputs, pair.cotangents, strict=True))
-        assert difference(pair.parameter(applied) * d.sum() / trace + 0.2 * s, v) <= 1e-8
+    given, found, mean = (dict(zip(tree.paths(t), tree.leaves(t), strict=True)) for t in (vector, solved, diagonal))
+    for path, pair in factors.items():
+        total = mean[path].sum()
+        v, s = (joined(pair, t[path], None if pair.bias is None else t[pair.bias]) for t in (given, found))
+        if pair.bias is not None:
+            total = total + mean[pair.bias].sum()
+        applied = pair.cotangents @ s @ pair.joined  # (A ⊗ G) s, before its scale
+        trace = sum(torch.trace(a) * torch.trace(g) for a, g in zip(pair.joined, pair.cotangents, strict=True))
+        assert difference(applied * total / trace + 0.2 * s, v) <= 1e-8
+    for path in given.keys() - factors.keys() - {pair.bias for pair in factors.values()}:
+        assert difference(found[path], given[path] / (mean[path] + 0.2)) <= EXACT
+
+
+def joined(pair, weight, bias):
+    """A weight and its bias as matrices (G, H, D + 1)."""
+    m = pair.matrices(weight)
+    return m if bias is None else torch.cat([m, bias.reshape(*m.shape[:2], 1)], 2)
 
 
 def small_params(case):
@@ -496,7 +503,7 @@ ONES = torch.ones(3)
         (lambda: attribution.leave_one_out(RUN, TEST, torch.ones(2)), "leave_one_out: which"),
         (lambda: attribution.trained(RUN._replace(order=RUN.order.float()), torch.ones(12)), "order integers"),
         (lambda: attribution.tangent_kernel(RUN.loss_fn, RUN.params, ()), "tangent_kernel: a and b must be tuples"),
-        (lambda: attribution.curvature({}, ONES).solve(torch.ones(2, 3), damping=1), "solve: the vector"),
+        (lambda: attribution.curvature({}, ONES).solve(torch.ones(2, 4), damping=1), "solve: the vector"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_words(call, said):

@@ -15,13 +15,14 @@ is inverted is the Fisher information, the Gram matrix of the features for TRAK,
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functorch_mnist import attribution, data, layers, losses, models, optim, per_sample, random, statistics, tree
+from functorch_mnist import attribution, data, layers, losses, models, optim, per_sample, random, tree
 
 from . import markdown
 
@@ -34,7 +35,8 @@ Progress: TypeAlias = Callable[[str], object]
 CLASSES = 10
 PIXELS = 28
 RANDOM, DOT, COSINE, TRACIN = "random numbers", "gradient dot", "gradient cosine", "TracIn"
-EMPIRICAL, KRONECKER, EXACT = "Fisher, empirical", "Fisher, Kronecker-factored", "Fisher, exact"
+EMPIRICAL, KRONECKER = "Fisher, empirical", "Fisher, Kronecker-factored"
+CORRECTED, EXACT = "Fisher, Kronecker-factored, corrected", "Fisher, exact"
 KERNEL, OTHER, UNROLLED = "tangent kernel", "unrolled, another run", "unrolled"
 LEAVE_ONE_OUT = "leave-one-out"
 TRUTHS = (UNROLLED, LEAVE_ONE_OUT)
@@ -274,18 +276,19 @@ def _empirical(case: Case, ratios: Sequence[float]) -> Iterator[Influence]:
 
 
 def _kronecker(case: Case, ratios: Sequence[float]) -> Iterator[Influence]:
-    loss_fn, apply, images = case.run.loss_fn, case.model.apply, case.train[0]
-    diagonal = statistics.fisher_diagonal(apply, case.params, images)
-    curvature = attribution.curvature(statistics.fisher_kronecker(apply, case.params, images), diagonal)
-    trace = sum(float(leaf.sum()) for leaf in tree.leaves(diagonal))
-    test_grads = per_sample.grads(loss_fn, case.params, *case.test)
-    for ratio in ratios:
-        columns = []
-        for j in range(len(case.test[0])):
-            one = {name: rows[j] for name, rows in test_grads.items()}
-            direction = curvature.solve(one, damping=ratio * trace)
-            columns.append(per_sample.dot(loss_fn, case.params, *case.train, direction=direction))
-        yield Influence(KRONECKER, ratio, torch.stack(columns, 1))
+    """In the eigenbases of the Kronecker factors, with the products of their eigenvalues and with corrected ones."""
+    test_grads = per_sample.grads(case.run.loss_fn, case.params, *case.test)
+    for name, corrected in ((KRONECKER, False), (CORRECTED, True)):
+        curvature = attribution.fisher_curvature(case.model.apply, case.params, case.train[0], corrected=corrected)
+        for ratio in ratios:
+            directions = curvature.solve(test_grads, damping=ratio * curvature.trace)
+            columns = [
+                per_sample.dot(
+                    case.run.loss_fn, case.params, *case.train, direction=tree.map(itemgetter(j), directions)
+                )
+                for j in range(len(case.test[0]))
+            ]
+            yield Influence(name, ratio, torch.stack(columns, 1))
 
 
 def _exact(case: Case, ratios: Sequence[float]) -> Iterator[Influence]:

@@ -6,14 +6,17 @@ example, and has one sign everywhere: above zero, training on it lowers the test
     scores.py      loss, EL2N, GraNd and margin; over checkpoints self-influence and forgetting
     influence.py   gradient dot and cosine, TracIn
     features.py    random projections of sample gradients from their factors, and TRAK
-    curvature.py   influence functions: the damped Fisher information, exact by the Gram matrix or Kronecker-factored
+    curvature.py   influence functions: the damped Fisher information, exact by the Gram matrix or Kronecker-factored,
+                   with eigenvalues corrected
     kernel.py      the empirical neural tangent kernel, and regression with it
     truth.py       leave-one-out retraining, and the derivative of a whole training run by an example's weight
     grading.py     planted label noise, AUC, rank correlation
 """
 
 from .curvature import Curvature as Curvature
+from .curvature import corrected_curvature as corrected_curvature
 from .curvature import curvature as curvature
+from .curvature import fisher_curvature as fisher_curvature
 from .curvature import fisher_influence as fisher_influence
 from .features import Projection as Projection
 from .features import features as features

@@ -6,112 +6,202 @@ in two ways. Exactly: F has rank N, and with K = J Jᵀ the Gram matrix of the t
 
     J' (F + λ)⁻¹ Jᵀ = N J' Jᵀ (K + N λ)⁻¹
 
-so no gradient is formed, for any model, and some thousands of examples. Or with each parameter's block of F taken as a
-Kronecker product A ⊗ G of its factors, for a direction like `params`, such as one test gradient, and any number of
-examples: `per_sample.dot` with the solution gives the influences.
+so no gradient is formed, for any model, and some thousands of examples. Or with each parameter's block of F taken in
+the eigenbasis of its Kronecker factors, U and V of G and A,
 
-Reference: Koh and Liang, "Understanding black-box predictions via influence functions", ICML 2017. Kronecker-factored:
-Grosse et al., "Studying large language model generalization with influence functions", 2023, section 3.
+    F ≈ (U ⊗ V) diag(Λ) (U ⊗ V)ᵀ
+
+for a direction like `params`, such as one test gradient, and any number of examples: `per_sample.dot` with the solution
+gives the influences. Λ is the product of eigenvalues (K-FAC), or the second moment of the gradients along the
+eigenvectors (EK-FAC). The bias that an op adds is a column of its weight.
+
+Reference: Koh and Liang, "Understanding black-box predictions via influence functions", ICML 2017. Kronecker-factored,
+with corrected eigenvalues: Grosse et al., "Studying large language model generalization with influence functions",
+2023, section 3; George et al., "Fast approximate natural gradient descent in a Kronecker-factored eigenbasis", NeurIPS
+2018.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .. import tree
-from ..per_sample import Kronecker
+from .. import statistics, tree
+from ..per_sample import Eigenbasis, Kronecker, Plan, eigenbasis
 from ..tree import Tree
 
-
-@dataclass(frozen=True)
-class Curvature:
-    """A damped inverse of the Fisher information, ready to be applied."""
-
-    blocks: dict[str, Block]
-    """Of each parameter that has Kronecker factors, by its path."""
-    diagonal: Tree
-    """Like `params`: for the other parameters."""
-
-    def solve(self, vector: Tree, *, damping: float) -> Tree:
-        """`(F + λ)⁻¹ v`: a tree like `params`.
-
-        Args:
-            vector: v, a tree like `params`.
-            damping: λ, above 0.
-
-        Raises:
-            ValueError: the damping is not above 0.
-        """
-        if not damping > 0:
-            raise ValueError(f"solve: damping must be above 0. Found {damping}.")
-        shapes = [[tuple(leaf.shape) for leaf in tree.leaves(t)] for t in (self.diagonal, vector)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"solve: the vector must have the shapes {shapes[0]}. Found {shapes[1]}.")
-        solved = []
-        leaves, diagonals = tree.leaves(vector), tree.leaves(tree.map(lambda _, d: d, vector, self.diagonal))
-        for path, v, diagonal in zip(tree.paths(vector), leaves, diagonals, strict=True):
-            block = self.blocks.get(path)
-            wide = v.to(diagonal.dtype)
-            found = wide / (diagonal + damping) if block is None else block.solve(wide, damping)
-            solved.append(found.to(v.dtype))
-        return tree.unflatten(vector, solved)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Block:
-    """The block of one parameter, by its eigenvectors."""
+    """The block of one parameter and its bias."""
 
-    factors: Kronecker
-    inputs: Tensor
-    """(G, D, D): columns are eigenvectors of the inputs' factor; (G, D) ones where that is diagonal."""
-    cotangents: Tensor
-    """(G, H, H)."""
+    basis: Eigenbasis
     values: Tensor
-    """(G, H, D): eigenvalues of the block."""
+    """(G, S, R): the eigenvalues; each side is one longer where not all eigenvectors are kept, see `Eigenbasis`."""
 
-    def solve(self, v: Tensor, damping: float) -> Tensor:
-        """`(A ⊗ G + λ)⁻¹ v`, shaped as the parameter."""
-        rotated = self.cotangents.transpose(-2, -1) @ self._by_inputs(self.factors.matrices(v), transpose=False)
-        return self.factors.parameter(
-            self._by_inputs(self.cotangents @ (rotated / (self.values + damping)), transpose=True)
+    @property
+    def trace(self) -> Tensor:
+        """0-d: the sum of all eigenvalues."""
+        values = self.values
+        for axis, vectors in ((1, self.basis.outputs), (2, self.basis.inputs)):
+            left = 0 if isinstance(vectors, tuple) else vectors.shape[1] - vectors.shape[2]
+            if left:
+                times = values.new_ones(values.shape[axis])
+                times[-1] = left
+                values = values * (times[:, None] if axis == 1 else times)
+        return values.sum()
+
+    def solve(self, v: Tensor, bias: Tensor | None, damping: float) -> tuple[Tensor, Tensor | None]:
+        """`(F + λ)⁻¹ v` of the weight and of the bias, (*lead, *w) as they are."""
+        parts = self.basis.split(self.basis.matrices(v, bias))
+        damped, (s, r) = self.values + damping, parts.kept.shape[-2:]
+        solved = parts._replace(
+            kept=parts.kept / damped[:, :s, :r],
+            outputs=None if parts.outputs is None else parts.outputs / damped[:, -1:, :r],
+            inputs=None if parts.inputs is None else parts.inputs / damped[:, :s, -1:],
+            both=None if parts.both is None else parts.both / damped[:, -1:, -1:],
         )
-
-    def _by_inputs(self, m: Tensor, *, transpose: bool) -> Tensor:
-        if self.factors.diagonal:
-            return m
-        return m @ (self.inputs.transpose(-2, -1) if transpose else self.inputs)
+        return self.basis.parameters(self.basis.joined(solved), bias)
 
 
-def curvature(factors: Mapping[str, Kronecker], diagonal: Tree) -> Curvature:
-    """The Kronecker-factored Fisher information, ready to be applied.
+@dataclass(frozen=True)
+class Curvature:
+    """The Fisher information, block by block, ready to be damped and inverted."""
+
+    blocks: dict[str, Block]
+    """Of each parameter that has Kronecker factors, by its path; that of its bias is in it."""
+    diagonal: dict[str, Tensor]
+    """Of the other parameters, by path."""
+
+    @property
+    def trace(self) -> float:
+        """The sum of all eigenvalues, by which a damping can be chosen."""
+        parts = [block.trace for block in self.blocks.values()] + [d.sum() for d in self.diagonal.values()]
+        return float(torch.stack(parts).sum())
+
+    def solve(self, vector: Tree, *, damping: float) -> Tree:
+        """`(F + λ)⁻¹ v`: a tree like `vector`.
+
+        Args:
+            vector: v, a tree like `params`, or several: leaves (*lead, *w).
+            damping: λ, above 0.
+
+        Raises:
+            ValueError: the damping is not above 0, or v is not like `params`.
+        """
+        if not damping > 0:
+            raise ValueError(f"solve: damping must be above 0. Found {damping}.")
+        given = dict(zip(tree.paths(vector), tree.leaves(vector), strict=True))
+        self._check(given)
+        solved = {path: (v.to(d.dtype) / (d + damping)) for path, d in self.diagonal.items() for v in [given[path]]}
+        for path, block in self.blocks.items():
+            bias = block.basis.bias
+            wide = [None if name is None else given[name].to(block.values.dtype) for name in (path, bias)]
+            weight, shift = wide
+            assert weight is not None
+            solved[path], other = block.solve(weight, shift, damping)
+            if bias is not None and other is not None:
+                solved[bias] = other
+        return tree.unflatten(vector, [solved[path].to(v.dtype) for path, v in given.items()])
+
+    def _check(self, given: Mapping[str, Tensor]) -> None:
+        """Refuses a vector of other parameters."""
+        shapes = {path: tuple(d.shape) for path, d in self.diagonal.items()}
+        for path, block in self.blocks.items():
+            shapes[path] = block.basis.shape
+            if block.basis.bias is not None:
+                shapes[block.basis.bias] = (block.basis.outputs.shape[0] * block.basis.outputs.shape[1],)
+        found = {path: tuple(v.shape) for path, v in given.items()}
+        same = found.keys() == shapes.keys()
+        leads = {found[path][: len(found[path]) - len(shape)] for path, shape in shapes.items()} if same else set()
+        if not same or len(leads) != 1 or any(found[p][len(found[p]) - len(s) :] != s for p, s in shapes.items()):
+            raise ValueError(f"solve: the vector must have the shapes {shapes}, after leading axes. Found {found}.")
+
+
+def fisher_curvature(
+    outputs_fn: Callable[..., Tensor],
+    params: Tree,
+    *inputs: Tensor,
+    corrected: bool = True,
+    rank: int | None = None,
+    key: Tensor | None = None,
+    draws: int = 1,
+    mask: Tensor | None = None,
+    chunk_size: int | None = None,
+    plan: Plan | None = None,
+) -> Curvature:
+    """The Fisher information of a classifier in the eigenbases of its Kronecker factors, ready to be applied.
+
+    Args:
+        outputs_fn: `outputs_fn(params, *input) -> (K,)`, of one example, whose softmax are the probabilities.
+        params: a pytree of float tensors.
+        inputs: tensors (N, …), at least one example.
+        corrected: the second moments along the eigenvectors as eigenvalues (EK-FAC); else the products of the factors'
+            eigenvalues (K-FAC).
+        rank: how many eigenvectors of each factor are kept, those of the largest eigenvalues; by default all. The
+            others share one eigenvalue, their mean.
+        key, draws, mask, chunk_size, plan: as in `statistics.fisher_diagonal`.
+
+    Cost: with a key `draws` forward and backward passes, else as many as there are classes, and as many again. An
+        eigendecomposition of each factor, D³; with a rank R, some D² R.
+
+    Example:
+        >>> curvature = fisher_curvature(lambda w, x: w @ x, torch.zeros(2, 1), torch.ones(4, 1))
+        >>> curvature.solve(torch.tensor([[1.0], [-1.0]]), damping=0.5)
+        tensor([[ 1.0000],
+                [-1.0000]])
+    """
+
+    def fisher(of: Callable[..., T], **more: Any) -> T:
+        options = {"key": key, "draws": draws, "mask": mask, "chunk_size": chunk_size, "plan": plan}
+        return of(outputs_fn, params, *inputs, **options, **more)
+
+    factors = fisher(statistics.fisher_kronecker)
+    if not corrected:
+        return curvature(factors, fisher(statistics.fisher_diagonal), rank=rank)
+    bases = {path: eigenbasis(pair, rank=rank) for path, pair in factors.items()}
+    return corrected_curvature(bases, fisher(statistics.fisher_eigenvalues, bases=bases))
+
+
+def curvature(factors: Mapping[str, Kronecker], diagonal: Tree, *, rank: int | None = None) -> Curvature:
+    """The Kronecker-factored second moment of gradients, such as the empirical Fisher information.
 
     Args:
         factors: by the path of a parameter, from `statistics.fisher_kronecker` or `KroneckerFactors.mean`.
         diagonal: like `params`, from `statistics.fisher_diagonal` or `Moments.fisher`. It stands for parameters
             without factors, and sets the scale of a block, whose trace is the diagonal's sum: with several positions
             the factors alone would be too large by their number.
+        rank: as in `fisher_curvature`.
 
-    Cost: an eigendecomposition of each factor, D³ and H³.
+    Cost: an eigendecomposition of each factor, D³ and H³; with a rank R, some D² R and H² R.
     """
+    leaves = dict(zip(tree.paths(diagonal), tree.leaves(diagonal), strict=True))
     blocks = {}
-    for path, leaf in zip(tree.paths(diagonal), tree.leaves(diagonal), strict=True):
-        if path not in factors:
-            continue
-        pair = factors[path]
-        outputs, cotangents = torch.linalg.eigh(pair.cotangents)
-        if pair.diagonal:
-            inputs, vectors = pair.inputs[None], torch.ones_like(pair.inputs)[None]
-        else:
-            inputs, vectors = torch.linalg.eigh(pair.inputs)
-        values = outputs.clamp(min=0)[:, :, None] * inputs.clamp(min=0)[:, None, :]
-        trace = values.sum()
-        values = values * torch.where(trace > 0, leaf.sum() / trace, 0.0)
-        blocks[path] = Block(pair, vectors, cotangents, values)
-    return Curvature(blocks, diagonal)
+    for path, pair in factors.items():
+        basis = eigenbasis(pair, rank=rank)
+        values = basis.products(pair)
+        total = leaves[path].sum() + (0 if basis.bias is None else leaves[basis.bias].sum())
+        block = Block(basis, values)
+        blocks[path] = Block(basis, values * torch.where(block.trace > 0, total / block.trace, 0.0))
+    within = blocks.keys() | {block.basis.bias for block in blocks.values()}
+    return Curvature(blocks, {path: leaf for path, leaf in leaves.items() if path not in within})
+
+
+def corrected_curvature(bases: Mapping[str, Eigenbasis], values: Mapping[str, Tensor]) -> Curvature:
+    """The second moment of gradients in the eigenbases of its Kronecker factors, with corrected eigenvalues.
+
+    Args:
+        bases: by the path of a parameter, `per_sample.eigenbasis` of its factors.
+        values: from `statistics.fisher_eigenvalues` or `Eigenvalues.mean`, with these bases.
+    """
+    blocks = {path: Block(basis, values[path]) for path, basis in bases.items()}
+    return Curvature(blocks, {path: d for path, d in values.items() if path not in bases})
 
 
 def fisher_influence(gram: Tensor, cross: Tensor, *, damping: float) -> Tensor:

@@ -17,6 +17,7 @@ the cotangent of its output. Nearly everything one wants of it follows from the 
     following.py     which ops of a loss use which parameter
     capture.py       from a loss to terms: the survey, and the one backward pass
     strategies.py    which way inner products are taken
+    eigen.py         the eigenvectors of Kronecker factors, and second moments along them
     plan.py          the plan: all of this as a table that can be changed
     factored.py      the terms of all parameters, and the algebra on them
     passes.py        the backward pass of a batch or of its chunks, and what is made of it
@@ -30,6 +31,8 @@ the cotangent of its output. Nearly everything one wants of it follows from the 
 """
 
 from . import vocabulary as vocabulary
+from .eigen import Eigenbasis as Eigenbasis
+from .eigen import eigenbasis as eigenbasis
 from .factored import Factored as Factored
 from .plan import Plan as Plan
 from .plan import plan as plan

@@ -29,7 +29,7 @@ from ..tree import Tree
 from . import recurrence, rules
 from .calls import CallForm, float_outputs
 from .following import Follower, Found, Known, name_of
-from .forms import Form, Sizes
+from .forms import ConvolutionForm, Form, MatrixForm, ShiftForm, Sizes
 from .kernels import Kernels, on_the_batch, tapped
 from .terms import Absent, Dense, Strategy, Term, Viewed
 from .uses import merge
@@ -321,6 +321,21 @@ def _grad(fn: Callable[[list[Tensor]], Any], inputs: list[Tensor], *, has_aux: b
     again = out.requires_grad
     gradient = pull(torch.ones_like(out), retain_graph=again, create_graph=again)[0]
     return (gradient, *beside) if has_aux else gradient
+
+
+def biases(found: Survey) -> tuple[int | None, ...]:
+    """Of each leaf, the number of the bias that is added by the one op that it enters, if no other op has that bias."""
+    result: list[int | None] = [None] * len(found.uses)
+    alone = [len(uses) == 1 and uses[0].weight.made is None for uses in found.uses]
+    for call in found.calls:
+        mine = [(weight.leaves[0], form) for weight, form, _ in call.found if weight.made is None]
+        for leaf, form in mine:
+            groups, outputs = form.biased if isinstance(form, MatrixForm | ConvolutionForm) else (0, 0)
+            for bias, shift in mine:
+                fits = isinstance(shift, ShiftForm) and shift.factor == 1 and shift.shape == (groups * outputs,)
+                if fits and alone[leaf] and alone[bias]:
+                    result[leaf] = bias
+    return tuple(result)
 
 
 def dense_grads(loss_fn: LossFn, params: Tree, batch: Sequence[Tensor]) -> list[Tensor]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import tree
 from ..batch import masked
 from ..tree import Tree
+from .eigen import Eigenbasis
 from .terms import Kronecker, Term
 
 
@@ -30,15 +31,18 @@ class Factored:
     """The parameters at which they were taken."""
     aux: Tree = ()
     """What the loss returned beside it, of each example: tensors (B, …)."""
+    biases: tuple[int | None, ...] = field(default=(), metadata={"static": True})
+    """Of each parameter, the number of the bias that its one op adds, if there is one that no other op has."""
 
     def masked(self, keep: Tensor) -> Factored:
         """Exactly zero, losses and aux too, where `keep` (B,) bool is False, NaN or not."""
         aux = tree.map(lambda rows: masked(rows, keep), self.aux)
-        return Factored(masked(self.losses, keep), tuple([term.masked(keep) for term in self.terms]), self.params, aux)
+        terms = tuple([term.masked(keep) for term in self.terms])
+        return replace(self, losses=masked(self.losses, keep), terms=terms, aux=aux)
 
     def built(self) -> Factored:
         """The same, with gradients that inner products build anyway built once, where they are small."""
-        return Factored(self.losses, tuple([term.built() for term in self.terms]), self.params, self.aux)
+        return replace(self, terms=tuple([term.built() for term in self.terms]))
 
     def wide(self) -> Factored:
         """The same in float32 or wider, so that sums are not rounded to fewer digits."""
@@ -92,10 +96,35 @@ class Factored:
         """Σ_i ∇_i², elementwise: a tree like `params`, float32 or wider."""
         return tree.unflatten(self.params, [term.second_moment() for term in self.terms])
 
-    def kronecker(self) -> dict[str, Kronecker]:
-        """The Kronecker factors of each parameter that has them, by its path."""
-        factors = {path: term.kronecker() for path, term in zip(tree.paths(self.params), self.terms, strict=True)}
-        return {path: pair for path, pair in factors.items() if pair is not None}
+    def kronecker(self, keep: Tensor | None = None) -> dict[str, Kronecker]:
+        """The Kronecker factors of each parameter that has them, by its path.
+
+        Args:
+            keep: (B,) bool: which examples count; by default all.
+        """
+        paths, factors = tree.paths(self.params), {}
+        ones = torch.ones_like(self.losses) if keep is None else keep
+        for path, term, bias in zip(paths, self.terms, self._biases(), strict=True):
+            pair = term.kronecker(None if bias is None else ones)
+            if pair is not None:
+                factors[path] = pair if bias is None else replace(pair, bias=paths[bias])
+        return factors
+
+    def eigenvalues(self, bases: Mapping[str, Eigenbasis]) -> dict[str, Tensor]:
+        """`Σ_i (Uᵀ ∇_i V)²`, elementwise, by the path of each parameter that has a basis; of the others `Σ_i ∇_i²`.
+
+        A bias that its weight's basis includes is not among them.
+        """
+        terms = dict(zip(tree.paths(self.params), self.terms, strict=True))
+        within = {basis.bias for basis in bases.values()}
+        found = {}
+        for path, term in terms.items():
+            if path in bases:
+                bias = bases[path].bias
+                found[path] = bases[path].second_moment(term, None if bias is None else terms[bias])
+            elif path not in within:
+                found[path] = term.second_moment()
+        return found
 
     def project(self, maps: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """`L ∇_i Rᵀ` of each parameter, read as a matrix from its last axes to its first.
@@ -118,6 +147,9 @@ class Factored:
             term.project(left.to(tree.wide(leaf).dtype), right.to(tree.wide(leaf).dtype))
             for term, leaf, (left, right) in zip(self.terms, tree.leaves(self.params), maps, strict=True)
         ]
+
+    def _biases(self) -> tuple[int | None, ...]:
+        return self.biases or (None,) * len(self.terms)
 
     def _like_params(self, values: list[Tensor]) -> Tree:
         leaves = tree.leaves(self.params)

@@ -61,6 +61,11 @@ class MatrixForm:
     order: tuple[int, ...]
     """The axes of the op's output: those of groups, of positions, of outputs."""
 
+    @property
+    def biased(self) -> tuple[int, int]:
+        """The numbers of groups and of outputs, for each of which the op can add a bias."""
+        return self.layout.sizes[:2]
+
     def sizes(self, saved: Any, output: torch.Size) -> Sizes:  # noqa: ARG002 (the layout knows)
         groups, outputs, inputs = self.layout.sizes
         return Sizes(groups, saved[1], inputs, outputs)
@@ -88,6 +93,11 @@ class ConvolutionForm:
     dilation: tuple[int, ...]
     groups: int
     swapped: bool
+
+    @property
+    def biased(self) -> tuple[int, int]:
+        """The numbers of groups and of outputs, for each of which the op can add a bias; none for a transposed one."""
+        return (0, 0) if self.swapped else (self.groups, self.shape[0] // self.groups)
 
     def sizes(self, saved: Any, output: torch.Size) -> Sizes:
         positions = saved if self.swapped else output

@@ -77,14 +77,30 @@ class View:
     after: tuple[int, ...]
 
     def forward(self, v: Tensor) -> Tensor:
-        """(*before) as (*after)."""
-        return v.permute(self.order).reshape(self.after)
+        """(*lead, *before) as (*lead, *after)."""
+        lead = v.shape[: v.dim() - len(self.before)]
+        return v.permute(*range(len(lead)), *(len(lead) + axis for axis in self.order)).reshape(*lead, *self.after)
 
     def backward(self, v: Tensor) -> Tensor:
         """(*lead, *after) as (*lead, *before)."""
         lead = v.shape[: v.dim() - len(self.after)]
         v = v.reshape(*lead, *(self.before[axis] for axis in self.order))
         return v.permute(*range(len(lead)), *(len(lead) + axis for axis in inverse(self.order)))
+
+
+def as_matrices(v: Tensor, layout: Layout, views: tuple[View, ...]) -> Tensor:
+    """What is shaped as a parameter that is read through views, as matrices (*lead, G, H, D)."""
+    for view in views:
+        v = view.forward(v)
+    return layout.matrices(v)
+
+
+def as_parameter(m: Tensor, layout: Layout, views: tuple[View, ...]) -> Tensor:
+    """The way back."""
+    v = layout.parameter(m)
+    for view in reversed(views):
+        v = view.backward(v)
+    return v
 
 
 def permuting_view(fn: Callable[[Tensor], Tensor], before: tuple[int, ...]) -> View:

@@ -56,7 +56,7 @@ class Lookup(Term):
         return row_sums(F.embedding(self.rows, tree.wide(direction)) * self.g)
 
     def square_norms(self) -> Tensor:
-        return super().square_norms() if self.strategy == "build" else squares(self._segments()[1])
+        return super().square_norms() if self.strategy == "build" else squares(self.segments()[1])
 
     def reach(self) -> Tensor | None:
         return squares(self.g, 2).sqrt().sum(1)
@@ -95,10 +95,10 @@ class Lookup(Term):
         return products.view(*a.shape[:2], *self.rows.shape).sum((1, 3)).T
 
     def second_moment(self) -> Tensor:
-        rows, sums = self._segments()
+        rows, sums = self.segments()
         return sums.new_zeros(self.table).index_add(0, rows.flatten(), sums.square().flatten(0, 1))
 
-    def kronecker(self) -> Kronecker:
+    def kronecker(self, ones: Tensor | None = None) -> Kronecker:  # noqa: ARG002 (no op adds a bias to rows)
         g = tree.wide(self.g).flatten(0, 1)
         counts = g.new_zeros(self.table[0]).index_add(0, self.rows.flatten(), self.live.flatten().to(g.dtype))
         return Kronecker(counts, (g.T @ g)[None], layout(self.table, outputs=(1,)), ())
@@ -106,7 +106,7 @@ class Lookup(Term):
     def project(self, left: Tensor, right: Tensor) -> Tensor:
         return F.embedding(self.rows, left.T).transpose(1, 2) @ (tree.wide(self.g) @ right.T)
 
-    def _segments(self) -> tuple[Tensor, Tensor]:
+    def segments(self) -> tuple[Tensor, Tensor]:
         """The different rows of each example, (B, T), and the sums of g over the positions of each, (B, T, H).
 
         There may be fewer than T: what is left is zero.

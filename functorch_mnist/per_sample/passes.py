@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import batch as batches
 from .. import tree
 from ..tree import Tree
-from .capture import LossFn, Strayed, Survey, factor, survey
+from .capture import LossFn, Strayed, Survey, biases, factor, survey
 from .factored import Factored
 from .plan import Plan, strategies
 from .terms import Strategy
@@ -51,7 +51,7 @@ def passed(loss: Loss, params: Tree, batch: Sequence[Tensor], mask: Tensor | Non
     """
     batch = batches.blanked(batch, mask)
     losses, terms, aux = factor(loss.loss_fn, params, batch, *found, has_aux=loss.has_aux)
-    result = Factored(losses, terms, params, aux)
+    result = Factored(losses, terms, params, aux, biases(found.survey))
     return result if mask is None else result.masked(mask)
 
 

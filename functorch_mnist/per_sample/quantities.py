@@ -368,6 +368,8 @@ def kronecker(
 ) -> dict[str, Kronecker]:
     """The factors Σ a aᵀ and Σ g gᵀ over examples and positions, of each factored parameter, by its path.
 
+    With a bias that the same op adds come the sums Σ a, for the factor `Kronecker.joined` of both.
+
     Example:
         >>> factors = kronecker(lambda w, x: (w @ x).sum(), torch.zeros(1, 2), torch.tensor([[1.0, 2.0]]))
         >>> factors[""].inputs
@@ -378,7 +380,8 @@ def kronecker(
         2015, section 3; for convolutions Grosse and Martens, ICML 2016.
     """
     chunked = Chunked("kronecker", loss_fn, params, batch, mask, chunk_size, plan)
-    factors: dict[str, Kronecker] = chunked.sums(lambda run: run(Factored.kronecker))
+    keep = torch.ones_like(batch[0].flatten(1)[:, 0], dtype=torch.bool) if mask is None else mask
+    factors: dict[str, Kronecker] = chunked.sums(lambda run, keep: run(Factored.kronecker, keep), keep)
     return factors
 
 

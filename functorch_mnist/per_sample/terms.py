@@ -21,7 +21,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -33,7 +33,7 @@ from .. import tree
 from ..batch import masked
 from ..compiler import stored
 from ..products import sum_of_outer
-from .layout import Layout, View, kernel_layout, layout
+from .layout import Layout, View, as_matrices, as_parameter, kernel_layout, layout
 
 Strategy: TypeAlias = Literal["outer product", "gram", "build", "unfold", "grouped convolution", "sum", "pairs"]
 """How inner products are taken; `"pairs"`: of each pair of uses. A convolution builds its gradients in one of two ways,
@@ -58,6 +58,10 @@ class Kronecker:
     layout: Layout = tree.static()
     """How the parameter, or the last of its views, reads as matrices (G, H, D)."""
     views: tuple[View, ...] = tree.static()
+    bias: str | None = field(default=None, metadata={"static": True})
+    """The path of the bias that the same op adds: it is the column of an input that is always 1."""
+    sums: Tensor | tuple[()] = ()
+    """Where there is a bias, `Σ [a, 1]`, (G, D + 1): the column and the row of that input."""
 
     @property
     def diagonal(self) -> bool:
@@ -66,16 +70,19 @@ class Kronecker:
 
     def matrices(self, v: Tensor) -> Tensor:
         """What is shaped as the parameter, as matrices (G, H, D)."""
-        for view in self.views:
-            v = view.forward(v)
-        return self.layout.matrices(v)
+        return as_matrices(v, self.layout, self.views)
 
     def parameter(self, m: Tensor) -> Tensor:
         """The way back."""
-        v = self.layout.parameter(m)
-        for view in reversed(self.views):
-            v = view.backward(v)
-        return v
+        return as_parameter(m, self.layout, self.views)
+
+    @property
+    def joined(self) -> Tensor:
+        """`inputs` with the input of the bias: (G, D + 1, D + 1); without a bias `inputs`."""
+        if isinstance(self.sums, tuple):
+            return self.inputs
+        rows = torch.cat([self.inputs, self.sums[:, None, :-1]], 1)
+        return torch.cat([rows, self.sums[:, :, None]], 2)
 
 
 class Term:
@@ -167,8 +174,12 @@ class Term:
         parts = [tree.wide(part.grads()).square().sum(0) for part in self.in_parts()]
         return functools.reduce(torch.add, parts)
 
-    def kronecker(self) -> Kronecker | None:
-        """The Kronecker factors, or none where the parameter has none."""
+    def kronecker(self, ones: Tensor | None = None) -> Kronecker | None:  # noqa: ARG002 (of a bias beside it)
+        """The Kronecker factors, or none where the parameter has none.
+
+        Args:
+            ones: (B,), the input of a bias that the same op adds: 1, or 0 for an example that does not count.
+        """
         return None
 
     def project(self, left: Tensor, right: Tensor) -> Tensor:
@@ -357,9 +368,13 @@ class Outer(Term):
             return super().second_moment()
         return self.layout.parameter(product(tree.wide(self.g).square(), tree.wide(self.a).square()))
 
-    def kronecker(self) -> Kronecker:
+    def kronecker(self, ones: Tensor | None = None) -> Kronecker:
         a, g = tree.wide(self.a), tree.wide(self.g)
-        return Kronecker(product(a, a), product(g, g), self.layout, ())
+        pair = Kronecker(product(a, a), product(g, g), self.layout, ())
+        if ones is None:
+            return pair
+        count = (ones.to(a.dtype).sum() * a.shape[2]).expand(a.shape[1], 1)
+        return replace(pair, sums=torch.cat([a.sum((0, 2)), count], 1))
 
     def project(self, left: Tensor, right: Tensor) -> Tensor:
         if self.a.shape[1] > 1 or self.layout.order != (0, 1):
@@ -500,8 +515,8 @@ class Convolution(Term):
     def second_moment(self) -> Tensor:
         return self.outer().second_moment() if self.strategy == "outer product" else super().second_moment()
 
-    def kronecker(self) -> Kronecker:
-        return self.outer().kronecker()
+    def kronecker(self, ones: Tensor | None = None) -> Kronecker:
+        return self.outer().kronecker(ones)
 
     def project(self, left: Tensor, right: Tensor) -> Tensor:
         if self.groups > 1:
@@ -612,8 +627,8 @@ class Viewed(Term):
     def second_moment(self) -> Tensor:
         return self.view.backward(self.term.second_moment())
 
-    def kronecker(self) -> Kronecker | None:
-        pair = self.term.kronecker()
+    def kronecker(self, ones: Tensor | None = None) -> Kronecker | None:
+        pair = self.term.kronecker(ones)
         return None if pair is None else replace(pair, views=(self.view, *pair.views))
 
 

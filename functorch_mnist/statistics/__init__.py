@@ -7,9 +7,9 @@ whose size does not hang on the number of examples; what is asked of them, such 
 
     folds.py          sums, how they merge, and the fold over chunks
     distribution.py   the distribution of numbers, with quantiles
-    gradients.py      what a fold can take: norms, moments, alignment, Kronecker factors
+    gradients.py      what a fold can take: norms, moments, alignment, Kronecker factors, their corrected eigenvalues
     noise.py          their noise: the noise scale with an error bar, the batch size that it advises, the diversity
-    fisher.py         the Fisher information of a classifier: its diagonal and its Kronecker factors
+    fisher.py         the Fisher information of a classifier: its diagonal, its Kronecker factors, their eigenvalues
 
 What goes over data takes `loss_fn`, `params` and `*batch` as `per_sample` does, and `mask`, `chunk_size` and `plan`.
 Sums are in float64 and cannot be differentiated.
@@ -17,12 +17,14 @@ Sums are in float64 and cannot be differentiated.
 
 from .distribution import Distribution as Distribution
 from .fisher import fisher_diagonal as fisher_diagonal
+from .fisher import fisher_eigenvalues as fisher_eigenvalues
 from .fisher import fisher_kronecker as fisher_kronecker
 from .folds import Gradients as Gradients
 from .folds import Sums as Sums
 from .folds import fold as fold
 from .folds import merge as merge
 from .gradients import Alignment as Alignment
+from .gradients import Eigenvalues as Eigenvalues
 from .gradients import KroneckerFactors as KroneckerFactors
 from .gradients import Moments as Moments
 from .gradients import Norms as Norms

@@ -10,9 +10,9 @@ Reference: Martens, "New insights and perspectives on the natural gradient metho
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from typing import TypeVar
 
 import torch
@@ -20,10 +20,10 @@ from torch import Tensor
 
 from .. import layers, random, tree
 from ..batch import check
-from ..per_sample import Kronecker, Plan
+from ..per_sample import Eigenbasis, Kronecker, Plan
 from ..tree import Tree
 from .folds import Gradients, fold, merge
-from .gradients import KroneckerFactors, Moments
+from .gradients import Eigenvalues, KroneckerFactors, Moments
 
 S = TypeVar("S")
 
@@ -80,9 +80,42 @@ def fisher_kronecker(
     """
     found, passes = _over_labels(KroneckerFactors.of, outputs_fn, params, inputs, key, draws, mask, chunk_size, plan)
     return {
-        path: replace(pair, inputs=pair.inputs / found.count, cotangents=pair.cotangents * passes / found.count)
+        path: replace(
+            pair,
+            inputs=pair.inputs / found.count,
+            sums=tree.map(lambda sums: sums / found.count, pair.sums),
+            cotangents=pair.cotangents * passes / found.count,
+        )
         for path, pair in found.sums.items()
     }
+
+
+def fisher_eigenvalues(
+    outputs_fn: Callable[..., Tensor],
+    params: Tree,
+    *inputs: Tensor,
+    bases: Mapping[str, Eigenbasis],
+    key: Tensor | None = None,
+    draws: int = 1,
+    mask: Tensor | None = None,
+    chunk_size: int | None = None,
+    plan: Plan | None = None,
+) -> dict[str, Tensor]:
+    """The diagonal of the Fisher information in the eigenbases of its Kronecker factors, by path, in float64.
+
+    Args:
+        outputs_fn, params, inputs, key, draws, mask, chunk_size, plan: as in `fisher_diagonal`.
+        bases: by the path of a parameter, `per_sample.eigenbasis` of each of `fisher_kronecker`. Parameters without one
+            have their diagonal.
+
+    Cost: K backward passes, or `draws` with a key; in each, gradients are turned into their basis.
+
+    Reference: George et al., "Fast approximate natural gradient descent in a Kronecker-factored eigenbasis", NeurIPS
+        2018, section 3.
+    """
+    of = partial(Eigenvalues.of, bases=bases)
+    found, passes = _over_labels(of, outputs_fn, params, inputs, key, draws, mask, chunk_size, plan)
+    return {path: sums * passes / found.count for path, sums in found.sums.items()}
 
 
 def _over_labels(

@@ -4,11 +4,12 @@ Norms               how |∇_i| is distributed, whole and of each parameter
 Moments             Σ ∇_i and Σ ∇_i², elementwise: mean, variance, signal-to-noise ratio, diagonal empirical Fisher
 Alignment           how the cosine of ∇_i with a direction, such as G, is distributed
 KroneckerFactors    Σ Σ_t a aᵀ and Σ Σ_t g gᵀ
+Eigenvalues         Σ (Uᵀ ∇_i V)², elementwise, along eigenvectors of the Kronecker factors
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .. import batch as batches
 from .. import tree
-from ..per_sample import Kronecker, Plan, factored
+from ..per_sample import Eigenbasis, Kronecker, Plan, factored
 from ..tree import Tree
 from .distribution import Distribution
 from .folds import Gradients, Sums, wide_sums
@@ -134,12 +135,37 @@ class KroneckerFactors(Sums):
     @classmethod
     def of(cls, gradients: Gradients) -> KroneckerFactors:
         """The sums over some examples."""
-        return cls(gradients.count, wide_sums(gradients.factors.kronecker()))
+        return cls(gradients.count, wide_sums(gradients.factors.kronecker(gradients.keep)))
 
     @property
     def mean(self) -> dict[str, Kronecker]:
         """The factors per example."""
         return tree.map(lambda factor: factor / self.count, self.sums)
+
+
+@tree.register
+@dataclass(frozen=True)
+class Eigenvalues(Sums):
+    """Second moments of sample gradients along the eigenvectors of Kronecker factors: the corrected eigenvalues.
+
+    Reference: George et al., "Fast approximate natural gradient descent in a Kronecker-factored eigenbasis", NeurIPS
+        2018, equation 7.
+    """
+
+    count: Tensor
+    """0-d float64: N."""
+    sums: dict[str, Tensor]
+    """`Σ_i (Uᵀ ∇_i V)²` of each parameter that has a basis, by its path, of the others `Σ_i ∇_i²`, in float64."""
+
+    @classmethod
+    def of(cls, gradients: Gradients, *, bases: Mapping[str, Eigenbasis]) -> Eigenvalues:
+        """The sums over some examples, for the bases of parameters: `partial(Eigenvalues.of, bases=…)`."""
+        return cls(gradients.count, wide_sums(gradients.factors.eigenvalues(bases)))
+
+    @property
+    def mean(self) -> dict[str, Tensor]:
+        """The second moments per example."""
+        return {path: sums / self.count for path, sums in self.sums.items()}
 
 
 def cosines(
