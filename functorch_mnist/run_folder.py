@@ -1,14 +1,13 @@
 """The folder of a run: `config.json`, `metrics.jsonl` and `checkpoints/`. Nothing here imports torch."""
 
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from . import options as opt
+from .files import write
 
 CHECKPOINTS = "checkpoints"
 """The name of the folder of checkpoints in a run's folder."""
@@ -108,22 +107,3 @@ def forget_metrics_after(folder: Path, step: int) -> None:
     """Drops the records of steps that a resumed run will make again."""
     records = [record for record in read_metrics(folder) if record["step"] <= step and record["kind"] != "test"]
     write(folder / _METRICS, "".join(json.dumps(record) + "\n" for record in records).encode())
-
-
-def write(path: Path, data: bytes) -> None:
-    """Writes a file so that a reader finds the old or the new one, never a part.
-
-    Raises:
-        OSError: it cannot be written; it names the file.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")  # others may write it too
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ import functorch_mnist
 
 ROOT = Path(functorch_mnist.__file__).parent
 ROWS = [
-    {"compiler", "machine"},
+    {"compiler", "files", "machine"},
     {"tree", "allocator", "batch", "native", "ops", "hyperparameters", "options"},
     {"random", "products"},
     {"decompositions"},

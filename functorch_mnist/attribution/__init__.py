@@ -8,11 +8,13 @@ example, and has one sign everywhere: above zero, training on it lowers the test
     features.py    random projections of sample gradients from their factors, and TRAK
     curvature.py   influence functions: the damped Fisher information, exact by the Gram matrix or Kronecker-factored,
                    with eigenvalues corrected
+    store/         gradients under a projection on disk, built once and asked again and again
     kernel.py      the empirical neural tangent kernel, and regression with it
     truth.py       leave-one-out retraining, and the derivative of a whole training run by an example's weight
     grading.py     planted label noise, AUC, rank correlation
 """
 
+from . import store as store
 from .curvature import Curvature as Curvature
 from .curvature import corrected_curvature as corrected_curvature
 from .curvature import curvature as curvature
@@ -21,6 +23,7 @@ from .curvature import fisher_influence as fisher_influence
 from .features import Projection as Projection
 from .features import features as features
 from .features import log_odds as log_odds
+from .features import principal_projection as principal_projection
 from .features import projection as projection
 from .features import trak as trak
 from .grading import auc as auc

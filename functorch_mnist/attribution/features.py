@@ -28,11 +28,12 @@ from ..distributed import ALONE, World, rows_over
 from ..losses import check_labels
 from ..losses.labels import own
 from ..per_sample import Plan, factored
+from ..per_sample.eigen import leading_eigenvectors
 from ..tree import Tree
 
 
 class Projection(NamedTuple):
-    """Random maps of a model's gradients to features: a pytree."""
+    """Maps of a model's gradients to features: a pytree."""
 
     maps: list[tuple[Tensor, Tensor]]
     """`(L (h, H), R (d, D))` of each parameter, in the order of `tree.leaves`."""
@@ -71,6 +72,98 @@ def projection(params: Tree, *, key: Tensor, size: int) -> Projection:
         left_key, right_key = random.split(leaf_key)
         maps.append((_map(left_key, h, rows, leaf), _map(right_key, d, columns, leaf)))
     return Projection(maps)
+
+
+def principal_projection(
+    loss_fn: Callable[..., Tensor],
+    params: Tree,
+    *batch: Tensor,
+    size: int,
+    mask: Tensor | None = None,
+    chunk_size: int | None = None,
+    plan: Plan | None = None,
+) -> Projection:
+    """The maps that keep most of the gradients of some examples: their principal directions on either side.
+
+    Of a parameter as a matrix (H, D), L and R are the eigenvectors of `Σ_i ∇_i ∇_iᵀ / |∇_i|²` and of
+    `Σ_i ∇_iᵀ ∇_i / |∇_i|²` with the largest eigenvalues, so that each example counts alike, and h and d share the size so
+    that most is kept.
+
+    Args:
+        loss_fn: `loss_fn(params, *example) -> ()`, pure.
+        params: a pytree of float tensors.
+        batch: tensors (N, …): some thousand examples do.
+        size: how many numbers an example's features have in all, at least one for each parameter. Those of an outer
+            product count as `attribution.store` keeps them, h + d.
+        mask, chunk_size, plan: as in `per_sample.norms`.
+
+    Raises:
+        ValueError: the size is too small, or the batch does not fit.
+
+    Cost: one backward pass, and N D² for a side of D.
+
+    Reference: higher-order singular value decomposition: De Lathauwer et al., SIAM J. Matrix Anal. Appl. 21, 2000,
+        section 4. Principal directions for attribution: Choe et al., "What is your data worth to GPT?", 2024, section
+        3.1.
+    """
+    shapes = [(leaf.shape[0] if leaf.dim() else 1, leaf) for leaf in tree.leaves(params)]
+    if not isinstance(size, int) or size < len(shapes):
+        raise ValueError(
+            f"principal_projection: size must be at least {len(shapes)}, one of each parameter. Found {size}."
+        )
+    sums: list[tuple[Tensor, Tensor]] = []
+    paired: list[bool] = []
+    for chunk in batches.chunks("attribution.principal_projection", batch, mask, chunk_size):
+        part = factored(loss_fn, params, *chunk.batch, mask=chunk.mask, plan=plan).wide()
+        norms = part.norms()
+        sides = part.sides(torch.where(norms > 0, 1 / norms, 0.0))
+        sums = [(a + c, b + d) for (a, b), (c, d) in zip(sums, sides, strict=True)] if sums else sides
+        ones = [(torch.ones_like(a[:1]), torch.ones_like(b[:1])) for a, b in sides]
+        paired = [pair is not None for pair in part.pairs(ones)]
+    spectra = [tuple(_spectrum(side, size) for side in pair) for pair in sums]
+    shares = _shares(
+        [(*[len(values) for values, _ in pair], alike) for pair, alike in zip(spectra, paired, strict=True)], size
+    )
+    maps = []
+    for ((left, u), (right, v)), pair, share in zip(spectra, paired, shares, strict=True):
+        h, d = _sizes(left, right, share, pair=pair)
+        maps.append((u[:, :h].T.contiguous(), v[:, :d].T.contiguous()))
+    return Projection(maps)
+
+
+def _spectrum(side: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The parts of the trace that the first eigenvectors hold, summed up, (R,), and these, (D, R)."""
+    vectors = leading_eigenvectors(side[None], min(rank, len(side), _MOST))[0]
+    values = ((side @ vectors) * vectors).sum(0).clamp(min=0)
+    total = side.diagonal().sum()
+    return values.cumsum(0) / torch.where(total > 0, total, 1.0), vectors
+
+
+_MOST = 1024
+"""Principal directions of a side at most."""
+
+
+def _shares(sizes: Sequence[tuple[int, int, bool]], total: int) -> list[int]:
+    """How many numbers each parameter has: all as many, but for those that need no more, `total` in all at most."""
+    most = [h + d if pair and h + d < h * d else h * d for h, d, pair in sizes]
+    shares = [0] * len(most)
+    left = total
+    for count, i in enumerate(sorted(range(len(most)), key=most.__getitem__)):
+        shares[i] = min(most[i], left // (len(most) - count))
+        left -= shares[i]
+    return shares
+
+
+def _sizes(left: Tensor, right: Tensor, share: int, *, pair: bool) -> tuple[int, int]:
+    """h and d, whose features are as many as the share at most, with the largest product of the parts that they hold."""
+    best, found = -1.0, (1, 1)
+    a, b = left.tolist(), right.tolist()
+    for h in range(1, min(len(a), share) + 1):
+        for d in {share // h, share - h if pair else 0}:
+            d = min(d, len(b))
+            if d >= 1 and a[h - 1] * b[d - 1] > best:
+                best, found = a[h - 1] * b[d - 1], (h, d)
+    return found
 
 
 def _map(key: Tensor, small: int, large: int, like: Tensor) -> Tensor:

@@ -157,12 +157,22 @@ def eigenbasis(factors: Kronecker, *, rank: int | None = None) -> Eigenbasis:
 
     Cost: D³ and H³ where all are kept, else D² and H² times the rank.
     """
-    inputs = () if factors.diagonal else _eigenvectors(factors.joined, rank)
-    return Eigenbasis(inputs, _eigenvectors(factors.cotangents, rank), factors.layout, factors.views, factors.bias)
+    inputs = () if factors.diagonal else leading_eigenvectors(factors.joined, rank)
+    return Eigenbasis(
+        inputs, leading_eigenvectors(factors.cotangents, rank), factors.layout, factors.views, factors.bias
+    )
 
 
-def _eigenvectors(matrices: Tensor, rank: int | None) -> Tensor:
-    """(G, D, R): those of the largest eigenvalues of (G, D, D), the largest first."""
+def leading_eigenvectors(matrices: Tensor, rank: int | None) -> Tensor:
+    """The eigenvectors of the largest eigenvalues, the largest first.
+
+    Args:
+        matrices: (G, D, D), symmetric and positive semidefinite.
+        rank: R, how many; by default D.
+
+    Returns:
+        (G, D, R), columns.
+    """
     size = matrices.shape[-1]
     count = size if rank is None else min(size, max(1, round(_MARGIN * rank)))
     if rank is None or 2 * count >= size:  # iterating saves nothing

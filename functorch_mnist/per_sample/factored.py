@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -139,14 +139,32 @@ class Factored:
         Raises:
             ValueError: there are not as many maps, or their shapes do not fit.
         """
-        shapes = [(leaf.shape[0] if leaf.dim() else 1, leaf.numel()) for leaf in tree.leaves(self.params)]
+        return [term.project(left, right) for term, (left, right) in self._mapped(maps)]
+
+    def pairs(self, maps: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor] | None]:
+        """`L g_i` (B, h) and `R a_i` (B, d) of each parameter whose gradients are outer products, else none.
+
+        `project` is then their outer product, h d numbers for the h + d of both.
+
+        Args:
+            maps: as in `project`.
+        """
+        return [term.pair(left, right) for term, (left, right) in self._mapped(maps)]
+
+    def sides(self, weights: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """`Σ_i c_i² ∇_i ∇_iᵀ` (H, H) and `Σ_i c_i² ∇_iᵀ ∇_i` (D, D) of each parameter as a matrix, see `project`."""
+        return [term.sides(weights) for term in self.terms]
+
+    def _mapped(self, maps: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[Term, tuple[Tensor, Tensor]]]:
+        """The terms with their maps, checked, in the precision of their numbers."""
+        leaves = tree.leaves(self.params)
+        shapes = [(leaf.shape[0] if leaf.dim() else 1, leaf.numel()) for leaf in leaves]
         found = [(left.shape[-1], left.shape[-1] * right.shape[-1]) for left, right in maps]
         if found != shapes:
             raise ValueError(f"project: a map's sizes must be those of its parameter, {shapes}. Found {found}.")
-        return [
-            term.project(left.to(tree.wide(leaf).dtype), right.to(tree.wide(leaf).dtype))
-            for term, leaf, (left, right) in zip(self.terms, tree.leaves(self.params), maps, strict=True)
-        ]
+        for term, leaf, (left, right) in zip(self.terms, leaves, maps, strict=True):
+            dtype = tree.wide(leaf).dtype
+            yield term, (left.to(dtype), right.to(dtype))
 
     def _biases(self) -> tuple[int | None, ...]:
         return self.biases or (None,) * len(self.terms)

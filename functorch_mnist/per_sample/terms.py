@@ -192,6 +192,20 @@ class Term:
             ]
         )
 
+    def pair(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002
+        """`L g_i` (B, h) and `R a_i` (B, d), whose outer product `project` is; none where it is not known to be one."""
+        return None
+
+    def sides(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """`Σ_i c_i² ∇_i ∇_iᵀ` (H, H) and `Σ_i c_i² ∇_iᵀ ∇_i` (D, D), of the gradients as matrices, see `project`."""
+        parts = self.in_parts()
+        rows = weights.split([len(part.factors()[0]) for part in parts])
+        matrices = [scaled(tree.wide(part.grads()), c) for part, c in zip(parts, rows, strict=True)]
+        matrices = [m.reshape(len(m), m.shape[1] if m.dim() > 1 else 1, -1) for m in matrices]
+        left = torch.stack([sum_of_outer(x, x) for m in matrices for x in [m.transpose(1, 2).flatten(0, 1)]]).sum(0)
+        right = torch.stack([sum_of_outer(x, x) for m in matrices for x in [m.flatten(0, 1)]]).sum(0)
+        return left, right
+
 
 @tree.register
 @dataclass(frozen=True)
@@ -382,6 +396,18 @@ class Outer(Term):
         a, g = tree.wide(self.a)[:, 0] @ right.T, tree.wide(self.g)[:, 0] @ left.T
         return g.transpose(-2, -1) @ a
 
+    def pair(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.a.shape[1:3] != (1, 1) or self.layout.order != (0, 1):
+            return None
+        return tree.wide(self.g)[:, 0, 0] @ left.T, tree.wide(self.a)[:, 0, 0] @ right.T
+
+    def sides(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        if self.a.shape[1:3] != (1, 1) or self.layout.order != (0, 1):
+            return super().sides(weights)
+        a, g = tree.wide(self.a)[:, 0, 0], scaled(tree.wide(self.g)[:, 0, 0], weights)
+        left, right = scaled(g, squares(a).sqrt()), scaled(a, squares(g).sqrt())
+        return left.T @ left, right.T @ right
+
 
 _AT_ONCE = 128
 """Examples in one grouped convolution, or nearly so many: fewer bound the copies it makes, and take no more time."""
@@ -528,6 +554,28 @@ class Convolution(Term):
         g = tree.wide(self.cotangent).movedim(2, -1).flatten(1, -2) @ left.T
         return g.transpose(-2, -1) @ a
 
+    def pair(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor] | None:
+        outer = self._at_one_position()
+        if outer is None:
+            return None
+        channels_last = right.view(len(right), *self.kernel[1:]).movedim(1, -1).flatten(1)  # as patches are stored
+        return outer.pair(left, channels_last)
+
+    def sides(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        outer = self._at_one_position()
+        if outer is None:
+            return super().sides(weights)
+        left, right = outer.sides(weights)
+        place = torch.arange(len(right), device=right.device).view(*self.kernel[2:], self.kernel[1]).movedim(-1, 0)
+        return left, right[place.flatten()][:, place.flatten()]
+
+    def _at_one_position(self) -> Outer | None:
+        """The same as a linear map, where it is one from one position: the kernel covers the image."""
+        if self.groups > 1 or math.prod(self.cotangent.shape[3:]) * self.cotangent.shape[1] > 1:
+            return None
+        outer = self.outer()
+        return replace(outer, layout=layout((self.kernel[0], math.prod(self.kernel[1:]))))
+
     def outer(self) -> Outer:
         """The same as a linear map of patches: T is N times the positions, D is kernel times channels."""
         b, g, h = len(self.image), self.groups, self.kernel[0] // self.groups
@@ -630,6 +678,32 @@ class Viewed(Term):
     def kronecker(self, ones: Tensor | None = None) -> Kronecker | None:
         pair = self.term.kronecker(ones)
         return None if pair is None else replace(pair, views=(self.view, *pair.views))
+
+    def project(self, left: Tensor, right: Tensor) -> Tensor:
+        seen = self._seen(right)
+        return super().project(left, right) if seen is None else self.term.project(left, seen)
+
+    def pair(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor] | None:
+        seen = self._seen(right)
+        return None if seen is None else self.term.pair(left, seen)
+
+    def sides(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        columns = math.prod(self.view.before[1:])
+        numbers = torch.arange(columns, device=weights.device)[None]
+        seen = self._seen(numbers)
+        if seen is None:
+            return super().sides(weights)
+        left, right = self.term.sides(weights)
+        place = torch.empty_like(seen[0]).scatter(0, seen[0], numbers[0])
+        return left, right[place][:, place]
+
+    def _seen(self, rows: Tensor) -> Tensor | None:
+        """What is shaped as rows of the parameter, (d, D), as rows of the view; none where the view moves rows."""
+        before, after = self.view.before, self.view.after
+        if self.view.order[:1] != (0,) or before[:1] != after[:1]:
+            return None
+        axes = self.view.order[1:]
+        return rows.view(len(rows), *before[1:]).permute(0, *axes).reshape(len(rows), -1)
 
 
 def joined(parts: list[Tensor]) -> Tensor:
