@@ -475,6 +475,7 @@ ONES = torch.ones(3)
         (lambda: attribution.self_influence(torch.ones(2, 3), ONES), "self_influence"),
         (lambda: attribution.forgetting_events(torch.ones(2, 3)), "forgetting_events: correct must be bool"),
         (lambda: attribution.of_outputs(torch.ones(3, 1), torch.zeros(3, dtype=torch.int64)), "two classes"),
+        (lambda: attribution.log_odds(torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64)), "two classes. Found 1"),
         (lambda: attribution.projection(RUN.params, key=random.key(0), size=0), "size must be a whole number"),
         (lambda: attribution.trak(torch.ones(3, 2), torch.ones(3, 1), ONES), "trak: features"),
         (lambda: attribution.trak(torch.ones(3, 2), torch.ones(3, 2), ONES, damping=-1), "damping"),

@@ -121,14 +121,14 @@ def log_odds(outputs: Tensor, labels: Tensor) -> Tensor:
     """`log(p / (1 - p))` of the label's probability p: what TRAK differentiates in place of the loss.
 
     Args:
-        outputs: (..., K) logits or log-probabilities.
+        outputs: (..., K) logits or log-probabilities, K at least 2.
         labels: (...) integers in [0, K).
 
     Returns:
         (...).
 
     Raises:
-        ValueError: shapes do not agree, or a label is out of range.
+        ValueError: shapes do not agree, a label is out of range, or K is below 2.
         TypeError: the labels are not integers.
         RuntimeError: compiled or on a GPU, a label is out of range.
 
@@ -137,6 +137,8 @@ def log_odds(outputs: Tensor, labels: Tensor) -> Tensor:
         tensor(0.)
     """
     labels = check_labels("log_odds", outputs, labels)
+    if outputs.shape[-1] < 2:
+        raise ValueError(f"log_odds: the odds of a label need at least two classes. Found {outputs.shape[-1]}.")
     wide = tree.wide(outputs)
     others = wide.masked_fill(own(labels, outputs.shape[-1]), -torch.inf).logsumexp(-1)
     return wide.gather(-1, labels[..., None].long()).squeeze(-1) - others
