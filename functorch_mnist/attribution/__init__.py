@@ -8,6 +8,7 @@ example, and has one sign everywhere: above zero, training on it lowers the test
     features.py    random projections of sample gradients from their factors, and TRAK
     curvature.py   influence functions: the damped Fisher information, exact by the Gram matrix or Kronecker-factored
     kernel.py      the empirical neural tangent kernel, and regression with it
+    solve.py       solves with Gram matrices and moments, refused where singular
     truth.py       leave-one-out retraining, and the derivative of a whole training run by an example's weight
     grading.py     planted label noise, AUC, rank correlation
 """

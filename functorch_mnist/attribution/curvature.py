@@ -16,15 +16,17 @@ Grosse et al., "Studying large language model generalization with influence func
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .. import tree
+from .. import native, tree
 from ..per_sample import Kronecker
 from ..tree import Tree
+from .solve import LEAST, finite, rounding, solve
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,22 @@ class Curvature:
             damping: λ, above 0.
 
         Raises:
-            ValueError: the damping is not above 0.
+            ValueError: shapes do not fit, the damping is not above 0 and finite, or so small a part of a block's
+                largest eigenvalue that rounding would be divided by it, or the vector is not finite.
         """
-        if not damping > 0:
-            raise ValueError(f"solve: damping must be above 0. Found {damping}.")
+        if not 0 < damping < math.inf:
+            raise ValueError(f"solve: damping must be above 0 and finite. Found {damping}.")
         shapes = [[tuple(leaf.shape) for leaf in tree.leaves(t)] for t in (self.diagonal, vector)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"solve: the vector must have the shapes {shapes[0]}. Found {shapes[1]}.")
+        finite("solve", *tree.leaves(vector))
+        for path, known in self.blocks.items():
+            values = native.numbers(known.values)
+            if values is not None and values.numel() and damping < LEAST * float(values.amax()):
+                raise ValueError(
+                    f"solve: damping must be at least {LEAST} of a block's largest eigenvalue. "
+                    f"Found {damping}, and {float(values.amax()):.3g} of {path}."
+                )
         solved = []
         leaves, diagonals = tree.leaves(vector), tree.leaves(tree.map(lambda _, d: d, vector, self.diagonal))
         for path, v, diagonal in zip(tree.paths(vector), leaves, diagonals, strict=True):
@@ -95,8 +106,12 @@ def curvature(factors: Mapping[str, Kronecker], diagonal: Tree) -> Curvature:
             without factors, and sets the scale of a block, whose trace is the diagonal's sum: with several positions
             the factors alone would be too large by their number.
 
+    Raises:
+        ValueError: a number is not finite.
+
     Cost: an eigendecomposition of each factor, D³ and H³.
     """
+    finite("curvature", *tree.leaves(diagonal), *[x for pair in factors.values() for x in tree.leaves(pair)])
     blocks = {}
     for path, leaf in zip(tree.paths(diagonal), tree.leaves(diagonal), strict=True):
         if path not in factors:
@@ -126,14 +141,13 @@ def fisher_influence(gram: Tensor, cross: Tensor, *, damping: float) -> Tensor:
         (N, M), in float64: above zero where the training example helps.
 
     Raises:
-        ValueError: shapes do not fit, or the damping is not above 0.
+        ValueError: shapes do not fit, `gram` is not symmetric, a number is not finite, the damping is not above 0, or
+            it is so small that rounding of `gram` would be divided by. Compiled, the last gives NaN instead.
     """
     count = len(gram)
-    if gram.shape != (count, count) or cross.dim() != 2 or len(cross) != count or not damping > 0:
+    if gram.shape != (count, count) or cross.dim() != 2 or len(cross) != count or not 0 < damping < math.inf:
         raise ValueError(
             f"fisher_influence: gram (N, N), cross (N, M), damping above 0. "
             f"Found {tuple(gram.shape)}, {tuple(cross.shape)}, {damping}."
         )
-    damped = gram.double() + count * damping * torch.eye(count, dtype=torch.float64, device=gram.device)
-    solved: Tensor = torch.linalg.solve(damped, cross.double())
-    return count * solved
+    return count * solve("fisher_influence", gram, cross, damping=count * damping, least=rounding(gram))

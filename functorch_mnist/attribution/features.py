@@ -29,6 +29,7 @@ from ..losses import check_labels
 from ..losses.labels import own
 from ..per_sample import Plan, factored
 from ..tree import Tree
+from .solve import LEAST, finite, solve
 
 
 class Projection(NamedTuple):
@@ -144,32 +145,48 @@ def log_odds(outputs: Tensor, labels: Tensor) -> Tensor:
     return wide.gather(-1, labels[..., None].long()).squeeze(-1) - others
 
 
-def trak(train: Tensor, test: Tensor, probabilities: Tensor, *, damping: float = 0.0) -> Tensor:
+def trak(train: Tensor, test: Tensor, probabilities: Tensor, *, damping: float | None = None) -> Tensor:
     """TRAK of each training on each test example, of one model.
+
+    Gradients of log-odds are not independent: those by the last bias add up to zero over the classes. So ΦᵀΦ of a plain
+    classifier is singular, and a little damping stands for its pseudo-inverse, to the ratio of λ to the eigenvalues
+    that are not zero.
 
     Args:
         train, test: (N, F) and (M, F) features of log-odds.
         probabilities: (N,), which the model gives the training examples' labels.
-        damping: λ, at least 0; above 0 where N is below F.
+        damping: λ, at least 0; without it a millionth of the mean eigenvalue of ΦᵀΦ, for any N.
 
     Returns:
-        (N, M): the mean over several models, trained on parts of the data, is the method of the reference.
+        (N, M), in float64: the mean over several models, trained on parts of the data, is the method of the reference.
 
     Raises:
-        ValueError: shapes do not fit, or the damping is below 0.
+        ValueError: shapes do not fit, a number is not finite, the damping is below 0, or it is so small that what
+            rounding left of a zero eigenvalue would be divided by. Compiled, the last gives NaN instead.
     """
     if train.dim() != 2 or test.shape[1:] != train.shape[1:] or probabilities.shape != train.shape[:1]:
         raise ValueError(
             f"trak: features must be (N, F) and (M, F), probabilities (N,). "
             f"Found {tuple(train.shape)}, {tuple(test.shape)}, {tuple(probabilities.shape)}."
         )
-    if not damping >= 0:
-        raise ValueError(f"trak: damping must be at least 0. Found {damping}.")
+    if damping is not None and not 0 <= damping < math.inf:
+        raise ValueError(f"trak: damping must be at least 0 and finite. Found {damping}.")
     if damping == 0 and len(train) < train.shape[1]:
         raise ValueError(
-            f"trak: fewer examples than features need a damping above 0. Found {len(train)} and {train.shape[1]}."
+            f"trak: fewer examples than features need a damping above 0. Found {len(train)} and {train.shape[1]}. "
+            "Leave damping out?"
         )
+    finite("trak", train, test, probabilities)
+    least = LEAST if damping is None else max(LEAST, (_ROUNDED * torch.finfo(train.dtype).eps) ** 2)
     train, test = train.double(), test.double()
-    moment = train.T @ train + damping * torch.eye(train.shape[1], dtype=train.dtype, device=train.device)
-    found: Tensor = train @ torch.linalg.solve(moment, test.T)
+    moment = train.T @ train
+    mean = moment.trace() / max(1, len(moment))
+    small = torch.where(mean > 0, _MEAN * mean, 1.0) if damping is None else damping
+    found: Tensor = train @ solve("trak", moment, test.T, damping=small, least=least)
     return found * (1 - probabilities.double())[:, None]
+
+
+_MEAN = 1e-6
+"""Of the mean eigenvalue. What float32 leaves of a zero eigenvalue is 1e-14 of it, far below."""
+_ROUNDED = 64
+"""Units in the last place by which a feature may be off. Eigenvalues of the moment are squares."""
