@@ -4,12 +4,13 @@ A score says how a training example stands to the model. An influence says what 
 example, and has one sign everywhere: above zero, training on it lowers the test example's loss.
 
     scores.py      loss, EL2N, GraNd and margin; over checkpoints self-influence and forgetting
-    influence.py   gradient dot and cosine, TracIn
+    influence.py   gradient dot and cosine, TracIn; sums over groups of examples
     features.py    random projections of sample gradients from their factors, and TRAK
     curvature.py   influence functions: the damped Fisher information, exact by the Gram matrix or Kronecker-factored,
                    with eigenvalues corrected
     store/         gradients under a projection on disk, built once and asked again and again
     kernel.py      the empirical neural tangent kernel, and regression with it
+    solve.py       solves with Gram matrices and moments, refused where singular
     truth.py       leave-one-out retraining, and the derivative of a whole training run by an example's weight
     grading.py     planted label noise, AUC, rank correlation
 """
@@ -32,6 +33,7 @@ from .grading import planted as planted
 from .grading import rank_correlation as rank_correlation
 from .grading import ranks as ranks
 from .influence import gradient_cosine as gradient_cosine
+from .influence import grouped as grouped
 from .influence import tracin as tracin
 from .kernel import kernel_regression as kernel_regression
 from .kernel import tangent_kernel as tangent_kernel

@@ -23,6 +23,7 @@ with corrected eigenvalues: Grosse et al., "Studying large language model genera
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -30,9 +31,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .. import statistics, tree
+from .. import native, statistics, tree
 from ..per_sample import Eigenbasis, Kronecker, Plan, eigenbasis
 from ..tree import Tree
+from .solve import LEAST, finite, rounding, solve
 
 T = TypeVar("T")
 
@@ -93,12 +95,21 @@ class Curvature:
             damping: λ, above 0.
 
         Raises:
-            ValueError: the damping is not above 0, or v is not like `params`.
+            ValueError: v is not like `params` or not finite, the damping is not above 0 and finite, or so small a part
+                of a block's largest eigenvalue that rounding would be divided by it.
         """
-        if not damping > 0:
-            raise ValueError(f"solve: damping must be above 0. Found {damping}.")
+        if not 0 < damping < math.inf:
+            raise ValueError(f"solve: damping must be above 0 and finite. Found {damping}.")
         given = dict(zip(tree.paths(vector), tree.leaves(vector), strict=True))
         self._check(given)
+        finite("solve", *given.values())
+        for path, block in self.blocks.items():
+            values = native.numbers(block.values)
+            if values is not None and values.numel() and damping < LEAST * float(values.amax()):
+                raise ValueError(
+                    f"solve: damping must be at least {LEAST} of a block's largest eigenvalue. "
+                    f"Found {damping}, and {float(values.amax()):.3g} of {path}."
+                )
         solved = {path: (v.to(d.dtype) / (d + damping)) for path, d in self.diagonal.items() for v in [given[path]]}
         for path, block in self.blocks.items():
             bias = block.basis.bias
@@ -179,8 +190,12 @@ def curvature(factors: Mapping[str, Kronecker], diagonal: Tree, *, rank: int | N
             the factors alone would be too large by their number.
         rank: as in `fisher_curvature`.
 
+    Raises:
+        ValueError: a number is not finite.
+
     Cost: an eigendecomposition of each factor, D³ and H³; with a rank R, some D² R and H² R.
     """
+    finite("curvature", *tree.leaves(diagonal), *[x for pair in factors.values() for x in tree.leaves(pair)])
     leaves = dict(zip(tree.paths(diagonal), tree.leaves(diagonal), strict=True))
     blocks = {}
     for path, pair in factors.items():
@@ -200,6 +215,7 @@ def corrected_curvature(bases: Mapping[str, Eigenbasis], values: Mapping[str, Te
         bases: by the path of a parameter, `per_sample.eigenbasis` of its factors.
         values: from `statistics.fisher_eigenvalues` or `Eigenvalues.mean`, with these bases.
     """
+    finite("corrected_curvature", *values.values())
     blocks = {path: Block(basis, values[path]) for path, basis in bases.items()}
     return Curvature(blocks, {path: d for path, d in values.items() if path not in bases})
 
@@ -216,14 +232,13 @@ def fisher_influence(gram: Tensor, cross: Tensor, *, damping: float) -> Tensor:
         (N, M), in float64: above zero where the training example helps.
 
     Raises:
-        ValueError: shapes do not fit, or the damping is not above 0.
+        ValueError: shapes do not fit, `gram` is not symmetric, a number is not finite, the damping is not above 0, or
+            it is so small that rounding of `gram` would be divided by. Compiled, the last gives NaN instead.
     """
     count = len(gram)
-    if gram.shape != (count, count) or cross.dim() != 2 or len(cross) != count or not damping > 0:
+    if gram.shape != (count, count) or cross.dim() != 2 or len(cross) != count or not 0 < damping < math.inf:
         raise ValueError(
             f"fisher_influence: gram (N, N), cross (N, M), damping above 0. "
             f"Found {tuple(gram.shape)}, {tuple(cross.shape)}, {damping}."
         )
-    damped = gram.double() + count * damping * torch.eye(count, dtype=torch.float64, device=gram.device)
-    solved: Tensor = torch.linalg.solve(damped, cross.double())
-    return count * solved
+    return count * solve("fisher_influence", gram, cross, damping=count * damping, least=rounding(gram))

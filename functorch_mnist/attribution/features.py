@@ -16,7 +16,7 @@ both sides: Choe et al., "What is your data worth to GPT?", 2024, section 3.1.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,6 +30,7 @@ from ..losses.labels import own
 from ..per_sample import Plan, factored
 from ..per_sample.eigen import leading_eigenvectors
 from ..tree import Tree
+from .solve import LEAST, finite, solve
 
 
 class Projection(NamedTuple):
@@ -86,8 +87,8 @@ def principal_projection(
     """The maps that keep most of the gradients of some examples: their principal directions on either side.
 
     Of a parameter as a matrix (H, D), L and R are the eigenvectors of `Σ_i ∇_i ∇_iᵀ / |∇_i|²` and of
-    `Σ_i ∇_iᵀ ∇_i / |∇_i|²` with the largest eigenvalues, so that each example counts alike, and h and d share the size so
-    that most is kept.
+    `Σ_i ∇_iᵀ ∇_i / |∇_i|²` with the largest eigenvalues, so that each example counts alike, and h and d share the size
+    so that most is kept.
 
     Args:
         loss_fn: `loss_fn(params, *example) -> ()`, pure.
@@ -106,11 +107,9 @@ def principal_projection(
         section 4. Principal directions for attribution: Choe et al., "What is your data worth to GPT?", 2024, section
         3.1.
     """
-    shapes = [(leaf.shape[0] if leaf.dim() else 1, leaf) for leaf in tree.leaves(params)]
-    if not isinstance(size, int) or size < len(shapes):
-        raise ValueError(
-            f"principal_projection: size must be at least {len(shapes)}, one of each parameter. Found {size}."
-        )
+    count = len(tree.leaves(params))
+    if not isinstance(size, int) or size < count:
+        raise ValueError(f"principal_projection: size must be at least {count}, one of each parameter. Found {size}.")
     sums: list[tuple[Tensor, Tensor]] = []
     paired: list[bool] = []
     for chunk in batches.chunks("attribution.principal_projection", batch, mask, chunk_size):
@@ -120,12 +119,10 @@ def principal_projection(
         sums = [(a + c, b + d) for (a, b), (c, d) in zip(sums, sides, strict=True)] if sums else sides
         ones = [(torch.ones_like(a[:1]), torch.ones_like(b[:1])) for a, b in sides]
         paired = [pair is not None for pair in part.pairs(ones)]
-    spectra = [tuple(_spectrum(side, size) for side in pair) for pair in sums]
-    shares = _shares(
-        [(*[len(values) for values, _ in pair], alike) for pair, alike in zip(spectra, paired, strict=True)], size
-    )
+    spectra = [(_spectrum(left, size), _spectrum(right, size)) for left, right in sums]
+    sizes = [(len(left), len(right), pair) for (left, right), pair in zip(sums, paired, strict=True)]
     maps = []
-    for ((left, u), (right, v)), pair, share in zip(spectra, paired, shares, strict=True):
+    for ((left, u), (right, v)), pair, share in zip(spectra, paired, _shares(sizes, size), strict=True):
         h, d = _sizes(left, right, share, pair=pair)
         maps.append((u[:, :h].T.contiguous(), v[:, :d].T.contiguous()))
     return Projection(maps)
@@ -155,7 +152,7 @@ def _shares(sizes: Sequence[tuple[int, int, bool]], total: int) -> list[int]:
 
 
 def _sizes(left: Tensor, right: Tensor, share: int, *, pair: bool) -> tuple[int, int]:
-    """h and d, whose features are as many as the share at most, with the largest product of the parts that they hold."""
+    """h and d, whose features are no more than the share, with the largest product of the parts that they hold."""
     best, found = -1.0, (1, 1)
     a, b = left.tolist(), right.tolist()
     for h in range(1, min(len(a), share) + 1):
@@ -214,14 +211,14 @@ def log_odds(outputs: Tensor, labels: Tensor) -> Tensor:
     """`log(p / (1 - p))` of the label's probability p: what TRAK differentiates in place of the loss.
 
     Args:
-        outputs: (..., K) logits or log-probabilities.
+        outputs: (..., K) logits or log-probabilities, K at least 2.
         labels: (...) integers in [0, K).
 
     Returns:
         (...).
 
     Raises:
-        ValueError: shapes do not agree, or a label is out of range.
+        ValueError: shapes do not agree, a label is out of range, or K is below 2.
         TypeError: the labels are not integers.
         RuntimeError: compiled or on a GPU, a label is out of range.
 
@@ -230,37 +227,55 @@ def log_odds(outputs: Tensor, labels: Tensor) -> Tensor:
         tensor(0.)
     """
     labels = check_labels("log_odds", outputs, labels)
+    if outputs.shape[-1] < 2:
+        raise ValueError(f"log_odds: the odds of a label need at least two classes. Found {outputs.shape[-1]}.")
     wide = tree.wide(outputs)
     others = wide.masked_fill(own(labels, outputs.shape[-1]), -torch.inf).logsumexp(-1)
     return wide.gather(-1, labels[..., None].long()).squeeze(-1) - others
 
 
-def trak(train: Tensor, test: Tensor, probabilities: Tensor, *, damping: float = 0.0) -> Tensor:
+def trak(train: Tensor, test: Tensor, probabilities: Tensor, *, damping: float | None = None) -> Tensor:
     """TRAK of each training on each test example, of one model.
+
+    Gradients of log-odds are not independent: those by the last bias add up to zero over the classes. So ΦᵀΦ of a plain
+    classifier is singular, and a little damping stands for its pseudo-inverse, to the ratio of λ to the eigenvalues
+    that are not zero.
 
     Args:
         train, test: (N, F) and (M, F) features of log-odds.
         probabilities: (N,), which the model gives the training examples' labels.
-        damping: λ, at least 0; above 0 where N is below F.
+        damping: λ, at least 0; without it a millionth of the mean eigenvalue of ΦᵀΦ, for any N.
 
     Returns:
-        (N, M): the mean over several models, trained on parts of the data, is the method of the reference.
+        (N, M), in float64: the mean over several models, trained on parts of the data, is the method of the reference.
 
     Raises:
-        ValueError: shapes do not fit, or the damping is below 0.
+        ValueError: shapes do not fit, a number is not finite, the damping is below 0, or it is so small that what
+            rounding left of a zero eigenvalue would be divided by. Compiled, the last gives NaN instead.
     """
     if train.dim() != 2 or test.shape[1:] != train.shape[1:] or probabilities.shape != train.shape[:1]:
         raise ValueError(
             f"trak: features must be (N, F) and (M, F), probabilities (N,). "
             f"Found {tuple(train.shape)}, {tuple(test.shape)}, {tuple(probabilities.shape)}."
         )
-    if not damping >= 0:
-        raise ValueError(f"trak: damping must be at least 0. Found {damping}.")
+    if damping is not None and not 0 <= damping < math.inf:
+        raise ValueError(f"trak: damping must be at least 0 and finite. Found {damping}.")
     if damping == 0 and len(train) < train.shape[1]:
         raise ValueError(
-            f"trak: fewer examples than features need a damping above 0. Found {len(train)} and {train.shape[1]}."
+            f"trak: fewer examples than features need a damping above 0. Found {len(train)} and {train.shape[1]}. "
+            "Leave damping out?"
         )
+    finite("trak", train, test, probabilities)
+    least = LEAST if damping is None else max(LEAST, (_ROUNDED * torch.finfo(train.dtype).eps) ** 2)
     train, test = train.double(), test.double()
-    moment = train.T @ train + damping * torch.eye(train.shape[1], dtype=train.dtype, device=train.device)
-    found: Tensor = train @ torch.linalg.solve(moment, test.T)
+    moment = train.T @ train
+    mean = moment.trace() / max(1, len(moment))
+    small = torch.where(mean > 0, _MEAN * mean, 1.0) if damping is None else damping
+    found: Tensor = train @ solve("trak", moment, test.T, damping=small, least=least)
     return found * (1 - probabilities.double())[:, None]
+
+
+_MEAN = 1e-6
+"""Of the mean eigenvalue. What float32 leaves of a zero eigenvalue is 1e-14 of it, far below."""
+_ROUNDED = 64
+"""Units in the last place by which a feature may be off. Eigenvalues of the moment are squares."""

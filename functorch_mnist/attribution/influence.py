@@ -84,3 +84,35 @@ def tracin(
     )
     found: Tensor = reduce(torch.add, parts)
     return found
+
+
+def grouped(values: Tensor, groups: Tensor, *, count: int | None = None) -> Tensor:
+    """Sums over groups of examples, such as those of a class, a user, a source or a document.
+
+    An influence adds up: that of a group is the sum over its examples. So does a gradient: the Gram matrix of groups'
+    gradients is `grouped(grouped(gram, groups).T, groups)`, whose diagonal has their squared norms.
+
+    Args:
+        values: (N, …), such as influences (N, M) or features (N, F).
+        groups: (N,) int64, the group of each example, at least 0.
+        count: K, how many groups there are; by default one more than the largest number.
+
+    Returns:
+        (K, …).
+
+    Raises:
+        ValueError: shapes do not agree, or a group is out of range.
+
+    Example:
+        >>> grouped(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([0, 1, 0]))
+        tensor([[4.],
+                [2.]])
+    """
+    if groups.dtype != torch.int64 or groups.shape != values.shape[:1]:
+        raise ValueError(f"grouped: groups must be int64 ({len(values)},). Found {groups.dtype} {tuple(groups.shape)}.")
+    most = int(groups.max()) + 1 if count is None and len(groups) else count or 0
+    if len(groups) and not 0 <= int(groups.min()) <= int(groups.max()) < most:
+        raise ValueError(
+            f"grouped: groups must be from 0 to {most - 1}. Found {int(groups.min())} to {int(groups.max())}."
+        )
+    return values.new_zeros(most, *values.shape[1:]).index_add_(0, groups, values)

@@ -10,6 +10,7 @@ Reference: Jacot et al., "Neural tangent kernel: convergence and generalization 
 trace form: Novak et al., "Fast finite width neural tangent kernel", ICML 2022, section 2.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..distributed import ALONE, World
 from ..per_sample import Plan, gram
 from ..tree import Tree
+from .solve import finite, rounding, solve
 
 
 def tangent_kernel(
@@ -67,15 +69,18 @@ def kernel_regression(kernel: Tensor, residuals: Tensor, cross: Tensor, *, ridge
         ridge: λ, at least 0.
 
     Raises:
-        ValueError: shapes do not fit, or the ridge is below 0.
+        ValueError: shapes do not fit, the kernel is not symmetric, a number is not finite, the ridge is below 0, or the
+            kernel with it is singular or so nearly that its rounding would be divided by. Compiled, the last gives NaN
+            instead.
     """
     count = len(kernel)
     good = residuals.dim() == 2 and len(residuals) == count
-    if kernel.shape != (count, count) or not good or cross.shape[1:] != (count,) or not ridge >= 0:
+    if kernel.shape != (count, count) or not good or cross.shape[1:] != (count,) or not 0 <= ridge < math.inf:
         raise ValueError(
             f"kernel_regression: kernel (N, N), residuals (N, C), cross (M, N), ridge at least 0. "
             f"Found {tuple(kernel.shape)}, {tuple(residuals.shape)}, {tuple(cross.shape)}, {ridge}."
         )
-    damped = kernel.double() + ridge * torch.eye(count, dtype=torch.float64, device=kernel.device)
-    found: Tensor = cross.double() @ torch.linalg.solve(damped, residuals.double())
+    finite("kernel_regression", cross)
+    weights = solve("kernel_regression", kernel, residuals, damping=ridge, least=rounding(kernel), name="ridge")
+    found: Tensor = cross.double() @ weights
     return found

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from .. import plots, privacy, run_folder
+from .. import files, plots, privacy
 from ..options import Account, UsageError
 from .faults import refusing
 from .private import ACCOUNTANTS
@@ -63,7 +63,7 @@ def account(options: Account) -> int:
             f"δ = {options.delta:g}",
             kind=options.png.suffix[1:],
         )
-        run_folder.write(options.png, drawn)
+        files.write(options.png, drawn)
         print(f"ε over the epochs drawn into {options.png}")
     return 0
 

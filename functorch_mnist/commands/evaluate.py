@@ -2,7 +2,7 @@
 
 import math
 
-from .. import run_folder
+from .. import files
 from .. import train as training
 from ..options import Evaluate, UsageError
 from . import restore, sources
@@ -27,7 +27,7 @@ def evaluate(options: Evaluate) -> int:
     if options.png is not None:
         from .. import plots  # needs the plot extra
 
-        run_folder.write(options.png, plots.confusion(result.confusion, kind=options.png.suffix[1:]))
+        files.write(options.png, plots.confusion(result.confusion, kind=options.png.suffix[1:]))
         print(f"\nConfusion matrix drawn into {options.png}")
     return 0
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import plots, random, run_folder, statistics
+from .. import files, plots, random, run_folder, statistics
 from ..distributed import World, check_agreed, digest, first_of
 from ..models import Params
 from ..options import NoiseScale, UsageError
@@ -118,7 +118,7 @@ def _at_checkpoints(options: NoiseScale, run: Trained, folder: Path, world: Worl
                 check_finite(numbers, f"The gradients at step {point.step}", "Has the run diverged?")
                 kept[str(point.step)] = list(found)
                 if world.rank == 0:
-                    run_folder.write(folder / _KEPT, json.dumps({"config": config, "found": kept}).encode())
+                    files.write(folder / _KEPT, json.dumps({"config": config, "found": kept}).encode())
             measured.append(Measured(point.step, point.step, _scale(kept[str(point.step)])))
             progress.update(1)
     return measured

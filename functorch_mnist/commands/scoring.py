@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import attribution, plots, run_folder
+from .. import attribution, files, plots
 from .. import train as training
 from ..checkpoint import JSON
 from ..distributed import World
@@ -124,7 +124,7 @@ def write(path: Path, data: bytes) -> None:
         OSError: it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    run_folder.write(path, data)
+    files.write(path, data)
     print(f"Written: {path}", flush=True)
 
 

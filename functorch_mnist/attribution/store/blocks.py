@@ -1,4 +1,4 @@
-"""The numbers of an example: for each parameter a matrix of features, or a pair of vectors whose outer product it is."""
+"""The numbers of an example: of each parameter a matrix of features, or two vectors whose outer product it is."""
 
 from __future__ import annotations
 

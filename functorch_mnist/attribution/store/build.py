@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from ... import batch as batches
-from ... import tree
 from ...distributed import ALONE, World, digest, gather
 from ...per_sample import Plan as SamplePlan
 from ...per_sample import factored
@@ -35,6 +34,14 @@ Compile = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 """What makes a faster function of one, such as `train.compiled`."""
 
 
+def _as_it_is(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return call
+
+
+def _silent(_count: int) -> None:
+    """Tells nobody how far a build is."""
+
+
 def build(
     folder: Path,
     loss_fn: Callable[..., Tensor],
@@ -47,8 +54,8 @@ def build(
     rows: int = 4096,
     chunk_size: int = 512,
     plan: SamplePlan | None = None,
-    compile: Compile = lambda call: call,
-    progress: Callable[[int], object] = lambda count: None,
+    compile: Compile = _as_it_is,
+    progress: Callable[[int], object] = _silent,
     world: World = ALONE,
 ) -> Store:
     """Computes the projected gradients of examples and keeps them in a folder; goes on where a killed build stopped.
@@ -132,8 +139,8 @@ def append(
     *examples: Tensor,
     chunk_size: int = 512,
     plan: SamplePlan | None = None,
-    compile: Compile = lambda call: call,
-    progress: Callable[[int], object] = lambda count: None,
+    compile: Compile = _as_it_is,
+    progress: Callable[[int], object] = _silent,
     world: World = ALONE,
 ) -> Store:
     """Adds examples to a store, with its projection and settings: their numbers go on after those that are there.
@@ -255,7 +262,7 @@ def _together(world: World, places: Sequence[tuple[int, int, slice]], mine: Sequ
     rows = torch.tensor([[file.size, *bytes.fromhex(file.sha256)] for file in mine], dtype=torch.int64)
     found = gather(world, rows.view(-1, 33).to(world.device), shares).tolist()
     ranked = [number for rank in range(world.size) for number in range(rank, len(places), world.size)]
-    parts = []
+    parts: list[Part] = []
     for _, (size, *digits) in sorted(zip(ranked, found, strict=True)):
         checkpoint, first, part = places[len(parts)]
         name = f"{checkpoint}/{first:09d}.npy"

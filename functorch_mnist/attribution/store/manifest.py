@@ -165,7 +165,7 @@ def decode(path: Path) -> tuple[Plan, tuple[Part, ...]]:
 
 
 def _plan(values: Mapping[str, Any]) -> Plan:
-    return _made(
+    plan: Plan = _made(
         Plan,
         values,
         blocks=tuple(_made(Block, one, shape=tuple(one["shape"])) for one in values["blocks"]),
@@ -173,6 +173,7 @@ def _plan(values: Mapping[str, Any]) -> Plan:
         maps=tuple(_made(File, one) for one in values["maps"]),
         examples=tuple(_made(Examples, one) for one in values["examples"]),
     )
+    return plan
 
 
 def _made(kind: Any, values: Mapping[str, Any], **more: Any) -> Any:

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ... import tree
 from ...distributed import digest
 from ...per_sample import factored
 from ...tree import Tree
 from ..features import Projection
+from ..influence import grouped
 from ..solve import rounding, solve
 from . import blocks as numbers
 from . import manifest
@@ -204,8 +204,7 @@ class Store:
             if groups is None:
                 kept.append(part)
             else:
-                one = part.new_zeros(int(groups.max()) + 1, part.shape[1])
-                one.index_add_(0, groups[start : start + len(part)], part)
+                one = grouped(part, groups[start : start + len(part)], count=int(groups.max()) + 1)
                 kept = [one if not kept else kept[0] + one]
         return torch.cat(kept)
 
@@ -282,7 +281,7 @@ class Store:
         new = part.file.name not in self._checked
         path = manifest.check(self.folder, part.file, contents=new)
         try:
-            rows = np.load(path, mmap_mode="r", allow_pickle=False)
+            rows: np.ndarray[Any, Any] = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise StoreError(f"{path} must be a file of NumPy's. Found: {error}.") from error
         if rows.dtype != self.plan.row or rows.shape != (part.count,):
