@@ -86,7 +86,7 @@ def factored_trak(problem: Problem, count: int, *, size: int, chunk_size: int, c
     return _ours(problem, trak, compile=compile)
 
 
-def factored_exact_trak(problem: Problem, count: int, *, chunk_size: int, compile: bool) -> Work:
+def factored_exact_trak(problem: Problem, count: int, *, chunk_size: int) -> Work:
     """The same without a projection, from the Gram matrices."""
     gram = partial(per_sample.gram, partial(_log_odds, problem), chunk_size=chunk_size)
 
@@ -96,7 +96,7 @@ def factored_exact_trak(problem: Problem, count: int, *, chunk_size: int, compil
         influence = attribution.fisher_influence(products, across, damping=DAMPING / count) / count
         return influence * (1 - _probabilities(problem, params, *train).double())[:, None]
 
-    return _ours(problem, trak, compile=compile)
+    return _ours(problem, trak, compile=False)
 
 
 def factored_kronecker(problem: Problem, *, chunk_size: int, compile: bool) -> Work:
