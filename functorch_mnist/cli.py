@@ -115,6 +115,7 @@ def _read(arguments: list[str], defaults: opt.Train) -> Any:
         Annotated[opt.Plan, tyro.conf.subcommand("plan")],
         Annotated[opt.Scores, tyro.conf.subcommand("scores")],
         Annotated[opt.Mislabelled, tyro.conf.subcommand("mislabelled")],
+        Annotated[opt.Store, tyro.conf.subcommand("store")],
         Annotated[opt.Influence, tyro.conf.subcommand("influence")],
         Annotated[opt.NoiseScale, tyro.conf.subcommand("noise-scale")],
         Annotated[opt.Account, tyro.conf.subcommand("account")],

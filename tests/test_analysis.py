@@ -499,7 +499,7 @@ def test_a_noise_that_hides_the_gradient_is_told_in_words():
 # ---- refusals
 
 
-EACH = {"scores": (), "mislabelled": (), "influence": ("--test", "1"), "noise-scale": ()}
+EACH = {"scores": (), "mislabelled": (), "influence": ("--test", "1"), "store": (), "noise-scale": ()}
 
 
 @pytest.mark.parametrize("command", EACH)
@@ -542,7 +542,14 @@ def test_a_run_of_another_model_is_told_in_one_line(command, copy, cnn):
         (("scores", "--images", "0"), "--images must be at least 1"),
         (("scores", "--threads", "0"), "--threads must be from 1 to 1024"),
         (("influence", "--test", "64"), "--test must be below 64. Found 64."),
-        (("influence", "--test", "-1"), "--test must be at least 0"),
+        (("influence", "--test=-1"), "--test must be a number from 0, or a range such as 0:100. Found -1."),
+        (("influence", "--test", "3:3"), "--test must be a range with a test image in it. Found 3:3."),
+        (
+            ("influence", "--test", "0:3"),
+            "A range of test images needs a --store. Make one with: functorch-mnist store",
+        ),
+        (("influence", "--test", "1", "--method", "inverse"), "--method inverse needs a --store."),
+        (("store", "--features", "7"), "--features must be at least 8"),
         (("influence", "--test", "1", "--top", "0"), "--top must be from 1 to 100"),
         (("mislabelled", "--flip", "0"), "--flip must be above 0 and below 1"),
         (("mislabelled", "--flip", "1"), "--flip must be above 0 and below 1"),

@@ -119,25 +119,21 @@ def principal_projection(
         sums = [(a + c, b + d) for (a, b), (c, d) in zip(sums, sides, strict=True)] if sums else sides
         ones = [(torch.ones_like(a[:1]), torch.ones_like(b[:1])) for a, b in sides]
         paired = [pair is not None for pair in part.pairs(ones)]
-    spectra = [(_spectrum(left, size), _spectrum(right, size)) for left, right in sums]
     sizes = [(len(left), len(right), pair) for (left, right), pair in zip(sums, paired, strict=True)]
     maps = []
-    for ((left, u), (right, v)), pair, share in zip(spectra, paired, _shares(sizes, size), strict=True):
-        h, d = _sizes(left, right, share, pair=pair)
+    for (left, right), pair, share in zip(sums, paired, _shares(sizes, size), strict=True):
+        (held, u), (kept, v) = _spectrum(left, share), _spectrum(right, share)
+        h, d = _sizes(held, kept, share, pair=pair)
         maps.append((u[:, :h].T.contiguous(), v[:, :d].T.contiguous()))
     return Projection(maps)
 
 
-def _spectrum(side: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The parts of the trace that the first eigenvectors hold, summed up, (R,), and these, (D, R)."""
-    vectors = leading_eigenvectors(side[None], min(rank, len(side), _MOST))[0]
+def _spectrum(side: Tensor, rank: int) -> tuple[list[float], Tensor]:
+    """The parts of the trace that the first eigenvectors hold together, R of them, and these, (D, R)."""
+    vectors = leading_eigenvectors(side[None], min(rank, len(side)))[0]
     values = ((side @ vectors) * vectors).sum(0).clamp(min=0)
     total = side.diagonal().sum()
-    return values.cumsum(0) / torch.where(total > 0, total, 1.0), vectors
-
-
-_MOST = 1024
-"""Principal directions of a side at most."""
+    return (values.cumsum(0) / torch.where(total > 0, total, 1.0)).tolist(), vectors
 
 
 def _shares(sizes: Sequence[tuple[int, int, bool]], total: int) -> list[int]:
@@ -151,15 +147,14 @@ def _shares(sizes: Sequence[tuple[int, int, bool]], total: int) -> list[int]:
     return shares
 
 
-def _sizes(left: Tensor, right: Tensor, share: int, *, pair: bool) -> tuple[int, int]:
+def _sizes(held: list[float], kept: list[float], share: int, *, pair: bool) -> tuple[int, int]:
     """h and d, whose features are no more than the share, with the largest product of the parts that they hold."""
     best, found = -1.0, (1, 1)
-    a, b = left.tolist(), right.tolist()
-    for h in range(1, min(len(a), share) + 1):
+    for h in range(1, min(len(held), share) + 1):
         for d in {share // h, share - h if pair else 0}:
-            d = min(d, len(b))
-            if d >= 1 and a[h - 1] * b[d - 1] > best:
-                best, found = a[h - 1] * b[d - 1], (h, d)
+            d = min(d, len(kept))
+            if d >= 1 and held[h - 1] * kept[d - 1] > best:
+                best, found = held[h - 1] * kept[d - 1], (h, d)
     return found
 
 

@@ -5,6 +5,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .. import options
+from ..attribution.store import StoreError
 from ..checkpoint import CheckpointError
 from ..data import DataError
 from ..distributed import DisagreementError, EndedError, JoinError, LaunchError, LostError
@@ -19,6 +20,7 @@ from .plan import plan
 from .predict import predict
 from .processes import launched as launched
 from .scores import scores
+from .store import store
 from .sweep import sweep
 from .train import train
 
@@ -30,6 +32,7 @@ COMMANDS: Mapping[type, Callable[[Any], int]] = MappingProxyType(
         options.Plan: plan,
         options.Scores: scores,
         options.Mislabelled: mislabelled,
+        options.Store: store,
         options.Influence: influence,
         options.NoiseScale: noise_scale,
         options.Account: account,
@@ -39,7 +42,9 @@ COMMANDS: Mapping[type, Callable[[Any], int]] = MappingProxyType(
 )
 """By the type of their options."""
 
-FAULTS = (CheckpointError, DataError, DivergedError, DisagreementError, JoinError, LaunchError, LostError)
+FAULTS = (
+    CheckpointError, DataError, DivergedError, DisagreementError, JoinError, LaunchError, LostError, StoreError,
+)  # fmt: skip
 """What a command raises for a fault that one line can tell, besides `UsageError`."""
 
 TOLD = EndedError

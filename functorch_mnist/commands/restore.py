@@ -1,6 +1,6 @@
 """What a run has saved, read back: what it began with, and its newest good state."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,6 +128,15 @@ def points(run: Path, found: Trained, where: torch.device) -> list[Point]:
         state = one.state.state
         good.append(Point(one.step, build.current(options, state), state.key, lr))
     return good
+
+
+def loss_of(found: Trained) -> Callable[[Params, Tensor, Tensor], Tensor]:
+    """The run's training loss of one image and its label, without dropout."""
+
+    def loss_fn(params: Params, image: Tensor, label: Tensor) -> Tensor:
+        return found.made.loss(found.made.outputs(params, image), label)
+
+    return loss_fn
 
 
 def training_images(found: Trained, folder: Path | None, where: torch.device) -> Parts:

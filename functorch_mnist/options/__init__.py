@@ -11,6 +11,7 @@ from .analysis import NoiseScale as NoiseScale
 from .analysis import Plan as Plan
 from .analysis import Predict as Predict
 from .analysis import Scores as Scores
+from .analysis import Store as Store
 from .analysis import check_analysis as check_analysis
 from .analysis import check_plan as check_plan
 from .saved import check_resumed as check_resumed

@@ -1,10 +1,10 @@
 """The gradients of a data set on disk, under a projection, to be asked again and again.
 
     manifest.py    what a store holds, said and checked
-    blocks.py      the numbers of an example: a matrix of features for a parameter, or a pair of vectors
-    build.py       from examples to files, part by part
+    numbers.py     the numbers of an example: a matrix of features for a parameter, or a pair of vectors
+    building.py    from examples to files, part by part
     queries.py     inner products with the gradients of other examples, the largest of them, and the damped inverse
-    index.py       approximate search, by faiss
+    approximate.py approximate search, by faiss
 
 A store is a folder:
 
@@ -15,10 +15,12 @@ A store is a folder:
 NumPy alone reads it: `rows = numpy.load("0/00000.npy", mmap_mode="r")`, then `rows["scale"][:, None] * rows["values"]`.
 """
 
-from .build import append as append
-from .build import build as build
-from .index import Index as Index
-from .index import index as index
+from .approximate import Index as Index
+from .approximate import index as index
+from .building import Compile as Compile
+from .building import append as append
+from .building import begun_projection as begun_projection
+from .building import build as build
 from .manifest import StoreError as StoreError
 from .queries import Queries as Queries
 from .queries import Store as Store

@@ -91,8 +91,8 @@ class Part:
 class Plan:
     """What is built: equal for two builds that give the same bits."""
 
-    loss: str
-    """What was differentiated, in the user's words."""
+    about: str
+    """What was differentiated and projected, in the user's words."""
     dtype: str
     rows: int
     """Examples in a part."""

@@ -26,8 +26,7 @@ from ...tree import Tree
 from ..features import Projection
 from ..influence import grouped
 from ..solve import rounding, solve
-from . import blocks as numbers
-from . import manifest
+from . import manifest, numbers
 from .manifest import BEGUN, NAME, Block, Part, Plan, StoreError
 
 By: TypeAlias = Literal["dot", "cosine", "inverse"]
@@ -305,14 +304,22 @@ def load(folder: Path) -> Store:
     covered = {c: sum(part.count for part in parts if part.checkpoint == c) for c in range(len(plan.checkpoints))}
     if set(covered.values()) != {plan.count}:
         raise StoreError(f"{folder / NAME} must name parts of all {plan.count} examples. Found {covered}.")
+    return Store(folder, plan, parts, read_maps(folder, plan))
+
+
+def read_maps(folder: Path, plan: Plan) -> Projection:
+    """The projection of a store.
+
+    Raises:
+        StoreError: a file is damaged.
+    """
     arrays = []
     for file in plan.maps:
         try:
             arrays.append(torch.from_numpy(np.load(manifest.check(folder, file, contents=True), allow_pickle=False)))
         except ValueError as error:
             raise StoreError(f"{folder / file.name} must be a file of NumPy's. Found: {error}.") from error
-    projection = Projection(list(zip(arrays[::2], arrays[1::2], strict=True)))
-    return Store(folder, plan, parts, projection)
+    return Projection(list(zip(arrays[::2], arrays[1::2], strict=True)))
 
 
 @dataclass(frozen=True)

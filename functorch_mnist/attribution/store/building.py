@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ from ...per_sample import factored
 from ...tree import Tree
 from ..features import Projection
 from . import manifest
-from .blocks import blocks, features, rounded
 from .manifest import BEGUN, NAME, Checkpoint, Examples, File, Part, Plan, StoreError
-from .queries import Store, load
+from .numbers import blocks, features, rounded
+from .queries import Store, load, read_maps
 
 Compile = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 """What makes a faster function of one, such as `train.compiled`."""
@@ -49,7 +49,7 @@ def build(
     *examples: Tensor,
     projection: Projection,
     weights: Sequence[float] | None = None,
-    loss: str = "loss",
+    about: str = "",
     dtype: torch.dtype = torch.float16,
     rows: int = 4096,
     chunk_size: int = 512,
@@ -70,7 +70,7 @@ def build(
             fewer numbers.
         weights: (C,), what the inner products of each checkpoint are multiplied with, such as its learning rate for
             TracIn; by default 1.
-        loss: what is differentiated, in words; kept and shown.
+        about: what is differentiated and projected, in words: a store of other words is another one.
         dtype: float16 or float32. Each example's features are divided by the largest of them, so that half precision
             has a relative error of 2^-11 in the large ones; the largest error seen is in the manifest, `Store.error`.
         rows: examples in a file, at least 1.
@@ -108,7 +108,7 @@ def build(
     maps = [_array(m) for pair in projection.maps for m in pair]
     names = [f"maps/{i}-{side}.npy" for i in range(len(projection.maps)) for side in ("left", "right")]
     plan_ = Plan(
-        loss,
+        about,
         str(dtype).removeprefix("torch."),
         rows,
         found,
@@ -123,10 +123,7 @@ def build(
                 f"{folder} holds another store. Found {_difference(there.plan, plan_)}. Choose another folder."
             )
         return there
-    _begin(folder, plan_, world)
-    if world.rank == 0:
-        for name, data in zip(names, maps, strict=True):
-            manifest.write(folder / name, data)
+    _begin(folder, plan_, world, dict(zip(names, maps, strict=True)))
     return _finish(
         folder, plan_, (), loss_fn, checkpoints, examples, projection, chunk_size, plan, compile, progress, world
     )
@@ -163,18 +160,30 @@ def append(
     if there.plan.examples[-1] == new and len(there.plan.examples) > 1:
         return there
     plan_ = Plan(
-        there.plan.loss, there.plan.dtype, there.plan.rows, there.plan.blocks, there.plan.checkpoints, there.plan.maps,
+        there.plan.about, there.plan.dtype, there.plan.rows, there.plan.blocks, there.plan.checkpoints, there.plan.maps,
         (*there.plan.examples, new),
     )  # fmt: skip
-    _begin(folder, plan_, world)
+    _begin(folder, plan_, world, {})
     return _finish(
         folder, plan_, there.parts, loss_fn, checkpoints, examples, there.projection, chunk_size, plan, compile,
         progress, world,
     )  # fmt: skip
 
 
-def _begin(folder: Path, plan: Plan, world: World) -> None:
-    """Says what is being built, or finds that it is what was begun."""
+def begun_projection(folder: Path) -> Projection | None:
+    """The projection of a store that is there or was begun, to go on with; none where there is no such store.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    for name in (NAME, BEGUN):
+        if (folder / name).exists():
+            return read_maps(folder, manifest.decode(folder / name)[0])
+    return None
+
+
+def _begin(folder: Path, plan: Plan, world: World, maps: Mapping[str, bytes]) -> None:
+    """Writes the projection and what is being built, or finds that it is what was begun."""
     if (folder / BEGUN).exists():
         begun, _ = manifest.decode(folder / BEGUN)
         if begun != plan:
@@ -183,6 +192,8 @@ def _begin(folder: Path, plan: Plan, world: World) -> None:
                 f"Finish that one, remove it, or choose another folder."
             )
     elif world.rank == 0:
+        for name, data in maps.items():
+            manifest.write(folder / name, data)
         manifest.write(folder / BEGUN, manifest.encode(plan, ()))
     _wait(world)
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import blocks as numbers
+from . import numbers
 from .manifest import StoreError
 from .queries import Queries, Store, Top
 
