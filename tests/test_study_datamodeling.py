@@ -11,7 +11,7 @@ from benchmarks.studies import datamodeling
 
 TINY = replace(
     datamodeling.QUICK, train=60, hidden=(6, 5), epochs=2, subsets=4, others=2, models=(1, 2), draws=5,
-    own=(datamodeling.Own("tanh", 0.0, 2),), own_subsets=8, left_out=(0.1, 0.5),
+    own=(datamodeling.Own("tanh", 0.0, 2, (0.1, 0.5)),), own_subsets=8, again=3,
 )  # fmt: skip
 
 
