@@ -145,6 +145,7 @@ PUBLIC = {
     "randint": lambda: fm.random.randint(KEYS[0], (3,), 0, 5),
     "split": lambda: fm.random.split(KEYS[0], 3),
     "permutation": lambda: fm.random.permutation(KEYS[0], 5),
+    "subsets": lambda: fm.attribution.subsets(5, key=KEYS[0], count=2, part=0.5),
     "draws": lambda: fm.train.epoch_draws(KEYS[0], 9, epoch=1, batch_size=4),
     "joins": lambda: fm.privacy.joins(KEYS[0], 3, 9, 0.5),
     "focal": lambda: fm.losses.focal(LOGITS, LABELS, gamma=2.0),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.func import vmap
 
-from functorch_mnist import data, losses, optim, random, sweep, train, tree
+from functorch_mnist import attribution, data, losses, optim, random, sweep, train, tree
 
 N, BATCH, EPOCHS = 48, 16, 3
 IMAGES = random.normal(random.key(0), (N, 6))
@@ -411,3 +411,34 @@ def test_lanes_map_draws_and_keys_of_each_run():
     each = vmap(lambda key: train.epoch_draws(key, N, epoch=1, batch_size=BATCH))(keys)
     assert torch.equal(drawn.examples, each.examples)
     assert torch.equal(drawn.keys, each.keys)
+
+
+# ---- subsets
+
+
+def test_a_run_on_a_subset_is_a_run_on_those_examples_alone():
+    subsets = attribution.subsets(N, key=random.key(3), count=3, part=0.5)
+    runs = rows(RUNS, torch.tensor([0, 0, 2, 4])) | {"subset": torch.tensor([0, 2, 1, 1])}
+    runs["seed"] = torch.arange(4)
+    lanes = sweep.on_subsets(PROGRAM, EXAMPLES, subsets, batch_size=7, compile=False)  # the last batch is padded
+    found = sweep.fit(lanes, runs, sweep.start(lanes.program, runs, epochs=2), width=4)
+    for run in range(4):
+        of_run = [x[subsets[runs["subset"][run]]] for x in EXAMPLES]
+        alone = {name: column[[run, run]] for name, column in runs.items() if name != "subset"}
+        plain = sweep.Lanes(PROGRAM, of_run, batch_size=7, compile=False)
+        expected = sweep.fit(plain, alone, sweep.start(PROGRAM, alone, epochs=2), width=2)
+        assert equal([leaf[run] for leaf in tree.leaves(found)[:-1]], [leaf[0] for leaf in tree.leaves(expected)[:-1]])
+
+
+@pytest.mark.parametrize(
+    ("subsets", "said"),
+    [
+        (torch.ones(2, N), r"bool \(R, 48\)"),
+        (torch.ones(2, 7, dtype=torch.bool), r"bool \(R, 48\)"),
+        (torch.ones(2, N).tril(10).bool(), "of one size, at least 1. Found 11 to 12"),
+        (torch.zeros(2, N, dtype=torch.bool), "of one size, at least 1. Found 0 to 0"),
+    ],
+)
+def test_subsets_that_no_run_can_be_trained_on_are_refused(subsets, said):
+    with pytest.raises(ValueError, match=f"on_subsets: .*{said}"):
+        sweep.on_subsets(PROGRAM, EXAMPLES, subsets, batch_size=7, compile=False)

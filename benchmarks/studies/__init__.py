@@ -5,6 +5,7 @@
 | `mislabelled.py` | how well scores of single examples find wrong labels |
 | `noise_scale.py` | whether two estimators of the gradient noise scale agree, and what an epoch's average is |
 | `ground_truth.py` | how well attributions foretell what leaving examples out does |
+| `datamodeling.py` | how well attributions foretell models trained on half of the data: dattri's protocol |
 | `private.py` | what accuracy differential privacy costs, and what helps |
 | `overfitting.py` | what helps where there are 1,000 images |
 | `imbalance.py` | what helps where two classes are rare |
@@ -23,8 +24,8 @@ from importlib import import_module
 from typing import Any, Protocol, cast
 
 NAMES = (
-    "mislabelled", "noise_scale", "ground_truth", "private", "overfitting", "imbalance", "tuning", "best", "accuracy",
-    "kills",
+    "mislabelled", "noise_scale", "ground_truth", "datamodeling", "private", "overfitting", "imbalance", "tuning",
+    "best", "accuracy", "kills",
 )  # fmt: skip
 PREFIX = "study-"
 """What the names of records begin with."""

@@ -3,16 +3,17 @@
 A score says how a training example stands to the model. An influence says what a training example does to a test
 example, and has one sign everywhere: above zero, training on it lowers the test example's loss.
 
-    scores.py      loss, EL2N, GraNd and margin; over checkpoints self-influence and forgetting
-    influence.py   gradient dot and cosine, TracIn; sums over groups of examples
-    features.py    random projections of sample gradients from their factors, and TRAK
-    curvature.py   influence functions: the damped Fisher information, exact by the Gram matrix or Kronecker-factored,
-                   with eigenvalues corrected
-    store/         gradients under a projection on disk, built once and asked again and again
-    kernel.py      the empirical neural tangent kernel, and regression with it
-    solve.py       solves with Gram matrices and moments, refused where singular
-    truth.py       leave-one-out retraining, and the derivative of a whole training run by an example's weight
-    grading.py     planted label noise, AUC, rank correlation
+    scores.py         loss, EL2N, GraNd and margin; over checkpoints self-influence and forgetting
+    influence.py      gradient dot and cosine, TracIn; sums over groups of examples
+    features.py       projections of sample gradients from their factors, random or principal, and TRAK
+    curvature.py      influence functions: the damped Fisher information, exact by the Gram matrix or
+                      Kronecker-factored, with eigenvalues corrected
+    store/            gradients under a projection on disk, built once and asked again and again
+    kernel.py         the empirical neural tangent kernel, and regression with it
+    solve.py          solves with Gram matrices and moments, refused where singular
+    truth.py          leave-one-out retraining, and the derivative of a whole training run by an example's weight
+    grading.py        planted label noise, AUC, rank correlation
+    datamodeling.py   the linear datamodeling score: retraining on parts of the data
 """
 
 from . import store as store
@@ -21,6 +22,10 @@ from .curvature import corrected_curvature as corrected_curvature
 from .curvature import curvature as curvature
 from .curvature import fisher_curvature as fisher_curvature
 from .curvature import fisher_influence as fisher_influence
+from .datamodeling import Interval as Interval
+from .datamodeling import datamodeling_interval as datamodeling_interval
+from .datamodeling import linear_datamodeling_score as linear_datamodeling_score
+from .datamodeling import subsets as subsets
 from .features import Projection as Projection
 from .features import features as features
 from .features import log_odds as log_odds

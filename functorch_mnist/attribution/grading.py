@@ -112,26 +112,29 @@ def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
         )
     if a.isnan().any() or b.isnan().any():
         raise ValueError("rank_correlation: numbers have ranks. Found NaN.")
-    columns = []
-    for x, y in zip(a.reshape(len(a), -1).T, b.reshape(len(b), -1).T, strict=True):
-        x, y = (ranks(values) for values in (x, y))
-        x, y = x - x.mean(), y - y.mean()
-        size = x.norm() * y.norm()
-        columns.append(torch.where(size > 0, x @ y / size, 0.0))
-    return torch.stack(columns).reshape(a.shape[1:])
+    x, y = ranks(a), ranks(b)
+    x, y = x - x.mean(0), y - y.mean(0)
+    size = torch.linalg.vector_norm(x, dim=0) * torch.linalg.vector_norm(y, dim=0)
+    return torch.where(size > 0, (x * y).sum(0) / size, 0.0)
 
 
 def ranks(values: Tensor) -> Tensor:
-    """The ranks of numbers (N,), the least with 1, equal ones with the mean of theirs: (N,) float64.
+    """The ranks of numbers along the first axis, the least with 1, equal ones with the mean of theirs.
+
+    Args:
+        values: (N, …), without NaN.
+
+    Returns:
+        (N, …), float64.
 
     Example:
         >>> ranks(torch.tensor([5.0, 1.0, 5.0]))
         tensor([2.5000, 1.0000, 2.5000], dtype=torch.float64)
     """
-    _, place, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    found: Tensor = (last - (counts - 1) / 2)[place]
-    return found
+    rows = values.movedim(0, -1).contiguous()
+    ordered = rows.sort(-1).values
+    below, up_to = (torch.searchsorted(ordered, rows, right=right) for right in (False, True))
+    return ((below + up_to + 1).double() / 2).movedim(-1, 0)
 
 
 def _check(where: str, scores: Tensor, positive: Tensor) -> None:

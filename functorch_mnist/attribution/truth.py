@@ -10,6 +10,7 @@ al., "Data cleansing for models trained with SGD", NeurIPS 2019; Bae et al., "Tr
 unrolled differentiation", NeurIPS 2024.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -43,22 +44,36 @@ def trained(run: Run, weights: Tensor) -> Tree:
     Raises:
         ValueError: the weights are not (N,), or the order is not (T, B).
     """
-    count = check("trained", run.examples, None)
+    _check("trained", run, weights)
+    return _after(run, _start(run), run.order, weights)[0]
+
+
+def _check(where: str, run: Run, weights: Tensor) -> None:
+    """Raises where the weights or the order do not fit."""
+    count = check(where, run.examples, None)
     if weights.shape != (count,) or run.order.dim() != 2 or run.order.shape[1] < 1 or run.order.is_floating_point():
         raise ValueError(
-            f"trained: weights must be ({count},) and the order integers (T, B). "
+            f"{where}: weights must be ({count},) and the order integers (T, B). "
             f"Found {tuple(weights.shape)} and {run.order.dtype} {tuple(run.order.shape)}."
         )
+
+
+def _start(run: Run) -> tuple[Tree, Tree]:
+    return run.params, run.optimizer.init(run.params)
+
+
+def _after(run: Run, start: tuple[Tree, Tree], order: Tensor, weights: Tensor) -> tuple[Tree, Tree]:
+    """The parameters and the optimizer's state after some more steps."""
     losses_fn = vmap(run.loss_fn, in_dims=(None, *[0] * len(run.examples)))
-    params, state = run.params, run.optimizer.init(run.params)
-    for index in run.order:
+    params, state = start
+    for index in order:
         rows, factors = [x[index] for x in run.examples], weights[index]
 
         def mean(params: Tree, rows: list[Tensor] = rows, factors: Tensor = factors) -> Tensor:
             return (losses_fn(params, *rows) * factors).sum() / len(factors)
 
         params, state = run.optimizer.update(params, state, grad(mean)(params))
-    return params
+    return params, state
 
 
 def retrained(run: Run, test: tuple[Tensor, ...], weights: Tensor, *, at_once: int = 32) -> Tensor:
@@ -81,7 +96,9 @@ def retrained(run: Run, test: tuple[Tensor, ...], weights: Tensor, *, at_once: i
             f"retrained: weights must be (R, {len(run.examples[0])}) and at_once at least 1. "
             f"Found {tuple(weights.shape)} and {at_once}."
         )
-    return torch.cat([vmap(lambda row: _test_losses(run, test, row))(part) for part in weights.split(at_once)])
+    return torch.cat(
+        [vmap(lambda row: _test_losses(run, test, trained(run, row)))(part) for part in weights.split(at_once)]
+    )
 
 
 def leave_one_out(run: Run, test: tuple[Tensor, ...], which: Tensor, *, at_once: int = 32) -> Tensor:
@@ -107,30 +124,77 @@ def leave_one_out(run: Run, test: tuple[Tensor, ...], which: Tensor, *, at_once:
     return losses[1:] - losses[0]
 
 
-def unrolled(run: Run, test: tuple[Tensor, ...], *, at_once: int = 8) -> Tensor:
+def unrolled(run: Run, test: tuple[Tensor, ...], weights: Tensor | None = None, *, at_once: int = 8) -> Tensor:
     """What each training example's weight takes from the losses of test examples, by differentiating the whole run.
 
     Args:
         run: the run.
         test: tensors (M, …), as the loss takes them.
+        weights: (N,), those of the run that is differentiated; all one by default. Where about a part p of the examples
+            is to be left out, 1 - p is the middle of the runs in question.
         at_once: test examples differentiated side by side, at least 1.
 
     Returns:
-        (N, M): `-d loss_j / d c_i` at all weights one; above zero where the example helped.
+        (N, M): `-d loss_j / d c_i`; above zero where the example helped.
 
-    Cost: all steps' activations are held: meant for small models. One backward pass through the run for each test
-        example.
+    Raises:
+        ValueError: the weights are not (N,), or `at_once` is below 1.
+
+    Cost: the states at √T of the T steps, the activations of √T steps and M adjoints are held. Two runs forward, and
+        one backward pass through the run for each test example.
     """
     if at_once < 1:
         raise ValueError(f"unrolled: at_once must be at least 1. Found {at_once}.")
-    losses, pull, *_ = vjp(lambda weights: _test_losses(run, test, weights), _ones(run))
+    weights = _ones(run) if weights is None else weights
+    _check("unrolled", run, weights)
+    stretches = run.order.split(max(1, math.isqrt(len(run.order))))
+    starts = [_start(run)]
+    for order in stretches[:-1]:
+        starts.append(_after(run, starts[-1], order, weights))
+
+    def last(floats: list[Tensor], weights: Tensor) -> Tensor:
+        params, _ = _after(run, _joined(starts[-1], floats), stretches[-1], weights)
+        return _test_losses(run, test, params)
+
+    losses, pull, *_ = vjp(last, _floats(starts[-1]), weights)
     units = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
-    rows = [vmap(lambda unit: pull(unit)[0])(part) for part in units.split(at_once)]
-    return -torch.cat(rows).T
+    adjoints, found = _pulled(pull, [units], at_once)
+    for start, order in zip(starts[-2::-1], stretches[-2::-1], strict=True):
+
+        def onward(
+            floats: list[Tensor], weights: Tensor, start: tuple[Tree, Tree] = start, order: Tensor = order
+        ) -> list[Tensor]:
+            return _floats(_after(run, _joined(start, floats), order, weights))
+
+        _, pull, *_ = vjp(onward, _floats(start), weights)
+        adjoints, more = _pulled(lambda *cotangents, pull=pull: pull(list(cotangents)), adjoints, at_once)
+        found = found + more
+    return -found.T
 
 
-def _test_losses(run: Run, test: tuple[Tensor, ...], weights: Tensor) -> Tensor:
-    return vmap(run.loss_fn, in_dims=(None, *[0] * len(test)))(trained(run, weights), *test)
+def _pulled(
+    pull: Callable[..., tuple[list[Tensor], Tensor]], cotangents: list[Tensor], at_once: int
+) -> tuple[list[Tensor], Tensor]:
+    """Of each test example the cotangents (M, …) of what a stretch starts from, and those of the weights, (M, N)."""
+    parts = zip(*[rows.split(at_once) for rows in cotangents], strict=True)
+    pulled = [vmap(pull)(*part) for part in parts]
+    adjoints = [torch.cat(rows) for rows in zip(*[floats for floats, _ in pulled], strict=True)]
+    return adjoints, torch.cat([of_weights for _, of_weights in pulled])
+
+
+def _floats(state: Tree) -> list[Tensor]:
+    """The leaves that are differentiated: not counts."""
+    return [leaf for leaf in tree.leaves(state) if leaf.is_floating_point()]
+
+
+def _joined(state: tuple[Tree, Tree], floats: list[Tensor]) -> tuple[Tree, Tree]:
+    """The state with these leaves in place of its float ones."""
+    rest = iter(floats)
+    return tree.unflatten(state, [next(rest) if leaf.is_floating_point() else leaf for leaf in tree.leaves(state)])
+
+
+def _test_losses(run: Run, test: tuple[Tensor, ...], params: Tree) -> Tensor:
+    return vmap(run.loss_fn, in_dims=(None, *[0] * len(test)))(params, *test)
 
 
 def _ones(run: Run) -> Tensor:

@@ -9,6 +9,7 @@
 | `runs.py` | tables of runs: grids and random draws |
 | `lanes.py` | a step of many runs in one call; what it costs side by side and one after the other |
 | `fit.py` | the sweep: successive halving, early stopping, failures |
+| `subsets.py` | runs that are each trained on a part of the examples of its own |
 | `hypergradient.py` | the gradient through training, in memory that grows with the root of the steps |
 | `tune.py` | descent on hyperparameters by that gradient |
 """
@@ -38,6 +39,8 @@ from .runs import drawn as drawn
 from .runs import grid as grid
 from .runs import settings as settings
 from .runs import with_seeds as with_seeds
+from .subsets import SUBSET as SUBSET
+from .subsets import on_subsets as on_subsets
 from .tune import LOG as LOG
 from .tune import LOG_FROM_ONE as LOG_FROM_ONE
 from .tune import Scale as Scale
