@@ -45,7 +45,6 @@ from functorch_mnist import (
     optim,
     per_sample,
     random,
-    statistics,
     sweep,
     tree,
 )
@@ -69,6 +68,7 @@ RANDOM, DOT, COSINE, TRACIN, TRACIN_MODELS = (
     "random numbers", "gradient dot", "gradient cosine", "TracIn", "TracIn, models of all images",
 )  # fmt: skip
 EMPIRICAL, KRONECKER = "Fisher, empirical", "Fisher, Kronecker-factored"
+CORRECTED = "Fisher, Kronecker-factored, corrected"
 KERNEL, DIFFERENCE = "tangent kernel", "difference of means, half subsets"
 LOG_ODDS, NEWTON, TRAK = "TRAK, not projected", "Gauss-Newton of the log-odds", "TRAK, half subsets"
 AGAIN = "another model of the subset"
@@ -352,20 +352,23 @@ def _empirical(case: Case) -> Iterator[Influence]:
 
 
 def _kronecker(case: Case) -> Iterator[Influence]:
-    apply, images = partial(_apply, case.settings), case.train[0]
-    diagonal = statistics.fisher_diagonal(apply, case.one, images)
-    curvature = attribution.curvature(statistics.fisher_kronecker(apply, case.one, images), diagonal)
-    yield from _solved(case, KRONECKER, curvature)
+    """With the products of the factors' eigenvalues, and with corrected ones."""
+    for name, corrected in ((KRONECKER, False), (CORRECTED, True)):
+        apply, images = partial(_apply, case.settings), case.train[0]
+        curvature = attribution.fisher_curvature(apply, case.one, images, corrected=corrected, chunk_size=500)
+        yield from _solved(case, name, curvature)
 
 
 def _solved(case: Case, name: str, curvature: attribution.Curvature) -> Iterator[Influence]:
-    """Influence functions by a curvature that solves for one test gradient at a time."""
-    test_grads = per_sample.grads(case.loss_fn, case.one, *case.test)
-    directions = [
-        vmap(lambda one, damping=damping: curvature.solve(one, damping=damping), chunk_size=50)(test_grads)
-        for damping in case.settings.dampings
-    ]
-    columns = torch.cat([_rows(direction) for direction in directions]).T
+    """Influence functions by a curvature that solves for test gradients."""
+    some = list(zip(*[x.split(100) for x in case.test], strict=True))
+    columns = torch.cat(
+        [
+            _rows(curvature.solve(per_sample.grads(case.loss_fn, case.one, *part), damping=damping))
+            for damping in case.settings.dampings
+            for part in some
+        ]
+    ).T
     chunks = [
         _rows(per_sample.grads(case.loss_fn, case.one, *rows)) @ columns
         for rows in zip(*[x.split(500) for x in case.train], strict=True)
