@@ -14,7 +14,7 @@ from .. import tree
 from ..batch import masked
 from ..ops import nested
 from .forms import Cost, Sizes
-from .terms import Strategy, Term
+from .terms import Strategy, Term, scaled
 from .weights import Weight, pullback, pushed_forward
 
 
@@ -105,10 +105,12 @@ class Called(Term):
         examples, cotangents = (tuple([masked(x, keep) for x in xs]) for xs in (self.inputs, self.cotangents))
         return replace(self, inputs=examples, cotangents=cotangents)
 
+    def times(self, c: Tensor) -> Called:
+        return replace(self, cotangents=tuple([scaled(g, c) for g in self.cotangents]))
+
     def weighted_sum(self, weights: Tensor) -> Tensor:
         _, pull = pullback(self._outputs, self.weight)
-        scaled = [g * weights.to(g.dtype).view(-1, *[1] * (g.dim() - 1)) for g in self.cotangents]
-        gradient: Tensor = pull(tuple(scaled))[0]
+        gradient: Tensor = pull(tuple([scaled(g, weights) for g in self.cotangents]))[0]
         return gradient
 
     def dot(self, direction: Tensor) -> Tensor:
