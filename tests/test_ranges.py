@@ -65,10 +65,6 @@ def recurrent(p, x, y):
     return (out * y).sum()
 
 
-def vocabulary(p, x, y):
-    return fm.losses.vocabulary_cross_entropy(x, p["w"], y).sum()
-
-
 def problem(name, count):
     tokens = (torch.arange(count * 4).view(count, 4) * 5) % 6
     if name == "convolution":
@@ -149,8 +145,10 @@ def test_a_prepared_loss_finds_the_same_norms(name, way):
     assert torch.equal(per_sample.norms(loss, params, *ordinary), plain[2])
 
 
-@pytest.mark.parametrize(("name", "way"), [("sequence", "gram"), ("tied", "pairs"), ("convolution", "gram")])
-@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize(
+    ("name", "way", "prepared"),
+    [("sequence", "gram", False), ("tied", "pairs", False), ("convolution", "gram", True)],
+)
 def test_compiled_norms_at_all_scales_are_right(name, way, prepared):
     loss_fn, params, batch, plan, expected = given(name, way)
     if prepared:
@@ -194,6 +192,22 @@ def test_confident_examples_have_norms_cosines_and_scores():
     assert norms.whole.least > 0
     found = attribution.self_influence(scores.grand[None], torch.ones(1))
     close(found, rows.square().sum(1))
+
+
+@pytest.mark.parametrize("way", ["gram", "build"])
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e25])
+def test_a_sure_softmax_over_a_vocabulary_has_a_norm(way, scale):
+    def loss_fn(p, x, y):
+        return fm.losses.chunked_cross_entropy(x, p["w"], y, bias=p["b"], block_size=2).sum() * scale
+
+    params = {"w": torch.eye(5, 3), "b": torch.tensor([0.1, -0.2, 0.3, 0.0, 0.0])}
+    y = torch.tensor([[0, 1], [2, 0], [1, 1]])
+    x = F.one_hot(y, 3).float() * torch.tensor([60.0, 1.0, 55.0])[:, None, None]
+    plan = per_sample.plan(loss_fn, params, x[0], y[0], batch_size=3).override("w", way)
+    rows = dense(loss_fn, wide(params), (x.to(D), y))
+    found = per_sample.leaf_norms(loss_fn, params, x, y, plan=plan)
+    for path in params:
+        close(found[path], rows[path].flatten(1).norm(dim=1))
 
 
 def test_a_tiny_gradient_is_not_clipped_and_a_large_one_is():

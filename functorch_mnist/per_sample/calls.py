@@ -105,9 +105,6 @@ class Called(Term):
         examples, cotangents = (tuple([masked(x, keep) for x in xs]) for xs in (self.inputs, self.cotangents))
         return replace(self, inputs=examples, cotangents=cotangents)
 
-    def times(self, c: Tensor) -> Called:
-        return replace(self, cotangents=tuple([scaled(g, c) for g in self.cotangents]))
-
     def weighted_sum(self, weights: Tensor) -> Tensor:
         _, pull = pullback(self._outputs, self.weight)
         gradient: Tensor = pull(tuple([scaled(g, weights) for g in self.cotangents]))[0]

@@ -291,7 +291,8 @@ def prepare(
 
     Guarantees: results are those of the loss itself. Parameters or examples of other shapes, dtypes or devices are
         prepared anew. Nothing is kept of a forward that branches on its data, and nothing kept is used where a result
-        may be differentiated: within a transform, or where an input requires a gradient.
+        may be differentiated: within a transform, or where an input requires a gradient. A batch with a gradient whose
+        norm is above 8e6, or below 3e-26 and not zero, is taken again without what is kept.
 
     As by `jax.jit`, what the loss reads besides its arguments, such as a number or an attribute, is read once; the
     numbers of a tensor that it holds are read in every call.

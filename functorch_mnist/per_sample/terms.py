@@ -148,7 +148,7 @@ class Term:
 
     def times(self, c: Tensor) -> Term:
         """c_i ∇_i, in float32 or wider, for powers of two c (B,)."""
-        raise NotImplementedError
+        return Dense(scaled(tree.wide(self.grads()), c))
 
     def square_norms(self, by: Careful = CAREFUL) -> Tensor:
         """|∇_i|²: (B,), in float64."""
@@ -208,9 +208,6 @@ class Dense(Term):
     def masked(self, keep: Tensor) -> Dense:
         return Dense(masked(self.values, keep))
 
-    def times(self, c: Tensor) -> Dense:
-        return Dense(scaled(tree.wide(self.values), c))
-
     def weighted_sum(self, weights: Tensor) -> Tensor:
         return weighted(self.values, weights)
 
@@ -233,9 +230,6 @@ class Absent(Term):
         return self.zeros
 
     def masked(self, keep: Tensor) -> Absent:  # noqa: ARG002 (zeros are zeros)
-        return self
-
-    def times(self, c: Tensor) -> Absent:  # noqa: ARG002
         return self
 
     def weighted_sum(self, weights: Tensor) -> Tensor:  # noqa: ARG002
@@ -276,9 +270,6 @@ class Parts(Term):
 
     def masked(self, keep: Tensor) -> Parts:
         return Parts(tuple([masked(part, rows) for part, rows in self._with(keep)]))
-
-    def times(self, c: Tensor) -> Parts:
-        return Parts(tuple([scaled(tree.wide(part), rows) for part, rows in self._with(c)]))
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         return torch.stack([weighted(part, rows) for part, rows in self._with(weights)]).sum(0)
@@ -459,9 +450,6 @@ class Convolution(Term):
     def masked(self, keep: Tensor) -> Convolution:
         return replace(self, image=masked(self.image, keep), cotangent=masked(self.cotangent, keep))
 
-    def times(self, c: Tensor) -> Convolution:
-        return replace(self, image=tree.wide(self.image), cotangent=scaled(tree.wide(self.cotangent), c))
-
     def built(self) -> Term:
         return self._parts() if _builds(self, self.kernel, self.image, self.cotangent) else self
 
@@ -613,9 +601,6 @@ class Viewed(Term):
 
     def masked(self, keep: Tensor) -> Viewed:
         return Viewed(self.term.masked(keep), self.view)
-
-    def times(self, c: Tensor) -> Viewed:
-        return Viewed(self.term.times(c), self.view)
 
     def built(self) -> Viewed:
         return Viewed(self.term.built(), self.view)

@@ -52,9 +52,6 @@ class Sum(Term):
     def dot(self, direction: Tensor) -> Tensor:
         return _total([term.dot(direction) for term in self.terms])
 
-    def times(self, c: Tensor) -> Sum:
-        return replace(self, terms=tuple([term.times(c) for term in self.terms]))
-
     def square_norms(self, by: Careful = CAREFUL) -> Tensor:
         if self.strategy == "build":
             return super().square_norms(by)

@@ -127,9 +127,6 @@ class Pulled(Term):
         (pushed,) = pushed_forward(lambda param: (self._of(param),), self._here(), direction)
         return self.term.dot(pushed)
 
-    def times(self, c: Tensor) -> Pulled:
-        return replace(self, term=self.term.times(c))
-
     def square_norms(self, by: Careful = CAREFUL) -> Tensor:
         return self.term.square_norms(by) if self.weight.selects else super().square_norms(by)
 
