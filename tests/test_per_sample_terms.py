@@ -506,10 +506,10 @@ def test_rounding_widens_a_leaf_bound_by_sixteen_units_of_the_squared_reach():
 def test_a_leaf_bound_takes_squares_below_zero_as_zero_and_leaves_sums_as_they_are():
     class Cancelled(Dense):
         def square_norms(self, by):
-            return torch.full((1,), -1.0, dtype=D)
+            return by.given(torch.full((1,), -1.0, dtype=D))
 
         def reach(self, by):
-            return torch.ones(1, dtype=D)
+            return by.given(torch.ones(1, dtype=D), root=True)
 
     eps = torch.finfo(torch.float32).eps
     values = torch.full((1, 1), 3.0)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import tree
 from ..batch import masked
 from ..tree import Tree
-from .squares import CAREFUL, Careful, Plain, are_right, may_be_plain
+from .squares import CAREFUL, Careful, Plain, are_right, may_be_plain, plain_total
 from .terms import Kronecker, Term
 
 
@@ -55,15 +55,14 @@ class Factored:
 
         Guarantees: right though float32 may not hold the squares, for gradients with numbers from 5e-35.
         """
-        return self._taken(lambda term, by: term.square_norms(by))
+        return list(self._taken(_square_norms).unbind()) if self.terms else []
 
     def norms(self) -> Tensor:
         """|∇_i|: (B,), float32 or wider; see `square_norms`."""
-        squares = self.square_norms()
-        if not squares:
+        if not self.terms:
             return torch.zeros_like(self.losses)
         dtype = functools.reduce(torch.promote_types, [_dtype(term) for term in self.terms])
-        return _root(torch.stack(squares).sum(0)).to(dtype)
+        return _root(self._taken(_square_norms).sum(0)).to(dtype)
 
     def leaf_norms(self) -> Tree:
         """The norm of each parameter's part of ∇_i: a tree with leaves (B,)."""
@@ -74,18 +73,19 @@ class Factored:
 
         Positions may cancel, and what is left of a gradient then hangs on the order of its sums.
         """
-        return self._roots(self._taken(_bounded))
+        return self._roots(list(self._taken(_bounded).unbind()) if self.terms else [])
 
-    def _taken(self, of: Callable[[Term, Careful], Tensor]) -> list[Tensor]:
-        """What comes of the squares of each term's numbers: plain ones where they can be looked at."""
-        if not may_be_plain(self.losses):
-            return [of(term, CAREFUL) for term in self.terms]
+    def _taken(self, of: Callable[[Term, Careful], Tensor]) -> Tensor:
+        """What comes of the squares of each term's numbers, plain ones where they can be looked at: (L, B) float64."""
+        if not may_be_plain(self.losses) or torch.float64 in [_dtype(term) for term in self.terms]:
+            return torch.stack([of(term, CAREFUL) for term in self.terms])
         ways = [Plain() for _ in self.terms]
-        found = [of(term, by) for term, by in zip(self.terms, ways, strict=True)]
+        found = plain_total([of(term, by) for term, by in zip(self.terms, ways, strict=True)])
         right = are_right(ways)
         if all(right):
             return found
-        return [x if good else of(term, CAREFUL) for term, x, good in zip(self.terms, found, right, strict=True)]
+        rows = zip(self.terms, found, right, strict=True)
+        return torch.stack([row if good else of(term, CAREFUL) for term, row, good in rows])
 
     def _roots(self, squares: list[Tensor]) -> Tree:
         roots = [_root(x).to(_dtype(term)) for term, x in zip(self.terms, squares, strict=True)]
@@ -160,6 +160,10 @@ def _dtype(term: Term) -> torch.dtype:
     return functools.reduce(
         torch.promote_types, [x.dtype for x in term.factors() if x.is_floating_point()], torch.float32
     )
+
+
+def _square_norms(term: Term, by: Careful) -> Tensor:
+    return term.square_norms(by)
 
 
 def _bounded(term: Term, by: Careful) -> Tensor:

@@ -22,7 +22,7 @@ from .factored import Factored
 from .passes import Finish, Loss, Pass, Ways, itself, passed, ways
 from .plan import Plan, Planned
 from .programs import NotRecorded, Program, record
-from .squares import ends, in_range, looked_at_later
+from .squares import are_in_range, ends, looked_at_later
 
 Kind: TypeAlias = tuple[torch.Size, torch.dtype, torch.device]
 """What a tensor is like, but for its numbers."""
@@ -150,7 +150,7 @@ class Prepared:
                 leaves, structure = tree.flatten(signature.finish(factored, *more))
             made.append(structure)
             looks.append(len(seen) > 0)
-            return [*leaves, ends(seen)] if seen else leaves
+            return [*leaves, *ends(seen)] if seen else leaves
 
         try:
             program = record(run, inputs)
@@ -225,8 +225,10 @@ class PreparedPass:
         if recorded is None or recorded.program is None or recorded.structure is None:
             return Pass(self.prepared.loss, self.params, known.ways)(batch, mask, finish, *more)
         out = recorded.program(*inputs)
-        if recorded.looks and not in_range(out.pop()):
-            return Pass(self.prepared.loss, self.params, known.ways)(batch, mask, finish, *more)
+        if recorded.looks:
+            *out, least, most = out
+            if not are_in_range(least, most):
+                return Pass(self.prepared.loss, self.params, known.ways)(batch, mask, finish, *more)
         return tree.restore(recorded.structure, out)
 
     def compiled(

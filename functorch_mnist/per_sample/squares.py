@@ -25,8 +25,8 @@ from torch import Tensor
 
 from .. import native, tree
 
-_BITS = 40
-"""Plain sums are of numbers times 2^40."""
+_SCALE = 2.0**80
+"""Of plain sums: of numbers times 2^40."""
 _LOW, _HIGH = 2.0**-90, 2.0**126
 """Of such sums: the rounding of 2^35 squares below float32's range is 24 binary digits below the one."""
 
@@ -74,9 +74,25 @@ class Careful:
         gamma = (_spread(c, alpha) / alpha.double()).clamp(max=2.0**126).to(g.dtype)
         return a * alpha[..., None], g * gamma[..., None], c
 
+    def pairs(self, a: Tensor, g: Tensor, lead: int) -> tuple[Tensor, Tensor]:
+        """`squares` of two factors, whose products are those of outer products."""
+        return self.squares(a, lead), self.squares(g, lead)
+
     def unscaled(self, sums: Tensor, c: Tensor, *factors: Tensor) -> Tensor:  # noqa: ARG002
         """Sums of squares (B,) of products of these factors (B, …) times c, without the scale, in float64."""
         return sums.double() / c.square()
+
+    def whole(self, sums: Tensor) -> Tensor:
+        """What comes of `pairs`, as it is."""
+        return sums
+
+    def given(self, sums: Tensor, root: bool = False) -> Tensor:  # noqa: ARG002
+        """Sums of squares (B,), or roots of such, that were taken otherwise."""
+        return sums
+
+    def crossed(self, products: Tensor, c: Tensor) -> Tensor:
+        """Twice the inner products (B,) of what `ready` gave, without the scale."""
+        return 2 * products.double() / c
 
     def ready(self, term: T, squares: Tensor) -> tuple[T, Tensor]:
         """A term times powers of two c (B,), so that its inner products are in range; and c in float64.
@@ -92,13 +108,13 @@ class Careful:
 
 
 class Plain(Careful):
-    """Sums of squares that are to be looked at."""
+    """Sums of squares that are to be looked at: in float32, at a scale of 2^80. Not for float64."""
 
     def __init__(self) -> None:
         self.seen: list[Tensor] = []
-        """Sums of squares, at their scale."""
+        """What is to be in range."""
         self.products: list[tuple[Tensor, tuple[Tensor, ...]]] = []
-        """Those of products, at none, and the factors: a zero of them may stand for what is not."""
+        """Sums of inner products, and the factors: a zero of them may stand for what is not."""
 
     def hides(self) -> bool:
         """Whether a zero does, so far as the program may look."""
@@ -106,27 +122,40 @@ class Plain(Careful):
 
     def squares(self, x: Tensor, lead: int = 1) -> Tensor:
         x = tree.wide(x)
-        if x.dtype == torch.float64:
-            return row_sums(x.square(), lead)
-        sums = row_sums(torch.addcmul(x.new_zeros(()), x, x, value=4.0**_BITS), lead)
+        sums = row_sums(torch.addcmul(x.new_zeros(()), x, x, value=_SCALE), lead)
         self.seen.append(sums)
-        return sums.double() * 4.0**-_BITS
+        return sums
+
+    def pairs(self, a: Tensor, g: Tensor, lead: int) -> tuple[Tensor, Tensor]:
+        ordinary = row_sums(tree.wide(a).square(), lead)
+        self.seen.append(ordinary)
+        return ordinary, self.squares(g, lead)
 
     def scaled(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return tree.wide(x), x.new_ones(len(x), dtype=torch.float64)
+        return tree.wide(x), x.new_ones(())
 
     def balanced(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return tree.wide(a), *self.scaled(g)
 
     def unscaled(self, sums: Tensor, c: Tensor, *factors: Tensor) -> Tensor:  # noqa: ARG002 (it is 1)
-        if sums.dtype != torch.float64:
-            self.seen.append(sums.abs() * 2.0**24)  # what cancels may be below zero
-            self.products.append((sums, factors))
-        return sums.double()
+        self.seen.append(sums.abs() * 2.0**24)  # what cancels may be below zero
+        self.products.append((sums, factors))
+        return self.given(sums)
+
+    def whole(self, sums: Tensor) -> Tensor:
+        self.seen.append(sums)
+        return sums
+
+    def given(self, sums: Tensor, root: bool = False) -> Tensor:
+        found = (sums * (_SCALE**0.5 if root else _SCALE)).float()
+        self.seen.append(found.abs())
+        return found
+
+    def crossed(self, products: Tensor, c: Tensor) -> Tensor:  # noqa: ARG002 (it is 1)
+        return products * (2 * _SCALE)
 
     def ready(self, term: T, squares: Tensor) -> tuple[T, Tensor]:
-        if torch.float64 not in [x.dtype for x in term.factors()]:
-            self.seen.append((squares * 2.0**20).float())  # two norms of 2^-55 have an inner product
+        self.seen.append(squares * (2.0**20 / _SCALE))  # two norms of 2^-55 have an inner product
         return term, torch.ones_like(squares)
 
 
@@ -194,19 +223,29 @@ def are_right(ways: Sequence[Plain]) -> list[bool]:
     return [not way.seen or (in_range(ends(way.seen)) and not way.hides()) for way in ways]
 
 
-def ends(seen: Sequence[Tensor]) -> Tensor:
-    """The least, but for zeros, and the largest of all sums: (2,)."""
+def ends(seen: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The least, but for zeros, and the largest of all sums: 0-d."""
     every = torch.cat([x.reshape(-1) for x in seen])
-    return torch.stack(torch.aminmax(torch.where(every == 0, 1.0, every)))
+    least, most = torch.where(every == 0, 1.0, every).aminmax()
+    return least, most
 
 
-def in_range(ends: Tensor) -> bool:
+def in_range(ends: tuple[Tensor, Tensor]) -> bool:
     """Whether sums with these ends are right."""
-    known = native.numbers(ends)
-    if known is None:
+    least, most = (native.numbers(x) for x in ends)
+    if least is None or most is None:
         return False
-    least, most = known.reshape(-1, 2).unbind(1)
-    return bool(least.amin() >= _LOW) and bool(most.amax() <= _HIGH)
+    return bool(least.amin() >= _LOW and most.amax() <= _HIGH) if least.dim() else are_in_range(least, most)
+
+
+def are_in_range(least: Tensor, most: Tensor) -> bool:
+    """The same of plain 0-d tensors."""
+    return float(least) >= _LOW and float(most) <= _HIGH
+
+
+def plain_total(found: Sequence[Tensor]) -> Tensor:
+    """Plain sums (B,) without their scale: (L, B) in float64."""
+    return torch.stack(list(found)).double() * (1 / _SCALE)
 
 
 _RECORDING: list[list[Tensor]] = []

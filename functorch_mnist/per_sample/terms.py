@@ -324,7 +324,8 @@ class Outer(Term):
         if self.strategy == "build":
             return super().square_norms(by)
         if self.strategy == "outer product":
-            return (by.squares(self.a, 2) * by.squares(self.g, 2)).sum(1)
+            a, g = by.pairs(self.a, self.g, 2)
+            return by.whole((a * g).sum(1))
         a, g, c = by.balanced(self.a, self.g)
         return by.unscaled(((a @ a.transpose(-2, -1)) * (g @ g.transpose(-2, -1))).sum((1, 2, 3)), c, a, g)
 
@@ -341,7 +342,8 @@ class Outer(Term):
     def reach(self, by: Careful = CAREFUL) -> Tensor | None:
         if self.a.shape[2] == 1:
             return None
-        return (by.squares(self.a, 3) * by.squares(self.g, 3)).sqrt().sum((1, 2))
+        a, g = by.pairs(self.a, self.g, 3)
+        return (a.sqrt() * g.sqrt()).sum((1, 2))
 
     def gram(self, other: Term) -> Tensor:
         if not isinstance(other, Outer):
@@ -503,7 +505,7 @@ class Convolution(Term):
         a: Tensor = convolution(squares, ones, None, self.stride, self.padding, self.dilation)
         g = cotangent.square().sum(2).flatten(0, 1)
         sums = row_sums((a.squeeze(1).clamp(min=0).sqrt() * g.sqrt()).view(len(self.image), -1))
-        return by.unscaled(sums, (c * d).sqrt(), image, cotangent)
+        return by.given(sums.double() / (c * d), root=True)
 
     def gram(self, other: Term) -> Tensor:
         if self.strategy in BUILDS or not isinstance(other, Convolution):

@@ -125,8 +125,10 @@ def _terms(
 def _times(terms: dict[Way, Term], compile: bool, seconds: float) -> dict[str, float]:
     """The median milliseconds of a clipped sum by each way, in turns."""
 
+    kinds = [x.dtype for term in terms.values() for x in term.factors()]
+
     def clipped(term: Term, norm: Tensor) -> Tensor:
-        built, by = term.built(), CAREFUL if compile else Plain()
+        built, by = term.built(), CAREFUL if compile or torch.float64 in kinds else Plain()
         return built.weighted_sum((norm / built.square_norms(by).sqrt()).clamp(max=1))
 
     norm = torch.tensor(1.0, device=next(iter(terms.values())).factors()[0].device)

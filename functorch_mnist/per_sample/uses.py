@@ -58,7 +58,7 @@ class Sum(Term):
         own = [term.square_norms(by) for term in self.terms]
         ready = [by.ready(term, squares) for term, squares in zip(self.terms, own, strict=True)]
         crossed = [
-            2 * (y.inner(x) if isinstance(y, Lookup) else x.inner(y)).double() / (c * d)
+            by.crossed(y.inner(x) if isinstance(y, Lookup) else x.inner(y), c * d)
             for (x, c), (y, d) in itertools.combinations(ready, 2)
         ]
         return _total(own + crossed).clamp(min=0)  # uses may cancel

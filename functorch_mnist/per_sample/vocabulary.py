@@ -176,16 +176,16 @@ class Vocabulary(Term):
     def times(self, c: Tensor) -> Vocabulary:
         return replace(self, c=scaled(tree.wide(self.c), c))
 
-    def square_norms(self, by: Careful = CAREFUL) -> Tensor:  # noqa: ARG002 (always careful, for c is small)
+    def square_norms(self, by: Careful = CAREFUL) -> Tensor:  # always careful, for c is small
         term, c = self._scaled()
         sums = term._fold("built squares" if self.strategy == "build" else "squares")
-        return self._kept(sums.double() / c.square())
+        return by.given(self._kept(sums.double() / c.square()))
 
-    def reach(self, by: Careful = CAREFUL) -> Tensor | None:  # noqa: ARG002
+    def reach(self, by: Careful = CAREFUL) -> Tensor | None:
         if self.c.shape[1] == 1:
             return None
         term, c = self._scaled()
-        return self._kept(term._fold("reach").double() / c)
+        return by.given(self._kept(term._fold("reach").double() / c), root=True)
 
     def _scaled(self) -> tuple[Vocabulary, Tensor]:
         """The same at a scale at which numbers from 1e-31 times the largest of c have squares, and that scale (B,)."""
