@@ -7,11 +7,14 @@ keep their insertion order, as torch does (JAX sorts the keys).
 from builtins import map as builtin_map
 from collections.abc import Callable, Iterable
 from dataclasses import field, fields
+from functools import reduce
 from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from . import native
 
 Tree: TypeAlias = Any
 """A pytree of tensors. Python's types cannot say "nested to any depth, structure kept", hence `Any`."""
@@ -143,14 +146,40 @@ def dot(a: T, b: T) -> Tensor:
 def norm(tree: Tree) -> Tensor:
     """The Euclidean norm over all leaves, a 0-d tensor in float32 or wider; 0 for an empty tree.
 
-    Guarantees: its gradient at zero is zero.
+    Guarantees: its gradient at zero is zero. It is right for all numbers that float32 holds, though it may not hold
+    their squares.
 
     Example:
         >>> norm([torch.tensor([3.0]), torch.tensor([4.0])])
         tensor(5.)
     """
-    norms = [torch.linalg.vector_norm(wide(leaf)) for leaf in leaves(tree)]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    values = [wide(leaf) for leaf in leaves(tree)]
+    if not values:
+        return torch.zeros(())
+    if torch.compiler.is_compiling():  # one pass over the numbers: the compiler fuses it
+        total = torch.stack([leaf.double().square().sum() for leaf in values]).sum()
+        positive = total > 0
+        return torch.where(positive, torch.where(positive, total, 1.0).sqrt(), total).to(_promoted(values))
+    found = _norm(values)
+    known = None if torch._C._len_torch_dispatch_stack() or found.device.type != "cpu" else native.numbers(found)
+    if found.dtype == torch.float64 or (known is not None and bool(((known > 2.0**-40) & (known < 2.0**60)).all())):
+        return found
+    largest = torch.stack([leaf.detach().abs().amax().to(found.dtype) for leaf in values if leaf.numel()] or [found])
+    scale = torch.ones_like(found)
+    for _ in range(3):
+        most = largest.amax() * scale
+        up = torch.where(most < 2.0**-20, 2.0**40, torch.where(most > 2.0**20, 2.0**-40, 1.0))
+        scale = torch.where(most > 0, scale * up, scale)
+    return _norm([leaf * scale.to(leaf.dtype) for leaf in values]) / scale
+
+
+def _promoted(values: list[Tensor]) -> torch.dtype:
+    return reduce(torch.promote_types, [leaf.dtype for leaf in values])
+
+
+def _norm(values: list[Tensor]) -> Tensor:
+    found: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(leaf) for leaf in values]))
+    return found
 
 
 def register(cls: type[C]) -> type[C]:

@@ -10,7 +10,8 @@ import functorch_mnist
 ROOT = Path(functorch_mnist.__file__).parent
 ROWS = [
     {"compiler", "files", "machine"},
-    {"tree", "allocator", "batch", "native", "ops", "hyperparameters", "options"},
+    {"native"},
+    {"tree", "allocator", "batch", "ops", "hyperparameters", "options"},
     {"random", "products"},
     {"decompositions"},
     {"layers", "losses", "optim", "data"},

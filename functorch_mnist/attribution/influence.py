@@ -16,8 +16,10 @@ from functools import partial, reduce
 import torch
 from torch import Tensor
 
+from .. import native
 from ..distributed import ALONE, World, rows_over
 from ..per_sample import Plan, gram, norms
+from ..per_sample.squares import power
 from ..tree import Tree
 
 
@@ -39,11 +41,27 @@ def gradient_cosine(
         train, test: tensors (N, …) and (M, …).
         chunk_size, plan, world: as in `per_sample.gram`.
     """
-    products = gram(loss_fn, params, train, test, chunk_size=chunk_size, plan=plan, world=world)
     of = partial(norms, loss_fn, params, chunk_size=chunk_size, plan=plan)
     sizes = [rows_over(world, of, *batch, unit=chunk_size) for batch in (train, test)]
+    scales = [power(lengths) for lengths in sizes]
+    if all([_are_ones(c) for c in scales]):
+        products = gram(loss_fn, params, train, test, chunk_size=chunk_size, plan=plan, world=world)
+    else:  # inner products may be out of float32's range: those of losses times powers of two are not
+
+        def scaled_fn(params: Tree, *example: Tensor) -> Tensor:
+            return loss_fn(params, *example[:-1]) * example[-1]
+
+        pair = [(*batch, c) for batch, c in zip((train, test), scales, strict=True)]
+        products = gram(scaled_fn, params, *pair, chunk_size=chunk_size, plan=plan, world=world)
+        sizes = [lengths.double() * c.double() for lengths, c in zip(sizes, scales, strict=True)]
     lengths = sizes[0][:, None].double() * sizes[1].double()
     return torch.where(lengths == 0, 0.0, products / lengths).to(products.dtype)  # a NaN stays one
+
+
+def _are_ones(c: Tensor) -> bool:
+    """Whether all are, so far as the program may look."""
+    known = native.numbers(c)
+    return known is not None and bool((known == 1).all())
 
 
 def tracin(

@@ -119,7 +119,8 @@ def of_outputs(outputs: Tensor, labels: Tensor) -> OutputScores:
         raise ValueError(f"of_outputs: a margin needs at least two classes. Found {outputs.shape[-1]}.")
     mine = own(labels, outputs.shape[-1])
     wide = tree.wide(outputs)
-    el2n = torch.linalg.vector_norm(wide.softmax(-1) - mine.float(), dim=-1)
+    errors = wide.softmax(-1) - mine.float()
+    el2n = torch.linalg.vector_norm(errors, dim=-1, dtype=torch.float64).to(wide.dtype)  # of sure ones, 1e-22 and less
     others = wide.masked_fill(mine, -torch.inf).amax(-1)
     margin = wide.gather(-1, labels[..., None].long()).squeeze(-1) - others
     return OutputScores(outputs.argmax(-1), el2n, margin)
@@ -133,17 +134,17 @@ def self_influence(grand: Tensor, lrs: Tensor) -> Tensor:
         lrs: (T,), the learning rate at each.
 
     Returns:
-        (N,).
+        (N,) in float64, for squares of small norms are below float32's range.
 
     Example:
         >>> self_influence(torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.tensor([1.0, 0.5]))
-        tensor([1.0000, 8.5000])
+        tensor([1.0000, 8.5000], dtype=torch.float64)
     """
     if grand.dim() != 2 or lrs.shape != grand.shape[:1]:
         raise ValueError(
             f"self_influence: grand must be (T, N) and lrs (T,). Found {tuple(grand.shape)} and {tuple(lrs.shape)}."
         )
-    return lrs.to(grand.dtype) @ grand.square()
+    return lrs.double() @ grand.double().square()
 
 
 def forgetting_events(correct: Tensor) -> Tensor:

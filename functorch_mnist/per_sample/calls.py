@@ -14,7 +14,7 @@ from .. import tree
 from ..batch import masked
 from ..ops import nested
 from .forms import Cost, Sizes
-from .terms import Strategy, Term
+from .terms import Strategy, Term, scaled
 from .weights import Weight, pullback, pushed_forward
 
 
@@ -107,8 +107,7 @@ class Called(Term):
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         _, pull = pullback(self._outputs, self.weight)
-        scaled = [g * weights.to(g.dtype).view(-1, *[1] * (g.dim() - 1)) for g in self.cotangents]
-        gradient: Tensor = pull(tuple(scaled))[0]
+        gradient: Tensor = pull(tuple([scaled(g, weights) for g in self.cotangents]))[0]
         return gradient
 
     def dot(self, direction: Tensor) -> Tensor:

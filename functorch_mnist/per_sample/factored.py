@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,6 +13,7 @@ from .. import tree
 from ..batch import masked
 from ..tree import Tree
 from .eigen import Eigenbasis
+from .squares import CAREFUL, Careful, Plain, are_right, may_be_plain, plain_total
 from .terms import Kronecker, Term
 
 
@@ -52,21 +54,46 @@ class Factored:
         """The dense gradients: a tree with leaves (B, *w)."""
         return self._like_params([term.grads() for term in self.terms])
 
+    def square_norms(self) -> list[Tensor]:
+        """The squared norm of each parameter's part of ∇_i: (B,) in float64, in the order of `tree.leaves`.
+
+        Guarantees: right though float32 may not hold the squares, for gradients with numbers from 5e-35.
+        """
+        return list(self._taken(_square_norms).unbind()) if self.terms else []
+
     def norms(self) -> Tensor:
-        """|∇_i|: (B,)."""
-        squares = [term.square_norms() for term in self.terms]
-        return _root(torch.stack(squares).sum(0)) if squares else torch.zeros_like(self.losses)
+        """|∇_i|: (B,), float32 or wider; see `square_norms`."""
+        if not self.terms:
+            return torch.zeros_like(self.losses)
+        dtype = functools.reduce(torch.promote_types, [_dtype(term) for term in self.terms])
+        return _root(self._taken(_square_norms).sum(0)).to(dtype)
 
     def leaf_norms(self) -> Tree:
         """The norm of each parameter's part of ∇_i: a tree with leaves (B,)."""
-        return tree.unflatten(self.params, [_root(term.square_norms()) for term in self.terms])
+        return self._roots(self.square_norms())
 
     def leaf_bounds(self) -> Tree:
         """`leaf_norms`, a trifle larger where rounding could make them smaller than what `weighted_sum` adds.
 
         Positions may cancel, and what is left of a gradient then hangs on the order of its sums.
         """
-        return tree.unflatten(self.params, [_root(_bounded(term)) for term in self.terms])
+        return self._roots(list(self._taken(_bounded).unbind()) if self.terms else [])
+
+    def _taken(self, of: Callable[[Term, Careful], Tensor]) -> Tensor:
+        """What comes of the squares of each term's numbers, plain ones where they can be looked at: (L, B) float64."""
+        if not may_be_plain(self.losses) or torch.float64 in [_dtype(term) for term in self.terms]:
+            return torch.stack([of(term, CAREFUL) for term in self.terms])
+        ways = [Plain() for _ in self.terms]
+        found = plain_total([of(term, by) for term, by in zip(self.terms, ways, strict=True)])
+        right = are_right(ways)
+        if all(right):
+            return found
+        rows = zip(self.terms, found, right, strict=True)
+        return torch.stack([row if good else of(term, CAREFUL) for term, row, good in rows])
+
+    def _roots(self, squares: list[Tensor]) -> Tree:
+        roots = [_root(x).to(_dtype(term)) for term, x in zip(self.terms, squares, strict=True)]
+        return tree.unflatten(self.params, roots)
 
     def weighted_sum(self, weights: Tensor | Tree) -> Tree:
         """Σ_i c_i ∇_i, a tree like `params`, for weights c (B,), or a tree of them like `params`."""
@@ -178,12 +205,23 @@ _ROUNDING = 16
 """Units in the last place by which sums over positions were seen to differ, with a margin."""
 
 
-def _bounded(term: Term) -> Tensor:
+def _dtype(term: Term) -> torch.dtype:
+    """Of norms: that of the factors, float32 or wider."""
+    return functools.reduce(
+        torch.promote_types, [x.dtype for x in term.factors() if x.is_floating_point()], torch.float32
+    )
+
+
+def _square_norms(term: Term, by: Careful) -> Tensor:
+    return term.square_norms(by)
+
+
+def _bounded(term: Term, by: Careful) -> Tensor:
     """The squared norms, and what rounding may have hidden of them."""
-    squares, reach = term.square_norms(), term.reach()
+    squares, reach = term.square_norms(by), term.reach(by)
     if reach is None:
         return squares
-    return squares.clamp(min=0) + _ROUNDING * torch.finfo(squares.dtype).eps * reach.square()
+    return squares.clamp(min=0) + _ROUNDING * torch.finfo(_dtype(term)).eps * reach.square()
 
 
 def _root(squares: Tensor) -> Tensor:

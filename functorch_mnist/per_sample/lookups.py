@@ -11,7 +11,8 @@ from torch import Tensor
 from .. import tree
 from ..batch import masked
 from .layout import layout
-from .terms import Kronecker, Strategy, Term, row_sums, scaled, squares
+from .squares import CAREFUL, Careful, row_sums
+from .terms import Kronecker, Strategy, Term, scaled
 
 _PAIRS = 2**24
 """Inner products of positions that are held at a time, where they outgrow the factors: 64 MB in float32."""
@@ -55,11 +56,14 @@ class Lookup(Term):
     def dot(self, direction: Tensor) -> Tensor:
         return row_sums(F.embedding(self.rows, tree.wide(direction)) * self.g)
 
-    def square_norms(self) -> Tensor:
-        return super().square_norms() if self.strategy == "build" else squares(self.segments()[1])
+    def times(self, c: Tensor) -> Lookup:
+        return replace(self, g=scaled(tree.wide(self.g), c))
 
-    def reach(self) -> Tensor | None:
-        return squares(self.g, 2).sqrt().sum(1)
+    def square_norms(self, by: Careful = CAREFUL) -> Tensor:
+        return super().square_norms(by) if self.strategy == "build" else by.squares(self.segments()[1])
+
+    def reach(self, by: Careful = CAREFUL) -> Tensor | None:
+        return by.squares(self.g, 2).sqrt().sum(1)
 
     def settled(self) -> Lookup:
         return replace(self, strategy="gram")

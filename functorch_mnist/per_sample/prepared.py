@@ -22,6 +22,7 @@ from .factored import Factored
 from .passes import Finish, Loss, Pass, Ways, itself, passed, ways
 from .plan import Plan, Planned
 from .programs import NotRecorded, Program, record
+from .squares import are_in_range, ends, looked_at_later
 
 Kind: TypeAlias = tuple[torch.Size, torch.dtype, torch.device]
 """What a tensor is like, but for its numbers."""
@@ -56,6 +57,8 @@ class Recorded(NamedTuple):
     """None where they cannot be told."""
     structure: Structure | None
     """Of what the program returns."""
+    looks: bool = False
+    """Whether it returns the ends of sums of squares after that: see `squares`."""
     reason: str = ""
     """Why there is none."""
 
@@ -138,23 +141,26 @@ class Prepared:
 
     def _record(self, signature: Signature, params: Tree, inputs: list[Tensor], found: Ways) -> Recorded:
         made: list[Structure] = []
+        looks: list[bool] = []
 
         def run(*values: Tensor) -> list[Tensor]:
             theirs, batch, mask, more = signature.read(params, values)
             factored = passed(self.loss, theirs, batch, mask, found)
-            leaves, structure = tree.flatten(signature.finish(factored, *more))
+            with looked_at_later() as seen:
+                leaves, structure = tree.flatten(signature.finish(factored, *more))
             made.append(structure)
-            return leaves
+            looks.append(len(seen) > 0)
+            return [*leaves, *ends(seen)] if seen else leaves
 
         try:
             program = record(run, inputs)
         except NotRecorded as error:
-            return Recorded(None, None, str(error))
+            return Recorded(None, None, reason=str(error))
         except Strayed:
-            return Recorded(None, None, "the forward branches on its data")
+            return Recorded(None, None, reason="the forward branches on its data")
         if any([x.requires_grad for x in program.constants]):
-            return Recorded(None, None, "the loss holds a tensor that requires a gradient")
-        return Recorded(program, made[0])
+            return Recorded(None, None, reason="the loss holds a tensor that requires a gradient")
+        return Recorded(program, made[0], looks[0])
 
     @constant_to_the_compiler
     def opaque(
@@ -218,7 +224,12 @@ class PreparedPass:
         recorded = None if untracked else self.prepared.recorded(signature, self.params, rest, known)
         if recorded is None or recorded.program is None or recorded.structure is None:
             return Pass(self.prepared.loss, self.params, known.ways)(batch, mask, finish, *more)
-        return tree.restore(recorded.structure, recorded.program(*inputs))
+        out = recorded.program(*inputs)
+        if recorded.looks:
+            *out, least, most = out
+            if not are_in_range(least, most):
+                return Pass(self.prepared.loss, self.params, known.ways)(batch, mask, finish, *more)
+        return tree.restore(recorded.structure, out)
 
     def compiled(
         self,
@@ -282,7 +293,8 @@ def prepare(
 
     Guarantees: results are those of the loss itself. Parameters or examples of other shapes, dtypes or devices are
         prepared anew. Nothing is kept of a forward that branches on its data, and nothing kept is used where a result
-        may be differentiated: within a transform, or where an input requires a gradient.
+        may be differentiated: within a transform, or where an input requires a gradient. A batch with a gradient whose
+        norm is above 8e6, or below 3e-26 and not zero, is taken again without what is kept.
 
     As by `jax.jit`, what the loss reads besides its arguments, such as a number or an attribute, is read once; the
     numbers of a tensor that it holds are read in every call.

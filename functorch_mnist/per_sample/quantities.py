@@ -123,6 +123,8 @@ def norms(
 ) -> Tensor:
     """|∇_i|: (B,), float32 or wider.
 
+    Guarantees: right though float32 may not hold the squares, for gradients with numbers from 5e-35.
+
     Example:
         >>> norms(lambda w, x: w @ x, torch.zeros(2), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
         tensor([5., 1.])

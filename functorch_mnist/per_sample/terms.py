@@ -34,6 +34,7 @@ from ..batch import masked
 from ..compiler import stored
 from ..products import sum_of_outer
 from .layout import Layout, View, as_matrices, as_parameter, kernel_layout, layout
+from .squares import CAREFUL, Careful, row_sums
 
 Strategy: TypeAlias = Literal["outer product", "gram", "build", "unfold", "grouped convolution", "sum", "pairs"]
 """How inner products are taken; `"pairs"`: of each pair of uses. A convolution builds its gradients in one of two ways,
@@ -152,14 +153,19 @@ class Term:
         """Itself, with its inner products by the cheaper strategy: where it is one of several uses."""
         return self
 
-    def square_norms(self) -> Tensor:
-        """|∇_i|²: (B,)."""
-        return joined([squares(part.grads()) for part in self.in_parts()])
+    def times(self, c: Tensor) -> Term:
+        """c_i ∇_i, in float32 or wider, for powers of two c (B,)."""
+        return Dense(scaled(tree.wide(self.grads()), c))
 
-    def reach(self) -> Tensor | None:
-        """(B,): `Σ_t |g_it| |a_it|`, at least |∇_i|; rounding errors of norms and sums of ∇_i are in proportion to it.
+    def square_norms(self, by: Careful = CAREFUL) -> Tensor:
+        """|∇_i|²: (B,), in float64."""
+        return joined([by.squares(part.grads()) for part in self.in_parts()])
 
-        None where there is no sum over positions whose rounding could hide what cancels.
+    def reach(self, by: Careful = CAREFUL) -> Tensor | None:  # noqa: ARG002
+        """(B,) in float64: `Σ_t |g_it| |a_it|`, at least |∇_i|.
+
+        Rounding errors of norms and sums of ∇_i are in proportion to it. None where there is no sum over positions
+        whose rounding could hide what cancels.
         """
         return None
 
@@ -257,8 +263,8 @@ class Absent(Term):
     def dot(self, direction: Tensor) -> Tensor:  # noqa: ARG002
         return tree.wide(self.zeros.new_zeros(len(self.zeros)))
 
-    def square_norms(self) -> Tensor:
-        return tree.wide(self.zeros.new_zeros(len(self.zeros)))
+    def square_norms(self, by: Careful = CAREFUL) -> Tensor:  # noqa: ARG002
+        return self.zeros.new_zeros(len(self.zeros), dtype=torch.float64)
 
     def gram(self, other: Term) -> Tensor:
         return tree.wide(self.zeros.new_zeros(len(self.zeros), len(other.factors()[0])))
@@ -323,6 +329,9 @@ class Outer(Term):
     def masked(self, keep: Tensor) -> Outer:
         return replace(self, a=masked(self.a, keep), g=masked(self.g, keep))
 
+    def times(self, c: Tensor) -> Outer:
+        return replace(self, a=tree.wide(self.a), g=scaled(tree.wide(self.g), c))
+
     def built(self) -> Term:
         return Dense(self.grads()) if _builds(self, self.layout.shape, self.a, self.g) else self
 
@@ -336,13 +345,14 @@ class Outer(Term):
         outputs = a @ self.layout.matrices(direction).transpose(-2, -1)
         return (outputs * self.g).sum((1, 2, 3))
 
-    def square_norms(self) -> Tensor:
+    def square_norms(self, by: Careful = CAREFUL) -> Tensor:
         if self.strategy == "build":
-            return super().square_norms()
+            return super().square_norms(by)
         if self.strategy == "outer product":
-            return (squares(self.a, 2) * squares(self.g, 2)).sum(1)
-        a, g = tree.wide(self.a), tree.wide(self.g)
-        return ((a @ a.transpose(-2, -1)) * (g @ g.transpose(-2, -1))).sum((1, 2, 3))
+            a, g = by.pairs(self.a, self.g, 2)
+            return by.whole((a * g).sum(1))
+        a, g, c = by.balanced(self.a, self.g)
+        return by.unscaled(((a @ a.transpose(-2, -1)) * (g @ g.transpose(-2, -1))).sum((1, 2, 3)), c, a, g)
 
     def columns(self, rows: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.layout != layout(self.layout.shape) or self.layout.sizes[0] > 1:
@@ -354,10 +364,11 @@ class Outer(Term):
         t, d, h = self.a.shape[2], self.a.shape[3], self.g.shape[3]
         return replace(self, strategy="gram" if t * (d + h) < d * h else "build")
 
-    def reach(self) -> Tensor | None:
+    def reach(self, by: Careful = CAREFUL) -> Tensor | None:
         if self.a.shape[2] == 1:
             return None
-        return (squares(self.a, 3) * squares(self.g, 3)).sqrt().sum((1, 2))
+        a, g = by.pairs(self.a, self.g, 3)
+        return (a.sqrt() * g.sqrt()).sum((1, 2))
 
     def gram(self, other: Term) -> Tensor:
         if not isinstance(other, Outer):
@@ -405,7 +416,7 @@ class Outer(Term):
         if self.a.shape[1:3] != (1, 1) or self.layout.order != (0, 1):
             return super().sides(weights)
         a, g = tree.wide(self.a)[:, 0, 0], scaled(tree.wide(self.g)[:, 0, 0], weights)
-        left, right = scaled(g, squares(a).sqrt()), scaled(a, squares(g).sqrt())
+        left, right = (scaled(x, row_sums(y.square()).sqrt()) for x, y in ((g, a), (a, g)))
         return left.T @ left, right.T @ right
 
 
@@ -498,14 +509,16 @@ class Convolution(Term):
         outputs = convolution(image, direction, None, self.stride, self.padding, self.dilation, self.groups)
         return row_sums(outputs.view(cotangent.shape) * cotangent)
 
-    def square_norms(self) -> Tensor:
+    def square_norms(self, by: Careful = CAREFUL) -> Tensor:
         if self.strategy in BUILDS:
-            return super().square_norms()
+            return super().square_norms(by)
         if self.strategy == "outer product" or not by_pixels(self.kernel[2:], self.stride):
-            return self.outer().square_norms()
-        cotangents = tree.wide(self._grouped(self.cotangent).flatten(2, -2))
-        products = self._patch_products()
-        return row_sums(products * (cotangents @ cotangents.transpose(-2, -1)).view(products.shape))
+            return self.outer().square_norms(by)
+        (image, c), (cotangent, d) = by.scaled(self.image), by.scaled(self.cotangent)
+        cotangents = self._grouped(cotangent).flatten(2, -2)
+        products = replace(self, image=image)._patch_products()
+        sums = row_sums(products * (cotangents @ cotangents.transpose(-2, -1)).view(products.shape))
+        return by.unscaled(sums, c * d, image, cotangent)
 
     def _patch_products(self) -> Tensor:
         """Inner products of all pairs of patches, (B, G, N, *positions, N, *positions): those of pixels, summed."""
@@ -523,15 +536,17 @@ class Convolution(Term):
             total = total + part
         return total  # type: ignore[return-value]
 
-    def reach(self) -> Tensor | None:
+    def reach(self, by: Careful = CAREFUL) -> Tensor | None:
         if math.prod(self.cotangent.shape[3:]) * self.cotangent.shape[1] == 1:
             return None
-        squares = tree.wide(self.image).square().sum(2, keepdim=True).flatten(0, 1)  # of all channels, so of each group
+        (image, c), (cotangent, d) = by.scaled(self.image), by.scaled(self.cotangent)
+        squares = image.square().sum(2, keepdim=True).flatten(0, 1)  # of all channels, so of each group
         ones = squares.new_ones(1, 1, *self.kernel[2:])
         convolution = _CONVOLUTIONS[len(self.stride)]
         a: Tensor = convolution(squares, ones, None, self.stride, self.padding, self.dilation)
-        g = tree.wide(self.cotangent).square().sum(2).flatten(0, 1)
-        return row_sums((a.squeeze(1).clamp(min=0) * g).sqrt().view(len(self.image), -1))
+        g = cotangent.square().sum(2).flatten(0, 1)
+        sums = row_sums((a.squeeze(1).clamp(min=0).sqrt() * g.sqrt()).view(len(self.image), -1))
+        return by.given(sums.double() / (c * d), root=True)
 
     def gram(self, other: Term) -> Tensor:
         if self.strategy in BUILDS or not isinstance(other, Convolution):
@@ -661,11 +676,11 @@ class Viewed(Term):
     def dot(self, direction: Tensor) -> Tensor:
         return self.term.dot(self.view.forward(direction))
 
-    def square_norms(self) -> Tensor:
-        return self.term.square_norms()
+    def square_norms(self, by: Careful = CAREFUL) -> Tensor:
+        return self.term.square_norms(by)
 
-    def reach(self) -> Tensor | None:
-        return self.term.reach()
+    def reach(self, by: Careful = CAREFUL) -> Tensor | None:
+        return self.term.reach(by)
 
     def gram(self, other: Term) -> Tensor:
         if isinstance(other, Viewed) and other.view == self.view:
@@ -714,16 +729,6 @@ def joined(parts: list[Tensor]) -> Tensor:
 def _products(x: Tensor, y: Tensor) -> Tensor:
     """⟨x_i, y_j⟩: (B, B')."""
     return tree.wide(x).reshape(len(x), -1) @ tree.wide(y).reshape(len(y), -1).T
-
-
-def squares(x: Tensor, lead: int = 1) -> Tensor:
-    """The sum of squares over all but the leading axes."""
-    return row_sums(tree.wide(x).square(), lead)
-
-
-def row_sums(x: Tensor, lead: int = 1) -> Tensor:
-    """The sum over all but the leading axes. Axes are named, not flattened: the compiler then sums in stored order."""
-    return x.sum(list(range(lead, x.dim()))) if x.dim() > lead else x
 
 
 def scaled(x: Tensor, weights: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from ..tree import Tree
 from . import measured
 from .capture import LossFn, Survey, factor, survey
 from .plan import Plan, Row, Way, planned, strategies
+from .squares import CAREFUL, Plain
 from .terms import Term
 
 MUCH = 4
@@ -124,9 +125,11 @@ def _terms(
 def _times(terms: dict[Way, Term], compile: bool, seconds: float) -> dict[str, float]:
     """The median milliseconds of a clipped sum by each way, in turns."""
 
+    kinds = [x.dtype for term in terms.values() for x in term.factors()]
+
     def clipped(term: Term, norm: Tensor) -> Tensor:
-        built = term.built()
-        return built.weighted_sum((norm / built.square_norms().sqrt()).clamp(max=1))
+        built, by = term.built(), CAREFUL if compile or torch.float64 in kinds else Plain()
+        return built.weighted_sum((norm / built.square_norms(by).sqrt()).clamp(max=1))
 
     norm = torch.tensor(1.0, device=next(iter(terms.values())).factors()[0].device)
     runs: dict[Way, Callable[[], Tensor]] = {}

@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import tree
 from .layout import of_rows
 from .lookups import Lookup
+from .squares import CAREFUL, Careful
 from .terms import Outer, Strategy, Term, Viewed
 
 
@@ -51,16 +52,20 @@ class Sum(Term):
     def dot(self, direction: Tensor) -> Tensor:
         return _total([term.dot(direction) for term in self.terms])
 
-    def square_norms(self) -> Tensor:
+    def square_norms(self, by: Careful = CAREFUL) -> Tensor:
         if self.strategy == "build":
-            return super().square_norms()
-        pairs = itertools.combinations(self.terms, 2)
-        crossed = [2 * (y.inner(x) if isinstance(y, Lookup) else x.inner(y)) for x, y in pairs]
-        return _total([term.square_norms() for term in self.terms] + crossed).clamp(min=0)  # uses may cancel
+            return super().square_norms(by)
+        own = [term.square_norms(by) for term in self.terms]
+        ready = [by.ready(term, squares) for term, squares in zip(self.terms, own, strict=True)]
+        crossed = [
+            by.crossed(y.inner(x) if isinstance(y, Lookup) else x.inner(y), c * d)
+            for (x, c), (y, d) in itertools.combinations(ready, 2)
+        ]
+        return _total(own + crossed).clamp(min=0)  # uses may cancel
 
-    def reach(self) -> Tensor | None:
-        reaches = [term.reach() for term in self.terms]
-        norms = [term.square_norms().sqrt() if r is None else r for term, r in zip(self.terms, reaches, strict=True)]
+    def reach(self, by: Careful = CAREFUL) -> Tensor | None:
+        reaches = [term.reach(by) for term in self.terms]
+        norms = [term.square_norms(by).sqrt() if r is None else r for term, r in zip(self.terms, reaches, strict=True)]
         return _total(norms)
 
     def gram(self, other: Term) -> Tensor:

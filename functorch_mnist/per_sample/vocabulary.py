@@ -27,7 +27,8 @@ from ..batch import masked
 from ..losses import vocabulary as blocks
 from .forms import Cost, Sizes
 from .rules import Entry, rule
-from .terms import Strategy, Term
+from .squares import CAREFUL, Careful, power
+from .terms import Strategy, Term, scaled
 from .weights import pullback
 
 _FEW = 16
@@ -172,11 +173,26 @@ class Vocabulary(Term):
     def dot(self, direction: Tensor) -> Tensor:
         return self._kept(self._fold("dot", direction.reshape(len(direction), -1)))
 
-    def square_norms(self) -> Tensor:
-        return self._kept(self._fold("built squares" if self.strategy == "build" else "squares"))
+    def times(self, c: Tensor) -> Vocabulary:
+        return replace(self, c=scaled(tree.wide(self.c), c))
 
-    def reach(self) -> Tensor | None:
-        return None if self.c.shape[1] == 1 else self._kept(self._fold("reach"))
+    def square_norms(self, by: Careful = CAREFUL) -> Tensor:  # always careful, for c is small
+        term, c = self._scaled()
+        sums = term._fold("built squares" if self.strategy == "build" else "squares")
+        return by.given(self._kept(sums.double() / c.square()))
+
+    def reach(self, by: Careful = CAREFUL) -> Tensor | None:
+        if self.c.shape[1] == 1:
+            return None
+        term, c = self._scaled()
+        return by.given(self._kept(term._fold("reach").double() / c), root=True)
+
+    def _scaled(self) -> tuple[Vocabulary, Tensor]:
+        """The same at a scale at which numbers from 1e-31 times the largest of c have squares, and that scale (B,)."""
+        if self.c.dtype == torch.float64:
+            return self, self.c.new_ones(len(self.c))
+        c = power(self.c, steps=(40, 40, 40, 20, 10)).clamp(max=2.0**100) * 2.0**25  # a softmax is off by 1 at most
+        return self.times(c), c.double()
 
     def gram(self, other: Term) -> Tensor:
         if not isinstance(other, Vocabulary) or other.of_weight != self.of_weight:

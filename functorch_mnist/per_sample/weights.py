@@ -21,6 +21,7 @@ from torch.func import vjp, vmap
 from .. import tree
 from ..ops import nested
 from .layout import View
+from .squares import CAREFUL, Careful
 from .terms import Term
 
 SELECTING = (
@@ -126,11 +127,11 @@ class Pulled(Term):
         (pushed,) = pushed_forward(lambda param: (self._of(param),), self._here(), direction)
         return self.term.dot(pushed)
 
-    def square_norms(self) -> Tensor:
-        return self.term.square_norms() if self.weight.selects else super().square_norms()
+    def square_norms(self, by: Careful = CAREFUL) -> Tensor:
+        return self.term.square_norms(by) if self.weight.selects else super().square_norms(by)
 
-    def reach(self) -> Tensor | None:
-        return self.term.reach() if self.weight.selects else None
+    def reach(self, by: Careful = CAREFUL) -> Tensor | None:
+        return self.term.reach(by) if self.weight.selects else None
 
     def gram(self, other: Term) -> Tensor:
         if isinstance(other, Pulled) and self.weight.selects and other.weight is self.weight:

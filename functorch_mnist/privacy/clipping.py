@@ -265,7 +265,11 @@ class Quantile(Clipping):
 
 def _total(norms: list[Tensor]) -> Tensor:
     """The norm of several parts together: (B,)."""
-    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    if len(norms) == 1:
+        return norms[0]
+    every = torch.stack(norms)
+    total: Tensor = torch.linalg.vector_norm(every.double(), dim=0)  # their squares may be out of float32's range
+    return total.to(every.dtype)
 
 
 def _everywhere(norms: Tree, factor_fn: Callable[[Tensor], Tensor]) -> Tree:

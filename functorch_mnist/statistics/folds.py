@@ -54,16 +54,16 @@ class Gradients:
 
     @property
     def square_norms(self) -> list[Tensor]:
-        """The squared norm of each parameter's part of ∇_i, (B,) each, in the order of `tree.leaves`."""
+        """The squared norm of each parameter's part of ∇_i, (B,) float64 each, in the order of `tree.leaves`."""
         if self._square_norms is None:
-            self._square_norms = [term.square_norms() for term in self.factored.terms]
+            self._square_norms = self.factored.square_norms()
         return self._square_norms
 
     @property
     def norms(self) -> Tensor:
-        """|∇_i|: (B,)."""
+        """|∇_i|: (B,) float64."""
         squares = self.square_norms
-        return torch.stack(squares).sum(0).sqrt() if squares else torch.zeros_like(self.factored.losses)
+        return torch.stack(squares).sum(0).sqrt() if squares else torch.zeros_like(self.factored.losses).double()
 
     @property
     def total(self) -> Tree:

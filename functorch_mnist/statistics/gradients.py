@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .. import batch as batches
 from .. import tree
-from ..per_sample import Eigenbasis, Kronecker, Plan, factored
+from ..per_sample import Eigenbasis, Factored, Kronecker, Plan, factored
+from ..per_sample.squares import power
 from ..tree import Tree
 from .distribution import Distribution
 from .folds import Gradients, Sums, wide_sums
@@ -115,7 +116,7 @@ class Alignment(Sums):
     @classmethod
     def of(cls, gradients: Gradients, *, direction: Tree) -> Alignment:
         """The distribution over some examples, for a direction like `params`: `partial(Alignment.of, direction=…)`."""
-        found = _cosines(gradients.factored.dot(direction), gradients.norms, direction)
+        found = _cosines(gradients.factored, gradients.norms, direction)
         return cls(Distribution.of(found, gradients.keep))
 
     def merge(self, other: Alignment) -> Alignment:
@@ -192,11 +193,15 @@ def cosines(
     found = []
     for chunk in batches.chunks("statistics.cosines", batch, mask, chunk_size):
         part = factored(loss_fn, params, *chunk.batch, mask=chunk.mask, plan=plan)
-        found.append(chunk.unpadded(_cosines(part.dot(direction), part.norms(), direction)))
+        found.append(chunk.unpadded(_cosines(part, part.norms(), direction)))
     return torch.cat(found)
 
 
-def _cosines(products: Tensor, sizes: Tensor, direction: Tree) -> Tensor:
-    lengths = sizes.double() * tree.norm(direction).double()
+def _cosines(part: Factored, sizes: Tensor, direction: Tree) -> Tensor:
+    """Of gradients of these sizes (B,): by a direction at a scale at which inner products are in range."""
+    length = tree.norm(direction)
+    c = power(length, 0)
+    products = part.dot(tree.map(lambda v: tree.wide(v) * c.to(tree.wide(v).dtype), direction))
+    lengths = sizes.double() * (length.double() * c.double())
     found = torch.where(lengths == 0, 0.0, products / lengths)  # a NaN stays one
     return found.to(products.dtype)

@@ -47,7 +47,7 @@ class Noise(Sums):
     @classmethod
     def of(cls, gradients: Gradients) -> Noise:
         """The sums over some examples."""
-        return cls(gradients.count, wide_sums(gradients.total), gradients.norms.double().square().sum())
+        return cls(gradients.count, wide_sums(gradients.total), gradients.norms.square().sum())
 
     @property
     def square_of_sum(self) -> Tensor:
@@ -264,7 +264,7 @@ class _LeftOut(Sums):
     @classmethod
     def of(cls, part: Gradients, whole: Noise) -> _LeftOut:
         # |S - ∇_i|² = |S|² - 2 ⟨∇_i, S⟩ + |∇_i|²
-        own = part.norms.double().square()
+        own = part.norms.square()
         products = part.factored.dot(whole.total).double()
         rest = _estimates(whole.count - 1, whole.square_of_sum - 2 * products + own, whole.squares - own)
         deviations = torch.where(part.keep, _deviations(*rest, whole.trace, whole.square_norm), 0.0)
