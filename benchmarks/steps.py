@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functorch_mnist import losses, models, optim, per_sample, random, train, tree
+from functorch_mnist import data, losses, models, optim, per_sample, random, train, tree
+from functorch_mnist.commands.build import VALUE_DRAW, VALUE_RENEWED, VALUE_SMOOTHING
 
 from .measure import Work
 from .problems import Problem, start
@@ -95,6 +96,41 @@ def watched_steps(problem: Problem, *, compile: bool, count: int, watched: int) 
         nonlocal state
         for number in range(count):
             state, _ = (watching if number < watched else plain)(state, problem.stored, problem.labels)
+
+    return Work(
+        call,
+        lambda: tree.map(torch.sub, state.params, problem.params),
+        start(state.params.values(), (problem.x, problem.labels), torch.float32),
+    )
+
+
+def valued_steps(problem: Problem, *, compile: bool) -> Work:
+    """Steps that say what their examples are worth to MNIST's test images, as `train --watch value` makes them.
+
+    A call is all steps from one renewal of the validation gradient to the next.
+    """
+
+    def losses_fn(params: models.Params, stored: Tensor, labels: Tensor) -> Tensor:
+        return losses.cross_entropy(problem.apply(params, problem.prepare(stored)), labels)
+
+    optimizer, test = optim.sgd(LR, momentum=MOMENTUM), data.load("mnist").test
+    loss_fn = per_sample.prepare(losses_fn, problem.params, problem.stored[0], problem.labels[0])
+    validation = [rows[:1000].to(problem.labels.device) for rows in test]
+    renewing, keeping = (
+        train.valuing(
+            loss_fn, validation, validation_loss=losses_fn, draw=VALUE_DRAW, smoothing=VALUE_SMOOTHING, renew=renew
+        )
+        for renew in (True, False)
+    )
+    first, rest = (train.make_step(estimator, optimizer) for estimator in (renewing, keeping))
+    if compile:
+        first, rest = train.compiled(first), train.compiled(rest)
+    state = train.init_state(problem.params, optimizer, random.key(0), renewing)
+
+    def call() -> None:
+        nonlocal state
+        for number in range(VALUE_RENEWED):
+            state, _ = (rest if number else first)(state, problem.stored, problem.labels)
 
     return Work(
         call,

@@ -434,6 +434,59 @@ def test_an_epoch_that_was_stopped_is_summed_up_whole(watched, data_dir, tmp_pat
     assert said == [line for line in watched[1].splitlines() if "of the epoch" in line or "Largest" in line]
 
 
+VALUED = (*LINEAR, "--hold-out", "40", "--watch", "value", "--schedule", "cosine")
+
+
+@pytest.fixture(scope="module")
+def valued(data_dir, tmp_path_factory):
+    """A run whose images are valued at every step."""
+    run = tmp_path_factory.mktemp("valued") / "run"
+    return run, succeed("train", "--data-dir", data_dir, *VALUED, "--out", run)
+
+
+def test_values_are_sums_over_the_watched_steps_and_written_with_a_picture(valued, mnist):
+    run, out = valued
+    found = table(run / "values.csv")
+    parts = commands.sources.divided(Run(run).found.options, part(mnist, TRAIN, TEST))
+    assert torch.equal(found["label"].long(), parts.train.labels)
+    assert (found["times"] == 2).all() and found["value"].all()
+    assert png(run / "values.png")
+    order = found["value"].argsort(stable=True)
+    assert f"lowest{int(order[0]):>8}" in out and f"highest{int(order[-1]):>8}" in out
+    assert not litter(run)
+
+
+def test_the_first_value_of_an_image_is_the_definition(data_dir, mnist, tmp_path):
+    options = ("--hold-out", "40", "--watch", "value", "--watch-every", "99", "--epochs", "1", "--model", "linear")
+    succeed("train", "--data-dir", data_dir, *options, "--out", tmp_path / "run", "--batch-size", "32")
+    run, found = Run(tmp_path / "run"), table(tmp_path / "run" / "values.csv")
+    parts = commands.sources.divided(run.found.options, part(mnist, TRAIN, TEST))
+    init_key, key = random.split(random.key(0)).unbind(0)
+    start = restore.Point(0, run.found.made.init(init_key), None, 0.01)
+    drawn = random.randint(random.fold_in(random.fold_in(key, 2), 0), (commands.build.VALUE_DRAW,), 0, 40)
+    direction = run.sample_grads(start, *[rows[drawn] for rows in parts.held_out]).mean(0)
+    index = fm.data.epoch_order(216, key=random.split(key)[0], epoch=0)[:BATCH]
+    rows = run.sample_grads(start, *[rows[index] for rows in parts.train])
+    torch.testing.assert_close(found["value"][index], 0.01 / BATCH * rows @ direction, rtol=1e-4, atol=1e-8)
+    assert found["times"].sum() == BATCH
+    assert torch.equal(found["value"] == 0, found["times"] == 0)
+
+
+@pytest.mark.parametrize("at", [2, 8])
+def test_values_of_a_run_that_stops_and_goes_on_are_the_same_bytes(at, valued, data_dir, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        _Stop(patch, commands.callbacks.Saver, "__call__", at)  # after the step is valued, before it is to be saved
+        assert ask("train", "--data-dir", data_dir, *VALUED, "--out", run).status == 130
+    assert (
+        succeed("train", "--resume", run).split("Values of")[1].split("Written")[0]
+        == (valued[1].split("Values of")[1].split("Written")[0])
+    )
+    assert (run / "values.csv").read_bytes() == (valued[0] / "values.csv").read_bytes()
+    newest = [Run(one).points[-1] for one in (run, valued[0])]
+    assert all(map(torch.equal, *[tree.leaves(one.params) for one in newest]))
+
+
 @pytest.mark.parametrize(
     "left", ['{"config": 1}', "[" * 100_000, '{"found": {"12": [1, 2]}, "config": {}}', '{"found": [], "config": {}}']
 )
@@ -533,7 +586,7 @@ def test_a_run_of_another_model_is_told_in_one_line(command, copy, cnn):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (("train", "--watch", ","), "--watch must name one of noise-scale, norms at least."),
+        (("train", "--watch", ","), "--watch must name one of noise-scale, norms, value at least."),
         (("train", "--watch", "noise-scale", "--batch-size", "1"), "--watch noise-scale needs a --batch-size of 2"),
         (("mislabelled", "--top", "101"), "--top must be from 1 to 100"),
         (("scores", "--scores", "loss,grond"), "--scores must be of loss, el2n, grand, margin"),
@@ -558,7 +611,12 @@ def test_a_run_of_another_model_is_told_in_one_line(command, copy, cnn):
         (("mislabelled", "--seed", "-1"), "--seed must be at least 0"),
         (("noise-scale", "--images", "2"), "--images must be 3 at least"),
         (("noise-scale", "--windows", "0"), "--windows must be at least 1"),
-        (("train", "--watch", "norm"), "--watch must be of noise-scale, norms. Found 'norm'."),
+        (("train", "--watch", "norm"), "--watch must be of noise-scale, norms, value. Found 'norm'."),
+        (("train", "--watch", "value"), "--watch value needs held-out images. Found none. Set --hold-out"),
+        (
+            ("train", "--watch", "value,norms", "--hold-out", "9"),
+            "--watch value is of steps of its own. Found value,norms",
+        ),
         (("train", "--watch-every", "2"), "--watch-every has no effect without --watch."),
         (("train", "--watch", "norms", "--watch-every", "0"), "--watch-every must be at least 1"),
     ],

@@ -68,6 +68,10 @@ def test_each_commands_model_loss_and_step_stay_on_their_device(options):
     for estimator in (fm.train.batch_gradient(losses_fn), fm.train.watching(losses_fn)):
         step = fm.train.make_step(estimator, optimizer)
         check(step(state, prepared, LABELS, KEYS, mask=mask, divisor=divisor))
+    valuing = build.valuing(made, losses_fn, examples, META)
+    state = fm.train.init_state(params, optimizer, KEYS[0], valuing)
+    step = fm.train.make_step(valuing, optimizer)
+    check(step(state, prepared, LABELS, KEYS, mask=mask, divisor=divisor))
 
 
 @pytest.mark.parametrize(
@@ -118,6 +122,8 @@ PUBLIC = {
     "chunks": lambda: fm.per_sample.norms(loss_fn, PARAMS, *BATCH, mask=MASK, chunk_size=3),
     "gram": lambda: fm.per_sample.gram(loss_fn, PARAMS, BATCH, chunk_size=3),
     "dot": lambda: fm.per_sample.dot(loss_fn, PARAMS, *BATCH, direction=PARAMS),
+    "grad_and_dot": lambda: tuple(fm.per_sample.grad_and_dot(loss_fn, PARAMS, *BATCH, direction=PARAMS, mask=MASK)),
+    "valuing": lambda: fm.train.valuing(loss_fn, BATCH, draw=2, smoothing=0.9, order=2)(PARAMS, *BATCH, key=KEYS[0]),
     "second_moment": lambda: fm.per_sample.second_moment(loss_fn, PARAMS, *BATCH),
     "kronecker": lambda: fm.per_sample.kronecker(loss_fn, PARAMS, *BATCH),
     "weighted_sum": lambda: fm.per_sample.weighted_sum(loss_fn, PARAMS, *BATCH, weights=torch.zeros(ROWS, device=META)),

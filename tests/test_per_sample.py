@@ -45,9 +45,12 @@ def quantities(loss_fn, params, batch, **options):
     direction = tree.map(lambda w: normals(*w.shape, seed=8), params)
     clipped = per_sample.clipped_sum(loss_fn, params, *batch, max_norm=0.7, **options)
     summed = per_sample.grad_and_norms(loss_fn, params, *batch, **options)
+    along = per_sample.grad_and_dot(loss_fn, params, *batch, direction=direction, **options)
     return {
         "summed": summed.grads,
         "norms beside the sum": summed.norms,
+        "sum beside the products": along.grads,
+        "products beside the sum": along.products,
         "grads": per_sample.factored(
             loss_fn, params, *batch, **{k: v for k, v in options.items() if k != "chunk_size"}
         ).grads(),
@@ -72,6 +75,8 @@ def expected_quantities(loss_fn, params, batch, mask=None):
     return {
         "summed": combine(torch.ones_like(norms), rows),
         "norms beside the sum": norms,
+        "sum beside the products": combine(torch.ones_like(norms), rows),
+        "products beside the sum": flat @ tree.ravel(direction),
         "grads": rows,
         "norms": norms,
         "leaf_norms": tree.map(lambda g: g.reshape(count, -1).norm(dim=1), rows),

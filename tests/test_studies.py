@@ -95,8 +95,9 @@ def test_planted_noise_is_found_better_than_by_chance(records):
 def test_a_seed_gives_the_same_record_again(records):
     record, _, _ = records["mislabelled"]
     examples = mislabelled.data.load("mnist").train
-    some = mislabelled.data.Split(*[rows[: TINY_MISLABELLED.images] for rows in examples])
-    again = mislabelled._thousand(some, TINY_MISLABELLED.settings[0], TINY_MISLABELLED.epochs, 1)
+    count = TINY_MISLABELLED.images
+    some, clean = mislabelled._some(examples, 0, count), mislabelled._some(examples, count, count + 100)
+    again = mislabelled._thousand(some, TINY_MISLABELLED.settings[0], TINY_MISLABELLED.epochs, 1, clean)
     assert {"seed": 1, **again} == record["thousand"]["seeds"][1]
 
 

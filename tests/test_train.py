@@ -1,6 +1,8 @@
 """Steps, the loop and evaluation."""
 
 import functools
+import itertools
+import math
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from torch.func import grad
 
 from functorch_mnist import data, losses, models, optim, random, train, tree
+from functorch_mnist.distributed import World
 
 MODEL = models.mlp((6, 8, 3))
 
@@ -446,6 +449,160 @@ def test_watching_an_empty_batch_changes_nothing():
     assert aux["loss"] == 0
     assert aux["norms"].shape == (0,)
     assert aux["trace"].isnan()
+
+
+def bent(w, x, y):
+    """A loss of one example that bends, with a parameter that is factored and one that is not."""
+    return (torch.tanh(x @ w["a"]) * w["b"] - y).square().sum() / 2
+
+
+def normal(seed, *shape):
+    return random.normal(random.key(seed), shape).double()
+
+
+BENT = {"a": normal(0, 3, 2), "b": normal(1, 2)}
+ROWS, HELD_OUT = (normal(2, 5, 3), normal(3, 5, 2)), (normal(4, 7, 3), normal(5, 7, 2))
+
+
+def shapley(utility, players):
+    """The Shapley value of each, from its definition: 2^n sums."""
+    every = [frozenset(s) for size in range(players + 1) for s in itertools.combinations(range(players), size)]
+    found = {some: utility(sorted(some)) for some in every}
+    weights = [1 / (players * math.comb(players - 1, size)) for size in range(players)]
+    return torch.stack(
+        [sum(weights[len(s)] * (found[s | {i}] - found[s]) for s in every if i not in s) for i in range(players)]
+    )
+
+
+def flat_loss(held_out):
+    """The mean validation loss of raveled parameters."""
+    return lambda vector: torch.func.vmap(bent, in_dims=(None, 0, 0))(tree.unravel(BENT, vector), *held_out).mean()
+
+
+def sample_rows(batch):
+    rows = torch.func.vmap(grad(bent), in_dims=(None, 0, 0))(BENT, *batch)
+    return torch.cat([leaf.flatten(1) for leaf in tree.leaves(rows)], 1)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_values_are_the_shapley_values_of_the_expanded_loss_by_all_subsets(order):
+    point, rate = tree.ravel(BENT), 0.3 / 5
+    gradient, hessian = grad(flat_loss(HELD_OUT))(point), torch.func.jacrev(grad(flat_loss(HELD_OUT)))(point)
+    rows = sample_rows(ROWS)
+
+    def lowered(some):
+        move = -rate * rows[some].sum(0)
+        return -gradient @ move - (move @ hessian @ move / 2 if order == 2 else 0)
+
+    _, aux = train.valuing(bent, HELD_OUT, order=order)(BENT, *ROWS)
+    values = train.data_values(aux, lr=0.3)
+    torch.testing.assert_close(values, shapley(lowered, 5), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(values.sum(), lowered(range(5)), rtol=1e-10, atol=1e-10)
+
+
+def test_values_of_second_order_are_exact_where_the_validation_loss_is_quadratic():
+    def quadratic(w, x, y):
+        return (x @ w - y).square() / 2
+
+    w, (x, y), (vx, vy) = normal(0, 3), (ROWS[0], ROWS[1][:, 0]), (HELD_OUT[0], HELD_OUT[1][:, 0])
+    rows = (x @ w - y)[:, None] * x
+
+    def lowered(some):
+        return ((vx @ w - vy).square() - (vx @ (w - 0.1 * rows[some].sum(0)) - vy).square()).mean() / 2
+
+    _, aux = train.valuing(quadratic, (vx, vy), order=2)(w, x, y)
+    values = train.data_values(aux, lr=0.1, divisor=1)
+    torch.testing.assert_close(values, shapley(lowered, 5), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_valuing_estimator_is_the_plain_one_with_products_beside_it(order):
+    mask, key = torch.arange(5) != 2, random.key(7)
+    poisoned = [x.index_fill(0, torch.tensor([2]), torch.nan) for x in ROWS]
+    plain, plain_aux = train.gradient(bent)(BENT, *[x[mask] for x in ROWS])
+    which = random.randint(key, (3,), 0, 7)
+    drawn = flat_loss([x[which] for x in HELD_OUT])
+    point, rows = tree.ravel(BENT), sample_rows(ROWS)[mask]
+    valuing = train.valuing(bent, HELD_OUT, draw=3, order=order)
+    for estimator in (valuing, train.compiled(valuing)):
+        grads, aux = estimator(BENT, *poisoned, mask=mask, key=key)
+        torch.testing.assert_close(grads, plain, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(aux["loss"], plain_aux["loss"], rtol=1e-12, atol=1e-12)
+        assert aux["count"] == 4
+        torch.testing.assert_close(aux["gradient_dot"][mask], rows @ grad(drawn)(point), rtol=1e-10, atol=1e-10)
+        if order == 2:
+            turned = torch.func.jacrev(grad(drawn))(point) @ rows.sum(0)
+            torch.testing.assert_close(aux["gradient_hessian_gradient"][mask], rows @ turned, rtol=1e-10, atol=1e-10)
+        assert train.data_values(aux, lr=0.1)[2] == 0
+
+
+def test_the_smoothed_validation_gradient_is_the_moving_average_of_each_steps_draw():
+    estimator = train.valuing(bent, HELD_OUT, draw=2, smoothing=0.6)
+    step = train.make_step(estimator, optim.sgd(0.0))
+    state = train.init_state(BENT, optim.sgd(0.0), random.key(3), estimator)
+    draws, rows = [], sample_rows(ROWS)
+    for number in range(3):
+        state, aux = step(state, *ROWS)
+        which = random.randint(random.fold_in(random.fold_in(random.key(3), 2), number), (2,), 0, 7)
+        draws.append(grad(flat_loss([x[which] for x in HELD_OUT]))(tree.ravel(BENT)))
+        weights = [0.6**ago for ago in range(number, -1, -1)]
+        mean = sum(w * d for w, d in zip(weights, draws, strict=True)) / sum(weights)
+        torch.testing.assert_close(aux["gradient_dot"], rows @ mean, rtol=1e-10, atol=1e-10)
+    assert not torch.equal(draws[0], draws[1])
+    keeping = train.make_step(train.valuing(bent, HELD_OUT, smoothing=0.6, renew=False), optim.sgd(0.0))
+    new, aux = keeping(state, *ROWS)
+    torch.testing.assert_close(aux["gradient_dot"], rows @ mean, rtol=1e-10, atol=1e-10)
+    assert_equal(new.estimator, state.estimator)
+
+
+def test_valuing_an_empty_batch_changes_nothing():
+    grads, aux = train.valuing(bent, HELD_OUT, order=2)(BENT, *[x[:0] for x in ROWS])
+    assert not tree.ravel(grads).any()
+    assert aux["loss"] == aux["count"] == 0
+    assert aux["gradient_dot"].shape == aux["gradient_hessian_gradient"].shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"draw": 0},
+        {"smoothing": 1.0},
+        {"smoothing": -0.1},
+        {"order": 3},
+        {"validation": (torch.zeros(0),)},
+        {"renew": False},
+        {"renew": False, "smoothing": 0.5, "order": 2},
+    ],
+)
+def test_what_cannot_be_valued_is_refused(options):
+    with pytest.raises(ValueError, match=r"valuing: .*Found"):
+        train.valuing(bent, **{"validation": HELD_OUT, **options})
+
+
+def test_values_of_second_order_need_the_whole_batch_in_one_place():
+    for order, world in [(1, World(shards=2)), (2, World())]:
+        train.make_step(train.valuing(bent, HELD_OUT, order=order), optim.sgd(0.1), world)
+    for world in (World(shards=2), World(0, 2, group="0")):
+        with pytest.raises(ValueError, match=r"all rows of a batch in one place\. Found a world of 2 parts"):
+            train.make_step(train.valuing(bent, HELD_OUT, order=2), optim.sgd(0.1), world)
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_progress_says_which_examples_the_rows_of_aux_are_of(pad):
+    x, y = examples(10)
+    seen = []
+
+    def estimate(params, x, y, key, *, mask):
+        return params, {"loss": x.sum(), "x": x}
+
+    step = train.make_step(train.Estimator(estimate), optim.sgd(0.0))
+    train.fit(step, start(optim.sgd(0.0)), (x, y), epochs=2, batch_size=4, pad=pad, callbacks=[seen.append])
+    for progress in seen:
+        assert torch.equal(progress.aux["x"], x[progress.drawn])
+    assert sorted(torch.cat([one.drawn[: one.examples - 8] for one in seen[2:3]]).tolist()) == sorted(
+        set(range(10)) - set(torch.cat([one.drawn for one in seen[:2]]).tolist())
+    )
 
 
 def test_a_watch_is_made_at_the_first_step_and_then_at_every_so_many():

@@ -51,7 +51,7 @@ def loss_fn(params, x, y, key=None):
 def fitted(world, estimator, optimizer, *, compile=False):
     made = optimizer if isinstance(optimizer, optim.Optimizer) else optimizer(world)
     step = train.make_step(estimator, made, world)
-    state = train.init_state(model().init(KEY), made, KEY)
+    state = train.init_state(model().init(KEY), made, KEY, estimator)
     seen = []
     state = train.fit(
         train.compiled(step) if compile else step, state, (X, Y), epochs=2, batch_size=BATCH, pad=compile, world=world,
@@ -62,7 +62,10 @@ def fitted(world, estimator, optimizer, *, compile=False):
 
 def unpadded(aux):
     """Without the rows of the padding, of which each number of processes has its own."""
-    return {**aux, "norms": aux["norms"][aux["keep"]], "keep": aux["keep"].sum()} if "keep" in aux else aux
+    if "keep" not in aux:
+        return aux
+    rows = {name: value[aux["keep"]] for name, value in aux.items() if value.dim()}
+    return {**aux, **rows, "keep": aux["keep"].sum()}
 
 
 def clipped(params, *batch, mask):
@@ -82,6 +85,11 @@ def clipped_training(world):
 
 def watched_training(world):
     return fitted(world, train.watching(loss_fn), optim.sgd(0.1))
+
+
+def valued_training(world):
+    """By drawn validation examples, whose smoothed gradient is a part of the state."""
+    return fitted(world, train.valuing(loss_fn, (X[:5], Y[:5]), draw=2, smoothing=0.5), optim.sgd(0.1))
 
 
 def compiled_training(world):
@@ -218,8 +226,8 @@ def unmasked_rows(world):
 
 
 FUNCTIONS = (
-    training, clipped_training, watched_training, private_training, evaluation, folds, rows, swept, shards,
-    unmasked_rows, gathers, half_training, compiled_training, sums,
+    training, clipped_training, watched_training, valued_training, private_training, evaluation, folds, rows, swept,
+    shards, unmasked_rows, gathers, half_training, compiled_training, sums,
 )  # fmt: skip
 CASES = {fn.__name__: fn for fn in FUNCTIONS}
 

@@ -8,20 +8,29 @@ many as there are flipped labels. The MLP's width, learning rate and momentum ar
 score on seeds of their own; the seeds that are reported take no part in the choice. A seed gives the initial
 parameters, the order of examples, the flips and the dropout.
 
-Reference: Deng et al., "dattri: a library for efficient data attribution", NeurIPS 2024.
+The value during training is in-run data Shapley, of `train.valuing`: a run of its own for each kind of validation
+images, whose gradient is a moving average over draws of a few. The lower the value, the more suspect.
+
+    clean validation    1,000 images with right labels that are not trained on: on the small scale the next training
+                        images, on the large one, which leaves none, test images
+    noisy validation    the training images themselves, flipped labels and all: no right label is known
+
+Reference: Deng et al., "dattri: a library for efficient data attribution", NeurIPS 2024. Value: Wang et al., "Data
+Shapley in one training run", ICLR 2025.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from functorch_mnist import attribution, data, losses, models, optim, random, train
+from functorch_mnist import attribution, data, losses, models, optim, per_sample, random, train
 
 from . import markdown
 
@@ -41,6 +50,19 @@ class Setting(NamedTuple):
     momentum: float
 
 
+class Valuing(NamedTuple):
+    """How values are found."""
+
+    draw: int
+    """Validation images whose gradient is taken at a time."""
+    smoothing: float
+    """Decay of the moving average of such gradients."""
+    every: int
+    """Steps from one to the next."""
+    second: bool
+    """Whether also of second order, which needs one in each step."""
+
+
 class Sizes(NamedTuple):
     """How much is computed."""
 
@@ -55,6 +77,8 @@ class Sizes(NamedTuple):
     whole_images: int
     whole_epochs: int
     whole_seeds: tuple[int, ...]
+    validation: int
+    """Clean validation images."""
 
 
 FULL = Sizes(
@@ -66,6 +90,7 @@ FULL = Sizes(
     whole_images=60_000,
     whole_epochs=2,
     whole_seeds=(0, 1),
+    validation=1_000,
 )
 QUICK = Sizes(
     images=300,
@@ -76,15 +101,19 @@ QUICK = Sizes(
     whole_images=3_000,
     whole_epochs=2,
     whole_seeds=(0,),
+    validation=100,
 )
 WHOLE_LR, WHOLE_MOMENTUM = 0.01, 0.9
+THOUSAND_VALUING, WHOLE_VALUING = Valuing(64, 0.98, 1, second=True), Valuing(32, 0.85, 16, second=False)
+"""The second as `train --watch value` does."""
 
 
 def run(*, quick: bool, progress: Callable[[str], object]) -> dict[str, Any]:
     """The record: what was tried, and of each seed the AUC of each score and the part of the flips that it finds."""
     sizes = QUICK if quick else FULL
-    examples = data.load("mnist").train
-    some = data.Split(*[rows[: sizes.images] for rows in examples])
+    mnist = data.load("mnist")
+    examples, count = mnist.train, sizes.images
+    some, clean = _some(examples, 0, count), _some(examples, count, count + sizes.validation)
     tried = []
     for setting in sizes.settings:
         runs = [_thousand(some, setting, sizes.epochs, seed) for seed in sizes.choosing]
@@ -95,16 +124,23 @@ def run(*, quick: bool, progress: Callable[[str], object]) -> dict[str, Any]:
     chosen = sizes.settings[max(range(len(tried)), key=lambda i: tried[i]["mean_auc"][tried[i]["best"]])]
     thousand = []
     for seed in sizes.seeds:
-        thousand.append({"seed": seed, **_thousand(some, chosen, sizes.epochs, seed)})
+        thousand.append({"seed": seed, **_thousand(some, chosen, sizes.epochs, seed, clean)})
         progress(f"thousand: seed {seed}, {_best_of(thousand[-1])}")
-    many, whole = data.Split(*[rows[: sizes.whole_images] for rows in examples]), []
+    many, clean, whole = _some(examples, 0, sizes.whole_images), _some(mnist.test, 0, sizes.validation), []
     for seed in sizes.whole_seeds:
-        whole.append({"seed": seed, **_whole(many, sizes.whole_epochs, seed)})
+        whole.append({"seed": seed, **_whole(many, sizes.whole_epochs, seed, clean)})
         progress(f"whole: seed {seed}, {_best_of(whole[-1])}")
-    common = {"flipped": PART, "batch_size": BATCH_SIZE}
+    common = {"flipped": PART, "batch_size": BATCH_SIZE, "clean_validation": sizes.validation}
     return {
         "thousand": {
-            "settings": {"images": sizes.images, "epochs": sizes.epochs, **common, "model": "mlp", **chosen._asdict()},
+            "settings": {
+                "images": sizes.images,
+                "epochs": sizes.epochs,
+                **common,
+                "model": "mlp",
+                **chosen._asdict(),
+                "valuing": THOUSAND_VALUING._asdict(),
+            },
             "tried": tried,
             "seeds": thousand,
         },
@@ -117,6 +153,7 @@ def run(*, quick: bool, progress: Callable[[str], object]) -> dict[str, Any]:
                 "lr": WHOLE_LR,
                 "momentum": WHOLE_MOMENTUM,
                 "dropout": True,
+                "valuing": WHOLE_VALUING._asdict(),
             },
             "seeds": whole,
         },
@@ -161,7 +198,13 @@ def table(record: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def _thousand(examples: data.Split, setting: Setting, epochs: int, seed: int) -> dict[str, Any]:
+def _some(examples: data.Split, first: int, stop: int) -> data.Split:
+    return data.Split(*[rows[first:stop] for rows in examples])
+
+
+def _thousand(
+    examples: data.Split, setting: Setting, epochs: int, seed: int, clean: data.Split | None = None
+) -> dict[str, Any]:
     """The record of one seed on the small scale."""
     model = models.mlp([examples.images[0].numel(), setting.hidden, CLASSES])
 
@@ -169,10 +212,10 @@ def _thousand(examples: data.Split, setting: Setting, epochs: int, seed: int) ->
         outputs: Tensor = model.apply(params, data.normalize(images, MEAN, DEVIATION).flatten(-3), keys)
         return outputs
 
-    return _trained(model.init, outputs, examples, setting.lr, setting.momentum, epochs, seed)
+    return _trained(model.init, outputs, examples, setting.lr, setting.momentum, epochs, seed, clean, THOUSAND_VALUING)
 
 
-def _whole(examples: data.Split, epochs: int, seed: int) -> dict[str, Any]:
+def _whole(examples: data.Split, epochs: int, seed: int, clean: data.Split) -> dict[str, Any]:
     """The record of one seed on the large scale."""
     model = models.cnn()
 
@@ -180,7 +223,7 @@ def _whole(examples: data.Split, epochs: int, seed: int) -> dict[str, Any]:
         outputs: Tensor = model.apply(params, data.normalize(images, MEAN, DEVIATION), keys)
         return outputs
 
-    return _trained(model.init, outputs, examples, WHOLE_LR, WHOLE_MOMENTUM, epochs, seed)
+    return _trained(model.init, outputs, examples, WHOLE_LR, WHOLE_MOMENTUM, epochs, seed, clean, WHOLE_VALUING)
 
 
 def _trained(
@@ -191,8 +234,10 @@ def _trained(
     momentum: float,
     epochs: int,
     seed: int,
+    clean: data.Split | None,
+    how: Valuing,
 ) -> dict[str, Any]:
-    """The record of one seed: trained on flipped labels, scored after each epoch."""
+    """The record of one seed: trained on flipped labels, scored after each epoch; with clean images, valued as well."""
     init_key, train_key, flip_key, control_key = random.split(random.key(seed), 4).unbind()
     labels, flipped = attribution.planted(examples.labels, CLASSES, key=flip_key, part=PART)
     optimizer = optim.sgd(lr, momentum=momentum)
@@ -207,16 +252,39 @@ def _trained(
             found = attribution.scores(outputs, at.state.params, examples.images, labels=labels, chunk_size=512)
             checkpoints.append(found)
 
-    train.fit(
-        train.make_step(train.batch_gradient(losses_fn), optimizer),
-        train.init_state(init(init_key), optimizer, train_key),
-        (examples.images, labels),
-        epochs=epochs,
-        batch_size=BATCH_SIZE,
-        callbacks=(score,),
-    )
+    def fitted(
+        estimator: train.Estimator,
+        callback: Callable[[train.Progress], None],
+        renewing: train.Estimator | None = None,
+    ) -> None:
+        train.fit(
+            train.make_step(estimator, optimizer),
+            train.init_state(init(init_key), optimizer, train_key, renewing),
+            (examples.images, labels),
+            epochs=epochs,
+            batch_size=BATCH_SIZE,
+            watch=None if renewing is None else train.Watch(train.make_step(renewing, optimizer), how.every),
+            callbacks=(callback,),
+        )
+
+    fitted(train.batch_gradient(losses_fn), score)
     correct = torch.stack([one.prediction for one in checkpoints]) == labels
     by_epoch, rankings = _rankings(checkpoints, correct, lr)
+    if clean is not None:
+        loss_fn = per_sample.prepare(losses_fn, init(init_key), examples.images[0], labels[0], random.key(0))
+
+        def validation_loss(params: models.Params, image: Tensor, label: Tensor) -> Tensor:
+            return losses.cross_entropy(outputs(params, image), label)
+
+        for kind, validation in {"clean": clean, "noisy": data.Split(examples.images, labels)}.items():
+            valuing = partial(
+                train.valuing, loss_fn, validation, validation_loss=validation_loss, draw=how.draw,
+                smoothing=how.smoothing,
+            )  # fmt: skip
+            valuer, order = _Valuer(len(labels), lr), 2 if how.second and kind == "clean" else 1
+            fitted(valuing(renew=False), valuer, valuing(order=order))
+            for name, rows in valuer.by_epoch(kind).items():
+                by_epoch[name], rankings[name] = rows, rows[-1]
     rankings[CONTROL] = random.uniform(control_key, (len(labels),))
     return {
         "accuracy_on_right_labels": (correct[-1] & ~flipped).sum().item() / (~flipped).sum().item(),
@@ -230,6 +298,30 @@ def _trained(
         },
         "by_epoch": {name: [attribution.auc(row, flipped) for row in rows] for name, rows in by_epoch.items()},
     }
+
+
+class _Valuer:
+    """Adds up the values of a run's steps: of first order, and of second where there is one."""
+
+    def __init__(self, examples: int, lr: float) -> None:
+        self.lr, self.totals, self.ends = lr, torch.zeros(2, examples, dtype=torch.float64), list[Tensor]()
+        self.orders = 1
+
+    def __call__(self, progress: train.Progress) -> None:
+        aux = dict(progress.aux)
+        second = train.data_values(aux, lr=self.lr)
+        self.orders = 1 + (aux.pop("gradient_hessian_gradient", None) is not None)
+        self.totals[:, progress.drawn] += torch.stack([train.data_values(aux, lr=self.lr), second]).double()
+        if progress.epoch_ended:
+            self.ends.append(self.totals.clone())
+
+    def by_epoch(self, kind: str) -> dict[str, Tensor]:
+        """By name, the suspicion (T, N) at each epoch's end."""
+        orders = ("first", "second")[: self.orders]
+        return {
+            f"value, {kind} validation, {order} order": -torch.stack([ends[place] for ends in self.ends])
+            for place, order in enumerate(orders)
+        }
 
 
 def _rankings(

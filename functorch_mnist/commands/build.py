@@ -29,6 +29,9 @@ PUBLIC_PIXELS = (0.1307, 0.3081)
 
 EFFECTIVE = 0.999
 """β of effective numbers of images."""
+VALUE_DRAW, VALUE_SMOOTHING, VALUE_RENEWED = 32, 0.85, 16
+"""Held-out images that are drawn to value training images, the decay of their gradients' average, and the steps from
+one draw to the next where all steps are watched."""
 
 
 class Classifier(NamedTuple):
@@ -72,6 +75,15 @@ class Best(NamedTuple):
     """0-d int64: from 0, -1 before the first."""
 
 
+class Values(NamedTuple):
+    """What the training images of a run have been worth so far."""
+
+    total: Tensor
+    """(N,) float64: the sum of the values of each, in units of the held-out loss."""
+    times: Tensor
+    """(N,) int64: in how many watched steps each was."""
+
+
 class Saved(NamedTuple):
     """What a checkpoint of a run holds."""
 
@@ -80,6 +92,8 @@ class Saved(NamedTuple):
     """The `Progress.loss` that goes with the state."""
     best: Best | tuple[()] = ()
     """Where the best epoch is kept."""
+    values: Values | tuple[()] = ()
+    """Where they are watched."""
 
 
 class Partners(NamedTuple):
@@ -355,8 +369,55 @@ def clipping(options: Train) -> privacy.Clipping:
     return rules[options.clipping]()
 
 
-def start(options: Train, made: Classifier, chosen: optim.Optimizer, where: torch.device) -> Saved:
+def values_watched(options: Train) -> bool:
+    """Whether a run finds the values of its training images."""
+    return options.watch is not None and "value" in options_of.listed("--watch", options.watch, options_of.WATCHES)
+
+
+def valuing(
+    made: Classifier,
+    loss_fn: Callable[..., Tensor],
+    held_out: data.Split | None,
+    where: torch.device,
+    *,
+    renew: bool = True,
+) -> train.Estimator:
+    """The estimator of the values of training images: the loss of held-out images is the one they are tested by.
+
+    Args:
+        made: the run's model and loss.
+        loss_fn: of one training image.
+        held_out: what they are valued by; none for an estimator that gives its first state alone.
+        where: the device.
+        renew: whether held-out images are drawn.
+    """
+    blank = torch.zeros(1, 1, SIDE, SIDE, dtype=torch.uint8, device=where)
+    images, labels = (blank, blank[:, 0, 0, 0].long()) if held_out is None else held_out
+
+    def held_out_loss(params: Params, image: Tensor, label: Tensor) -> Tensor:
+        return made.test_loss(made.outputs(params, image), label)
+
+    return train.valuing(
+        loss_fn,
+        (prepared(made, images), labels),
+        validation_loss=held_out_loss,
+        draw=VALUE_DRAW,
+        smoothing=VALUE_SMOOTHING,
+        renew=renew,
+    )
+
+
+def start(
+    options: Train, made: Classifier, chosen: optim.Optimizer, where: torch.device, *, examples: int = 0
+) -> Saved:
     """The state before the first step, drawn from the seed; also the template of the run's checkpoints.
+
+    Args:
+        options: of the run.
+        made: gives the initial parameters.
+        chosen: the optimizer.
+        where: the device.
+        examples: how many training images there are, whose values are kept where they are watched.
 
     Raises:
         UsageError: there is no memory for it.
@@ -366,8 +427,14 @@ def start(options: Train, made: Classifier, chosen: optim.Optimizer, where: torc
         state = train.init_state(made.init(init_key), chosen, train_key)
     if options.private:
         state = state._replace(estimator=clipping(options).init())
+    values: Values | tuple[()] = ()
+    if values_watched(options):
+        valued = valuing(made, losses(made, options), None, where).shared
+        state = state._replace(estimator=() if valued is None else valued.init(state.params))
+        total = torch.zeros(examples, dtype=torch.float64, device=where)
+        values = Values(total, torch.zeros_like(total, dtype=torch.int64))
     best: Best | tuple[()] = ()
     if options.patience is not None:
         nothing = torch.full((), -1, dtype=torch.int64, device=where)
         best = Best({name: p.clone() for name, p in current(options, state).items()}, nothing, nothing.clone())
-    return Saved(state, torch.zeros((), dtype=torch.float64, device=where), best)
+    return Saved(state, torch.zeros((), dtype=torch.float64, device=where), best, values)

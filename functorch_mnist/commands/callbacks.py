@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .. import checkpoint, data, run_folder, statistics
+from .. import checkpoint, data, optim, plots, run_folder, statistics
 from ..distributed import World
 from ..options import Train
-from ..train import Progress, evaluate
+from ..train import Progress, data_values, evaluate
 from ..train.agreement import check_state
-from . import build
-from .build import Best, Classifier, Saved
+from . import build, scoring
+from .build import Best, Classifier, Saved, Values
 from .faults import check_finite
 from .passes import bar
 
@@ -34,13 +34,16 @@ class Saver:
         keep: int,
         config: Callable[[int], Any],
         world: World,
+        valuer: "Valuer | None" = None,
     ) -> None:
         """A saver; in other processes than the first it holds the newest state and writes nothing."""
+        self.valuer = valuer
         self.folder, self.every, self.keep, self.config = run / run_folder.CHECKPOINTS, every, keep, config
         self.newest, self.saved_step, self.judge, self.world = newest, saved_step, judge, world
 
     def __call__(self, progress: Progress) -> None:
-        self.newest = Saved(progress.state, progress.loss, self.judge.best)
+        values = () if self.valuer is None else self.valuer.values
+        self.newest = Saved(progress.state, progress.loss, self.judge.best, values)
         if progress.step % self.every == 0:
             check_state(self.world, progress.state)
             self.save()
@@ -56,6 +59,8 @@ class Saver:
         if step != self.saved_step and self.world.rank == 0:
             checkpoint.save(self.folder, self.newest, step=step, config=self.config(step), keep=self.keep)
             self.saved_step = step
+            if isinstance(self.newest.values, Values) and self.valuer is not None:
+                self.valuer.write(self.newest.values)
         return step
 
 
@@ -197,3 +202,57 @@ class Watcher:
         largest = [r["norms"]["most"] for r in records if "norms" in r]
         if largest:
             tqdm.write(f"Largest norm of a sample gradient in the epoch: {max(largest):.4g}", file=sys.stdout)
+
+
+class Valuer:
+    """Adds up what the training images are worth, step by step, and shows it."""
+
+    SHOWN = 5
+    """Lines printed of each end."""
+
+    def __init__(self, run: Path, values: Values, training: data.Split, rate: optim.Schedule) -> None:
+        """A valuer.
+
+        Args:
+            run: the run's folder.
+            values: those of the steps made so far.
+            training: the training images.
+            rate: the learning rate of a step, from 0.
+        """
+        self.run, self.values, self.training, self.rate = run, values, training, rate
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.drawn is None or "gradient_dot" not in progress.aux:
+            return
+        aux = progress.aux
+        found = data_values(aux, lr=self.rate(progress.state.step - 1))
+        pairs = zip(self.values, (found.double(), aux["keep"].long()), strict=True)
+        # On the CPU, which adds in one order; new tensors, for a state that waits to be saved keeps its own.
+        self.values = Values(
+            *[old.cpu().index_add(0, progress.drawn.cpu(), new.cpu()).to(old.device) for old, new in pairs]
+        )
+
+    def write(self, values: Values) -> None:
+        """Writes the table, whole or not at all."""
+        columns = {"index": torch.arange(len(values.total)), "label": self.training.labels.cpu()}
+        scoring.write_table(self.run / "values.csv", columns | {"value": values.total, "times": values.times})
+
+    def show(self, values: Values) -> None:
+        """Writes the table and a picture, and prints both ends."""
+        self.write(values)
+        order = values.total.argsort(stable=True)
+        order = order[values.times[order] > 0]
+        ends = {"lowest": order, "highest": order.flip(0)}
+        print(f"Values of {len(order):,} training images to the loss on the held-out images, in all watched steps:")
+        print(f"{'':>9}{'index':>8}{'label':>7}{'value':>12}{'times':>7}")
+        for name, chosen in ends.items():
+            for i in chosen[: self.SHOWN].tolist():
+                label, times = int(self.training.labels[i]), int(values.times[i])
+                print(f"{name:>9}{i:>8}{label:>7}{values.total[i].item():>12.4g}{times:>7}")
+        pictures = []
+        for name, chosen in ends.items():
+            some = chosen[: scoring.WIDTH].tolist()
+            captions = [f"{i}: {int(self.training.labels[i])}\n{values.total[i].item():.3g}" for i in some]
+            pictures += scoring.rows(f"{name} value (index: label, value)", some, self.training.images, captions)
+        print(f"Written: {self.run / 'values.csv'}")
+        scoring.write_picture(self.run / "values.png", lambda: plots.gallery(pictures))

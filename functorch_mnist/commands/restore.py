@@ -101,7 +101,7 @@ def trained(run: Path, where: torch.device) -> Trained:
     begun = newest_origin(run)
     made = build.classifier(begun)
     optimizer = build.optimizer(begun.options, steps_per_epoch=1)
-    template = build.start(begun.options, made, optimizer, where)
+    template = build.start(begun.options, made, optimizer, where, examples=begun.examples)
     return Trained(made, build.tested(begun.options, newest(run, template).state), options, begun)
 
 
@@ -115,7 +115,9 @@ def points(run: Path, found: Trained, where: torch.device) -> list[Point]:
     """
     options = found.begun.options
     per_epoch = data.steps_per_epoch(found.begun.examples, min(options.batch_size, found.begun.examples))
-    template = build.start(options, found.made, build.optimizer(options, per_epoch), where)
+    template = build.start(
+        options, found.made, build.optimizer(options, per_epoch), where, examples=found.begun.examples
+    )
     good = []
     for path in checkpoint.steps(run / run_folder.CHECKPOINTS):
         try:

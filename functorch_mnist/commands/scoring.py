@@ -107,14 +107,21 @@ def suspicion(name: str, score: Tensor) -> Tensor:
 
 
 def write_csv(path: Path, columns: Mapping[str, Tensor]) -> None:
-    """Writes columns (N,) with a head, whole or not at all.
+    """Writes columns (N,) with a head, whole or not at all, into a folder that is made if it is not there; says so.
 
     Raises:
         OSError: it cannot be written.
     """
-    lists = [column.tolist() for column in columns.values()]
-    lines = [",".join(columns), *(",".join(map(_cell, row)) for row in zip(*lists, strict=True))]
-    write(path, ("\n".join(lines) + "\n").encode())
+    write(path, _csv(columns))
+
+
+def write_table(path: Path, columns: Mapping[str, Tensor]) -> None:
+    """The same into a folder that is there, in silence.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    run_folder.write(path, _csv(columns))
 
 
 def write(path: Path, data: bytes) -> None:
@@ -149,6 +156,12 @@ def rows(title: str, chosen: Sequence[int], images: Tensor, captions: Sequence[s
         part = list(chosen[start : start + WIDTH])
         found.append(plots.Row("" if start else title, images[part].squeeze(1), captions[start : start + WIDTH]))
     return found
+
+
+def _csv(columns: Mapping[str, Tensor]) -> bytes:
+    lists = [column.tolist() for column in columns.values()]
+    lines = [",".join(columns), *(",".join(map(_cell, row)) for row in zip(*lists, strict=True))]
+    return ("\n".join(lines) + "\n").encode()
 
 
 def _cell(value: float) -> str:

@@ -2,6 +2,7 @@
 
 import shlex
 from contextlib import closing
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from .. import train as training
 from ..distributed import World, first_of, of_a_sum, undisturbed
 from ..options import WATCHES, Train, UsageError, check_resumed, listed
 from . import build, restore, sources
-from .build import Best, Origin, Saved
-from .callbacks import Judge, Reporter, Saver, Watcher
+from .build import Best, Origin, Saved, Values
+from .callbacks import Judge, Reporter, Saver, Valuer, Watcher
 from .faults import check_finite, first_line
 from .private import LEDGER, Private, steps_per_epoch
 from .processes import check_data, load, processes
@@ -59,7 +60,7 @@ def run(options: Train, parts: Parts, folder: Path, *, again: str, world: World)
     made = build.classifier(begun)
     optimizer = build.optimizer(options, per_epoch)
     private = Private(options, parts.train, made, optimizer, world) if options.private else None
-    saved, saved_step = build.start(options, made, optimizer, where), -1
+    saved, saved_step = build.start(options, made, optimizer, where, examples=begun.examples), -1
     if world.rank == 0:
         if options.resume is None:
             run_folder.create(folder, options)
@@ -76,42 +77,57 @@ def run(options: Train, parts: Parts, folder: Path, *, again: str, world: World)
 
     def step_of(estimator: training.Estimator) -> training.Step:
         if compiled and world.shards:  # whose parts must be called alike, however many a process has
-            parts = training.Estimator(training.compiled(estimator.fn), estimator.finish)
+            parts = replace(estimator, fn=training.compiled(estimator.fn))
+            if estimator.shared is not None:
+                shared = estimator.shared._replace(fn=training.compiled(estimator.shared.fn))
+                parts = replace(parts, shared=shared)
             update = optimizer._replace(update=training.compiled(optimizer.update))
             return training.make_step(parts, update, world)
         step = training.make_step(estimator, optimizer, world)
         return training.compiled(step) if compiled else step
 
     examples = (build.prepared(made, parts.train.images), parts.train.labels)
-    watch, watcher = None, Watcher(folder, watches)
+    ordinary = training.batch_gradient(losses_fn)
+    watch, watcher, valued = None, Watcher(folder, watches), build.values_watched(options)
     if options.watch:  # a batch's loss of one example is that example's loss
         example = (*[x[0] for x in examples], random.key(0))
         tuned_fn = build.fastest(losses_fn, saved.state.params, *example, options=options, batch_size=batch_size)
         loss_fn = per_sample.prepare(tuned_fn, saved.state.params, *example)
-        watch = training.Watch(step_of(training.watching(loss_fn)), options.watch_every)
+        every = options.watch_every
+        estimator = training.watching(loss_fn)
+        if valued:
+            estimator = build.valuing(made, loss_fn, parts.judging, where)
+            if every == 1:
+                ordinary = build.valuing(made, loss_fn, parts.judging, where, renew=False)
+                every = build.VALUE_RENEWED
+        watch = training.Watch(step_of(estimator), every)
 
     def config(step: int) -> dict[str, Any]:
         return restore.to_config(begun) | ({LEDGER: private.ledger(step).to_json()} if private else {})
 
     done = int(saved.state.step)
+    valuer = None
+    if isinstance(saved.values, Values):
+        valuer = Valuer(folder, saved.values, parts.train, build.schedule(options, per_epoch))
     judge = Judge(folder, options, made, parts.held_out, saved.best, world)
     saver = Saver(
         folder, saved, judge, saved_step=saved_step, every=options.save_every, keep=options.keep, config=config,
-        world=world,
+        world=world, valuer=valuer,
     )  # fmt: skip
     reporter = Reporter(
         folder, epochs=options.epochs, total=total, done=done, seen=done % per_epoch * batch_size,
         epsilon=private.epsilon if private else None, silent=world.rank > 0,
     )  # fmt: skip
     # a checkpoint never comes before the records of its steps
-    callbacks = (reporter, watcher, saver) if world.rank == 0 else (saver,)
+    valuers = () if valuer is None else (valuer,)
+    callbacks = (reporter, watcher, *valuers, saver) if world.rank == 0 else (*valuers, saver)
     try:
         with closing(reporter):
             if private:
                 private.fit(saved, examples, callbacks)
             elif done % per_epoch or not judge.over(done // per_epoch):
                 training.fit(
-                    step_of(training.batch_gradient(losses_fn)),
+                    step_of(ordinary),
                     saved.state,
                     examples,
                     epochs=options.epochs,
@@ -134,6 +150,8 @@ def run(options: Train, parts: Parts, folder: Path, *, again: str, world: World)
         if world.rank == 0:
             run_folder.append_metrics(folder, {"kind": "test", "step": saver.saved_step, **record})
         print(f"Accuracy of the network on the {result.total} test images: {100 * result.accuracy:.2f}%")
+        if valuer is not None and world.rank == 0:
+            valuer.show(valuer.values)
         if private and world.rank == 0:
             run_folder.append_metrics(folder, private.record(saver.saved_step))
             print(private.summary(saver.saved_step))

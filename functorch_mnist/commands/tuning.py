@@ -45,9 +45,8 @@ class Tuning:
 
     def hypergradient(self, hyper: sweep.Values) -> sweep.Hypergradient:
         """The held-out loss after the short training, and its gradient."""
-        start = build.start(
-            replace(self.options, patience=None), self.made, self._optimizer(hyper), self.parts.train.images.device
-        ).state
+        plain = replace(self.options, patience=None, watch=None, watch_every=1)
+        start = build.start(plain, self.made, self._optimizer(hyper), self.parts.train.images.device).state
         return self._unrolled.hypergradient(hyper, start, self._inputs(start.key), steps=self.steps)
 
     def _optimizer(self, hyper: sweep.Values) -> optim.Optimizer:

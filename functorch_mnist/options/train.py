@@ -14,7 +14,7 @@ AUGMENTATIONS = ("shift", "rotate", "scale", "shear", "elastic", "erase")
 TUNED = ("lr", "momentum", "weight-decay")
 """What gradients through training can improve."""
 
-WATCHES = ("noise-scale", "norms")
+WATCHES = ("noise-scale", "norms", "value")
 """What a training run can record of sample gradients."""
 
 
@@ -139,7 +139,8 @@ class Train:
     timeout: int = 120
     """Seconds that a process waits for another one before the run ends."""
     watch: str | None = None
-    """Record what sample gradients are like: noise-scale, norms, or both with a comma."""
+    """Record what sample gradients are like: noise-scale, norms, or both with a comma; or, alone, value: what each
+    training image was worth to the loss on held-out images."""
     watch_every: int = 1
     """Steps from one record to the next."""
     out: Path | None = None
@@ -284,6 +285,10 @@ def check(options: Train) -> None:
             raise UsageError(f"--watch must name one of {', '.join(WATCHES)} at least. Found none.")
         if "noise-scale" in watches and options.batch_size < 2:
             raise UsageError("--watch noise-scale needs a --batch-size of 2 at least. Found 1.")
+        if "value" in watches and len(watches) > 1:
+            raise UsageError(f"--watch value is of steps of its own. Found {options.watch} together. Leave it alone.")
+        if "value" in watches and not options.hold_out:
+            raise UsageError("--watch value needs held-out images. Found none. Set --hold-out, such as 5000.")
 
 
 def augmentation(options: Train) -> dict[str, float]:

@@ -39,10 +39,12 @@ from .plan import plan as plan
 from .prepared import Prepared as Prepared
 from .prepared import prepare as prepare
 from .quantities import ClippedSum as ClippedSum
+from .quantities import GradAndDot as GradAndDot
 from .quantities import GradAndNorms as GradAndNorms
 from .quantities import clipped_sum as clipped_sum
 from .quantities import dot as dot
 from .quantities import factored as factored
+from .quantities import grad_and_dot as grad_and_dot
 from .quantities import grad_and_norms as grad_and_norms
 from .quantities import grads as grads
 from .quantities import gram as gram

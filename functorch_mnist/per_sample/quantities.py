@@ -4,6 +4,7 @@ With ∇_i the gradient of example i's loss:
 
     norms            |∇_i|
     grad_and_norms   Σ_i ∇_i  and  |∇_i|
+    grad_and_dot     Σ_i ∇_i  and  ⟨∇_i, v⟩
     weighted_sum     Σ_i c_i ∇_i
     clipped_sum      Σ_i min(1, C / |∇_i|) ∇_i
     dot              ⟨∇_i, v⟩
@@ -58,6 +59,17 @@ class GradAndNorms(NamedTuple):
     """Σ_i ∇_i, like `params`."""
     norms: Tensor
     """(B,): |∇_i|; zero where masked."""
+    losses: Tensor
+    """(B,): zero where masked."""
+
+
+class GradAndDot(NamedTuple):
+    """The gradient of the summed loss, and how the gradients that add up to it lie to a direction."""
+
+    grads: Tree
+    """Σ_i ∇_i, like `params`."""
+    products: Tensor
+    """(B,): ⟨∇_i, v⟩; zero where masked."""
     losses: Tensor
     """(B,): zero where masked."""
 
@@ -177,6 +189,35 @@ def grad_and_norms(
     chunked = Chunked("grad_and_norms", loss_fn, params, batch, mask, chunk_size, plan)
     grads, (sizes, losses) = chunked.both(summed, like=params)
     return GradAndNorms(grads, sizes, losses)
+
+
+def grad_and_dot(
+    loss_fn: LossFn,
+    params: Tree,
+    *batch: Tensor,
+    direction: Tree,
+    mask: Tensor | None = None,
+    chunk_size: int | None = None,
+    plan: Plan | None = None,
+) -> GradAndDot:
+    """The gradient of the summed loss and all inner products with v, a tree like `params`.
+
+    Cost: one backward pass, and less than one forward pass; sample gradients that are small are built once for both.
+
+    Example:
+        >>> batch = torch.tensor([1.0, -3.0])
+        >>> found = grad_and_dot(lambda w, x: w * x, torch.tensor(0.0), batch, direction=torch.tensor(2.0))
+        >>> found.grads, found.products
+        (tensor(-2.), tensor([ 2., -6.]))
+    """
+
+    def summed(run: Run) -> tuple[Tree, list[Tensor]]:
+        grads, products, losses = run(_sum_and_dot, direction)
+        return grads, [products, losses]
+
+    chunked = Chunked("grad_and_dot", loss_fn, params, batch, mask, chunk_size, plan)
+    grads, (products, losses) = chunked.both(summed, like=params)
+    return GradAndDot(grads, products, losses)
 
 
 def weighted_sum(
@@ -398,6 +439,13 @@ def _sum(found: Factored) -> tuple[Tree, Tensor, Tensor]:
     """The sum of all gradients, the norms and the losses."""
     found, sizes = _built(found)
     return found.weighted_sum(torch.ones_like(found.losses)), sizes, found.losses
+
+
+@returns(TREE, TENSOR, TENSOR)
+def _sum_and_dot(found: Factored, direction: Tree) -> tuple[Tree, Tensor, Tensor]:
+    """The sum of all gradients, their inner products with a direction, and the losses."""
+    found = found.built()
+    return found.weighted_sum(torch.ones_like(found.losses)), found.dot(direction), found.losses
 
 
 @returns(TREE, TENSOR, TENSOR, TENSOR)

@@ -299,6 +299,9 @@ class Parts(Term):
     def weighted_sum(self, weights: Tensor) -> Tensor:
         return torch.stack([weighted(part, rows) for part, rows in self._with(weights)]).sum(0)
 
+    def dot(self, direction: Tensor) -> Tensor:
+        return joined([Dense(part).dot(direction) for part in self.values])
+
     def _with(self, rows: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         return zip(self.values, rows.split([len(part) for part in self.values]), strict=True)
 

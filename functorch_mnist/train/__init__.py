@@ -4,8 +4,8 @@
     step(state, *batch, mask, divisor) -> (state, aux)              one division, then the optimizer
     fit(step, state, examples, …) -> state
 
-The files, in the order of reading: `step`, `watch`, `draws`, `fit`, `private`, `evaluate`, `forms` (precision and
-compilation).
+The files, in the order of reading: `step`, `watch`, `value`, `draws`, `fit`, `private`, `evaluate`, `forms` (precision
+and compilation).
 """
 
 from .draws import Draws as Draws
@@ -24,10 +24,13 @@ from .private import fit_private as fit_private
 from .private import init_private_state as init_private_state
 from .private import make_private_step as make_private_step
 from .step import Estimator as Estimator
+from .step import Shared as Shared
 from .step import State as State
 from .step import Step as Step
 from .step import batch_gradient as batch_gradient
 from .step import gradient as gradient
 from .step import init_state as init_state
 from .step import make_step as make_step
+from .value import data_values as data_values
+from .value import valuing as valuing
 from .watch import watching as watching

@@ -32,6 +32,8 @@ class Progress(NamedTuple):
     epoch_ended: bool
     aux: Mapping[str, Tensor]
     """What the step returned beside the state."""
+    drawn: Tensor | None = None
+    """(B,) int64: which examples the step saw, one for each row of `aux`; none where draws are secret."""
 
 
 class Watch(NamedTuple):
@@ -105,7 +107,7 @@ def fit(
         loss = torch.zeros((), dtype=torch.float64, device=state.key.device) if loss is None or start == 0 else loss
         places = torch.arange(total, device=state.key.device)
         for batch in data.batches(places, batch_size=batch_size, start=start, pad=pad):
-            drawn_rows = len(batch.examples)
+            drawn_rows, which = len(batch.examples), drawn.examples[batch.examples]
             batch = rows_of(world, batch)
             examples_of = drawn.examples[batch.examples]
             rows = [*[tensor[examples_of] for tensor in examples], drawn.keys[batch.examples]]
@@ -117,7 +119,7 @@ def fit(
                 aux = {name: value[:drawn_rows] if value.dim() else value for name, value in aux.items()}
             loss = loss + aux["loss"]
             done += 1
-            progress = Progress(state, loss, seen, epoch, done, seen == total, aux)
+            progress = Progress(state, loss, seen, epoch, done, seen == total, aux, which)
             ended = until is not None and progress.epoch_ended and until(progress)
             if done % CHECK_EVERY == 0 or done == epochs * per_epoch or ended:
                 check_state(world, state)

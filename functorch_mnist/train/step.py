@@ -7,18 +7,22 @@ the same result. The step of one process is that of a world of one.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from .. import tree
+from .. import random, tree
 from ..batch import blanked, check
 from ..distributed import ALONE, Sharded, World, gather, in_pairs, sum_over
 from ..optim import Optimizer
 from ..tree import Tree
+
+_SHARED = 2
+"""Of the keys that the state's is split in, the third: the first two order examples and are theirs, see `Draws`."""
 
 
 class State(NamedTuple):
@@ -32,23 +36,20 @@ class State(NamedTuple):
     key: Tensor
     """(2,): the root of all random streams; steps do not change it."""
     estimator: Tree = ()
-    """What the estimator adapts, such as a clipping norm."""
-
-
-def init_state(params: Tree, optimizer: Optimizer | Sharded, key: Tensor) -> State:
-    """The state before the first step.
-
-    Args:
-        params: a pytree of float tensors.
-        optimizer: gives its own initial state.
-        key: (2,), the root of the order of examples and of dropout.
-    """
-    kept = optimizer.keep(params) if isinstance(optimizer, Sharded) else params
-    return State(kept, optimizer.init(params), torch.zeros((), dtype=torch.int64, device=key.device), key)
+    """What the estimator adapts or keeps, such as a clipping norm."""
 
 
 def _as_it_is(_grads: Tree, aux: dict[str, Tensor]) -> dict[str, Tensor]:
     return aux
+
+
+class Shared(NamedTuple):
+    """What an estimator finds out once a step, the same on all processes: it does not hang on the batch."""
+
+    init: Callable[[Tree], Tree]
+    """`init(params) -> kept`: what is kept from step to step in `State.estimator`, before the first one."""
+    fn: Callable[[Tree, Tree, Tensor], tuple[Tree, Tree]]
+    """`fn(params, kept, key) -> (kept, shared)`, with a key (2,) of the step's own."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,39 @@ class Estimator:
     """
 
     fn: Callable[..., tuple[Tree, dict[str, Tensor]]]
+    """Takes `shared=…` besides, where there is something shared."""
     finish: Callable[[Tree, dict[str, Tensor]], dict[str, Tensor]] = _as_it_is
     """`finish(grads, aux) -> aux`: of the sums over all processes, what is no sum."""
+    shared: Shared | None = None
+    whole: bool = False
+    """Whether `fn` needs all rows of a batch at once: no several processes, no parts."""
 
-    def __call__(self, params: Tree, *batch: Tensor, mask: Tensor | None = None) -> tuple[Tree, dict[str, Tensor]]:
-        grads, aux = self.fn(params, *batch, mask=mask)
+    def __call__(
+        self, params: Tree, *batch: Tensor, mask: Tensor | None = None, key: Tensor | None = None
+    ) -> tuple[Tree, dict[str, Tensor]]:
+        """What the estimator says of a batch alone; `key` (2,) is for what is shared, by default that of the seed 0."""
+        if self.shared is None:
+            grads, aux = self.fn(params, *batch, mask=mask)
+        else:
+            own = random.key(0, device=batch[0].device) if key is None else key
+            _, shared = self.shared.fn(params, self.shared.init(params), own)
+            grads, aux = self.fn(params, *batch, mask=mask, shared=shared)
         return grads, self.finish(grads, aux)
+
+
+def init_state(params: Tree, optimizer: Optimizer | Sharded, key: Tensor, estimator: Estimator | None = None) -> State:
+    """The state before the first step.
+
+    Args:
+        params: a pytree of float tensors.
+        optimizer: gives its own initial state.
+        key: (2,), the root of the order of examples, of dropout and of what an estimator draws.
+        estimator: gives what it keeps, if it does.
+    """
+    kept = optimizer.keep(params) if isinstance(optimizer, Sharded) else params
+    theirs = () if estimator is None or estimator.shared is None else estimator.shared.init(params)
+    step = torch.zeros((), dtype=torch.int64, device=key.device)
+    return State(kept, optimizer.init(params), step, key, theirs)
 
 
 def gradient(loss_fn: Callable[..., Tensor]) -> Estimator:
@@ -143,7 +171,7 @@ def make_step(loss_fn: Callable[..., Tensor] | Estimator, optimizer: Optimizer |
     Raises:
         ValueError: from the step, for tensors that differ in B, a mask that is not (B,) bool, and without a divisor for
             a mask (B would count padding), several processes (each knows its rows alone) or an empty batch; where the
-            parts of a world do not divide B.
+            parts of a world do not divide B. At once, where the estimator needs whole batches and the world has parts.
 
     Guarantees: pure. Compiles as one graph. With `world.shards`, the same bits for any number of processes, where the
         estimator's parts are called alike: compile the estimator and the optimizer then, not the step.
@@ -157,6 +185,10 @@ def make_step(loss_fn: Callable[..., Tensor] | Estimator, optimizer: Optimizer |
         (tensor(2.), tensor(10.))
     """
     estimator = loss_fn if isinstance(loss_fn, Estimator) else gradient(loss_fn)
+    if estimator.whole and world.parts > 1:
+        raise ValueError(
+            f"make_step: this estimator needs all rows of a batch in one place. Found a world of {world.parts} parts."
+        )
 
     def step(
         state: State, *batch: Tensor, mask: Tensor | None = None, divisor: float | Tensor | None = None
@@ -171,10 +203,15 @@ def make_step(loss_fn: Callable[..., Tensor] | Estimator, optimizer: Optimizer |
             raise ValueError("step: a batch without a divisor must have an example. Found B = 0. Pass a divisor?")
         count = rows if divisor is None else divisor
         params = optimizer.whole(state.params) if isinstance(optimizer, Sharded) else state.params
-        sums, aux = _total(world, estimator, optimizer, params, batch, mask)
+        fn, kept = estimator.fn, state.estimator
+        if estimator.shared is not None:
+            key = random.fold_in(random.fold_in(state.key, _SHARED), state.step)
+            kept, shared = estimator.shared.fn(params, kept, key)
+            fn = partial(fn, shared=shared)
+        sums, aux = _total(world, replace(estimator, fn=fn), optimizer, params, batch, mask)
         grads = tree.map(lambda g: g / count, sums)
-        kept, optimizer_state = optimizer.update(state.params, state.optimizer, grads)
-        return state._replace(params=kept, optimizer=optimizer_state, step=state.step + 1), aux
+        own, optimizer_state = optimizer.update(state.params, state.optimizer, grads)
+        return State(own, optimizer_state, state.step + 1, state.key, kept), aux
 
     return step
 

@@ -1,0 +1,179 @@
+"""The value of training examples, found while they are trained on: in-run data Shapley.
+
+A step of SGD on a part S of its batch would change the loss L on validation examples by
+
+    U(S) = L(w - η Σ_{i in S} ∇_i) - L(w) ≈ -η ⟨∇L, Σ_S ∇_i⟩ + η²/2 ⟨Σ_S ∇_i, H Σ_S ∇_j⟩,    H = ∇²L
+
+The Shapley value of each example in this game has a closed form. With the sign of this library, above zero where
+training on the example lowers the validation loss, and η the learning rate over the divisor of the batch, it is
+
+    v_i = η p_i - η²/2 q_i,    p_i = ⟨∇L, ∇_i⟩,    q_i = ⟨∇_i, H Σ_j ∇_j⟩
+
+to second order, and η p_i to first order. Values add up over the steps of a run.
+
+Reference: Wang, Mittal, Song and Jia, "Data Shapley in one training run", ICLR 2025, equation 1, theorem 3 (first
+order) and theorem 4, equations 2 and 3 (second order), which have the other sign: https://arxiv.org/abs/2406.11011
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+
+from .. import per_sample, random, tree
+from ..batch import check
+from ..tree import Tree
+from .step import Estimator, Shared
+
+
+class _Direction(NamedTuple):
+    """What the sample gradients of a step are compared with."""
+
+    sum: Tree
+    """Like `params`: validation gradients, each weighted."""
+    weight: Tensor
+    """0-d: the sum of their weights."""
+    examples: tuple[Tensor, ...]
+    """The validation examples of this step."""
+
+
+def valuing(
+    loss_fn: Callable[..., Tensor],
+    validation: Sequence[Tensor],
+    *,
+    validation_loss: Callable[..., Tensor] | None = None,
+    draw: int | None = None,
+    smoothing: float | None = None,
+    renew: bool = True,
+    order: int = 1,
+) -> Estimator:
+    """The estimator of the plain gradient that also says what each example is worth to the loss on validation examples.
+
+    Args:
+        loss_fn: `loss_fn(params, *example) -> ()`, pure.
+        validation: tensors (M, …), at least one example. They should not be among those trained on: an example's own
+            gradient is worth |∇_i|² to itself.
+        validation_loss: `validation_loss(params, *validation example) -> ()`, pure; by default `loss_fn`. Without
+            dropout and augmentation it needs no keys.
+        draw: each step takes so many validation examples, drawn with replacement by the state's key and the step, so
+            that their mean gradient has the mean of all for its expectation; by default all.
+        smoothing: decay d, from 0 and below 1, of a moving average of the validation gradients of such steps, which is
+            kept in the state, in place of the step's own: with draws, its variance is (1 - d) / (1 + d) of theirs, and
+            it lags d / (1 - d) steps. By default nothing is kept.
+        renew: without it, the average that is kept stands, and no validation example is looked at: for steps between
+            those of an estimator that renews it, see `Watch`. Before the first of these all values are NaN.
+        order: 1 or 2.
+
+    Returns:
+        The estimator. Its gradient is that of `gradient(loss_fn)`, up to rounding. Its aux holds, besides `"loss"`:
+        `"count"`, how many examples count; `"keep"` (B,) bool, the mask; `"gradient_dot"` (B,), p_i; and of order 2
+        `"gradient_hessian_gradient"` (B,), q_i, with H at the validation examples of this step. Both are zero where
+        masked, and per unit of η: see `data_values`. A state for it is `init_state(…, estimator)`.
+
+    Raises:
+        ValueError: a number is out of its range, or there is no validation example. From `make_step`: of order 2 with
+            several processes or shards, for q_i needs the gradient of the whole batch before the first q_i is known.
+
+    Guarantees: of order 1, any number of processes finds the same, up to rounding. Compiles as one graph.
+
+    The game is that of plain SGD. With momentum μ a gradient goes on to act in later steps, 1 / (1 - μ) times as far in
+    all: p_i, which knows of the first of these alone, keeps its order under a constant rate if the validation gradient
+    changes slowly. Under Adam a gradient also changes the scales of all steps after it: p_i is then the value of the
+    plain step that was not made.
+
+    Cost: the pass of `per_sample.grad_and_dot`, and, where renewed, an ordinary gradient of the validation examples
+        drawn. Of order 2 also a Hessian-vector product of their loss. Smoothed, one more copy of the parameters.
+
+    Example:
+        >>> import torch
+        >>> estimator = valuing(lambda w, x: (w - x) ** 2 / 2, (torch.tensor([3.0]),), order=2)
+        >>> grads, aux = estimator(torch.tensor(0.0), torch.tensor([1.0, -1.0]))
+        >>> aux["gradient_dot"], data_values(aux, lr=0.5)
+        (tensor([ 3., -3.]), tensor([ 0.7500, -0.7500]))
+
+    Reference: Wang et al., "Data Shapley in one training run", ICLR 2025, theorems 3 and 4.
+    """
+    total = check("valuing", validation, None)
+    smooth = smoothing is None or 0 <= smoothing < 1
+    if total < 1 or (draw is not None and draw < 1) or not smooth or order not in (1, 2):
+        raise ValueError(
+            "valuing: at least one validation example, a draw of 1 or more, smoothing from 0 and below 1, order 1 or 2."
+            f" Found {total} examples, draw {draw}, smoothing {smoothing}, order {order}."
+        )
+    if not renew and (smoothing is None or order == 2):
+        raise ValueError(
+            f"valuing: what is not renewed must be kept, and is of first order. Found smoothing {smoothing}, "
+            f"order {order}."
+        )
+    one = loss_fn if validation_loss is None else validation_loss
+    examples = tuple(validation)
+
+    def mean_loss(params: Tree, rows: tuple[Tensor, ...]) -> Tensor:
+        return vmap(one, in_dims=(None, *[0] * len(rows)))(params, *rows).mean()
+
+    def init(params: Tree) -> Tree:
+        if smoothing is None:
+            return ()
+        wide = tree.map(lambda w: torch.zeros_like(tree.wide(w)), params)
+        return wide, torch.zeros((), dtype=torch.float64, device=examples[0].device)
+
+    def shared(params: Tree, kept: Tree, key: Tensor) -> tuple[Tree, _Direction]:
+        if not renew:
+            mean, weight = kept
+            return kept, _Direction(mean, weight, ())
+        rows = examples
+        if draw is not None:
+            which = random.randint(key, (draw,), 0, total)
+            rows = tuple([x[which] for x in examples])
+        gradient = grad(mean_loss)(params, rows)
+        if smoothing is None:
+            one_alone = torch.ones((), dtype=torch.float64, device=rows[0].device)
+            return kept, _Direction(gradient, one_alone, rows)
+        before, weight = kept
+        mean = tree.map(lambda a, b: torch.lerp(tree.wide(b), a, smoothing), before, gradient)
+        weight = weight * smoothing + (1 - smoothing)
+        return (mean, weight), _Direction(mean, weight, rows)
+
+    def estimate(
+        params: Tree, *batch: Tensor, mask: Tensor | None, shared: _Direction
+    ) -> tuple[Tree, dict[str, Tensor]]:
+        count = check("valuing", batch, mask)
+        keep = torch.ones(count, dtype=torch.bool, device=batch[0].device) if mask is None else mask
+        if count == 0:
+            nothing = torch.zeros(0, device=batch[0].device)
+            products = {"gradient_dot": nothing} | ({"gradient_hessian_gradient": nothing} if order == 2 else {})
+            return tree.zeros_like(params), {"loss": nothing.sum(), "count": keep.sum(), "keep": keep, **products}
+        if order == 1:
+            grads, dots, losses = per_sample.grad_and_dot(loss_fn, params, *batch, mask=mask, direction=shared.sum)
+            products = {"gradient_dot": dots / shared.weight}
+        else:
+            found = per_sample.factored(loss_fn, params, *batch, mask=mask).built()
+            grads, losses = found.weighted_sum(torch.ones_like(found.losses)), found.losses
+            turned = grad(lambda params: tree.dot(grad(mean_loss)(params, shared.examples), grads))(params)  # H Σ ∇_j
+            products = {
+                "gradient_dot": found.dot(shared.sum) / shared.weight,
+                "gradient_hessian_gradient": found.dot(turned),
+            }
+        return grads, {"loss": tree.wide(losses).sum(), "count": keep.sum(), "keep": keep, **products}
+
+    return Estimator(estimate, shared=Shared(init, shared), whole=order == 2)
+
+
+def data_values(aux: Mapping[str, Tensor], *, lr: float | Tensor, divisor: float | Tensor | None = None) -> Tensor:
+    """The value of each example in a step of plain SGD: (B,), in units of the validation loss; zero where masked.
+
+    Args:
+        aux: of a step with an estimator of `valuing`.
+        lr: the learning rate of the step.
+        divisor: what the step divided by, by default the examples that count.
+
+    Guarantees: above zero where training on the example lowers the validation loss. Of order 2, they add up to the
+        second-order Taylor expansion of that decrease.
+    """
+    rate = lr / (aux["count"].double() if divisor is None else divisor)
+    values = rate * aux["gradient_dot"]
+    if "gradient_hessian_gradient" in aux:
+        values = values - rate**2 / 2 * aux["gradient_hessian_gradient"]
+    return values
