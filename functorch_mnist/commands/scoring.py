@@ -121,7 +121,7 @@ def write_table(path: Path, columns: Mapping[str, Tensor]) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    run_folder.write(path, _csv(columns))
+    files.write(path, _csv(columns))
 
 
 def write(path: Path, data: bytes) -> None:
