@@ -12,6 +12,7 @@
 | `tuning.py` | how a sweep and gradients through training find hyperparameters; losses and optimizers compared |
 | `best.py` | how good one network of the tutorial's can be, with a recipe chosen on held-out images |
 | `kills.py` | whether runs whose processes are killed end as one that nothing stopped |
+| `store_kills.py` | the same of the build of a store |
 | `accuracy.py` | whether `train` ends as accurate as the article's program |
 | `runs.py` | runs of `train`, side by side, which several studies are made of |
 | `__main__.py` | the command: runs studies, writes their records, prints their tables |
@@ -25,7 +26,7 @@ from typing import Any, Protocol, cast
 
 NAMES = (
     "mislabelled", "noise_scale", "ground_truth", "datamodeling", "private", "overfitting", "imbalance", "tuning",
-    "best", "accuracy", "kills",
+    "best", "accuracy", "kills", "store_kills",
 )  # fmt: skip
 PREFIX = "study-"
 """What the names of records begin with."""

@@ -237,7 +237,8 @@ def _finish(
     parts = _together(world, places, mine)
     if world.rank == 0:
         manifest.write(folder / NAME, manifest.encode(plan, (*before, *parts)))
-        (folder / BEGUN).unlink(missing_ok=True)
+        for left in (folder / BEGUN, *folder.rglob(".*.tmp")):  # by a build that was killed
+            left.unlink(missing_ok=True)
     _wait(world)
     return load(folder)
 
