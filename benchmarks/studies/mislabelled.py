@@ -292,7 +292,7 @@ def _trained(
             for name, rows in valuer.by_epoch(kind).items():
                 by_epoch[name], rankings[name] = rows, rows[-1]
         if how.classes:
-            rows = []
+            by_class = []
             for label in range(CLASSES):
                 chosen = clean.labels == label
                 valuing = partial(
@@ -301,9 +301,9 @@ def _trained(
                 )  # fmt: skip
                 valuer = _Valuer(len(labels), lr)
                 fitted(valuing(renew=False), valuer, valuing())
-                rows.append(valuer.by_epoch(BY_CLASS)[f"value, {BY_CLASS} validation, first order"])
+                by_class.append(valuer.by_epoch(BY_CLASS)[f"value, {BY_CLASS} validation, first order"])
             name = "value, clean validation, to the class that it hurts most"
-            by_epoch[name] = torch.stack(rows).amax(0)
+            by_epoch[name] = torch.stack(by_class).amax(0)
             rankings[name] = by_epoch[name][-1]
     rankings[CONTROL] = random.uniform(control_key, (len(labels),))
     return {
