@@ -52,10 +52,13 @@ def test_influences_of_a_store_are_those_of_dense_gradients(linear, stored, mnis
     assert "by tracin" in out and "Test image 5, a " in out and "and 2 more in influence.csv" in out
 
 
-@pytest.mark.parametrize("method", ["cosine", "inverse"])
-def test_the_other_methods_are_asked_for_by_name(method, linear, stored, tmp_path, no_pictures):
-    out = succeed("influence", linear, "--store", stored, "--test", "3", "--method", method, "--out", tmp_path)
-    assert f"by {method}" in out and len(read(tmp_path / "influence.csv")) == 20
+def test_the_other_methods_are_asked_for_by_name(linear, tmp_path, no_pictures):
+    newest = tmp_path / "newest"
+    succeed("store", linear, *QUICK, "--out", newest)
+    for method in ("dot", "cosine", "inverse"):
+        asked = ("--test", "3", "--method", method, "--out", tmp_path / method)
+        assert f"by {method}" in succeed("influence", linear, "--store", newest, *asked)
+        assert len(read(tmp_path / method / "influence.csv")) == 20
 
 
 def test_a_store_of_another_run_is_refused(linear, stored, copy, tmp_path):
@@ -73,12 +76,13 @@ def test_a_store_of_another_run_is_refused(linear, stored, copy, tmp_path):
     assert "it is finished" not in complain(1, "store", linear, *QUICK[:2], "--images", "9", "--out", newest)
 
 
-def test_a_store_that_is_killed_goes_on_to_the_same_bits(linear, data_dir, tmp_path, monkeypatch):
+def test_a_store_that_is_killed_goes_on_to_the_same_bits_with_two_processes(linear, tmp_path):
     """Killed at its second part, as by a power cut, and begun again."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    succeed("store", linear, *QUICK, "--checkpoints", "all", "--out", whole)
+    options = (*QUICK, "--checkpoints", "all", "--threads", "1")
+    succeed("store", linear, *options, "--out", whole)
     code = "import sys; from functorch_mnist.cli import main; sys.exit(main(sys.argv[1:]))"
-    line = [sys.executable, "-c", code, "store", str(linear), *QUICK, "--checkpoints", "all", "--out", str(killed)]
+    line = [sys.executable, "-c", code, "store", str(linear), *options, "--out", str(killed)]
     with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ) as process:
         end = time.monotonic() + 60
         while not (killed / "1" / "000000000.npy").exists() and process.poll() is None and time.monotonic() < end:
@@ -87,7 +91,8 @@ def test_a_store_that_is_killed_goes_on_to_the_same_bits(linear, data_dir, tmp_p
     if not (killed / "manifest.json").exists():  # it was quicker than the kill otherwise
         with pytest.raises(store.StoreError, match="not finished"):
             store.load(killed)
-    succeed("store", linear, *QUICK, "--checkpoints", "all", "--out", killed)
+    line = [sys.executable, "-m", "functorch_mnist", *line[3:], "--processes", "2"]
+    subprocess.run(line, check=True, capture_output=True, timeout=120)
     mine, theirs = (
         {str(p.relative_to(f)): p.read_bytes() for p in f.rglob("*") if p.is_file() and not p.name.startswith(".")}
         for f in (killed, whole)

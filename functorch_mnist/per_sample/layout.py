@@ -79,13 +79,14 @@ class View:
     def forward(self, v: Tensor) -> Tensor:
         """(*lead, *before) as (*lead, *after)."""
         lead = v.shape[: v.dim() - len(self.before)]
-        return v.permute(*range(len(lead)), *(len(lead) + axis for axis in self.order)).reshape(*lead, *self.after)
+        axes = (*range(len(lead)), *(len(lead) + axis for axis in self.order))
+        return v.permute(axes).reshape(*lead, *self.after)
 
     def backward(self, v: Tensor) -> Tensor:
         """(*lead, *after) as (*lead, *before)."""
         lead = v.shape[: v.dim() - len(self.after)]
         v = v.reshape(*lead, *(self.before[axis] for axis in self.order))
-        return v.permute(*range(len(lead)), *(len(lead) + axis for axis in inverse(self.order)))
+        return v.permute((*range(len(lead)), *(len(lead) + axis for axis in inverse(self.order))))
 
 
 def as_matrices(v: Tensor, layout: Layout, views: tuple[View, ...]) -> Tensor:
