@@ -374,8 +374,7 @@ def test_it_is_the_loss_itself():
     assert torch.equal(loss(case.params, *example), case.loss_fn(case.params, *example))
 
 
-@pytest.mark.parametrize("make", [mlp, tutorial_cnn])
-@pytest.mark.parametrize("chunk_size", [None, 3])
+@pytest.mark.parametrize(("make", "chunk_size"), [(mlp, 3), (tutorial_cnn, None)])
 def test_compiled_it_gives_what_the_loss_gives(make, chunk_size):
     case = make()
     loss = prepared(case.loss_fn, case.params, case.batch)
