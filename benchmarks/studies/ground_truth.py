@@ -64,7 +64,7 @@ class Settings:
     """Of TRAK: the run's own, and others of the same examples."""
     features: tuple[int, ...] = (64, 512)
     """Of TRAK, for each parameter at most."""
-    dampings: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+    dampings: tuple[float, ...] = (1e-5, 1e-4, 3e-4, 1e-3, 1e-2, 1e-1)
     """Ratios to the trace."""
     lengths: tuple[int, ...] = (10, 20, 50, 100, 200, 400)
     """Runs of so many steps are graded too."""
