@@ -1,8 +1,8 @@
 """Kills while a store of gradients is built: at random moments, with signal 9, and the build goes on.
 
 A store of the gradients of all training images is built once by a command that nothing stops. Then, again and again, it
-is begun anew, the command is killed at a moment drawn between its start and the end of such a build, and is given
-again. All files must end with the bytes of the build that nothing stopped.
+is begun anew, the command is killed at a moment drawn from the last six tenths of such a build's time, when it has
+started up, and is given again. All files must end with the bytes of the build that nothing stopped.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from . import markdown
 QUESTION = "Does a store whose build is killed at random moments end as one that nothing stopped?"
 
 KILLS = 20
-TRAINING = ("train", "--model", "mlp", "--hidden", "32", "--images", "4000")
+TRAINING = ("train", "--model", "mlp", "--hidden", "32", "--images", "20000")
 STORING = ("--features", "128", "--checkpoints", "all")
 
 
 def run(*, quick: bool, progress: Callable[[str], object]) -> dict[str, Any]:
     """The record: when each build was killed, what it had made, and whether it ended alike."""
-    images = "1000" if quick else "4000"
+    images = "1000" if quick else "20000"
     options = (*STORING, *(("--images", images) if quick else ()))
     training = (*TRAINING[:-1], images)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _command(*training, "--save-every", "10", "--out", folder / "run").wait()
+        _command(*training, "--save-every", "50", "--out", folder / "run").wait()
         start = time.monotonic()
         _built(folder, "whole", options)
         life = time.monotonic() - start
@@ -42,7 +42,7 @@ def run(*, quick: bool, progress: Callable[[str], object]) -> dict[str, Any]:
         kills = []
         for number in range(2 if quick else KILLS):
             progress(f"kill {number + 1}")
-            after = float(random.uniform(random.fold_in(random.key(0), number), ())) * life
+            after = (0.4 + 0.6 * float(random.uniform(random.fold_in(random.key(0), number), ()))) * life
             process = _command("store", folder / "run", *options, "--out", folder / str(number))
             time.sleep(after)
             process.send_signal(signal.SIGKILL)
