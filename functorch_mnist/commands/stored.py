@@ -117,8 +117,6 @@ def _pictures(
             captions = [f"{j}: {labels[j]}\n{s:.3g}" for j, s in kept]
             row = rows("", chosen, images, captions)[0] if chosen else plots.Row("", images[:0].squeeze(1), [])
             caption = f"test {start + i}: {int(test_labels[i])}\n{title} most"
-            shown = torch.cat(
-                [tests[i : i + 1].squeeze(1), row.images.squeeze(1) if row.images.dim() > 3 else row.images]
-            )
+            shown = torch.cat([tests[i : i + 1].squeeze(1), row.images])
             found.append(row._replace(images=shown, captions=[caption, *row.captions]))
     return found

@@ -11,7 +11,7 @@ import hashlib
 import io
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def build(
             TracIn; by default 1.
         about: what is differentiated and projected, in words: a store of other words is another one.
         dtype: float16 or float32. Each example's features are divided by the largest of them, so that half precision
-            has a relative error of 2^-11 in the large ones; the largest error seen is in the manifest, `Store.error`.
+            has a relative error of 2^-11 in the large ones; `Store.error` bounds that of all.
         rows: examples in a file, at least 1.
         chunk_size: examples taken at a time, at least 1.
         plan: of `per_sample`.
@@ -159,10 +159,7 @@ def append(
     new = Examples(len(examples[0]), digest(list(examples)))
     if there.plan.examples[-1] == new and len(there.plan.examples) > 1:
         return there
-    plan_ = Plan(
-        there.plan.about, there.plan.dtype, there.plan.rows, there.plan.blocks, there.plan.checkpoints, there.plan.maps,
-        (*there.plan.examples, new),
-    )  # fmt: skip
+    plan_ = replace(there.plan, examples=(*there.plan.examples, new))
     _begin(folder, plan_, world, {})
     return _finish(
         folder, plan_, there.parts, loss_fn, checkpoints, examples, there.projection, chunk_size, plan, compile,
@@ -255,16 +252,10 @@ def _computed(
     call: Callable[..., Tensor], params: Tree, projection: Projection, examples: Sequence[Tensor], size: int
 ) -> Tensor:
     """The numbers (n, F) of some examples, in chunks of one size: the last is filled up and masked."""
-    count = len(examples[0])
-    size, parts = min(size, count), []
-    for at in range(0, count, size):
-        chunk = [x[at : at + size] for x in examples]
-        real = len(chunk[0])
-        if real < size:
-            chunk = [torch.cat([x, x[:1].expand(size - real, *x.shape[1:])]) for x in chunk]
-        mask = torch.arange(size, device=chunk[0].device) < real
+    parts = []
+    for chunk in batches.chunks("store.build", examples, None, size):
         with torch.no_grad():
-            parts.append(call(params, projection.maps, mask, *chunk)[:real])
+            parts.append(chunk.unpadded(call(params, projection.maps, chunk.keep(), *chunk.batch)))
     return torch.cat(parts)
 
 
