@@ -21,7 +21,7 @@ chunk, whatever their number; in `grads` and `gram`, and inside a transform of t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -182,12 +182,8 @@ def grad_and_norms(
         (tensor(-2.), tensor([1., 3.]))
     """
 
-    def summed(run: Run) -> tuple[Tree, list[Tensor]]:
-        grads, sizes, losses = run(_sum)
-        return grads, [sizes, losses]
-
     chunked = Chunked("grad_and_norms", loss_fn, params, batch, mask, chunk_size, plan)
-    grads, (sizes, losses) = chunked.both(summed, like=params)
+    grads, (sizes, losses) = _sum_and_rows(chunked, _sum)
     return GradAndNorms(grads, sizes, losses)
 
 
@@ -211,12 +207,8 @@ def grad_and_dot(
         (tensor(-2.), tensor([ 2., -6.]))
     """
 
-    def summed(run: Run) -> tuple[Tree, list[Tensor]]:
-        grads, products, losses = run(_sum_and_dot, direction)
-        return grads, [products, losses]
-
     chunked = Chunked("grad_and_dot", loss_fn, params, batch, mask, chunk_size, plan)
-    grads, (products, losses) = chunked.both(summed, like=params)
+    grads, (products, losses) = _sum_and_rows(chunked, _sum_and_dot, direction)
     return GradAndDot(grads, products, losses)
 
 
@@ -432,6 +424,16 @@ def _built(found: Factored) -> tuple[Factored, Tensor]:
     """What a clipped sum is taken of, and the norms."""
     found = found.built()
     return found, found.norms()
+
+
+def _sum_and_rows(chunked: Chunked, finish: Callable[..., Any], *more: Tree) -> tuple[Tree, list[Tensor]]:
+    """The sum over all chunks that `finish` returns first, and the rows (B,) that it returns after it."""
+
+    def summed(run: Run) -> tuple[Tree, list[Tensor]]:
+        grads, *rows = run(finish, *more)
+        return grads, rows
+
+    return chunked.both(summed, like=chunked.params)
 
 
 @returns(TREE, TENSOR, TENSOR)
