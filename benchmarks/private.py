@@ -57,46 +57,33 @@ def private_steps(problem: Problem, count: Count, device: str) -> Work:
     batch_size = len(problem.labels)
     images = data.load("mnist").train
     examples, rows = (images.images.to(device), images.labels.to(device)), (problem.stored, problem.labels)
-    mechanism = privacy.Poisson(batch_size / len(images.labels), NOISE)
     clipping, optimizer, secret = privacy.Flat(MAX_NORM), optim.sgd(LR, momentum=MOMENTUM), privacy.Secret(0)
 
     def loss_fn(params: models.Params, stored: Tensor, label: Tensor, _key: Tensor) -> Tensor:
         return losses.cross_entropy(problem.apply(params, problem.prepare(stored)), label)
 
-    def made(noise: float) -> train.PrivateStep:
+    def made(mechanism: privacy.Mechanism, examples: int, sizes: Sequence[int] | None = None) -> train.PrivateStep:
         return train.make_private_step(
-            loss_fn, optimizer, clipping=clipping, noise_multiplier=noise, expected=batch_size
+            loss_fn, optimizer, clipping=clipping, mechanism=mechanism, examples=examples, chunk_sizes=sizes
         ).compiled()
 
-    step, noiseless = made(NOISE), made(0.0)
+    step = made(privacy.Poisson(batch_size / len(images.labels), NOISE), len(images.labels))
+    noiseless = made(privacy.Poisson(1.0, 0.0), batch_size, sizes=step.chunk_sizes[:1])  # in two chunks
     first = train.init_private_state(problem.params, optimizer, random.key(0), clipping)
-    sizes, keys = privacy.chunk_sizes(mechanism, len(images.labels)), random.split(random.key(2, device=device))
-    state, fit = first, partial(
-        train.fit_private, step, examples=examples, mechanism=mechanism, secret=secret
-    )  # fmt: skip
-
-    def batches(size: int) -> list[data.Batch]:
-        return privacy.chunks(torch.arange(batch_size, device=device), (size,))
-
-    def on_the_batch(step: train.PrivateStep, size: int) -> train.State:
-        *more, last = batches(size)
-        sums = None
-        for batch in more:
-            sums = step.add(first, sums, keys, batch, *rows)
-        return step.step(first, sums, keys, last, *rows)[0]
+    state, fit = first, partial(train.fit_private, step, examples=examples, secret=secret)
 
     def compile_all() -> None:
         """Whatever a draw may need."""
-        for size in sizes:
-            step.step(first, None, keys, batches(size)[-1], *examples)
-        step.add(first, None, keys, batches(sizes[-1])[0], *examples)
+        drawn, roots = privacy.Draw(torch.arange(batch_size, device=device)), secret.roots(device)
+        for size in step.chunk_sizes:
+            step._stepped(first, roots, privacy.chunks(drawn, (size,)), None, examples)
         fit(first, steps=1)
 
     def call() -> None:
         nonlocal state
         if count() == 1:
             compile_all()
-            state = on_the_batch(noiseless, sizes[0])  # in two chunks
+            state, _ = noiseless(first, secret.roots(device), *rows)
         else:
             state = fit(state, steps=int(state.step) + count())
 

@@ -1,4 +1,7 @@
-"""The folder of a run: `config.json`, `metrics.jsonl` and `checkpoints/`. Nothing here imports torch."""
+"""The folder of a run: `config.json`, `metrics.jsonl`, `checkpoints/`, and of a private one `unpublished.json`.
+
+Nothing here imports torch.
+"""
 
 import json
 from collections.abc import Mapping
@@ -11,6 +14,9 @@ from .files import write
 
 CHECKPOINTS = "checkpoints"
 """The name of the folder of checkpoints in a run's folder."""
+
+UNPUBLISHED = "unpublished.json"
+"""The file of a private run in which is what tells of single images: whoever publishes the run leaves it out."""
 
 _CONFIG = "config.json"
 _METRICS = "metrics.jsonl"
@@ -101,6 +107,20 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         if isinstance(record, dict) and type(record.get("step")) is int and "kind" in record:
             records.append(record)
     return records
+
+
+def write_unpublished(folder: Path, values: Mapping[str, Any]) -> None:
+    """Writes what a private run must know and nobody else may, whole or not at all."""
+    write(folder / UNPUBLISHED, (json.dumps(values, allow_nan=False) + "\n").encode())
+
+
+def read_unpublished(folder: Path) -> dict[str, Any]:
+    """What `write_unpublished` wrote; nothing where there is none that can be read."""
+    try:
+        values = json.loads((folder / UNPUBLISHED).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def forget_metrics_after(folder: Path, step: int) -> None:

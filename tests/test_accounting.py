@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from functorch_mnist import privacy
-from functorch_mnist.privacy import Ledger, Poisson, Shuffled
+from functorch_mnist.privacy import Entry, Event, Ledger, Poisson, Shuffled
 from functorch_mnist.privacy.audit import _most
 from functorch_mnist.privacy.gaussian import gaussian_delta, gaussian_epsilon
 from functorch_mnist.privacy.pld import _interval, _largest, pld_epsilon
@@ -153,7 +153,7 @@ def test_the_accountants_are_ordered_and_spend_more_for_more_steps_less_noise_an
     [(1e-6, 0.6, 1000), (1e-9, 100.0, 10**8), (0.5, 1e3, 10**6), (1e-3, 0.06, 3), (1e-300, 1.0, 5)],
 )
 def test_extreme_steps_have_a_finite_account_in_seconds(rate, sigma, steps):
-    pld = pld_epsilon(rate, sigma, steps, DELTA)
+    pld = pld_epsilon((Event(rate, sigma, steps),), DELTA)
     assert 0 <= pld < math.inf
     assert pld <= 1.02 * privacy.epsilon(Poisson(rate, sigma), steps=steps, delta=DELTA, accountant="rdp") + 1e-2
 
@@ -165,18 +165,18 @@ def test_hardly_any_noise_is_no_privacy_and_no_number():
 
 
 def test_many_steps_composed_in_blocks_are_the_steps_composed_at_once():
-    below, above = (pld_epsilon(0.004, 2.0, steps, DELTA) for steps in (4095, 4097))
+    below, above = (pld_epsilon((Event(0.004, 2.0, steps),), DELTA) for steps in (4095, 4097))
     assert 0 < above - below < 1e-3
 
 
 def test_losses_are_rounded_to_a_quarter_of_the_deviation_of_a_steps_loss_within_what_is_feasible():
-    assert _interval(0.001, 2.0, 1) == pytest.approx(0.001 * math.sqrt(math.exp(1 / 4) - 1) / 4, rel=1e-12)
-    assert _interval(0.9, 400.0, 1) == pytest.approx(0.9 * math.sqrt(math.exp(1 / 400**2) - 1) / 4, rel=1e-12)
-    assert _interval(1.0, 300.0, 1) == pytest.approx(1 / 300 / 4, rel=1e-12)  # 1 / σ is the smaller
-    assert _interval(0.5, 1.0, 1) == 1e-3  # the greatest
-    assert _interval(1e-9, 100.0, 1) == 1e-7  # the least
-    assert _interval(1.0, 1.0, 10**6) == pytest.approx(16 * 2**10 / 1e6, rel=1e-12)  # 2²⁰ is next above the steps
-    assert _interval(1.0, 0.05, 1) == pytest.approx(8 * (10 / 0.05 + 1 / (2 * 0.05**2)) / 1e6, rel=1e-12)
+    assert _interval([Event(0.001, 2.0, 1)]) == pytest.approx(0.001 * math.sqrt(math.exp(1 / 4) - 1) / 4, rel=1e-12)
+    assert _interval([Event(0.9, 400.0, 1)]) == pytest.approx(0.9 * math.sqrt(math.exp(1 / 400**2) - 1) / 4, rel=1e-12)
+    assert _interval([Event(1.0, 300.0, 1)]) == pytest.approx(1 / 300 / 4, rel=1e-12)  # 1 / σ is the smaller
+    assert _interval([Event(0.5, 1.0, 1)]) == 1e-3  # the greatest
+    assert _interval([Event(1e-9, 100.0, 1)]) == 1e-7  # the least
+    assert _interval([Event(1.0, 1.0, 10**6)]) == pytest.approx(16 * 2**10 / 1e6, rel=1e-12)  # 2²⁰ is next above
+    assert _interval([Event(1.0, 0.05, 1)]) == pytest.approx(8 * (10 / 0.05 + 1 / (2 * 0.05**2)) / 1e6, rel=1e-12)
 
 
 def test_the_largest_loss_is_that_of_noise_at_ten_deviations():
@@ -189,16 +189,83 @@ def test_the_largest_loss_is_that_of_noise_at_ten_deviations():
 
 
 def test_mistake_1_a_shuffle_has_no_account_by_amplification():
-    for accountant in POISSON:
-        with pytest.raises(ValueError, match=r"must be of the sampling that ran\. Found Shuffled"):
-            privacy.epsilon(Shuffled(10, 1.0), steps=10, delta=DELTA, accountant=accountant)
-    with pytest.raises(ValueError, match=r"must be of the sampling that ran\. Found Poisson"):
+    for accountant in ("pld", "rdp", "rdp-old"):
+        spent = privacy.epsilon(Shuffled(10, 1.0), steps=10, delta=DELTA, accountant=accountant)
+        assert spent >= gaussian_epsilon(1.0, DELTA)
+        assert spent == privacy.epsilon(Poisson(1.0, 1.0), steps=1, delta=DELTA, accountant=accountant)
+    with pytest.raises(ValueError, match=r"gaussian must be of releases without sampling\. Found Event\(rate=0\.1"):
         privacy.epsilon(Poisson(0.1, 1.0), steps=10, delta=DELTA, accountant="gaussian")
     one_epoch = privacy.epsilon(Shuffled(10, 1.0), steps=10, delta=DELTA, accountant="gaussian")
     assert one_epoch == gaussian_epsilon(1.0, DELTA)
     assert privacy.epsilon(Shuffled(10, 1.0), steps=11, delta=DELTA, accountant="gaussian") == gaussian_epsilon(
         math.sqrt(2), DELTA
     )
+
+
+# Several mechanisms
+
+
+@pytest.mark.parametrize("accountant", POISSON)
+def test_parts_of_a_run_are_composed_into_the_account_of_the_whole(accountant):
+    parts = [Event(0.01, 1.2, 300), Event(0.01, 1.2, 700)]
+    whole = privacy.epsilon(Poisson(0.01, 1.2), steps=1000, delta=DELTA, accountant=accountant)
+    assert privacy.composed(parts, delta=DELTA, accountant=accountant) == whole
+    assert privacy.composed([], delta=DELTA, accountant=accountant) == 0
+
+
+def test_gaussians_of_several_noises_are_composed_as_one():
+    events = [Event(1.0, 4.0, 3), Event(1.0, 2.0, 1)]
+    exact = gaussian_epsilon(math.sqrt(3 / 16 + 1 / 4), DELTA)
+    assert privacy.composed(events, delta=DELTA, accountant="gaussian") == pytest.approx(exact, rel=1e-12)
+    assert exact <= privacy.composed(events, delta=DELTA) <= exact * (1 + 1e-3)
+    assert exact < privacy.composed(events, delta=DELTA, accountant="rdp") < 1.3 * exact
+
+
+def test_different_samplings_are_composed_as_by_dp_accounting():
+    dp = pytest.importorskip("dp_accounting")
+    accountant = pytest.importorskip("dp_accounting.pld").PLDAccountant(value_discretization_interval=1e-3)
+    events = [Event(0.01, 1.0, 500), Event(0.2, 3.0, 40), Event(1.0, 8.0, 2)]
+    for rate, sigma, count in events:
+        one = dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(sigma)) if rate < 1 else dp.GaussianDpEvent(sigma)
+        accountant.compose(one, count)
+    theirs = accountant.get_epsilon(DELTA)
+    assert privacy.composed(events, delta=DELTA) == pytest.approx(theirs, rel=2e-3)
+    sum_of_parts = sum(privacy.composed([event], delta=DELTA / 3) for event in events)
+    assert max(privacy.composed([event], delta=DELTA) for event in events) < theirs < sum_of_parts
+
+
+def test_a_step_without_noise_has_no_privacy():
+    for accountant in POISSON:
+        assert privacy.epsilon(Poisson(0.1, 0.0), steps=1, delta=DELTA, accountant=accountant) == math.inf
+        assert privacy.composed([Event(0.1, 9.0, 1), Event(0.1, 0.0, 1)], delta=DELTA) == math.inf
+    assert privacy.epsilon(Poisson(0.1, 0.0), steps=0, delta=DELTA) == 0
+
+
+# Users
+
+
+def test_a_user_of_one_example_spends_what_the_example_does():
+    one = Poisson(0.05, 1.5)
+    spent = privacy.epsilon(one, steps=200, delta=DELTA)
+    assert privacy.user_epsilon(one, examples_per_user=1, steps=200, delta=DELTA) == pytest.approx(spent, rel=1e-3)
+
+
+def test_a_user_whose_examples_all_join_is_a_gaussian_of_so_many_sensitivities():
+    found = privacy.user_epsilon(Poisson(1.0, 8.0), examples_per_user=4, steps=3, delta=DELTA)
+    exact = gaussian_epsilon(4 * math.sqrt(3) / 8, DELTA)
+    assert exact - 1e-9 <= found <= exact * (1 + 2e-3)
+
+
+def test_the_account_of_a_users_examples_lies_between_one_example_and_all_that_join_together():
+    mechanism, steps = Poisson(0.02, 4.0), 500
+    spent = [privacy.user_epsilon(mechanism, examples_per_user=k, steps=steps, delta=DELTA) for k in (1, 2, 8)]
+    assert spent == sorted(spent)
+    together = privacy.epsilon(Poisson(1 - 0.98**8, 4.0 / 8), steps=steps, delta=DELTA)  # whenever one does
+    assert privacy.epsilon(mechanism, steps=steps, delta=DELTA) < spent[2] < together
+    with pytest.raises(ValueError, match="examples must be sampled"):
+        privacy.user_epsilon(Poisson(0.1, 1.0, unit="user"), examples_per_user=2, steps=1, delta=DELTA)
+    with pytest.raises(ValueError, match="at least 1"):
+        privacy.user_epsilon(mechanism, examples_per_user=0, steps=1, delta=DELTA)
 
 
 # Calibration
@@ -215,6 +282,21 @@ def test_calibrated_noise_spends_the_budget_and_not_more(budget, rate, steps, ac
     )
     assert spent(sigma) <= budget
     assert spent(0.99 * sigma) >= budget * (1 - 5e-3) or sigma <= 0.051
+
+
+def test_calibrated_noise_is_the_least_of_four_digits_and_is_found_in_few_accounts():
+    for rate, budget, steps in ((1e-6, 0.01, 1000), (0.07, 2.93, 586), (1.0, 0.05, 10), (0.5, 20.0, 1)):
+        tried = []
+
+        def mechanism(sigma, tried=tried, rate=rate):
+            tried.append(sigma)
+            return Poisson(rate, sigma)
+
+        sigma = privacy.calibrated(mechanism, budget=budget, delta=DELTA, steps=steps)
+        unit = 10.0 ** (math.floor(math.log10(sigma)) - 3)
+        less, given = (privacy.epsilon(Poisson(rate, s), steps=steps, delta=DELTA) for s in (sigma - unit, sigma))
+        assert given <= budget < less
+        assert len(set(tried)) <= 14
 
 
 @few
@@ -252,10 +334,12 @@ def test_mistake_11_numbers_that_mean_nothing_are_refused(bad):
     refused = pytest.raises((ValueError, TypeError), match="must be")
     with refused:
         Poisson(bad, 1.0)
-    with refused:
-        Poisson(0.1, bad)
-    with refused:
-        Shuffled(10, bad)
+    for make in (lambda: Poisson(0.1, bad), lambda: Shuffled(10, bad)):
+        if bad == 0:
+            assert make().noise_multiplier == 0  # whose ε is infinite
+            continue
+        with refused:
+            make()
     for accountant in POISSON:
         with refused:
             privacy.epsilon(Poisson(0.1, 1.0), steps=10, delta=bad, accountant=accountant)
@@ -290,10 +374,11 @@ def test_without_dp_accounting_the_pld_accountant_says_what_to_install_and_the_r
 
 # The ledger
 
-LEDGER = Ledger(Poisson(0.1 + 0.2, 1 / 3), "Flat(max_norm=1.0)", "abc", 7)
+ENTRY = Entry(Poisson(0.1 + 0.2, 1 / 3), "Flat(max_norm=1.0)", "abc", 7)
+LEDGER = Ledger((ENTRY, Entry(Shuffled(3, 1e-300), "Flat(max_norm=1.0)", "abc", 0, more=2, restarts=1)))
 
 
-@pytest.mark.parametrize("ledger", [LEDGER, dataclasses.replace(LEDGER, mechanism=Shuffled(3, 1e-300), steps=0)])
+@pytest.mark.parametrize("ledger", [LEDGER, Ledger((ENTRY,)), Ledger()])
 def test_a_ledger_comes_back_from_json_bit_for_bit(ledger):
     assert Ledger.from_json(json.loads(json.dumps(ledger.to_json()))) == ledger
 
@@ -301,20 +386,50 @@ def test_a_ledger_comes_back_from_json_bit_for_bit(ledger):
 @pytest.mark.parametrize(
     "change",
     [
-        {"steps": -1}, {"steps": 1.0}, {"steps": True}, {"steps": None}, {"data": 3}, {"clipping": None}, {"more": 1},
-        {"mechanism": None}, {"mechanism": []}, {"mechanism": {"kind": "Poisson"}},
+        {"steps": -1}, {"steps": 1.0}, {"steps": True}, {"steps": None}, {"data": 3}, {"clipping": None}, {"less": 1},
+        {"more": -1}, {"restarts": 0.5}, {"mechanism": None}, {"mechanism": []}, {"mechanism": {"kind": "Poisson"}},
         {"mechanism": {"kind": "Laplace", "rate": 0.1, "noise_multiplier": 1.0}},
         {"mechanism": {"kind": "Poisson", "rate": math.nan, "noise_multiplier": 1.0}},
         {"mechanism": {"kind": "Poisson", "rate": 0.1, "noise_multiplier": "1"}},
+        {"mechanism": {"kind": "Poisson", "rate": 0.1, "noise_multiplier": 1.0, "unit": "street"}},
         {"mechanism": {"kind": ["Poisson"], "rate": 0.1, "noise_multiplier": 1.0}},
     ],
 )  # fmt: skip
 def test_what_is_no_ledger_is_refused(change):
     with pytest.raises(ValueError, match="must be what to_json makes"):
-        Ledger.from_json({**LEDGER.to_json(), **change})
+        Ledger.from_json([{**LEDGER.to_json()[0], **change}])
 
 
-@pytest.mark.parametrize("values", [None, 3, "ledger", [], {}, {"mechanism": {}}])
+@pytest.mark.parametrize("values", [None, 3, "ledger", {}, {"mechanism": {}}, [[]], [3]])
 def test_values_of_another_kind_are_no_ledger(values):
     with pytest.raises(ValueError, match="must be what to_json makes"):
         Ledger.from_json(values)
+
+
+def test_a_ledger_of_several_runs_and_mechanisms_is_one_composition():
+    runs = [Entry(Poisson(0.01, 1.0), "a", "mnist", 500), Entry(Poisson(0.01, 1.0), "b", "mnist", 100)]
+    search = Ledger((Entry(Poisson(0.2, 3.0), "a", "mnist", 40),)) + Ledger(tuple(runs))
+    found = search.epsilon(delta=DELTA)
+    assert found == privacy.composed([Event(0.2, 3.0, 40), Event(0.01, 1.0, 600)], delta=DELTA)
+    assert search.relation == "one example added or removed, their number public"
+    mixed = search + Ledger((Entry(Shuffled(10, 6.0), "a", "mnist", 10),))
+    assert mixed.epsilon(delta=DELTA) > found
+    assert mixed.relation == "one example replaced by one without gradient"  # which Poisson's account covers as well
+    assert Ledger().epsilon(delta=DELTA) == 0
+    with pytest.raises(ValueError, match="one kind of neighbour"):
+        (search + Ledger((Entry(Poisson(0.1, 1.0, unit="user"), "a", "mnist", 1),))).epsilon(delta=DELTA)
+
+
+def test_steps_that_a_resume_makes_again_are_counted_twice():
+    entry = Entry(Poisson(0.01, 1.0), "a", "mnist", 500).resumed(400, lost=100)
+    whole = dataclasses.replace(entry, steps=600)  # 500 and the 200 after step 400
+    assert Ledger((whole,)).epsilon(delta=DELTA) == privacy.epsilon(Poisson(0.01, 1.0), steps=700, delta=DELTA)
+
+
+def test_a_shuffled_run_that_goes_on_within_an_epoch_pays_for_examples_that_came_twice():
+    entry = Entry(Shuffled(10, 1.0), "a", "mnist", 5).resumed(5, lost=0)
+    whole = Ledger((dataclasses.replace(entry, steps=10),))
+    assert whole.epsilon(delta=DELTA, accountant="gaussian") == gaussian_epsilon(math.sqrt(2), DELTA)
+    entry = Entry(Shuffled(10, 1.0), "a", "mnist", 10).resumed(10, lost=0)
+    assert entry.restarts == 0  # the next epoch is shuffled anyway
+    assert Entry(Poisson(0.1, 1.0), "a", "mnist", 5).resumed(5, lost=0).restarts == 0

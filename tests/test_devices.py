@@ -83,15 +83,15 @@ def test_private_steps_stay_on_their_device(options, clipping):
     made = build.classifier(build.Origin(options, (0.1307, 0.3081), ROWS, CLASSES))
     rule, optimizer = build.clipping(options), build.optimizer(options, 10)
     step = fm.train.make_private_step(
-        build.losses(made, options), optimizer, clipping=rule, noise_multiplier=1.0, expected=4.0
+        build.losses(made, options), optimizer, clipping=rule, mechanism=fm.privacy.Poisson(0.5, 1.0), examples=ROWS
     )
     params = on_meta(made.init(fm.random.key(0)))
     state = fm.train.init_private_state(params, optimizer, KEYS[0], rule)
     state = state._replace(estimator=on_meta(rule.init()))
     batch = fm.data.Batch(LABELS, torch.zeros(ROWS, dtype=torch.bool, device=META))
-    keys = KEYS[:2]
-    sums = check(step.add(state, None, keys, batch, build.prepared(made, IMAGES), LABELS))
-    check(step.step(state, sums, keys, batch, build.prepared(made, IMAGES), LABELS))
+    roots = torch.cat([KEYS, KEYS])[:4]
+    sums = check(step._parts.add(state, None, roots, batch, None, build.prepared(made, IMAGES), LABELS))
+    check(step._parts.end(state, sums, roots, batch, None, build.prepared(made, IMAGES), LABELS))
 
 
 MODEL = fm.models.cnn()

@@ -13,8 +13,19 @@ from torch import nn
 from torch.func import vmap
 from zoo import difference
 
-from functorch_mnist import losses, models, optim, per_sample, privacy, random, train, tree
-from functorch_mnist.privacy import Automatic, Flat, Global, PerGroup, PerLayer, Poisson, Quantile, Secret, Shuffled
+from functorch_mnist import data, losses, models, optim, per_sample, privacy, random, train, tree
+from functorch_mnist.privacy import (
+    Automatic,
+    Draw,
+    Flat,
+    Global,
+    PerGroup,
+    PerLayer,
+    Poisson,
+    Quantile,
+    Secret,
+    Shuffled,
+)
 
 RULES = {
     "flat": Flat(1.5),
@@ -226,6 +237,29 @@ def test_a_quantile_follows_the_norms_and_its_votes_are_paid_for():
         Quantile(0.5, count_deviation=0.5).deviations(1.0)
 
 
+@pytest.mark.parametrize("count_deviation", [0.6, 10.0, 1e6, 1e12])
+@pytest.mark.parametrize("rate", [0.2, 10.0])
+@pytest.mark.parametrize("quantile", [0.0, 0.5, 1.0])
+def test_the_norm_of_a_quantile_stays_within_its_bounds_in_10_000_steps(quantile, rate, count_deviation):
+    rule = Quantile(quantile, count_deviation, rate=rate)
+    noisy = count_deviation * random.normal(random.key(0), (10_000,)) / 1e-3  # a thousandth of an example expected
+    state, seen = rule.init(), []
+    for vote in noisy[:, None]:
+        state = rule.adapt(state, vote)
+        seen.append(state)
+    seen = torch.stack(seen)
+    assert rule.least <= seen.min() <= seen.max() <= float(torch.tensor(rule.most))
+    assert seen[-1000:].unique().numel() > 1 or quantile != 0.5  # it still moves
+
+
+@pytest.mark.parametrize(
+    "changed", [{"rate": 11.0}, {"count_deviation": 1e13}, {"least": 1.0}, {"most": 0.01}, {"least": 1e-13}]
+)
+def test_a_quantile_whose_norm_would_be_all_noise_is_refused(changed):
+    with pytest.raises(ValueError, match="Quantile"):
+        Quantile(**{"quantile": 0.5, "count_deviation": 10.0} | changed)
+
+
 # Noise
 
 
@@ -314,7 +348,7 @@ def test_poisson_draws_have_the_stated_mean_and_variance_and_are_independent():
     mechanism = Poisson(q, 1.0)
     draws = torch.zeros(steps, n)
     for step in range(steps):
-        draws[step, privacy.draw(mechanism, random.key(3), step=step, examples=n)] = 1
+        draws[step, privacy.draw(mechanism, random.key(3), step=step, population=n).numbers] = 1
     sizes = draws.sum(1).double()
     assert sizes.mean().item() == pytest.approx(n * q, abs=5 * math.sqrt(n * q / steps))
     assert sizes.var().item() == pytest.approx(n * q * (1 - q), rel=0.35)
@@ -325,20 +359,20 @@ def test_poisson_draws_have_the_stated_mean_and_variance_and_are_independent():
 def test_a_shuffled_epoch_sees_each_example_once_and_the_next_in_another_order():
     mechanism = Shuffled(7, 1.0)
     epochs = [
-        [privacy.draw(mechanism, random.key(0), step=7 * epoch + step, examples=50) for step in range(7)]
+        [privacy.draw(mechanism, random.key(0), step=7 * epoch + step, population=50).numbers for step in range(7)]
         for epoch in (0, 1)
     ]
     for epoch in epochs:
         assert torch.equal(torch.cat(epoch).sort().values, torch.arange(50))
         assert {len(part) for part in epoch} == {7, 8}
     assert not torch.equal(torch.cat(epochs[0]), torch.cat(epochs[1]))
-    assert privacy.expected_examples(mechanism, 50) == 50 / 7
+    assert mechanism.share == 1 / 7
 
 
 @given(st.integers(0, 500), st.lists(st.integers(1, 64), min_size=1, max_size=5))
 def test_chunks_hold_each_drawn_example_once_in_the_given_sizes(drawn, sizes):
     index = torch.arange(1000, 1000 + drawn)
-    batches = privacy.chunks(index, sizes)
+    batches = privacy.chunks(Draw(index), sizes)
     assert torch.equal(torch.cat([b.examples[b.mask] for b in batches]), index)
     assert {len(b.examples) for b in batches} <= set(sizes)
     assert len(batches) == max(1, -(-drawn // max(sizes)))
@@ -349,7 +383,7 @@ def test_chunks_hold_each_drawn_example_once_in_the_given_sizes(drawn, sizes):
 def test_no_size_of_chunks_or_one_below_1_is_refused():
     for sizes in ((), (4, 0), (-1,)):
         with pytest.raises(ValueError, match="at least one size, each at least 1"):
-            privacy.chunks(torch.arange(3), sizes)
+            privacy.chunks(Draw(torch.arange(3)), sizes)
     for examples, most in ((0, 8), (8, 0)):
         with pytest.raises(ValueError, match="must be at least 1"):
             privacy.chunk_sizes(Poisson(0.1, 1.0), examples, most=most)
@@ -363,8 +397,8 @@ def test_the_sizes_of_chunks_pad_little_and_take_no_more_at_once_than_allowed(ex
     assert 1 <= len(sizes) <= 5
     assert sizes[0] >= 1
     assert sizes[-1] <= 1024
-    drawn = [len(privacy.draw(mechanism, random.key(0), step=step, examples=examples)) for step in range(200)]
-    padded = [sum(len(b.examples) for b in privacy.chunks(torch.arange(n), sizes)) for n in drawn]
+    drawn = [len(privacy.draw(mechanism, random.key(0), step=step, population=examples)) for step in range(200)]
+    padded = [sum(len(b.examples) for b in privacy.chunks(Draw(torch.arange(n)), sizes)) for n in drawn]
     assert sum(padded) / sum(drawn) < 1 + 0.7 / math.sqrt(expected)
 
 
@@ -391,9 +425,8 @@ MODEL = models.mlp([6, 5, 3], activation=torch.tanh)
 X, Y = random.normal(random.key(0), (40, 6)).double(), torch.arange(40) % 3
 
 
-def all_of(rows):
-    (batch,) = privacy.chunks(torch.arange(len(rows)), (len(rows),))
-    return batch
+EVERY = Poisson(1.0, 0.0)
+"""All examples in each step, and no noise."""
 
 
 def start(rule, optimizer):
@@ -405,23 +438,18 @@ def loss_fn(params, x, y, key):
     return losses.cross_entropy(MODEL.apply(params, x), y)
 
 
-def fitted(
-    mechanism, *, steps=5, sizes=(16, 4), rule=RULES["flat"], sigma=None, secret=None, compiled=False, start_at=None
-):
+def fitted(mechanism, *, steps=5, sizes=(16, 4), rule=RULES["flat"], secret=None, compiled=False, start_at=None):
     optimizer = optim.sgd(0.1, momentum=0.9)
-    sigma = mechanism.noise_multiplier if sigma is None else sigma
     step = train.make_private_step(
-        loss_fn, optimizer, clipping=rule, noise_multiplier=sigma, expected=privacy.expected_examples(mechanism, len(X))
+        loss_fn, optimizer, clipping=rule, mechanism=mechanism, examples=len(X), chunk_sizes=sizes
     )
     seen = []
     state = train.fit_private(
         step.compiled() if compiled else step,
         start(rule, optimizer) if start_at is None else start_at,
         (X, Y),
-        mechanism=mechanism,
         secret=secret or Secret(4),
         steps=steps,
-        chunk_sizes=sizes,
         callbacks=(seen.append,),
     )
     return state, seen
@@ -449,13 +477,16 @@ def test_the_compiled_private_step_equals_the_eager_one(monkeypatch):
 
 def test_mistake_2_the_divisor_is_the_expected_number_not_the_number_drawn():
     optimizer = optim.sgd(1.0)
+    rows = torch.cat([torch.eye(11), torch.eye(11)]).double()
     step = train.make_private_step(
-        lambda p, x, key: linear_loss(p, x), optimizer, clipping=Flat(1.0), noise_multiplier=0.0, expected=10.0
+        lambda p, x, key: linear_loss(p, x), optimizer, clipping=Flat(1.0), mechanism=Poisson(0.5, 0.0), examples=22
     )
-    rows = torch.eye(11)[:3].double()
+    assert step.expected == 11
     begun = train.init_private_state(zeros(torch.float64), optimizer, random.key(0), Flat(1.0))
-    state, _ = step.step(begun, None, random.split(random.key(0)), all_of(rows), rows)
-    assert tree.ravel(state.params)[:4].tolist() == pytest.approx([-0.1, -0.1, -0.1, 0])
+    state, seen = step(begun, Secret(0).roots(), rows)
+    drawn = privacy.draw(step.mechanism, Secret(0).roots()[0], step=0, population=22)
+    assert seen["count"] == len(drawn) != 11
+    assert torch.allclose(tree.ravel(state.params), -rows[drawn.numbers].sum(0) / 11, atol=1e-12)
 
 
 def test_mistake_6_sums_are_sums_of_examples_and_not_means():
@@ -469,30 +500,33 @@ def test_mistake_6_sums_are_sums_of_examples_and_not_means():
 
 
 def test_mistake_3_an_empty_draw_is_legal_and_still_noised():
-    rule, optimizer = Flat(1.5), optim.sgd(1.0)
-    step = train.make_private_step(loss_fn, optimizer, clipping=rule, noise_multiplier=2.0, expected=4.0)
+    rule, optimizer, roots, mechanism = Flat(1.5), optim.sgd(1.0), Secret(9).roots(), Poisson(1e-9, 2.0)
+    step = train.make_private_step(
+        loss_fn, optimizer, clipping=rule, mechanism=mechanism, examples=len(X), chunk_sizes=(8, 2)
+    )
     state = start(rule, optimizer)
-    (batch,) = privacy.chunks(torch.arange(0), (8, 2))
-    found, seen = step.step(state, None, random.split(random.key(9)), batch, X, Y)
-    moves = tree.ravel(tree.map(torch.sub, found.params, state.params))
-    expected = noise(rule, random.split(random.key(9))[0], sigma=2.0, like=state.params)
-    assert torch.allclose(moves, -tree.ravel(expected), atol=1e-12)
+    found, seen = step(state, roots, X, Y)
+    moves = tree.ravel(tree.map(torch.sub, found.params, state.params)) * step.expected
+    expected = noise(rule, random.fold_in(roots[1], 0), sigma=2.0, expected=1.0, like=state.params)
+    assert torch.allclose(moves, -tree.ravel(expected), atol=1e-9)
     assert seen["count"] == 0
-    assert moves.std() > 0.3
+    assert moves.std() > 1.2
 
 
 def test_a_thousand_steps_of_empty_draws_equal_pure_noise():
     rule, optimizer, secret, sigma = Flat(1.5), optim.sgd(0.1), Secret(8), 1.3
     mechanism = Poisson(1e-11, sigma)
-    step = train.make_private_step(loss_fn, optimizer, clipping=rule, noise_multiplier=sigma, expected=2.0)
+    step = train.make_private_step(
+        loss_fn, optimizer, clipping=rule, mechanism=mechanism, examples=len(X), chunk_sizes=(2,)
+    )
     begun, counts = start(rule, optimizer), []
     state = train.fit_private(
-        step, begun, (X, Y), mechanism=mechanism, secret=secret, steps=1000, chunk_sizes=(2,),
+        step, begun, (X, Y), secret=secret, steps=1000,
         callbacks=(lambda progress: counts.append(int(progress.aux["count"])),),
     )  # fmt: skip
     assert counts == [0] * 1000
-    walk = tree.ravel(tree.map(torch.sub, state.params, begun.params))
-    noise_key = random.split(secret.key(), 3)[1]
+    walk = tree.ravel(tree.map(torch.sub, state.params, begun.params)) * step.expected / 2
+    noise_key = secret.roots()[1]
     drawn = vmap(lambda key: tree.ravel(noise(rule, key, sigma=sigma, expected=2.0, like=begun.params)))
     expected = -0.1 * drawn(random.fold_in(noise_key, torch.arange(1000))).sum(0)
     assert torch.allclose(walk, expected, atol=1e-9)
@@ -520,10 +554,10 @@ def test_the_progress_of_a_private_run_counts_expected_examples_and_adds_up_an_e
     assert [p.epoch_ended for p in seen] == [False, False, True, False, False, True, False]
     assert [p.examples for p in seen] == [13, 27, 40, 13, 27, 40, 13]
     assert [int(p.aux["count"]) for p in seen] == [*sizes, *sizes, 14]
-    draw_key = random.split(Secret(4).key(), 3)[0]
+    draw_key = Secret(4).roots()[0]
     state, total = start(RULES["flat"], optim.sgd(0.1, momentum=0.9)), 0.0
     for step, progress in enumerate(seen):
-        drawn = privacy.draw(Shuffled(3, 1.1), draw_key, step=step, examples=40)
+        drawn = privacy.draw(Shuffled(3, 1.1), draw_key, step=step, population=40).numbers
         own = nn.functional.cross_entropy(MODEL.apply(state.params, X[drawn]), Y[drawn], reduction="sum").item()
         assert progress.aux["loss"].item() == pytest.approx(own, rel=1e-10)
         total = own if step % 3 == 0 else total + own
@@ -545,7 +579,7 @@ def test_the_counts_of_a_chunk_are_of_the_examples_that_count():
 def test_no_secret_is_in_the_state():
     secret = Secret(77)
     state, _ = fitted(Poisson(0.4, 1.1), secret=secret)
-    roots = [secret.key(), *random.split(secret.key(), 3)]
+    roots = [secret.key(), *secret.roots()]
     keys = [leaf for leaf in tree.leaves(state) if leaf.dtype == torch.int32]
     assert not any(torch.equal(key, root) for key in keys for root in roots)
 
@@ -565,26 +599,18 @@ def test_one_private_step_without_noise_equals_opacus():
     )  # fmt: skip
     ours = optim.sgd(0.5, momentum=0.9)
     step = train.make_private_step(
-        lambda p, x, y, key: losses.cross_entropy(model.apply(p, x), y), ours, clipping=Flat(0.7), noise_multiplier=0.0,
-        expected=12.0,
+        lambda p, x, y, key: losses.cross_entropy(model.apply(p, x), y), ours, clipping=Flat(0.7), mechanism=EVERY,
+        examples=12,
     )  # fmt: skip
     state = train.init_private_state(params, ours, random.key(0), Flat(0.7))
     for _ in range(3):
-        state, seen = step.step(state, None, random.split(random.key(0)), all_of(x), x, y)
+        state, seen = step(state, Secret(0).roots(), x, y)
         assert seen["clipped"] > 0
         optimizer.zero_grad()
         nn.functional.cross_entropy(theirs(x), y, reduction="mean").backward()
         optimizer.step()
     expected = {name.removeprefix("_module."): p.detach() for name, p in theirs.named_parameters()}
     assert difference(state.params, {name: expected[name] for name in state.params}) < 1e-6
-
-
-@pytest.mark.parametrize("number", [-1.0, math.inf, math.nan])
-def test_mistake_11_steps_with_numbers_that_mean_nothing_are_refused(number):
-    with pytest.raises(ValueError, match="noise_multiplier must be at least 0, finite"):
-        train.make_private_step(loss_fn, optim.sgd(0.1), clipping=Flat(1.0), noise_multiplier=number, expected=1.0)
-    with pytest.raises(ValueError, match="expected must be above 0 and finite"):
-        train.make_private_step(loss_fn, optim.sgd(0.1), clipping=Flat(1.0), noise_multiplier=1.0, expected=number)
 
 
 def test_no_more_steps_than_were_made_leave_the_state_as_it_is():
@@ -596,22 +622,23 @@ def test_no_more_steps_than_were_made_leave_the_state_as_it_is():
         assert seen == []
 
 
-def test_a_step_needs_expected_examples_and_may_be_without_noise():
-    make = partial(train.make_private_step, loss_fn, optim.sgd(0.1), clipping=Flat(1.0))
-    make(noise_multiplier=0.0, expected=1e-3)
-    with pytest.raises(ValueError, match=r"expected must be above 0 and finite. Found 0"):
-        make(noise_multiplier=0.0, expected=0)
+def test_a_step_gets_the_examples_that_it_was_made_for():
+    def make(**changed):
+        given = {"mechanism": Poisson(0.1, 1.0), "examples": len(X)} | changed
+        return train.make_private_step(loss_fn, optim.sgd(0.1), clipping=Flat(1.0), **given)
 
-
-def test_data_of_no_example_or_of_several_sizes_is_refused():
-    step = train.make_private_step(loss_fn, optim.sgd(0.1), clipping=Flat(1.0), noise_multiplier=1.0, expected=1.0)
-    run = partial(
-        train.fit_private, step, start(Flat(1.0), optim.sgd(0.1)), mechanism=Poisson(0.1, 1.0), secret=Secret(0),
-        chunk_sizes=(4,),
-    )  # fmt: skip
-    for examples, steps in (((X, Y[:3]), 1), ((X[:0], Y[:0]), 1), ((X, Y), -1)):
-        with pytest.raises(ValueError, match="must share a first size of at least 1"):
-            run(examples, steps=steps)
+    run = partial(train.fit_private, make(), start(Flat(1.0), optim.sgd(0.1)), secret=Secret(0))
+    for examples in ((X, Y[:3]), (X[:0], Y[:0]), (X[:3], Y[:3])):
+        with pytest.raises(ValueError, match="it must get the 40 examples that it was made for"):
+            run(examples, steps=1)
+    with pytest.raises(ValueError, match="steps must be at least 0"):
+        run((X, Y), steps=-1)
+    with pytest.raises(ValueError, match="must be at least 1"):
+        make(examples=0)
+    with pytest.raises(ValueError, match="Found examples"):
+        make(mechanism=Poisson(0.1, 1.0, unit="user"))
+    with pytest.raises(ValueError, match="Found users"):
+        make(examples=privacy.Users(torch.arange(40), most=2))
 
 
 # The audit
@@ -659,12 +686,13 @@ def test_the_audit_catches_a_planted_fault(fault, sigma):
 def test_the_audit_covers_the_step_that_training_makes():
     optimizer, sigma = optim.sgd(1.0), 1.1
     step = train.make_private_step(
-        lambda w, g, key: w @ g, optimizer, clipping=Flat(1.5), noise_multiplier=sigma, expected=8.0
+        lambda w, g, key: w @ g, optimizer, clipping=Flat(1.5), mechanism=Poisson(1.0, sigma), examples=8
     )
 
     def release(rows, key):
         state = train.init_private_state(torch.zeros(rows.shape[1]), optimizer, random.key(0), Flat(1.5))
-        return -step.step(state, None, random.split(key), all_of(rows), rows)[0].params
+        batch = data.Batch(torch.arange(len(rows)), None)  # a draw cannot be mapped
+        return -step._parts.end(state, None, random.split(key, 4), batch, None, rows)[0].params
 
     assert privacy.audit(release, noise_multiplier=sigma, max_norm=1.5, key=random.key(0)).passed
     assert not privacy.audit(release, noise_multiplier=3 * sigma, max_norm=1.5, key=random.key(0)).passed

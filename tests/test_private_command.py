@@ -31,7 +31,7 @@ def test_mistake_12_the_summary_says_what_was_spent_by_which_accountant_and_what
     spent = privacy.epsilon(privacy.Poisson(32 / TRAIN, 1.0), steps=16, delta=1e-5)
     assert f"Privacy spent in 16 steps: ε = {spent:.3f} at δ = 1e-05, by the privacy loss distribution" in out
     assert "one example added or removed" in out
-    assert "Poisson, each image with a chance of 0.125" in out
+    assert "Poisson, each example with a chance of 0.125" in out
     assert "Not private" in out
     assert "losses shown" in out
     (record,) = [r for r in metrics(folder) if r["kind"] == "privacy"]
@@ -47,9 +47,9 @@ def test_each_checkpoint_holds_the_ledger_of_its_own_step(run):
     for path in fm.checkpoint.steps(folder / "checkpoints"):
         manifest = fm.checkpoint.read_manifest(path)
         ledger = privacy.Ledger.from_json(manifest["config"]["ledger"])
-        assert ledger.steps == manifest["step"]
-        assert ledger.mechanism == privacy.Poisson(32 / TRAIN, 1.0)
-        assert ledger.clipping == "Flat(max_norm=1.0)"
+        mechanism = privacy.Poisson(32 / TRAIN, 1.0)
+        entry = privacy.Entry(mechanism, "Flat(max_norm=1.0)", f"mnist, {TRAIN} images", manifest["step"])
+        assert ledger == privacy.Ledger((entry,))
 
 
 def test_a_budget_is_spent_and_not_overspent(data_dir, tmp_path):
@@ -195,7 +195,7 @@ def test_noise_too_small_for_the_votes_of_a_quantile_is_told(data_dir, tmp_path)
 def test_a_missing_accountant_is_told_with_its_extra(data_dir, tmp_path, monkeypatch):
     import sys
 
-    privacy.pld._one_step.cache_clear()
+    privacy.pld._release.cache_clear()
     privacy.pld.pld_epsilon.cache_clear()
     monkeypatch.setitem(sys.modules, "dp_accounting.pld", None)
     line = complain(2, "train", "--data-dir", data_dir, *PRIVATE, "--out", tmp_path / "run")

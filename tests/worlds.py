@@ -100,13 +100,13 @@ def private_training(world):
     optimizer = optim.averaging(optim.sgd(0.5), decay=0.9)
     mechanism = privacy.Poisson(0.4, 1.0)
     step = train.make_private_step(
-        loss_fn, optimizer, clipping=CLIPPING, noise_multiplier=1.0, expected=0.4 * EXAMPLES, world=world
+        loss_fn, optimizer, clipping=CLIPPING, mechanism=mechanism, examples=EXAMPLES, chunk_sizes=(4, 8), world=world
     )
     state = train.init_private_state(model().init(KEY), optimizer, KEY, CLIPPING)
     secret = privacy.Secret(5 if world.rank == 0 else 6 + world.rank)  # the first process's is that of all
     seen = []
     state = train.fit_private(
-        step, state, (X, Y), mechanism=mechanism, secret=secret, steps=5, chunk_sizes=(4, 8), world=world,
+        step, state, (X, Y), secret=secret, steps=5,
         callbacks=(lambda progress: seen.append(progress.aux),),
     )  # fmt: skip
     return state, seen

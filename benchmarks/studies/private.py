@@ -189,13 +189,12 @@ def _accuracy(job: Job) -> float:
     if setting.average:
         optimizer = optim.averaging(optimizer, decay=setting.average)
     step = train.make_private_step(
-        loss_fn, optimizer, clipping=clipping, noise_multiplier=setting.noise_multiplier, expected=setting.batch_size
+        loss_fn, optimizer, clipping=clipping, mechanism=mechanism, examples=len(images.labels)
     )
     state = train.fit_private(
         step.compiled() if setting.epochs >= LONG and not setting.features else step,
         train.init_private_state(model.init(random.key(job.seed)), optimizer, random.key(job.seed), clipping),
         images,
-        mechanism=mechanism,
         secret=privacy.Secret(job.seed),
         steps=steps,
     )

@@ -1,11 +1,12 @@
 """`account`: ε of private training, the noise it needs or the steps it may make, by all accountants side by side."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
-from .. import files, plots, privacy
+from .. import checkpoint, files, plots, privacy, run_folder
 from ..options import Account, UsageError
 from .faults import refusing
-from .private import ACCOUNTANTS
+from .private import ACCOUNTANTS, LEDGER
 
 _ROWS, _DOTS = 10, 40
 _TITLES: Mapping[privacy.Accountant, str] = {
@@ -19,7 +20,9 @@ Curves = Mapping[privacy.Accountant, Sequence[float]]
 
 
 def account(options: Account) -> int:
-    """Prints what was missing, and a table of ε over the steps; draws it."""
+    """Prints what was missing, and a table of ε over the steps; draws it. Or what runs have spent together."""
+    if options.runs:
+        return _spent(options)
     shuffled = options.sampling == "shuffled"
     per_epoch = options.steps_per_epoch
     accountant: privacy.Accountant = "gaussian" if shuffled else options.accountant
@@ -68,6 +71,58 @@ def account(options: Account) -> int:
     return 0
 
 
+def _spent(options: Account) -> int:
+    """Prints the ledgers of some runs, and what they have spent together."""
+    if len({folder.resolve() for folder in options.runs}) < len(options.runs):
+        raise UsageError("Each folder must be given once, for it counts as often. Found one twice.")
+    read = {folder: _ledger(folder) for folder in options.runs}
+    seeded = [folder for folder in options.runs if run_folder.read_config(folder).noise_seed is not None]
+    total = sum(read.values(), privacy.Ledger())
+    with refusing(ImportError), refusing(ValueError):
+        for folder, ledger in read.items():
+            alone = ledger.epsilon(delta=options.delta, accountant=options.accountant)
+            for entry in ledger.entries:
+                print(
+                    f"{folder}: {entry.steps:,} steps, {entry.mechanism.sampling}; noise multiplier "
+                    f"{entry.mechanism.noise_multiplier:g}; {entry.clipping}; {entry.data}."
+                )
+                if entry.more or entry.restarts:
+                    print(f"  and {entry.more:,} steps made again, {entry.restarts:,} epochs shuffled again.")
+            print(f"  alone: ε = {alone:.4g}")
+        spent = total.epsilon(delta=options.delta, accountant=options.accountant)
+    print(f"Neighbouring data sets: {total.relation}.")
+    if seeded:
+        print(
+            f"NOT PRIVATE: {', '.join(map(str, seeded))} took sampling and noise from a --noise-seed, which anybody "
+            "can draw again. The ε are those of fresh secrets."
+        )
+    print(
+        f"Spent by {len(read):,} runs together: ε = {spent:.4g} at δ = {options.delta:g}, "
+        f"by the {ACCOUNTANTS[options.accountant]}."
+    )
+    return 0
+
+
+def _ledger(folder: Path) -> privacy.Ledger:
+    """What the newest good checkpoint of a run has spent.
+
+    Raises:
+        UsageError: it is no private run, or has no checkpoint.
+    """
+    run_folder.read_config(folder)
+    for path in reversed(checkpoint.steps(folder / run_folder.CHECKPOINTS)):
+        try:
+            config = checkpoint.read_manifest(path)["config"]
+        except checkpoint.CheckpointError as error:
+            print(f"Passed over a damaged checkpoint: {error}")
+            continue
+        if not isinstance(config, dict) or LEDGER not in config:
+            raise UsageError(f"{folder} must hold a private run. Found one without a ledger.")
+        with refusing(ValueError):
+            return privacy.Ledger.from_json(config[LEDGER])
+    raise UsageError(f"{folder} must hold a good checkpoint, whose ledger is read. Found none.")
+
+
 def _found(
     options: Account, mechanism: Callable[[float], privacy.Mechanism], accountant: privacy.Accountant
 ) -> tuple[float, int]:
@@ -108,9 +163,7 @@ def _counts(steps: int, rows: int) -> list[int]:
 
 
 def _sampling(made: privacy.Mechanism, options: Account) -> str:
-    if isinstance(made, privacy.Poisson):
-        return f"Poisson, each of {options.examples:,} examples with a chance of {made.rate:.6g} in each step"
-    return f"shuffled batches, each example once in {made.steps_per_epoch:,} steps, without amplification"
+    return made.sampling.replace("each example with", f"each of {options.examples:,} examples with")
 
 
 def _table(counts: Sequence[int], curves: Curves, per_epoch: int) -> str:

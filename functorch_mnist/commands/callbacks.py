@@ -18,6 +18,7 @@ from . import build, scoring
 from .build import Best, Classifier, Saved, Values
 from .faults import check_finite
 from .passes import bar
+from .private import Private
 
 
 class Saver:
@@ -35,9 +36,10 @@ class Saver:
         config: Callable[[int], Any],
         world: World,
         valuer: "Valuer | None" = None,
+        private: Private | None = None,
     ) -> None:
         """A saver; in other processes than the first it holds the newest state and writes nothing."""
-        self.valuer = valuer
+        self.run, self.valuer, self.private = run, valuer, private
         self.folder, self.every, self.keep, self.config = run / run_folder.CHECKPOINTS, every, keep, config
         self.newest, self.saved_step, self.judge, self.world = newest, saved_step, judge, world
 
@@ -57,7 +59,11 @@ class Saver:
         step = int(self.newest.state.step)
         check_finite(self.newest, f"Loss and parameters after step {step}")
         if step != self.saved_step and self.world.rank == 0:
-            checkpoint.save(self.folder, self.newest, step=step, config=self.config(step), keep=self.keep)
+            shown = self.newest
+            if self.private is not None:
+                self.private.hidden(self.run, step, float(shown.loss))
+                shown = shown._replace(loss=torch.zeros_like(shown.loss))
+            checkpoint.save(self.folder, shown, step=step, config=self.config(step), keep=self.keep)
             self.saved_step = step
             if isinstance(self.newest.values, Values) and self.valuer is not None:
                 self.valuer.write(self.newest.values)

@@ -1,12 +1,14 @@
 """The private side of `train`: what a run may spend, what it has spent, and what of it is not private."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from .. import data, optim, privacy, random, tree
+from .. import checkpoint, data, optim, privacy, random, run_folder, tree
 from .. import train as training
 from ..checkpoint import JSON
 from ..distributed import World, digest
@@ -37,7 +39,7 @@ class Private:
         """
         self.options, self.made, self.optimizer, self.world = options, made, optimizer, world
         self.clipping = build.clipping(options)
-        self.data, self.example = digest(list(examples)), [x[0] for x in examples]
+        self.digest, self.example = digest(list(examples)), [x[0] for x in examples]
         total = self.total = len(examples.labels)
         self.per_epoch = steps_per_epoch(options, total)
         self.steps = options.epochs * self.per_epoch
@@ -63,30 +65,49 @@ class Private:
                 )
             self.mechanism = mechanism(sigma)
             self.clipping.deviations(sigma)
+            # without what tells of single images: a run's checkpoint may be published
+            self.entry = privacy.Entry(self.mechanism, repr(self.clipping), f"{options.dataset}, {total:,} images", 0)
             self.epsilon(1)  # refuses an accountant that is not there, before anything is written
-        self.expected = privacy.expected_examples(self.mechanism, total)
 
     def epsilon(self, steps: int) -> float:
-        """What so many steps spend."""
-        return privacy.epsilon(self.mechanism, steps=steps, delta=self.options.delta, accountant=self.accountant)
+        """What so many steps spend, with all that the run has spent beside."""
+        return self.ledger(steps).epsilon(delta=self.options.delta, accountant=self.accountant)
 
     def ledger(self, steps: int) -> privacy.Ledger:
         """What has run after so many steps."""
-        return privacy.Ledger(self.mechanism, repr(self.clipping), self.data, steps)
+        return privacy.Ledger((replace(self.entry, steps=steps),))
 
-    def check_resumed(self, config: Mapping[str, JSON], step: int) -> None:
-        """Refuses to go on with a run that was another mechanism.
+    def resume(self, folder: Path, config: Mapping[str, JSON], step: int) -> None:
+        """Goes on with the account of a run at a checkpoint, and counts what its folder tells of later steps.
 
         Raises:
-            UsageError: it was, or the checkpoint does not say.
+            UsageError: it was another mechanism, or the checkpoint does not say.
         """
         with refusing(ValueError):
-            before = privacy.Ledger.from_json(config.get(LEDGER))
-        if before != self.ledger(step):
+            (before,) = privacy.Ledger.from_json(config.get(LEDGER)).entries or (None,)
+        now = replace(self.entry, steps=step)
+        kept = now if before is None else replace(before, more=0, restarts=0)
+        known = run_folder.read_unpublished(folder).get("data")
+        if before is None or kept != now or known != self.digest:
+            other = "other images" if known else f"no {run_folder.UNPUBLISHED}, which tells of the images"
+            what = "no account" if before is None else _difference(kept, now) or other
             raise UsageError(
                 "A private run goes on with the sampling, noise, clipping and data that its account is of. "
-                f"Found {_difference(before, self.ledger(step))}."
+                f"Found {what}."
             )
+        seen = [record["step"] for record in run_folder.read_metrics(folder)]
+        saved = [int(path.name.removeprefix("step-")) for path in checkpoint.steps(folder / run_folder.CHECKPOINTS)]
+        lost = 0 if self.secret.reproduction else max([step, *seen, *saved]) - step
+        self.entry = before if self.secret.reproduction else before.resumed(step, lost=lost)
+
+    def hidden(self, folder: Path, step: int, loss: float) -> None:
+        """Writes what goes with a checkpoint and is of single images: beside it, for it may be published."""
+        losses = {**run_folder.read_unpublished(folder).get("losses", {}), str(step): loss}
+        run_folder.write_unpublished(folder, {"data": self.digest, "losses": losses})
+
+    def loss_at(self, folder: Path, step: int) -> float:
+        """The sum of the losses of the epoch up to a checkpoint."""
+        return float(run_folder.read_unpublished(folder).get("losses", {}).get(str(step), 0.0))
 
     @cached_property
     def step(self) -> training.PrivateStep:
@@ -99,13 +120,9 @@ class Private:
         )  # fmt: skip
         with refusing(ValueError):
             step = training.make_private_step(
-                loss_fn,
-                self.optimizer,
-                clipping=self.clipping,
-                noise_multiplier=self.mechanism.noise_multiplier,
-                expected=self.expected,
+                loss_fn, self.optimizer, clipping=self.clipping, mechanism=self.mechanism, examples=self.total,
                 world=self.world,
-            )
+            )  # fmt: skip
         return step.compiled() if self.options.compile == "on" else step
 
     def fit(self, saved: Saved, examples: Iterable[Tensor], callbacks: Iterable[Any]) -> training.State:
@@ -114,19 +131,17 @@ class Private:
             self.step,
             saved.state,
             tuple(examples),
-            mechanism=self.mechanism,
             secret=self.secret,
             steps=self.steps,
             loss=saved.loss,
             callbacks=callbacks,
-            world=self.world,
         )
 
     def start_line(self) -> str:
         """What is about to be spent."""
         return (
             f"Private training: noise multiplier {self.mechanism.noise_multiplier:g}, "
-            f"{self.expected:g} images expected of a step, {self.steps:,} steps: "
+            f"{self.mechanism.share * self.total:g} images expected of a step, {self.steps:,} steps: "
             f"ε = {self.epsilon(self.steps):.3f} at δ = {self.options.delta:g}."
         )
 
@@ -135,11 +150,19 @@ class Private:
         spent = f"ε = {self.epsilon(steps):.3f} at δ = {self.options.delta:g}"
         lines = [
             f"Privacy spent in {steps:,} steps: {spent}, by the {ACCOUNTANTS[self.accountant]}.",
-            f"Neighbouring data sets: {self.mechanism.relation}. Sampling: {self._sampling()}.",
+            f"Neighbouring data sets: {self.mechanism.relation}. Sampling: {self.mechanism.sampling}.",
             f"Clipping: {self.clipping!r}. Noise multiplier: {self.mechanism.noise_multiplier:g}.",
-            "Not private, so not to be published: the losses shown and those in metrics.jsonl. Not counted: other runs "
-            "on these images, such as a search for options.",
+            f"Not private, so not to be published: the losses shown, metrics.jsonl and {run_folder.UNPUBLISHED}. Not "
+            "counted: other runs on these images, such as a search for options; functorch-mnist account RUN RUN counts "
+            "several together.",
         ]
+        if self.entry.more or self.entry.restarts:
+            lines.append(
+                f"Counted as well: {self.entry.more:,} steps that a resume has made again, and {self.entry.restarts:,} "
+                "epochs that it has shuffled again."
+            )
+        if self.options.images is not None:
+            lines.append("Only the chosen images are protected: one more in the data set may change which are chosen.")
         if self.secret.reproduction:
             lines[0] = (
                 f"NOT PRIVATE: sampling and noise are those of --noise-seed {self.options.noise_seed}, which anybody "
@@ -157,13 +180,8 @@ class Private:
             "delta": self.options.delta,
             "accountant": self.accountant,
             "private": not self.secret.reproduction,
-            **{key: value for key, value in self.ledger(steps).to_json().items() if key != "steps"},
+            **{key: value for key, value in self.ledger(steps).to_json()[0].items() if key != "steps"},
         }
-
-    def _sampling(self) -> str:
-        if isinstance(self.mechanism, privacy.Poisson):
-            return f"Poisson, each image with a chance of {self.mechanism.rate:.6g} in each step"
-        return f"shuffled batches, each image once in {self.per_epoch:,} steps, without amplification"
 
 
 ACCOUNTANTS: Mapping[privacy.Accountant, str] = {
@@ -175,7 +193,7 @@ ACCOUNTANTS: Mapping[privacy.Accountant, str] = {
 """In words."""
 
 
-def _difference(before: privacy.Ledger, now: privacy.Ledger) -> str:
+def _difference(before: privacy.Entry, now: privacy.Entry) -> str:
     names = ("mechanism", "clipping", "data", "steps")
     return "; ".join(
         f"{name} {getattr(now, name)}, which was {getattr(before, name)}"

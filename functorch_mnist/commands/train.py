@@ -112,7 +112,7 @@ def run(options: Train, parts: Parts, folder: Path, *, again: str, world: World)
     judge = Judge(folder, options, made, parts.held_out, saved.best, world)
     saver = Saver(
         folder, saved, judge, saved_step=saved_step, every=options.save_every, keep=options.keep, config=config,
-        world=world, valuer=valuer,
+        world=world, valuer=valuer, private=private,
     )  # fmt: skip
     reporter = Reporter(
         folder, epochs=options.epochs, total=total, done=done, seen=done % per_epoch * batch_size,
@@ -212,8 +212,10 @@ def _resumed(run: Path, start: Saved, begun: Origin, total: int, private: Privat
             f"--epochs must not be fewer than the run has begun. It is after step {found.step}, they end with {total}."
         )
     if private:
-        private.check_resumed(found.config, found.step)
+        private.resume(run, found.config, found.step)
     print(f"Going on after step {found.step}.")
     run_folder.forget_metrics_after(run, found.step)
     saved: Saved = found.state
+    if private:
+        saved = saved._replace(loss=saved.loss + private.loss_at(run, found.step))
     return saved, found.step

@@ -4,13 +4,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .words import Rule, UsageError, check_ranges
+import tyro
+
+from .words import Rule, UsageError, check_ranges, flag
 
 
 @dataclass(frozen=True, kw_only=True)
 class Account:
-    """Compute what private training spends (ε), the noise it needs or the steps it may make, from the other two."""
+    """Compute what private training spends (ε), the noise it needs or the steps it may make, from the other two; or
+    what the runs in some folders have spent together."""
 
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Folders of private runs on the same images: their ledgers are composed into one ε."""
     epsilon: float | None = None
     """ε that may be spent."""
     delta: float = 1e-5
@@ -57,6 +62,14 @@ def check_account(options: Account) -> None:
         UsageError: a number is out of its range, or not one of ε, noise and length is missing.
     """
     check_ranges(options, _RULES)
+    if options.runs:
+        for name in ("epsilon", "noise_multiplier", "epochs", "steps", "png"):
+            if getattr(options, name) is not None:
+                raise UsageError(f"{flag(name)} has no effect on the ledgers of folders. Leave it or the folders out.")
+        for name in ("batch_size", "examples", "sampling"):
+            if getattr(options, name) != getattr(Account, name):
+                raise UsageError(f"{flag(name)} has no effect on the ledgers of folders. Leave it or the folders out.")
+        return
     if options.batch_size > options.examples:
         raise UsageError(f"--batch-size must be at most --examples, {options.examples}. Found {options.batch_size}.")
     if options.epochs is not None and options.steps is not None:

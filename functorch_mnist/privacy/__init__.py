@@ -2,16 +2,18 @@
 
     mechanism = privacy.Poisson(rate=256 / 60_000, noise_multiplier=1.1)
 
-The files, in the order of reading: `clipping`, `mechanism`, `sampling`, `release`, `secret`; then the account.
+The files, in the order of reading: `clipping`, `mechanism`, `sampling`, `users`, `release`, `secret`; then the account
+and its ledger.
 """
 
 from .account import MOST_STEPS as MOST_STEPS
 from .account import Accountant as Accountant
-from .account import Ledger as Ledger
 from .account import calibrated as calibrated
+from .account import composed as composed
 from .account import curve as curve
 from .account import epsilon as epsilon
 from .account import most_steps as most_steps
+from .account import user_epsilon as user_epsilon
 from .audit import Audit as Audit
 from .audit import Release as Release
 from .audit import audit as audit
@@ -23,16 +25,21 @@ from .clipping import Global as Global
 from .clipping import PerGroup as PerGroup
 from .clipping import PerLayer as PerLayer
 from .clipping import Quantile as Quantile
+from .ledger import Entry as Entry
+from .ledger import Ledger as Ledger
+from .mechanism import Event as Event
 from .mechanism import Mechanism as Mechanism
 from .mechanism import Poisson as Poisson
 from .mechanism import Shuffled as Shuffled
+from .mechanism import Unit as Unit
 from .release import Sums as Sums
 from .release import clipped_sums as clipped_sums
 from .release import no_sums as no_sums
 from .release import released as released
+from .sampling import Draw as Draw
 from .sampling import chunk_sizes as chunk_sizes
 from .sampling import chunks as chunks
 from .sampling import draw as draw
-from .sampling import expected_examples as expected_examples
 from .sampling import joins as joins
 from .secret import Secret as Secret
+from .users import Users as Users

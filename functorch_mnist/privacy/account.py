@@ -2,23 +2,24 @@
 
 | accountant | of | how |
 |---|---|---|
-| `pld` | `Poisson` | privacy loss distribution, by `dp-accounting`: the tightest, never below the true ε |
-| `rdp` | `Poisson` | Rényi, improved conversion |
-| `rdp-old` | `Poisson` | Rényi, the conversion that most papers before 2021 report |
-| `gaussian` | `Shuffled` | exact, without amplification by sampling: an epoch is one release |
+| `pld` | all | privacy loss distribution, by `dp-accounting`: the tightest, never below the true ε |
+| `rdp` | all | Rényi, improved conversion |
+| `rdp-old` | all | Rényi, the conversion that most papers before 2021 report |
+| `gaussian` | what is not sampled | exact |
 
-An accountant of one kind of sampling refuses the other: an account of draws that did not happen is none.
+Each counts what the mechanism says of itself, `Mechanism.events`: an epoch of `Shuffled` is one release without
+amplification by sampling, whoever counts.
 """
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 from .gaussian import gaussian_epsilon
-from .mechanism import Mechanism, Poisson, Shuffled
-from .pld import LEAST_NOISE, pld_epsilon
+from .mechanism import Event, Mechanism, Poisson, check_count
+from .pld import LEAST_NOISE, mixture_epsilon, pld_epsilon
 from .rdp import ORDERS, converted, rdp
 
 Accountant: TypeAlias = Literal["pld", "rdp", "rdp-old", "gaussian"]
@@ -40,7 +41,7 @@ def epsilon(mechanism: Mechanism, *, steps: int, delta: float, accountant: Accou
         At least 0; 0 for no step.
 
     Raises:
-        ValueError: a number is out of its range or not finite; the accountant is unknown, or not of this mechanism.
+        ValueError: a number is out of its range or not finite; the accountant is unknown, or not of this sampling.
         ImportError: `dp-accounting` is not installed.
 
     Example:
@@ -48,17 +49,82 @@ def epsilon(mechanism: Mechanism, *, steps: int, delta: float, accountant: Accou
         2.503
     """
     _check_steps("epsilon", steps, least=0)
+    return composed(mechanism.events(steps) if steps else [], delta=delta, accountant=accountant)
+
+
+def composed(events: Sequence[Event], *, delta: float, accountant: Accountant = "pld") -> float:
+    """ε of several events together, at δ.
+
+    Args:
+        events: what `Mechanism.events` says, of one mechanism or of many.
+        delta: δ in (0, 1).
+        accountant: see above.
+
+    Returns:
+        At least 0; 0 for no event; infinite where one has no noise.
+
+    Raises:
+        ValueError: δ is out of its range; the accountant is unknown, or is `gaussian` and an event is sampled.
+        ImportError: `dp-accounting` is not installed.
+
+    Example:
+        >>> round(composed([Event(1.0, 10.0, 3), Event(1.0, 5.0, 1)], delta=1e-5, accountant="gaussian"), 3)
+        1.035
+    """
     _check_delta(delta)
-    _check_accountant(accountant, mechanism)
+    _check_accountant(accountant, events)
+    counts: Counter[tuple[float, float]] = Counter()
+    for rate, sigma, count in events:
+        counts[rate, sigma] += count
+    each = tuple(Event(*event, count) for event, count in sorted(counts.items()))
+    if not each:
+        return 0.0
+    if min(event.noise_multiplier for event in each) == 0:
+        return math.inf
+    if accountant == "gaussian":
+        return gaussian_epsilon(math.hypot(*[math.sqrt(count) / sigma for _, sigma, count in each]), delta)
+    if accountant == "pld":
+        return pld_epsilon(each, delta)
+    moments = [[count * divergence for divergence in rdp(rate, sigma)] for rate, sigma, count in each]
+    divergences = [sum(of_order) for of_order in zip(*moments, strict=True)]
+    return converted(divergences, ORDERS, delta=delta, conversion="old" if accountant == "rdp-old" else "improved")
+
+
+def user_epsilon(mechanism: Poisson, *, examples_per_user: int, steps: int, delta: float) -> float:
+    """ε of all examples of one user, where examples are sampled and clipped one by one.
+
+    Neighbours differ by a user of at most so many examples. How many of them join a step is binomial, so a step is a
+    mixture of Gaussians. Where users are sampled and clipped as a whole, `Poisson(unit="user")`, their account is
+    `epsilon`.
+
+    Args:
+        mechanism: of examples.
+        examples_per_user: the most that any user has, at least 1.
+        steps: at least 0.
+        delta: δ in (0, 1).
+
+    Raises:
+        ValueError: a number is out of its range, or the mechanism samples users.
+        ImportError: `dp-accounting` is not installed.
+
+    Example:
+        >>> one = Poisson(0.01, 2.0)
+        >>> user_epsilon(one, examples_per_user=1, steps=100, delta=1e-5) < epsilon(one, steps=100, delta=1e-5) + 1e-3
+        True
+
+    Reference: Charles et al., "Fine-tuning large language models with user-level differential privacy", arXiv
+        2407.07737, section 3.
+    """
+    if not isinstance(mechanism, Poisson) or mechanism.unit != "example":
+        raise ValueError(f"user_epsilon: examples must be sampled, each by its own coin. Found {mechanism}.")
+    check_count("user_epsilon", "examples_per_user", examples_per_user)
+    _check_steps("user_epsilon", steps, least=0)
+    _check_delta(delta)
     if steps == 0:
         return 0.0
-    if isinstance(mechanism, Shuffled):
-        releases = -(-steps // mechanism.steps_per_epoch)
-        return gaussian_epsilon(math.sqrt(releases) / mechanism.noise_multiplier, delta)
-    if accountant == "pld":
-        return pld_epsilon(mechanism.rate, mechanism.noise_multiplier, steps, delta)
-    divergences = [steps * divergence for divergence in rdp(mechanism.rate, mechanism.noise_multiplier)]
-    return converted(divergences, ORDERS, delta=delta, conversion="old" if accountant == "rdp-old" else "improved")
+    if mechanism.noise_multiplier == 0:
+        return math.inf
+    return mixture_epsilon(mechanism.rate, mechanism.noise_multiplier, examples_per_user, steps, delta)
 
 
 def calibrated(
@@ -86,17 +152,27 @@ def calibrated(
     def spent(sigma: float) -> float:
         return epsilon(make(sigma), steps=steps, delta=delta, accountant=accountant)
 
-    high = 1.0
-    while spent(high) > budget:
+    high, gap = 1.0, _gap(spent(1.0), budget)
+    while gap > 0:
         high *= 2
         if high > 1e6:
             raise ValueError(f"calibrated: ε = {budget} at δ = {delta} must be possible. Found no noise up to 1e6.")
-    low = high / 2
-    while low > LEAST_NOISE and spent(low) <= budget:
-        low, high = low / 2, low
-    while high - low > 1e-5 * high and _rounded_up(low) != _rounded_up(high):
-        middle = (low + high) / 2
-        low, high = (middle, high) if spent(middle) > budget else (low, middle)
+        gap = _gap(spent(high), budget)
+    low, above = high / 2, _gap(spent(high / 2), budget)
+    while low > LEAST_NOISE and above <= 0:
+        low, high, gap = low / 2, low, above
+        above = _gap(spent(low), budget)
+    moved = ""
+    while _next(low) < high:  # the secant of log ε over log σ, then the numbers beside it
+        part = above / (above - gap) if math.isfinite(above) and above > 0 else 0.5
+        middle = min(max(_rounded_up(low * (high / low) ** min(max(part, 0.0), 1.0)), _next(low)), _previous(high))
+        found = _gap(spent(middle), budget)
+        if found > 0:
+            low, above, gap = middle, found, gap / 2 if moved == "low" else gap
+            moved = "low"
+        else:
+            high, gap, above = middle, found, above / 2 if moved == "high" else above
+            moved = "high"
     return _rounded_up(high)
 
 
@@ -131,40 +207,20 @@ def curve(mechanism: Mechanism, *, steps: Sequence[int], delta: float, accountan
     return [epsilon(mechanism, steps=count, delta=delta, accountant=accountant) for count in steps]
 
 
-@dataclass(frozen=True)
-class Ledger:
-    """What has really run, as it is kept with a run's parameters."""
+def _gap(spent: float, budget: float) -> float:
+    """log of ε over the budget: above 0 where it is overspent."""
+    return math.log(spent / budget) if spent > 0 else -100.0
 
-    mechanism: Mechanism
-    clipping: str
-    """The rule, as it shows itself."""
-    data: str
-    """A name of the examples' numbers: another data set has another."""
-    steps: int
-    """Made so far."""
 
-    def to_json(self) -> dict[str, Any]:
-        """The ledger as JSON values; `from_json` is the way back, bit for bit."""
-        return {**asdict(self), "mechanism": {"kind": type(self.mechanism).__name__, **asdict(self.mechanism)}}
+def _next(value: float) -> float:
+    """The next number of four digits."""
+    return _rounded_up(value * (1 + 1e-7))
 
-    @staticmethod
-    def from_json(values: Any) -> "Ledger":
-        """The ledger that `to_json` wrote.
 
-        Raises:
-            ValueError: it is none.
-        """
-        try:
-            given = dict(values["mechanism"])
-            kinds: dict[str, Callable[..., Mechanism]] = {"Poisson": Poisson, "Shuffled": Shuffled}
-            mechanism = kinds[given.pop("kind")](**given)
-            clipping, examples, steps = values["clipping"], values["data"], values["steps"]
-            kinds_of = [type(clipping), type(examples), type(steps)]
-            if kinds_of != [str, str, int] or steps < 0 or len(values) != 4:
-                raise ValueError(f"found {values}")
-            return Ledger(mechanism, clipping, examples, steps)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"Ledger: JSON must be what to_json makes. Found: {error!r:.200}.") from error
+def _previous(value: float) -> float:
+    """The number of four digits before."""
+    unit = 10.0 ** (math.floor(math.log10(value * (1 - 1e-7))) - 3)
+    return float(f"{math.floor(value * (1 - 1e-7) / unit) * unit:.4g}")
 
 
 def _rounded_up(value: float) -> float:
@@ -173,13 +229,14 @@ def _rounded_up(value: float) -> float:
     return float(f"{math.ceil(value / unit - 1e-9) * unit:.4g}")
 
 
-def _check_accountant(accountant: str, mechanism: Mechanism) -> None:
+def _check_accountant(accountant: str, events: Sequence[Event]) -> None:
     if accountant not in get_args(Accountant):
         raise ValueError(f"epsilon: the accountant must be of {', '.join(get_args(Accountant))}. Found {accountant!r}.")
-    if (accountant == "gaussian") != isinstance(mechanism, Shuffled):
+    sampled = [event for event in events if event.rate < 1]
+    if accountant == "gaussian" and sampled:
         raise ValueError(
-            f"epsilon: {accountant} must be of the sampling that ran. Found {type(mechanism).__name__}. "
-            "Only Shuffled takes gaussian, and it takes no other: a shuffle is not amplified as Poisson draws are."
+            f"epsilon: gaussian must be of releases without sampling. Found {sampled[0]}. The others, pld, rdp and "
+            "rdp-old, count sampled releases."
         )
 
 

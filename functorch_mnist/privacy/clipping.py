@@ -213,7 +213,8 @@ class Quantile(Clipping):
         b = (Σ_i ([|∇_i| ≤ C] - 1/2) + N(0, σ_b²)) / expected batch + 1/2,    C ← C exp(-rate (b - quantile))
 
     The votes take a part of the step's noise multiplier σ, so the gradients get `σ_Δ = (σ⁻² - (2 σ_b)⁻²)^(-1/2)`, and
-    the two together cost what one Gaussian of σ costs.
+    the two together cost what one Gaussian of σ costs. The noisy b is taken as a part, in [0, 1], and C stays within
+    bounds, so that no noise and no quantile takes it to zero or beyond all numbers.
 
     Reference: Andrew, Thakkar, McMahan, Ramaswamy, "Differentially private learning with adaptive clipping", NeurIPS
         2021, algorithm 1 and theorem 1.
@@ -227,13 +228,27 @@ class Quantile(Clipping):
     initial: float = 0.1
     """C of the first step, above 0."""
     rate: float = 0.2
-    """η, above 0: how fast C follows."""
+    """η, above 0 and at most 10: how fast C follows."""
+    least: float = 1e-4
+    """C is never below, above 0."""
+    most: float = 1e4
+    """C is never above."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.quantile <= 1:
             raise ValueError(f"Quantile: quantile must be from 0 to 1. Found {self.quantile}.")
-        for name in ("count_deviation", "initial", "rate"):
+        for name in ("count_deviation", "initial", "rate", "least", "most"):
             _check_norm("Quantile", getattr(self, name), name)
+        if self.rate > 10 or self.count_deviation > 1e12:
+            raise ValueError(
+                f"Quantile: rate must be at most 10, count_deviation at most 1e12. Found {self.rate} and "
+                f"{self.count_deviation}: the norm would be all noise."
+            )
+        if not 1e-12 <= self.least <= self.initial <= self.most <= 1e12:
+            raise ValueError(
+                "Quantile: least, initial and most must increase, from 1e-12 to 1e12. "
+                f"Found {self.least}, {self.initial}, {self.most}."
+            )
 
     def init(self) -> Tensor:
         return torch.tensor(self.initial)
@@ -258,9 +273,9 @@ class Quantile(Clipping):
         return (noise_multiplier**-2 - (2 * self.count_deviation) ** -2) ** -0.5, self.count_deviation
 
     def adapt(self, state: Tree, votes: Tensor) -> Tensor:
-        below = (votes[0] + 0.5).to(state.dtype)  # the state's stays: another would compile the step again
+        below = (votes[0] + 0.5).clamp(0, 1).to(state.dtype)  # the state's stays: another would compile the step again
         adapted: Tensor = state * torch.exp(-self.rate * (below - self.quantile))
-        return adapted
+        return adapted.clamp(self.least, self.most)
 
 
 def _total(norms: list[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ came. No example is left out: a large draw has more chunks, an empty one is a ch
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,16 +23,6 @@ _DEVIATIONS = (-0.75, 0.0, 0.75, 1.5, 3.0)
 """Where five sizes pad a normal number of examples nearly least, in its standard deviations from the expected one."""
 _ALIGNED = 8
 """Sizes from 64 on are its multiples, on which convolutions were 2 % faster."""
-
-
-def expected_examples(mechanism: Mechanism, examples: int) -> float:
-    """The expected number of examples of a step, by which its sums are divided: q N.
-
-    Example:
-        >>> expected_examples(Poisson(0.004, 1.0), 60_000)
-        240.0
-    """
-    return examples * mechanism.rate if isinstance(mechanism, Poisson) else examples / mechanism.steps_per_epoch
 
 
 def joins(key: Tensor, step: int | Tensor, examples: int, rate: float) -> Tensor:
@@ -54,29 +45,55 @@ def joins(key: Tensor, step: int | Tensor, examples: int, rate: float) -> Tensor
     return words.long() < least + math.floor(rate * _WORDS)
 
 
+@dataclass(frozen=True)
+class Draw:
+    """Who joins a step: each at most once."""
+
+    numbers: Tensor
+    """(n,) int64 from 0, increasing."""
+
+    def __post_init__(self) -> None:
+        """Refuses what is drawn twice.
+
+        Raises:
+            ValueError: it is.
+        """
+        found = self.numbers
+        if found.dim() != 1 or found.dtype != torch.int64 or bool((found[1:] <= found[:-1]).any()):
+            raise ValueError(
+                "Draw: numbers must be (n,) int64 and increase, for who is drawn twice moves a sum by twice the "
+                f"sensitivity. Found {found.dtype} {tuple(found.shape)}, {found.flatten()[:8].tolist()}. Take "
+                "privacy.draw: what repeats, or is weighted, has no account."
+            )
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
 def draw(
-    mechanism: Mechanism, key: Tensor, *, step: int | Tensor, examples: int, joins: Callable[..., Tensor] = joins
-) -> Tensor:
-    """The numbers of the examples that a step sees: (n,) int64.
+    mechanism: Mechanism, key: Tensor, *, step: int | Tensor, population: int, joins: Callable[..., Tensor] = joins
+) -> Draw:
+    """Who joins a step.
 
     Args:
-        mechanism: says how they are sampled.
+        mechanism: says how examples, or users, are sampled.
         key: (2,), the root of all draws of a run.
         step: which step, from 0.
-        examples: N.
+        population: N, the number of all.
         joins: `joins`, or a compiled form of it.
 
     Guarantees: a function of its arguments alone. Poisson draws are independent; in a shuffled epoch each example is
         drawn once.
 
     Example:
-        >>> len(draw(Poisson(1e-9, 1.0), random.key(0), step=0, examples=1000))
+        >>> len(draw(Poisson(1e-9, 1.0), random.key(0), step=0, population=1000))
         0
     """
     if isinstance(mechanism, Poisson):
-        return joins(key, step, examples, mechanism.rate).nonzero()[:, 0]
+        return Draw(joins(key, step, population, mechanism.rate).nonzero()[:, 0])
     epoch, part = divmod(int(step), mechanism.steps_per_epoch)
-    return random.permutation(random.fold_in(key, epoch), examples).tensor_split(mechanism.steps_per_epoch)[part]
+    order = random.permutation(random.fold_in(key, epoch), population)
+    return Draw(order.tensor_split(mechanism.steps_per_epoch)[part].sort().values)
 
 
 def chunk_sizes(mechanism: Mechanism, examples: int, *, most: int = 1024) -> tuple[int, ...]:
@@ -101,8 +118,13 @@ def chunk_sizes(mechanism: Mechanism, examples: int, *, most: int = 1024) -> tup
     """
     if examples < 1 or most < 1:
         raise ValueError(f"chunk_sizes: examples and most must be at least 1. Found {examples} and {most}.")
-    expected = expected_examples(mechanism, examples)
+    expected = mechanism.share * examples
     deviation = math.sqrt(expected * (1 - mechanism.rate)) if isinstance(mechanism, Poisson) else 0.0
+    return sizes_of(expected, deviation, most)
+
+
+def sizes_of(expected: float, deviation: float, most: int) -> tuple[int, ...]:
+    """Sizes of chunks, smallest first, for draws of so many rows, up to `most` rows in one."""
     longest = math.ceil(expected + _DEVIATIONS[-1] * deviation)
     unit = _ALIGNED if longest >= 8 * _ALIGNED and deviation else 1
     largest = math.ceil(longest / math.ceil(longest / most) / unit) * unit
@@ -110,31 +132,44 @@ def chunk_sizes(mechanism: Mechanism, examples: int, *, most: int = 1024) -> tup
     return tuple(sorted({max(1, largest - less) for less in below}))
 
 
-def chunks(drawn: Tensor, sizes: Sequence[int]) -> list[Batch]:
-    """A draw as batches of fixed sizes, with masks.
+def chunks(drawn: Draw, sizes: Sequence[int]) -> list[Batch]:
+    """A draw of examples as batches of fixed sizes, with masks.
 
     Args:
-        drawn: (n,) int64, n from 0.
+        drawn: n examples, n from 0.
         sizes: sizes of chunks, at least one of at least 1.
 
     Returns:
         Batches, at least one: whole ones of the largest size, and the smallest that holds the rest.
 
     Raises:
+        TypeError: it is no draw.
         ValueError: there is no size, or one below 1.
 
     Guarantees: each drawn example is in one row whose mask is True.
 
     Example:
-        >>> [len(batch.examples) for batch in chunks(torch.arange(70), (8, 64))]
+        >>> [len(batch.examples) for batch in chunks(Draw(torch.arange(70)), (8, 64))]
         [64, 8]
+    """
+    if not isinstance(drawn, Draw):
+        raise TypeError(f"chunks: it must be a Draw, of which each is drawn once. Found {type(drawn).__name__}.")
+    check_sizes(sizes)
+    return [padded(part, sizes) for part in drawn.numbers.split(max(sizes)) or [drawn.numbers]]
+
+
+def padded(rows: Tensor, sizes: Sequence[int]) -> Batch:
+    """Rows (n,) as a batch of the smallest size that holds them."""
+    size = min(size for size in sizes if size >= len(rows))
+    mask = torch.arange(size, device=rows.device) < len(rows)
+    return Batch(torch.cat([rows, rows.new_zeros(size - len(rows))]), mask)
+
+
+def check_sizes(sizes: Sequence[int]) -> None:
+    """Refuses sizes of chunks that hold nothing.
+
+    Raises:
+        ValueError: there is none, or one below 1.
     """
     if min(sizes, default=0) < 1:
         raise ValueError(f"chunks: at least one size, each at least 1. Found {tuple(sizes)}.")
-    parts = list(drawn.split(max(sizes))) or [drawn]
-    batches = []
-    for index in parts:
-        size = min(size for size in sizes if size >= len(index))
-        mask = torch.arange(size, device=drawn.device) < len(index)
-        batches.append(Batch(torch.cat([index, index.new_zeros(size - len(index))]), mask))
-    return batches

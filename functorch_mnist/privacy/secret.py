@@ -37,6 +37,10 @@ class Secret:
         """The root key (2,), on a device."""
         return random.fold_in(random.key(self._seed, device=device), _SECRET)
 
+    def roots(self, device: torch.device | str | None = None) -> Tensor:
+        """The roots of a run's streams, (4, 2): draws, noise, examples' keys, and choices among a user's examples."""
+        return random.split(self.key(device), 4)
+
     def __repr__(self) -> str:
         return "Secret(given)" if self.reproduction else "Secret(fresh)"
 

@@ -2,11 +2,14 @@
 
     for each step:  draw examples;  G = Σ over chunks of clipped sums;  (G + noise) / n;  optimizer
 
-Its randomness hangs on a secret and the step alone: the secret is split into roots of draws, of noise and of examples'
-keys (dropout, augmentation), and the step is folded into them. The secret is in no state and in no file.
+A step is made from its mechanism and draws by itself: nobody can hand it a batch, and what the accountant is told is
+what runs. Its randomness hangs on a secret and the step alone: the secret is split into roots of draws, of noise and of
+examples' keys (dropout, augmentation), and the step is folded into them. The secret is in no state and in no file.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -16,7 +19,7 @@ from .. import privacy, random, tree
 from ..data import Batch
 from ..distributed import ALONE, World, first_of, in_pairs, parts_of, rows_of, sum_over
 from ..optim import Optimizer
-from ..privacy import Clipping, Mechanism, Secret, Sums, chunks, clipped_sums, draw, joins, released
+from ..privacy import Clipping, Mechanism, Secret, Sums, Users, clipped_sums, released
 from ..tree import Tree
 from .agreement import CHECK_EVERY, check_examples, check_state
 from .fit import Progress
@@ -24,23 +27,143 @@ from .forms import compiled
 from .step import State, init_state
 
 
-class PrivateStep(NamedTuple):
+class _Parts(NamedTuple):
     """A step in parts, for a large draw has more than one chunk. Each is pure and compiles as one graph."""
 
+    joins: Callable[..., Tensor]
+    """`privacy.joins`."""
     add: Callable[..., Sums]
-    """`add(state, sums, keys, batch, *examples) -> sums`: with those of one more chunk; before the first they are None.
-    `keys` (2, 2) are those of the step's noise and of its examples, `batch` says which rows of `examples` it takes."""
-    step: Callable[..., tuple[State, dict[str, Tensor]]]
-    """`step(state, sums, keys, batch, *examples) -> (state, aux)`: adds the last chunk, if there is one, sums over all
-    processes, and makes the step, with noise. `aux` holds what is never private, see `Sums.seen`."""
-    joins: Callable[..., Tensor] = joins
-    """`privacy.joins`, by which a Poisson step draws its examples."""
-    keys: Callable[[Tensor, Tensor], Tensor] = random.fold_in
-    """From the roots of a run's keys (2, 2) and the step, 0-d, to the step's."""
+    """`add(state, sums, roots, batch, whose, *examples) -> sums`: with those of one more chunk; before the first they
+    are None. `batch` says which rows of `examples` it takes, `whose` (N,) who owns them, or is None."""
+    end: Callable[..., tuple[State, dict[str, Tensor]]]
+    """`end(state, sums, roots, batch, whose, *examples) -> (state, aux)`: adds the last chunk, if there is one, sums
+    over all processes, and makes the step, with noise."""
+
+
+@dataclass(frozen=True)
+class PrivateStep:
+    """A private training step, all of it: `step(state, roots, *examples) -> (state, aux)`.
+
+    It draws who joins, sums their clipped gradients chunk by chunk, adds noise and updates. `roots` are `Secret.roots`,
+    `examples` all examples, tensors (N, …). `aux` holds what is never private, see `Sums.seen`. What it draws, adds and
+    divides by follows from its fields alone: `dataclasses.replace` makes another step, not one that contradicts itself.
+    """
+
+    loss_fn: Callable[..., Tensor]
+    optimizer: Optimizer
+    clipping: Clipping
+    mechanism: Mechanism
+    """How it samples and how much noise it adds, as the accountants read it."""
+    population: int | Users
+    """N examples, or whose they are."""
+    chunk_sizes: tuple[int, ...]
+    """Fixed sizes for chunks of a draw."""
+    world: World = ALONE
+    is_compiled: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses what does not go together.
+
+        Raises:
+            ValueError: it does not.
+        """
+        unit = "user" if isinstance(self.population, Users) else "example"
+        if unit != self.mechanism.unit:
+            raise ValueError(
+                f"private step: a mechanism of each {self.mechanism.unit} must be given {self.mechanism.unit}s. Found "
+                f"{unit}s: examples=N takes a number of examples, or privacy.Users for unit='user'."
+            )
+        if self.size < 1:
+            raise ValueError(f"private step: there must be an example. Found {self.size}.")
+        if unit == "user" and self.world.parts > 1:
+            raise ValueError("private step: a user's examples must be on one process. Found several, or shards.")
+        self.clipping.deviations(self.mechanism.noise_multiplier)  # refuses what cannot be divided
+
+    @property
+    def size(self) -> int:
+        """The number of examples, or of users."""
+        return self.population if isinstance(self.population, int) else len(self.population)
+
+    @property
+    def expected(self) -> float:
+        """What sums are divided by: the expected number of examples, or users, of a step of all processes."""
+        return self.mechanism.share * self.size
 
     def compiled(self) -> "PrivateStep":
-        """All parts compiled, for the fixed shapes of chunks."""
-        return PrivateStep(compiled(self.add), compiled(self.step), compiled(self.joins), compiled(self.keys))
+        """The same with all parts compiled, for the fixed shapes of chunks."""
+        return replace(self, is_compiled=True)
+
+    def __call__(self, state: State, roots: Tensor, *examples: Tensor) -> tuple[State, dict[str, Tensor]]:
+        """The next state, and what was seen.
+
+        Raises:
+            ValueError: there are not as many examples as it was made for.
+        """
+        users = self.population if isinstance(self.population, Users) else None
+        count = self.population if users is None else len(users.ids)
+        if {len(tensor) for tensor in examples} != {count}:
+            raise ValueError(
+                f"private step: it must get the {count:,} examples that it was made for: their number "
+                f"divides its sums. Found {[len(tensor) for tensor in examples]}."
+            )
+        drawn = privacy.draw(
+            self.mechanism, roots[0], step=state.step, population=self.size, joins=self._parts.joins
+        )  # fmt: skip
+        if users is None:
+            chunks = privacy.chunks(drawn, self.chunk_sizes)
+        else:
+            chunks = users.chunks(drawn, random.fold_in(roots[3], state.step), self.chunk_sizes)
+        own = [rows_of(self.world, batch) for batch in chunks]
+        return self._stepped(state, roots, own, None if users is None else users.ids, examples)
+
+    def _stepped(
+        self, state: State, roots: Tensor, chunks: list[Batch], whose: Tensor | None, examples: Sequence[Tensor]
+    ) -> tuple[State, dict[str, Tensor]]:
+        """A step over this process's rows of some chunks."""
+        add, end = self._parts.add, self._parts.end
+        if self.world.shards is None:
+            sums = None
+            for batch in chunks[:-1]:
+                sums = add(state, sums, roots, batch, whose, *examples)
+            return end(state, sums, roots, chunks[-1], whose, *examples)
+        totals: list[Sums | None] = [None] * self.world.parts_here
+        for batch in chunks:
+            parts = parts_of(self.world, batch)
+            totals = [add(state, sums, roots, part, whose, *examples) for sums, part in zip(totals, parts, strict=True)]
+        sums = in_pairs(totals, lambda a, b: tree.map(torch.add, a, b))
+        return end(state, sums, roots, None, whose, *examples)
+
+    @cached_property
+    def _parts(self) -> _Parts:
+        loss_fn, optimizer, clipping, world = self.loss_fn, self.optimizer, self.clipping, self.world
+        sigma, expected = self.mechanism.noise_multiplier, self.expected
+
+        def add(
+            state: State, sums: Sums | None, roots: Tensor, batch: Batch, whose: Tensor | None, *examples: Tensor
+        ) -> Sums:
+            rows = [tensor[batch.examples] for tensor in examples]
+            keys = random.fold_in(random.fold_in(roots[2], state.step), batch.examples)
+            more = clipped_sums(
+                loss_fn, state.params, *rows, keys, clipping=clipping, clipping_state=state.estimator, mask=batch.mask,
+                group=None if whose is None else whose[batch.examples],
+            )  # fmt: skip
+            return more if sums is None else tree.map(torch.add, sums, more)
+
+        def end(
+            state: State, sums: Sums | None, roots: Tensor, batch: Batch | None, whose: Tensor | None, *examples: Tensor
+        ) -> tuple[State, dict[str, Tensor]]:
+            total = sum_over(world, sums if batch is None else add(state, sums, roots, batch, whose, *examples))
+            assert total is not None  # there is always a chunk
+            grads, estimator = released(
+                state.params, total, random.fold_in(roots[1], state.step), clipping=clipping, noise_multiplier=sigma,
+                expected=expected, clipping_state=state.estimator,
+            )  # fmt: skip
+            params, optimizer_state = optimizer.update(state.params, state.optimizer, grads)
+            return State(params, optimizer_state, state.step + 1, state.key, estimator), total.seen
+
+        if self.is_compiled:
+            return _Parts(compiled(privacy.joins), compiled(add), compiled(end))
+        return _Parts(privacy.joins, add, end)
 
 
 def init_private_state(params: Tree, optimizer: Optimizer, key: Tensor, clipping: Clipping) -> State:
@@ -60,8 +183,9 @@ def make_private_step(
     optimizer: Optimizer,
     *,
     clipping: Clipping,
-    noise_multiplier: float,
-    expected: float,
+    mechanism: Mechanism,
+    examples: int | Users,
+    chunk_sizes: Sequence[int] | None = None,
     world: World = ALONE,
 ) -> PrivateStep:
     """A private training step.
@@ -69,14 +193,15 @@ def make_private_step(
     Args:
         loss_fn: `loss_fn(params, *example, key) -> ()`, pure; the key (2,) is the example's own, of this step.
         optimizer: gets the noisy mean gradient.
-        clipping: the rule.
-        noise_multiplier: σ, at least 0.
-        expected: what sums are divided by: the expected number of examples of a step of all processes, not the
-            realised one.
+        clipping: the rule, of each example or, where users are sampled, of each user's summed gradient.
+        mechanism: how it samples and how much noise it adds.
+        examples: N, how many there are, or `privacy.Users`, whose they are. Sums are divided by the expected number of
+            examples, or users, of a step, q N, not by the realised one; so N is public.
+        chunk_sizes: fixed sizes that a draw is cut into; by default those of `privacy.chunk_sizes`.
         world: the processes. Each adds the chunks of its own rows; all add the same noise to the sum.
 
     Raises:
-        ValueError: a number is out of its range.
+        ValueError: a number is out of its range, or the parts do not go together.
 
     Guarantees: the same for any division of the examples into chunks, up to rounding.
 
@@ -84,45 +209,22 @@ def make_private_step(
         >>> from functorch_mnist import optim, privacy
         >>> optimizer, clipping = optim.sgd(0.5), privacy.Flat(1.0)
         >>> step = make_private_step(
-        ...     lambda w, x, key: w * x, optimizer, clipping=clipping, noise_multiplier=0, expected=2
+        ...     lambda w, x, key: w * x, optimizer, clipping=clipping, mechanism=privacy.Poisson(1.0, 0.0), examples=2
         ... )
         >>> state = init_private_state(torch.tensor(0.0), optimizer, random.key(0), clipping)
-        >>> (batch,) = privacy.chunks(torch.arange(2), (2,))
-        >>> state, seen = step.step(state, None, random.split(random.key(1)), batch, torch.tensor([0.5, 3.0]))
+        >>> state, seen = step(state, Secret(1).roots(), torch.tensor([0.5, 3.0]))
         >>> state.params, seen["clipped"]
         (tensor(-0.3750), tensor(1))
 
     Reference: Abadi et al., "Deep learning with differential privacy", CCS 2016, algorithm 1.
     """
-    if not 0 <= noise_multiplier < float("inf"):
-        raise ValueError(f"make_private_step: noise_multiplier must be at least 0, finite. Found {noise_multiplier}.")
-    if not 0 < expected < float("inf"):
-        raise ValueError(f"make_private_step: expected must be above 0 and finite. Found {expected}.")
-    if noise_multiplier:
-        clipping.deviations(noise_multiplier)  # refuses what cannot be divided
-
-    def add(state: State, sums: Sums | None, keys: Tensor, batch: Batch, *examples: Tensor) -> Sums:
-        rows = [tensor[batch.examples] for tensor in examples]
-        more = clipped_sums(
-            loss_fn, state.params, *rows, random.fold_in(keys[1], batch.examples), clipping=clipping,
-            clipping_state=state.estimator, mask=batch.mask,
-        )  # fmt: skip
-        return more if sums is None else tree.map(torch.add, sums, more)
-
-    def step(
-        state: State, sums: Sums | None, keys: Tensor, batch: Batch | None, *examples: Tensor
-    ) -> tuple[State, dict[str, Tensor]]:
-        total = sum_over(world, sums if batch is None else add(state, sums, keys, batch, *examples))
-        if total is None:
-            raise ValueError("private step: there must be a chunk, or sums. Found neither.")
-        grads, estimator = released(
-            state.params, total, keys[0], clipping=clipping, noise_multiplier=noise_multiplier, expected=expected,
-            clipping_state=state.estimator,
-        )  # fmt: skip
-        params, optimizer_state = optimizer.update(state.params, state.optimizer, grads)
-        return State(params, optimizer_state, state.step + 1, state.key, estimator), total.seen
-
-    return PrivateStep(add, step)
+    if chunk_sizes is not None:
+        sizes = tuple(chunk_sizes)
+    elif isinstance(examples, Users):
+        sizes = examples.chunk_sizes(mechanism)
+    else:
+        sizes = privacy.chunk_sizes(mechanism, examples)
+    return PrivateStep(loss_fn, optimizer, clipping, mechanism, examples, sizes, world)
 
 
 def fit_private(
@@ -130,73 +232,45 @@ def fit_private(
     state: State,
     examples: Sequence[Tensor],
     *,
-    mechanism: Mechanism,
     secret: Secret,
     steps: int,
-    chunk_sizes: Sequence[int] | None = None,
     loss: Tensor | None = None,
     callbacks: Iterable[Callable[[Progress], None]] = (),
-    world: World = ALONE,
 ) -> State:
     """The state after training until `steps` steps have been made.
 
     Args:
-        step: as from `make_private_step`.
+        step: as from `make_private_step`; its mechanism is what an accountant is to be told.
         state: where to start; its `step` says how many have been made already.
         examples: tensors with one leading size N, on one device.
-        mechanism: how examples are sampled: what the accountant is told.
-        secret: of draws, noise and examples' keys. A run that goes on with a fresh one is as private as one that was
-            never stopped; with one from a seed it also ends as that one, bit for bit.
+        secret: of draws, noise and examples' keys. A Poisson run that goes on with a fresh one is as private as one
+            that was never stopped; for a shuffled one see `Ledger`. With one from a seed it also ends as that one, bit
+            for bit.
         steps: how many there shall be in all, at least 0.
-        chunk_sizes: fixed sizes for `privacy.chunks`; by default `privacy.chunk_sizes`.
         loss: the `Progress.loss` that goes with a state from the middle of an epoch.
         callbacks: called after each step, in order, on all processes.
-        world: the processes, of which `step` is as well. Draws and noise are those of process 0's secret, once for all:
-            the account is that of one process.
+
+    Draws and noise are those of process 0's secret, once for all processes: the account is that of one process.
 
     Raises:
-        ValueError: the tensors differ in their number of examples, or have none, or a number is out of its range.
+        ValueError: there are not the examples that the step was made for, or a number is out of its range.
         DisagreementError: examples or states differ between processes.
     """
-    lengths = {len(tensor) for tensor in examples}
-    if len(lengths) != 1 or 0 in lengths or steps < 0:
-        raise ValueError(
-            f"fit_private: examples must share a first size of at least 1, steps must be at least 0. "
-            f"Found sizes {sorted(lengths)}, steps {steps}."
-        )
-    (total,) = lengths
-    device, callbacks = examples[0].device, tuple(callbacks)
-    sizes = privacy.chunk_sizes(mechanism, total) if chunk_sizes is None else chunk_sizes
+    if steps < 0:
+        raise ValueError(f"fit_private: steps must be at least 0. Found {steps}.")
+    world, callbacks = step.world, tuple(callbacks)
     check_examples(world, examples)
     check_state(world, state)
-    roots, expected = random.split(first_of(world, secret.key(device)), 3), privacy.expected_examples(mechanism, total)
-    per_epoch = max(1, round(total / expected))
+    roots = first_of(world, secret.roots(examples[0].device))
+    per_epoch = max(1, round(1 / step.mechanism.share))
     for done in range(int(state.step), steps):
-        keys = step.keys(roots[1:], state.step)
-        drawn = chunks(draw(mechanism, roots[0], step=state.step, examples=total, joins=step.joins), sizes)
-        state, aux = _stepped(step, state, keys, [rows_of(world, batch) for batch in drawn], examples, world)
+        state, aux = step(state, roots, *examples)
         if (done + 1) % CHECK_EVERY == 0 or done + 1 == steps:
             check_state(world, state)
         epoch, before = divmod(done, per_epoch)
         loss = aux["loss"].double() + (0 if loss is None or before == 0 else loss)
-        progress = Progress(state, loss, round(expected * (before + 1)), epoch, done + 1, before + 1 == per_epoch, aux)
+        seen = round(step.expected * (before + 1))
+        progress = Progress(state, loss, seen, epoch, done + 1, before + 1 == per_epoch, aux)
         for callback in callbacks:
             callback(progress)
     return state
-
-
-def _stepped(
-    step: PrivateStep, state: State, keys: Tensor, chunks: list[Batch], examples: Sequence[Tensor], world: World
-) -> tuple[State, dict[str, Tensor]]:
-    """A step over this process's rows of some chunks."""
-    if world.shards is None:
-        sums = None
-        for batch in chunks[:-1]:
-            sums = step.add(state, sums, keys, batch, *examples)
-        return step.step(state, sums, keys, chunks[-1], *examples)
-    totals: list[Sums | None] = [None] * world.parts_here
-    for batch in chunks:
-        parts = parts_of(world, batch)
-        totals = [step.add(state, sums, keys, part, *examples) for sums, part in zip(totals, parts, strict=True)]
-    sums = in_pairs(totals, lambda a, b: tree.map(torch.add, a, b))
-    return step.step(state, sums, keys, None, *examples)

@@ -1,0 +1,108 @@
+"""Whose the examples are: users are sampled as a whole, each with so many of its examples at most.
+
+    user u joins step t by a coin of its own, with chance q;  of its examples, `most` of the least words, keyed by t
+
+A user's rows stay in one chunk, where its summed gradient is clipped: so the user, not an example, moves a sum by at
+most the sensitivity. Neighbours differ by a user.
+
+Reference: McMahan, Ramage, Talwar, Zhang, "Learning differentially private recurrent language models", ICLR 2018,
+    algorithm 1; Charles et al., "Fine-tuning large language models with user-level differential privacy", arXiv
+    2407.07737, which finds sampling users better than sampling examples.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import random
+from ..data import Batch
+from .mechanism import Mechanism, Poisson, check_count
+from .sampling import Draw, check_sizes, padded, sizes_of
+
+
+class Users:
+    """Whose each example of a data set is."""
+
+    def __init__(self, ids: Tensor, *, most: int) -> None:
+        """Orders the examples by their users.
+
+        Args:
+            ids: (N,) int64, N at least 1: the number of each example's user, any whole numbers.
+            most: how many of a user's examples a step takes at most, at least 1.
+
+        Raises:
+            TypeError, ValueError: `ids` is no such tensor, or `most` is below 1.
+
+        Example:
+            >>> len(Users(torch.tensor([7, 7, 3]), most=1))
+            2
+        """
+        if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+            raise TypeError(f"Users: ids must be an int64 tensor. Found {getattr(ids, 'dtype', type(ids).__name__)}.")
+        if ids.dim() != 1 or not len(ids):
+            raise ValueError(f"Users: ids must be (N,), N at least 1. Found {tuple(ids.shape)}.")
+        check_count("Users", "most", most)
+        self.ids, self.most = ids, most
+        _, self._user, counts = ids.unique(return_inverse=True, return_counts=True)
+        self._order = self._user.argsort(stable=True)
+        self._ends = counts.cumsum(0)
+        self._counts = counts
+
+    def __len__(self) -> int:
+        """The number of users."""
+        return len(self._counts)
+
+    def rows(self, drawn: Draw, key: Tensor) -> list[Tensor]:
+        """The rows of each user of a draw: `most` at most, chosen by the key alike.
+
+        Args:
+            drawn: users, by their number in the order of their ids.
+            key: (2,), of this step and of nothing else.
+
+        Returns:
+            For each user (n,) int64, n from 1 to `most`.
+        """
+        words = random.bits(key, (len(self.ids),)).long()
+        found = []
+        for user in drawn.numbers.tolist():
+            end, count = int(self._ends[user]), int(self._counts[user])
+            rows = self._order[end - count : end]
+            found.append(rows if count <= self.most else rows[words[rows].argsort(stable=True)[: self.most]])
+        return found
+
+    def chunk_sizes(self, mechanism: Mechanism, *, rows: int = 1024) -> tuple[int, ...]:
+        """A few sizes for `chunks`; each holds a user's examples, so it may be above `rows`.
+
+        Args:
+            mechanism: says how users are sampled.
+            rows: how many examples to take at once, at least 1: what memory allows.
+        """
+        taken = self._counts.clamp(max=self.most).double()
+        expected = mechanism.share * float(taken.sum())
+        rate = mechanism.rate if isinstance(mechanism, Poisson) else 1.0
+        deviation = math.sqrt(rate * (1 - rate) * float(taken.square().sum()))
+        most = int(taken.max())
+        return tuple(sorted({max(size, most) for size in sizes_of(expected, deviation, max(rows, most))}))
+
+    def chunks(self, drawn: Draw, key: Tensor, sizes: Sequence[int]) -> list[Batch]:
+        """The rows of a draw's users as batches of fixed sizes, with masks; all rows of a user are in one.
+
+        Raises:
+            ValueError: there is no size, or the largest does not hold a user's rows.
+        """
+        check_sizes(sizes)
+        if max(sizes) < self.most and max(sizes) < int(self._counts.max()):
+            raise ValueError(
+                f"Users.chunks: the largest size must hold a user's examples, {self.most} at most. Found {max(sizes)}."
+            )
+        packed: list[list[Tensor]] = [[]]
+        free = max(sizes)
+        for rows in self.rows(drawn, key):
+            if len(rows) > free:
+                packed.append([])
+                free = max(sizes)
+            packed[-1].append(rows)
+            free -= len(rows)
+        return [padded(torch.cat(parts) if parts else self._order[:0], sizes) for parts in packed]
