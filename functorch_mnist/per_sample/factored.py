@@ -89,9 +89,8 @@ class Factored:
         """
         if group is not None:
             first = firsts(group)
-            lengths = torch.stack([together.reach(term, first) for term in self.terms]) if self.terms else []
-            squares = zip(self.terms, self.square_norms(group), lengths, strict=True)
-            return self._roots([_with_rounding(term, x, length) for term, x, length in squares])
+            pairs = zip(self.terms, self.square_norms(group), strict=True)
+            return self._roots([_with_rounding(term, x, together.reach(term, first)) for term, x in pairs])
         return self._roots(list(self._taken(_bounded).unbind()) if self.terms else [])
 
     def _taken(self, of: Callable[[Term, Careful], Tensor]) -> Tensor:

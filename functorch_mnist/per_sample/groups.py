@@ -14,18 +14,19 @@ from torch import Tensor
 from .. import native
 
 
-def check(where: str, group: Tensor, count: int) -> None:
-    """Raises for what are no (B,) integers.
+def checked(where: str, group: Tensor, mask: Tensor | None, count: int) -> Tensor:
+    """`firsts` of what a caller gave.
 
     Raises:
-        TypeError: they are not integers.
-        ValueError: they are not (B,).
+        TypeError: `group` is no tensor of integers.
+        ValueError: it is not (B,).
     """
     if not isinstance(group, Tensor) or group.is_floating_point() or group.is_complex() or group.dtype == torch.bool:
         found = group.dtype if isinstance(group, Tensor) else type(group).__name__
         raise TypeError(f"{where}: group must be a tensor of integers, whose each example is. Found {found}.")
     if group.shape != (count,):
         raise ValueError(f"{where}: group must be ({count},). Found {tuple(group.shape)}.")
+    return firsts(group, mask)
 
 
 def firsts(group: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -75,8 +76,8 @@ class Alike(NamedTuple):
 class Members(NamedTuple):
     """The rows of each group, for a program that may look at sizes."""
 
-    count: int
-    """How many groups."""
+    groups: int
+    """How many."""
     number: Tensor
     """(B,): that of each row's group, in the order of their first rows."""
     alike: tuple[Alike, ...]
@@ -119,7 +120,7 @@ def packed(where: str, first: Tensor, size: int) -> tuple[Tensor, list[slice]]:
     largest = int(sizes.max())
     if largest > size:
         raise ValueError(
-            f"{where}: a chunk takes whole groups. Found a group of {largest} rows, chunk_size {size}. Take a larger one."
+            f"{where}: a chunk takes whole groups. Found a group of {largest} rows, chunk_size {size}. Raise it."
         )
     parts, start, stop = [], 0, 0
     for count in sizes[sizes > 0].tolist():

@@ -126,7 +126,7 @@ class Term:
     def of_groups(self, members: Members) -> Iterator[tuple[Tensor, Term]]:
         """Terms of groups, each one example whose gradient is the sum of its examples', and the groups' numbers."""
         for groups, rows, size in members.alike:
-            part = self if members.count == len(members.number) else self.examples(rows)
+            part = self if members.groups == len(members.number) else self.examples(rows)
             done = 0
             for term in [part] if size == 1 else part.in_groups(size):
                 count = len(term.factors()[0])
@@ -285,7 +285,7 @@ class Absent(Term):
         return self.zeros
 
     def of_groups(self, members: Members) -> Iterator[tuple[Tensor, Term]]:
-        yield torch.arange(members.count, device=self.zeros.device), Absent(self.zeros[: members.count])
+        yield torch.arange(members.groups, device=self.zeros.device), Absent(self.zeros[: members.groups])
 
     def masked(self, keep: Tensor) -> Absent:  # noqa: ARG002 (zeros are zeros)
         return self
@@ -327,10 +327,10 @@ class Parts(Term):
         return self.values[0] if len(self.values) == 1 else torch.cat(self.values)
 
     def of_groups(self, members: Members) -> Iterator[tuple[Tensor, Term]]:
-        sums = tree.wide(self.values[0].new_zeros(members.count, *self.shape()))
+        sums = tree.wide(self.values[0].new_zeros(members.groups, *self.shape()))
         for part, number in self._with(members.number):
             sums = sums.index_add(0, number, part.to(sums.dtype))
-        yield torch.arange(members.count, device=sums.device), Dense(sums)
+        yield torch.arange(members.groups, device=sums.device), Dense(sums)
 
     def masked(self, keep: Tensor) -> Parts:
         return Parts(tuple([masked(part, rows) for part, rows in self._with(keep)]))

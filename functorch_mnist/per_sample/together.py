@@ -1,8 +1,8 @@
 """Quantities of the sums of sample gradients over groups, `G(k) = Σ_{i: group_i = k} ∇_i`, of one parameter.
 
-A group is an example with more positions: with `∇_i = Σ_t g_it a_itᵀ`, its sum is the same over the positions of all its
-examples, and a term of groups of one size is a term of examples, see `Term.of_groups`. For that the sizes are looked at.
-A program that is compiled or recorded may not look: it calls an operator, which looks when it runs. What has to be
+A group is an example with more positions: with `∇_i = Σ_t g_it a_itᵀ`, its sum is the same over the positions of all
+its examples, and a term of groups of one size is a term of examples, see `Term.of_groups`. For that, sizes are looked
+at. A program that is compiled or recorded may not look: it calls an operator, which looks when it runs. What has to be
 differentiated in such a program, or is made of other weights, takes the pairs in one group from all pairs:
 
     |G(k)|² = Σ_{i, j: group_i = group_j = k} ⟨∇_i, ∇_j⟩
@@ -68,7 +68,7 @@ def reach(term: Term, first: Tensor, by: Careful = CAREFUL) -> Tensor:
 
 
 def _square_norms(term: Term, members: Members) -> Tensor:
-    total = torch.zeros(members.count, dtype=torch.float64, device=members.number.device)
+    total = torch.zeros(members.groups, dtype=torch.float64, device=members.number.device)
     for groups, part in term.of_groups(members):
         total = total.index_copy(0, groups, _squares(part))
     return total[members.number]
@@ -111,7 +111,7 @@ def _of_pairs(term: Term, first: Tensor) -> Tensor:
         c = power(largest)
         term = term.times(c)
     products = torch.where(first[:, None] == first, term.gram(term).double(), 0.0)
-    return (products.sum(1) / c.double().square()).clamp(min=0)
+    return (summed(first, products.sum(1)) / c.double().square()).clamp(min=0)
 
 
 def _dtype(term: Term) -> torch.dtype:
@@ -180,7 +180,12 @@ def _parsed(text: str) -> Any:
 
 
 def _run(
-    quantity: str, factors: Sequence[Tensor], first: Tensor, term: str, shape: Sequence[int], dtype: torch.dtype
+    quantity: str,
+    factors: Sequence[Tensor],
+    first: Tensor,
+    term: str,
+    shape: Sequence[int],  # noqa: ARG001
+    dtype: torch.dtype,
 ) -> Tensor:
     given: Term = _read(_parsed(term), iter(factors))
     of = members(first)
@@ -188,7 +193,12 @@ def _run(
 
 
 def _empty(
-    quantity: str, factors: Sequence[Tensor], first: Tensor, term: str, shape: Sequence[int], dtype: torch.dtype  # noqa: ARG001
+    quantity: str,
+    factors: Sequence[Tensor],  # noqa: ARG001
+    first: Tensor,
+    term: str,  # noqa: ARG001
+    shape: Sequence[int],
+    dtype: torch.dtype,
 ) -> Tensor:
     return first.new_empty(shape, dtype=torch.float64 if quantity == "square norms" else dtype)
 
