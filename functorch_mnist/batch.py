@@ -118,11 +118,15 @@ def chunks(where: str, batch: Sequence[Tensor], mask: Tensor | None, chunk_size:
     found = []
     for start in range(0, max(1, total), size):
         rows = slice(start, min(start + size, total))
-        part, keep = tuple([x[rows] for x in batch]), None if mask is None else mask[rows]
-        missing = size - (rows.stop - rows.start)
-        if missing:
-            keep = part[0].new_ones(rows.stop - rows.start, dtype=torch.bool) if keep is None else keep
-            keep = torch.cat([keep, keep.new_zeros(missing)])
-            part = tuple([torch.cat([x, x.new_zeros((missing, *x.shape[1:]))]) for x in part])
-        found.append(Chunk(part, keep, rows))
+        found.append(padded([x[rows] for x in batch], None if mask is None else mask[rows], rows, size))
     return found
+
+
+def padded(part: Sequence[Tensor], keep: Tensor | None, rows: slice, size: int) -> Chunk:
+    """A chunk of some rows and their mask, padded to `size`; `rows` says which of the batch's they are."""
+    missing = size - (rows.stop - rows.start)
+    if missing:
+        keep = part[0].new_ones(rows.stop - rows.start, dtype=torch.bool) if keep is None else keep
+        keep = torch.cat([keep, keep.new_zeros(missing)])
+        part = [torch.cat([x, x.new_zeros((missing, *x.shape[1:]))]) for x in part]
+    return Chunk(tuple(part), keep, rows)

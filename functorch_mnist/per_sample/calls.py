@@ -89,7 +89,7 @@ class Called(Term):
     def shape(self) -> tuple[int, ...]:
         return self.form.shape
 
-    def examples(self, rows: slice) -> Called:
+    def examples(self, rows: slice | Tensor) -> Called:
         examples, cotangents = (tuple([x[rows] for x in xs]) for xs in (self.inputs, self.cotangents))
         return replace(self, inputs=examples, cotangents=cotangents)
 

@@ -3,6 +3,9 @@
 Eager mode takes chunk after chunk. The compiler is given a loop, of which it compiles one step, so that compiling takes
 as long for many chunks as for one; a loop of Python it would write out. Tensors may not leave a step but as its result:
 the survey is made before. A transform of torch.func cannot go through the loop: inside one, it is written out.
+
+With groups, a chunk takes whole groups, so rows are taken in another order than they came in, and rows of results are
+put back into theirs.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from ..batch import Chunk, masked
 from ..compiler import loop
 from ..tree import Tree
 from .capture import LossFn
+from .groups import packed
 from .plan import Plan
 from .prepared import passes
 
@@ -40,6 +44,8 @@ class Chunked:
     mask: Tensor | None
     chunk_size: int | None
     plan: Plan | None
+    first: Tensor | None = None
+    """(B,): where groups are to stay whole, the first row of each row's group."""
 
     @property
     def size(self) -> int:
@@ -57,9 +63,9 @@ class Chunked:
         for chunk in batches.chunks(self._name, self.batch, self.mask, self.chunk_size):
             yield chunk, partial(run, chunk.batch, chunk.mask)
 
-    def rows(self, of: Callable[[Run], list[Tensor]]) -> list[Tensor]:
-        """What `of(run)` has of each example, (B, …)."""
-        _, rows = self.both(lambda run: ((), of(run)), like=())
+    def rows(self, of: Callable[..., list[Tensor]], *columns: Tensor) -> list[Tensor]:
+        """What `of(run, *columns)` has of each example, (B, …), see `both`."""
+        _, rows = self.both(lambda run, *columns: ((), of(run, *columns)), *columns, like=())
         return rows
 
     def sums(self, of: Callable[..., Tree], *columns: Tensor, like: Tree | None = None) -> Tree:
@@ -78,15 +84,28 @@ class Chunked:
             like: a tree with the shapes, dtypes and strides of the sums; without it, the compiler goes through the
                 loss once more to find them.
         """
+        if self.first is not None and not self.alone:
+            return self._by_groups(of, columns, self.first)
         if torch.compiler.is_dynamo_compiling() and self.size < len(self.batch[0]) and native.level() == 0:
             return self._looped(of, columns, like)
-        sums: Tree = None
-        parts = []
-        for chunk, run in self.runs():
-            more, rows = of(run, *[chunk.padded(column) for column in columns])
-            sums = more if sums is None else tree.map(torch.add, sums, more)
-            parts.append([chunk.unpadded(x) for x in rows])
-        return sums, [torch.cat(column) for column in zip(*parts, strict=True)]
+        return _added_up(of, self.runs(), columns)
+
+    def _by_groups(
+        self, of: Callable[..., tuple[Tree, list[Tensor]]], columns: Sequence[Tensor], first: Tensor
+    ) -> tuple[Tree, list[Tensor]]:
+        """The same with whole groups in each chunk."""
+        order, parts = packed(self.where, first, self.size)
+        run = passes(self.loss_fn, self.params, self.plan)
+
+        def runs() -> Iterator[tuple[Chunk, Run]]:
+            for rows in parts:
+                at = order[rows]
+                keep = None if self.mask is None else self.mask[at]
+                chunk = batches.padded([x[at] for x in self.batch], keep, rows, self.size)
+                yield chunk, partial(run, chunk.batch, chunk.mask)
+
+        sums, found = _added_up(of, runs(), [column[order] for column in columns])
+        return sums, [x[order.argsort()] for x in found]
 
     def _looped(
         self, of: Callable[..., tuple[Tree, list[Tensor]]], columns: Sequence[Tensor], like: Tree | None
@@ -119,6 +138,19 @@ class Chunked:
     @property
     def _name(self) -> str:
         return f"per_sample.{self.where}"
+
+
+def _added_up(
+    of: Callable[..., tuple[Tree, list[Tensor]]], runs: Iterator[tuple[Chunk, Run]], columns: Sequence[Tensor]
+) -> tuple[Tree, list[Tensor]]:
+    """Sums over chunks and their rows, one after another."""
+    sums: Tree = None
+    parts = []
+    for chunk, run in runs:
+        more, rows = of(run, *[chunk.padded(column) for column in columns])
+        sums = more if sums is None else tree.map(torch.add, sums, more)
+        parts.append([chunk.unpadded(x) for x in rows])
+    return sums, [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
 def _added(total: Tensor, part: Tensor) -> Tensor:

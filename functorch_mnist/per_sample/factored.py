@@ -12,7 +12,9 @@ from torch import Tensor
 from .. import tree
 from ..batch import masked
 from ..tree import Tree
+from . import together
 from .eigen import Eigenbasis
+from .groups import firsts
 from .squares import CAREFUL, Careful, Plain, are_right, may_be_plain, plain_total
 from .terms import Kronecker, Term
 
@@ -54,29 +56,41 @@ class Factored:
         """The dense gradients: a tree with leaves (B, *w)."""
         return self._like_params([term.grads() for term in self.terms])
 
-    def square_norms(self) -> list[Tensor]:
+    def square_norms(self, group: Tensor | None = None) -> list[Tensor]:
         """The squared norm of each parameter's part of ∇_i: (B,) in float64, in the order of `tree.leaves`.
+
+        Args:
+            group: (B,) integers, whose each example is: row i is then of `G = Σ_{j: group_j = group_i} ∇_j`. So it is
+                in all that follow.
 
         Guarantees: right though float32 may not hold the squares, for gradients with numbers from 5e-35.
         """
+        if group is not None:
+            first = firsts(group)
+            return [together.square_norms(term, first) for term in self.terms]
         return list(self._taken(_square_norms).unbind()) if self.terms else []
 
-    def norms(self) -> Tensor:
+    def norms(self, group: Tensor | None = None) -> Tensor:
         """|∇_i|: (B,), float32 or wider; see `square_norms`."""
         if not self.terms:
             return torch.zeros_like(self.losses)
         dtype = functools.reduce(torch.promote_types, [_dtype(term) for term in self.terms])
-        return _root(self._taken(_square_norms).sum(0)).to(dtype)
+        squares = self._taken(_square_norms) if group is None else torch.stack(self.square_norms(group))
+        return _root(squares.sum(0)).to(dtype)
 
-    def leaf_norms(self) -> Tree:
+    def leaf_norms(self, group: Tensor | None = None) -> Tree:
         """The norm of each parameter's part of ∇_i: a tree with leaves (B,)."""
-        return self._roots(self.square_norms())
+        return self._roots(self.square_norms(group))
 
-    def leaf_bounds(self) -> Tree:
+    def leaf_bounds(self, group: Tensor | None = None) -> Tree:
         """`leaf_norms`, a trifle larger where rounding could make them smaller than what `weighted_sum` adds.
 
-        Positions may cancel, and what is left of a gradient then hangs on the order of its sums.
+        Positions may cancel, and so may the examples of a group; what is left then hangs on the order of the sums.
         """
+        if group is not None:
+            first = firsts(group)
+            pairs = zip(self.terms, self.square_norms(group), strict=True)
+            return self._roots([_with_rounding(term, x, together.reach(term, first)) for term, x in pairs])
         return self._roots(list(self._taken(_bounded).unbind()) if self.terms else [])
 
     def _taken(self, of: Callable[[Term, Careful], Tensor]) -> Tensor:
@@ -119,9 +133,12 @@ class Factored:
         parts = [mine.gram(theirs) for mine, theirs in zip(self.terms, other.terms, strict=True)]
         return torch.stack(parts).sum(0) if parts else self.losses[:, None] * other.losses * 0
 
-    def second_moment(self) -> Tree:
-        """Σ_i ∇_i², elementwise: a tree like `params`, float32 or wider."""
-        return tree.unflatten(self.params, [term.second_moment() for term in self.terms])
+    def second_moment(self, group: Tensor | None = None) -> Tree:
+        """Σ_i ∇_i², elementwise: a tree like `params`, float32 or wider; with `group` the sum of G² over the groups."""
+        if group is None:
+            return tree.unflatten(self.params, [term.second_moment() for term in self.terms])
+        first = firsts(group)
+        return tree.unflatten(self.params, [together.second_moment(term, first) for term in self.terms])
 
     def kronecker(self, keep: Tensor | None = None) -> dict[str, Kronecker]:
         """The Kronecker factors of each parameter that has them, by its path.
@@ -219,8 +236,10 @@ def _square_norms(term: Term, by: Careful) -> Tensor:
 def _bounded(term: Term, by: Careful) -> Tensor:
     """The squared norms, and what rounding may have hidden of them."""
     squares, reach = term.square_norms(by), term.reach(by)
-    if reach is None:
-        return squares
+    return squares if reach is None else _with_rounding(term, squares, reach)
+
+
+def _with_rounding(term: Term, squares: Tensor, reach: Tensor) -> Tensor:
     return squares.clamp(min=0) + _ROUNDING * torch.finfo(_dtype(term)).eps * reach.square()
 
 

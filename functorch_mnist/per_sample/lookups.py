@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,6 +46,10 @@ class Lookup(Term):
     def grads(self) -> Tensor:
         zeros = self.g.new_zeros(len(self.g), *self.table)
         return zeros.scatter_add(1, self.rows[..., None].expand_as(self.g), self.g)
+
+    def in_groups(self, size: int) -> Iterator[Term]:
+        rows, g, live = (x.unflatten(0, (-1, size)).flatten(1, 2) for x in (self.rows, self.g, self.live))
+        yield replace(self, rows=rows, g=g, live=live).settled()
 
     def masked(self, keep: Tensor) -> Lookup:
         return replace(self, g=masked(self.g, keep), live=masked(self.live, keep))

@@ -16,6 +16,14 @@ All take `loss_fn(params, *example) -> ()`, a pure function of one example; `par
 `*batch`, tensors (B, …). All take `mask` (B,) bool: an example with False, whatever it holds, gives exactly zero; and
 `chunk_size`: so many examples are taken at a time, and the result does not depend on it. `torch.compile` compiles one
 chunk, whatever their number; in `grads` and `gram`, and inside a transform of torch.func, it compiles each.
+
+Most take `group` (B,), any integers, whose each example is. ∇_i is then the sum over its group,
+
+    G_i = Σ_{j: group_j = group_i} ∇_j
+
+in norms, products and dense gradients, whose row i stays example i's; sums over examples become sums over groups, each
+once. A masked example is of no group: it adds nothing, and its row is zero. Where a chunk has to hold whole groups, one
+with more than `chunk_size` rows is refused, and compiled, where sizes are not known, so is a `chunk_size` below B.
 """
 
 from __future__ import annotations
@@ -34,6 +42,7 @@ from ..tree import Tree
 from .capture import LossFn, dense_grads
 from .chunked import Chunked, Run
 from .factored import Factored
+from .groups import checked, firsts, leads, summed
 from .plan import Plan
 from .prepared import TENSOR, TREE, passes, returns
 from .terms import Kronecker
@@ -49,7 +58,7 @@ class ClippedSum(NamedTuple):
     losses: Tensor
     """(B,): zero where masked."""
     nonfinite: Tensor
-    """0-d int64: how many examples were left out because their gradient's norm is inf or NaN."""
+    """0-d int64: how many examples, or groups, were left out because their gradient's norm is inf or NaN."""
 
 
 class GradAndNorms(NamedTuple):
@@ -75,7 +84,12 @@ class GradAndDot(NamedTuple):
 
 
 def grads(
-    loss_fn: LossFn, params: Tree, *batch: Tensor, mask: Tensor | None = None, chunk_size: int | None = None
+    loss_fn: LossFn,
+    params: Tree,
+    *batch: Tensor,
+    mask: Tensor | None = None,
+    group: Tensor | None = None,
+    chunk_size: int | None = None,
 ) -> Tree:
     """The dense gradients: a tree with leaves (B, *w). The oracle of all the others: no rule and no factor in it.
 
@@ -92,7 +106,9 @@ def grads(
         if chunk.mask is not None:
             leaves = [masked(leaf, chunk.mask) for leaf in leaves]
         parts.append([chunk.unpadded(leaf) for leaf in leaves])
-    return tree.unflatten(params, [torch.cat(leaf_parts) for leaf_parts in zip(*parts, strict=True)])
+    rows = [torch.cat(leaf_parts) for leaf_parts in zip(*parts, strict=True)]
+    first = _firsts("grads", batch, mask, group)
+    return tree.unflatten(params, rows if first is None else [summed(first, leaf) for leaf in rows])
 
 
 def factored(
@@ -130,6 +146,7 @@ def norms(
     params: Tree,
     *batch: Tensor,
     mask: Tensor | None = None,
+    group: Tensor | None = None,
     chunk_size: int | None = None,
     plan: Plan | None = None,
 ) -> Tensor:
@@ -141,8 +158,8 @@ def norms(
         >>> norms(lambda w, x: w @ x, torch.zeros(2), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
         tensor([5., 1.])
     """
-    chunked = Chunked("norms", loss_fn, params, batch, mask, chunk_size, plan)
-    return chunked.rows(lambda run: [run(Factored.norms)])[0]
+    chunked, ids = _in_groups("norms", loss_fn, params, batch, mask, group, chunk_size, plan)
+    return chunked.rows(lambda run, *ids: [run(Factored.norms, *ids)], *ids)[0]
 
 
 def leaf_norms(
@@ -150,6 +167,7 @@ def leaf_norms(
     params: Tree,
     *batch: Tensor,
     mask: Tensor | None = None,
+    group: Tensor | None = None,
     chunk_size: int | None = None,
     plan: Plan | None = None,
 ) -> Tree:
@@ -159,8 +177,8 @@ def leaf_norms(
         >>> leaf_norms(lambda p, x: p["a"] * x + p["b"], {"a": torch.zeros(()), "b": torch.zeros(())}, torch.ones(2))
         {'a': tensor([1., 1.]), 'b': tensor([1., 1.])}
     """
-    chunked = Chunked("leaf_norms", loss_fn, params, batch, mask, chunk_size, plan)
-    return tree.unflatten(params, chunked.rows(lambda run: tree.leaves(run(Factored.leaf_norms))))
+    chunked, ids = _in_groups("leaf_norms", loss_fn, params, batch, mask, group, chunk_size, plan)
+    return tree.unflatten(params, chunked.rows(lambda run, *ids: tree.leaves(run(Factored.leaf_norms, *ids)), *ids))
 
 
 def grad_and_norms(
@@ -168,6 +186,7 @@ def grad_and_norms(
     params: Tree,
     *batch: Tensor,
     mask: Tensor | None = None,
+    group: Tensor | None = None,
     chunk_size: int | None = None,
     plan: Plan | None = None,
 ) -> GradAndNorms:
@@ -181,9 +200,8 @@ def grad_and_norms(
         >>> found.grads, found.norms
         (tensor(-2.), tensor([1., 3.]))
     """
-
-    chunked = Chunked("grad_and_norms", loss_fn, params, batch, mask, chunk_size, plan)
-    grads, (sizes, losses) = _sum_and_rows(chunked, _sum)
+    chunked, ids = _in_groups("grad_and_norms", loss_fn, params, batch, mask, group, chunk_size, plan)
+    grads, (sizes, losses) = _sum_and_rows(chunked, lambda run, *ids: run(_sum, *ids), *ids)
     return GradAndNorms(grads, sizes, losses)
 
 
@@ -193,6 +211,7 @@ def grad_and_dot(
     *batch: Tensor,
     direction: Tree,
     mask: Tensor | None = None,
+    group: Tensor | None = None,
     chunk_size: int | None = None,
     plan: Plan | None = None,
 ) -> GradAndDot:
@@ -206,10 +225,10 @@ def grad_and_dot(
         >>> found.grads, found.products
         (tensor(-2.), tensor([ 2., -6.]))
     """
-
     chunked = Chunked("grad_and_dot", loss_fn, params, batch, mask, chunk_size, plan)
-    grads, (products, losses) = _sum_and_rows(chunked, _sum_and_dot, direction)
-    return GradAndDot(grads, products, losses)
+    grads, (products, losses) = _sum_and_rows(chunked, lambda run: run(_sum_and_dot, direction))
+    first = _firsts("grad_and_dot", batch, mask, group)
+    return GradAndDot(grads, products if first is None else summed(first, products), losses)
 
 
 def weighted_sum(
@@ -221,7 +240,7 @@ def weighted_sum(
     chunk_size: int | None = None,
     plan: Plan | None = None,
 ) -> Tree:
-    """Σ_i c_i ∇_i for weights c (B,): a tree like `params`.
+    """Σ_i c_i ∇_i for weights c (B,): a tree like `params`; of groups it needs none, for these have one weight each.
 
     Guarantees: its gradient with respect to the weights is `dot`.
 
@@ -243,6 +262,7 @@ def clipped_sum(
     *batch: Tensor,
     max_norm: float | Tensor | Callable[[Tensor], Tensor],
     mask: Tensor | None = None,
+    group: Tensor | None = None,
     chunk_size: int | None = None,
     plan: Plan | None = None,
 ) -> ClippedSum:
@@ -250,12 +270,16 @@ def clipped_sum(
 
     Args:
         max_norm: the largest norm that an example keeps, above 0: a number, or a 0-d tensor, whose value is not
-            checked. Or another rule: a function of all norms (B,), zero where masked, to the factors s (B,).
+            checked. Or another rule: a function of all norms (B,), zero where masked, to the factors s (B,); with
+            groups it has to give all examples of one the same, as an elementwise rule does.
+        group: (B,) integers, whose each example is: `norms` are then those of groups' sums, which are clipped.
 
     Raises:
-        ValueError: `max_norm` is a number not above 0, a tensor with axes, or a function that does not return (B,).
+        ValueError: `max_norm` is a number not above 0, a tensor with axes, or a function that does not return (B,); a
+            group does not fit in a chunk.
 
     Guarantees: an example whose norm is inf or NaN adds exactly zero and is counted; one whose norm is zero adds zero.
+        A group whose norm is inf or NaN is left out whole, and counted once.
 
     Cost: with a function and a `chunk_size` smaller than B there are two backward passes, for it needs all norms.
 
@@ -271,24 +295,25 @@ def clipped_sum(
         raise ValueError(f"clipped_sum: max_norm must be above 0. Found {max_norm}.")
     if isinstance(max_norm, Tensor) and max_norm.dim() > 0:
         raise ValueError(f"clipped_sum: a tensor max_norm must be 0-d. Found {tuple(max_norm.shape)}.")
-    chunked = Chunked("clipped_sum", loss_fn, params, batch, mask, chunk_size, plan)
-    known: list[Tensor] = []
+    chunked, ids = _in_groups("clipped_sum", loss_fn, params, batch, mask, group, chunk_size, plan)
+    grouped, known = len(ids), list[Tensor]()
     if callable(max_norm) and not chunked.alone:
-        sizes = norms(loss_fn, params, *batch, mask=mask, chunk_size=chunk_size, plan=plan)
+        sizes = norms(loss_fn, params, *batch, mask=mask, group=group, chunk_size=chunk_size, plan=plan)
         known.append(_factors(max_norm, sizes))
 
-    def clipped(run: Run, *known: Tensor) -> tuple[Tree, list[Tensor]]:
+    def clipped(run: Run, *columns: Tensor) -> tuple[Tree, list[Tensor]]:
+        ids, known = columns[:grouped], columns[grouped:]
         if callable(max_norm):
-            found, sizes = run(_built)
+            found, sizes = run(_built, *ids)
             factors = known[0] if known else _factors(max_norm, sizes)
-            grads, sizes, losses, count = _scaled(found, sizes, factors, careful=True)
+            grads, sizes, losses, count = _scaled(found, sizes, factors, *ids, careful=True)
         else:
             limit = max_norm if isinstance(max_norm, Tensor) else torch.tensor(float(max_norm), dtype=torch.float64)
-            grads, sizes, losses, count = _clipped(run, limit, looks=batch[0].device.type == "cpu")
+            grads, sizes, losses, count = _clipped(run, limit, *ids, looks=batch[0].device.type == "cpu")
         return (grads, count), [sizes, losses]
 
     none = torch.zeros((), dtype=torch.int64, device=batch[0].device)
-    (total, nonfinite), (all_norms, losses) = chunked.both(clipped, *known, like=(params, none))
+    (total, nonfinite), (all_norms, losses) = chunked.both(clipped, *ids, *known, like=(params, none))
     return ClippedSum(total, all_norms, losses, nonfinite)
 
 
@@ -298,6 +323,7 @@ def dot(
     *batch: Tensor,
     direction: Tree,
     mask: Tensor | None = None,
+    group: Tensor | None = None,
     chunk_size: int | None = None,
     plan: Plan | None = None,
 ) -> Tensor:
@@ -308,7 +334,9 @@ def dot(
         tensor([2., 6.])
     """
     chunked = Chunked("dot", loss_fn, params, batch, mask, chunk_size, plan)
-    return chunked.rows(lambda run: [run(Factored.dot, direction)])[0]
+    products = chunked.rows(lambda run: [run(Factored.dot, direction)])[0]
+    first = _firsts("dot", batch, mask, group)
+    return products if first is None else summed(first, products)
 
 
 def gram(
@@ -319,6 +347,8 @@ def gram(
     *,
     mask: Tensor | None = None,
     mask_b: Tensor | None = None,
+    group: Tensor | None = None,
+    group_b: Tensor | None = None,
     chunk_size: int | None = None,
     plan: Plan | None = None,
     world: World = ALONE,
@@ -328,6 +358,7 @@ def gram(
     Args:
         batch_a, batch_b: tensors (B, …) and (B', …); without `batch_b` all pairs of `batch_a`.
         mask, mask_b: of the two; without `batch_b`, `mask` holds for both.
+        group, group_b: of the two, (B,) and (B',) integers, in the same way.
         world: the processes, all with the same examples, which divide the rows of the result between them.
 
     Cost: one backward pass over each batch, over `batch_b` by each process. With chunks, the factors of `batch_b` (of
@@ -340,8 +371,15 @@ def gram(
     """
     if isinstance(batch_a, Tensor) or isinstance(batch_b, Tensor):
         raise TypeError("gram: a batch must be a tuple of tensors, such as (x, y). Found a tensor.")
-    if batch_b is None and mask_b is not None:
-        raise ValueError("gram: mask_b belongs to batch_b. Found no batch_b.")
+    if batch_b is None and (mask_b is not None or group_b is not None):
+        raise ValueError("gram: mask_b and group_b belong to batch_b. Found no batch_b.")
+    if group is not None or group_b is not None:
+        first = _firsts("gram", batch_a, mask, group)
+        first_b = first if batch_b is None else _firsts("gram", batch_b, mask_b, group_b)
+        options: dict[str, Any] = {"chunk_size": chunk_size, "plan": plan, "world": world}
+        products = gram(loss_fn, params, batch_a, batch_b, mask=mask, mask_b=mask_b, **options)
+        products = products if first is None else summed(first, products)
+        return products if first_b is None else summed(first_b, products.T).T
     if world.size > 1:
         batch_b, mask_b = (batch_a, mask) if batch_b is None else (batch_b, mask_b)
 
@@ -380,6 +418,7 @@ def second_moment(
     params: Tree,
     *batch: Tensor,
     mask: Tensor | None = None,
+    group: Tensor | None = None,
     chunk_size: int | None = None,
     plan: Plan | None = None,
 ) -> Tree:
@@ -389,8 +428,8 @@ def second_moment(
         >>> second_moment(lambda w, x: w * x, torch.tensor(0.0), torch.tensor([1.0, 3.0]))
         tensor(10.)
     """
-    chunked = Chunked("second_moment", loss_fn, params, batch, mask, chunk_size, plan)
-    return chunked.sums(lambda run: run(Factored.second_moment), like=tree.map(tree.wide, params))
+    chunked, ids = _in_groups("second_moment", loss_fn, params, batch, mask, group, chunk_size, plan)
+    return chunked.sums(lambda run, *ids: run(Factored.second_moment, *ids), *ids, like=tree.map(tree.wide, params))
 
 
 def kronecker(
@@ -403,7 +442,8 @@ def kronecker(
 ) -> dict[str, Kronecker]:
     """The factors Σ a aᵀ and Σ g gᵀ over examples and positions, of each factored parameter, by its path.
 
-    With a bias that the same op adds come the sums Σ a, for the factor `Kronecker.joined` of both.
+    With a bias that the same op adds come the sums Σ a, for the factor `Kronecker.joined` of both. Positions count one
+    by one, so the factors of groups are the same.
 
     Example:
         >>> factors = kronecker(lambda w, x: (w @ x).sum(), torch.zeros(1, 2), torch.tensor([[1.0, 2.0]]))
@@ -420,26 +460,49 @@ def kronecker(
     return factors
 
 
-def _built(found: Factored) -> tuple[Factored, Tensor]:
+def _built(found: Factored, *group: Tensor) -> tuple[Factored, Tensor]:
     """What a clipped sum is taken of, and the norms."""
     found = found.built()
-    return found, found.norms()
+    return found, found.norms(*group)
 
 
-def _sum_and_rows(chunked: Chunked, finish: Callable[..., Any], *more: Tree) -> tuple[Tree, list[Tensor]]:
-    """The sum over all chunks that `finish` returns first, and the rows (B,) that it returns after it."""
+def _in_groups(
+    where: str,
+    loss_fn: LossFn,
+    params: Tree,
+    batch: Sequence[Tensor],
+    mask: Tensor | None,
+    group: Tensor | None,
+    chunk_size: int | None,
+    plan: Plan | None,
+) -> tuple[Chunked, list[Tensor]]:
+    """The gradients of a batch in chunks of whole groups, and the column of groups, if there is one."""
+    first = _firsts(where, batch, mask, group)
+    chunked = Chunked(where, loss_fn, params, batch, mask, chunk_size, plan, first)
+    return chunked, [] if first is None else [first]
 
-    def summed(run: Run) -> tuple[Tree, list[Tensor]]:
-        grads, *rows = run(finish, *more)
+
+def _firsts(where: str, batch: Sequence[Tensor], mask: Tensor | None, group: Tensor | None) -> Tensor | None:
+    """The first row of each row's group, checked."""
+    if group is None:
+        return None
+    return checked(where, group, mask, batches.check(f"per_sample.{where}", batch, mask))
+
+
+def _sum_and_rows(chunked: Chunked, of: Callable[..., Any], *columns: Tensor) -> tuple[Tree, list[Tensor]]:
+    """The sum over all chunks that `of(run, *columns)` returns first, and the rows (B,) that it returns after it."""
+
+    def both(run: Run, *columns: Tensor) -> tuple[Tree, list[Tensor]]:
+        grads, *rows = of(run, *columns)
         return grads, rows
 
-    return chunked.both(summed, like=chunked.params)
+    return chunked.both(both, *columns, like=chunked.params)
 
 
 @returns(TREE, TENSOR, TENSOR)
-def _sum(found: Factored) -> tuple[Tree, Tensor, Tensor]:
+def _sum(found: Factored, *group: Tensor) -> tuple[Tree, Tensor, Tensor]:
     """The sum of all gradients, the norms and the losses."""
-    found, sizes = _built(found)
+    found, sizes = _built(found, *group)
     return found.weighted_sum(torch.ones_like(found.losses)), sizes, found.losses
 
 
@@ -451,34 +514,37 @@ def _sum_and_dot(found: Factored, direction: Tree) -> tuple[Tree, Tensor, Tensor
 
 
 @returns(TREE, TENSOR, TENSOR, TENSOR)
-def _clip(found: Factored, max_norm: Tensor) -> tuple[Tree, Tensor, Tensor, Tensor]:
+def _clip(found: Factored, max_norm: Tensor, *group: Tensor) -> tuple[Tree, Tensor, Tensor, Tensor]:
     """The clipped sum, the norms, the losses and how many norms are not finite."""
-    found, sizes = _built(found)
-    return _scaled(found, sizes, (max_norm / sizes).clamp(max=1), careful=True)
+    found, sizes = _built(found, *group)
+    return _scaled(found, sizes, (max_norm / sizes).clamp(max=1), *group, careful=True)
 
 
-def _clip_finite(found: Factored, max_norm: Tensor) -> tuple[Tree, Tensor, Tensor, Tensor]:
+def _clip_finite(found: Factored, max_norm: Tensor, *group: Tensor) -> tuple[Tree, Tensor, Tensor, Tensor]:
     """The same where all norms are finite: so that nothing need be copied for those that are not."""
-    found, sizes = _built(found)
-    return _scaled(found, sizes, (max_norm / sizes).clamp(max=1), careful=False)
+    found, sizes = _built(found, *group)
+    return _scaled(found, sizes, (max_norm / sizes).clamp(max=1), *group, careful=False)
 
 
-def _clipped(run: Run, max_norm: Tensor, *, looks: bool) -> tuple[Tree, Tensor, Tensor, Tensor]:
+def _clipped(run: Run, max_norm: Tensor, *group: Tensor, looks: bool) -> tuple[Tree, Tensor, Tensor, Tensor]:
     """The same, of one chunk; `looks`: whether the program may wait for a number."""
     if looks and not torch.compiler.is_dynamo_compiling():
-        result: tuple[Tree, Tensor, Tensor, Tensor] = run(_clip_finite, max_norm)
+        result: tuple[Tree, Tensor, Tensor, Tensor] = run(_clip_finite, max_norm, *group)
         count = native.numbers(result[3])
         if count is not None and not count.any():
             return result
-    careful: tuple[Tree, Tensor, Tensor, Tensor] = run(_clip, max_norm)
+    careful: tuple[Tree, Tensor, Tensor, Tensor] = run(_clip, max_norm, *group)
     return careful
 
 
-def _scaled(found: Factored, sizes: Tensor, factors: Tensor, *, careful: bool) -> tuple[Tree, Tensor, Tensor, Tensor]:
+def _scaled(
+    found: Factored, sizes: Tensor, factors: Tensor, *group: Tensor, careful: bool
+) -> tuple[Tree, Tensor, Tensor, Tensor]:
     finite = sizes.isfinite()
     kept = found.masked(finite) if careful else found
     clipped = kept.weighted_sum(masked(factors, finite & (sizes > 0)))
-    return clipped, sizes, found.losses, (~finite).sum()
+    once = [leads(firsts(ids)) for ids in group]
+    return clipped, sizes, found.losses, torch.stack([~finite, *once]).all(0).sum()
 
 
 def _factors(max_norm: Callable[[Tensor], Tensor], sizes: Tensor) -> Tensor:

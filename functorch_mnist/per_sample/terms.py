@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -33,6 +33,7 @@ from .. import tree
 from ..batch import masked
 from ..compiler import stored
 from ..products import sum_of_outer
+from .groups import Members
 from .layout import Layout, View, as_matrices, as_parameter, kernel_layout, layout
 from .squares import CAREFUL, Careful, row_sums
 
@@ -104,20 +105,46 @@ class Term:
         """(*w)."""
         raise NotImplementedError
 
-    def examples(self, rows: slice) -> Term:
+    def examples(self, rows: slice | Tensor) -> Term:
         """The same of some examples."""
         found: Term = tree.map(lambda x: x[rows], self)
         return found
 
+    def at_once(self) -> int:
+        """As many examples as have gradients that outgrow neither the factors nor the parameter."""
+        return max(1, sum([x.numel() for x in self.factors()]) // max(1, math.prod(self.shape())))
+
     def in_parts(self, at_once: int | None = None) -> list[Term]:
-        """Terms of some examples after others, whose gradients outgrow neither the factors nor the parameter."""
-        factors = self.factors()
-        rows = len(factors[0])
+        """Terms of some examples after others, by default of `at_once`."""
+        rows = len(self.factors()[0])
         if at_once is None:
-            at_once = max(1, sum([x.numel() for x in factors]) // max(1, math.prod(self.shape())))
+            at_once = self.at_once()
         if at_once >= rows:
             return [self]
         return [self.examples(slice(i, min(i + at_once, rows))) for i in range(0, rows, at_once)]
+
+    def of_groups(self, members: Members) -> Iterator[tuple[Tensor, Term]]:
+        """Terms of groups, each one example whose gradient is the sum of its examples', and the groups' numbers."""
+        for groups, rows, size in members.alike:
+            part = self if members.groups == len(members.number) else self.examples(rows)
+            done = 0
+            for term in [part] if size == 1 else part.in_groups(size):
+                count = len(term.factors()[0])
+                yield groups[done : done + count], term
+                done += count
+
+    def in_groups(self, size: int) -> Iterator[Term]:
+        """The same with each `size` examples, one after another, as one: an example with the positions of all.
+
+        What has no positions is summed, in terms after one another that outgrow the factors no more than `in_parts`.
+        """
+        at_once = self.at_once() // size * size
+        for part in self.in_parts(at_once or size):
+            if at_once:
+                yield Dense(tree.wide(part.grads()).unflatten(0, (-1, size)).sum(1))
+            else:
+                factor = part.factors()[0]
+                yield Dense(tree.wide(part.weighted_sum(torch.ones(size, device=factor.device)))[None])
 
     def masked(self, keep: Tensor) -> Term:
         """Exactly zero where `keep` (B,) is False, whatever the factors hold there."""
@@ -230,6 +257,9 @@ class Dense(Term):
     def grads(self) -> Tensor:
         return self.values
 
+    def of_groups(self, members: Members) -> Iterator[tuple[Tensor, Term]]:
+        return Parts((self.values,)).of_groups(members)
+
     def masked(self, keep: Tensor) -> Dense:
         return Dense(masked(self.values, keep))
 
@@ -253,6 +283,9 @@ class Absent(Term):
 
     def grads(self) -> Tensor:
         return self.zeros
+
+    def of_groups(self, members: Members) -> Iterator[tuple[Tensor, Term]]:
+        yield torch.arange(members.groups, device=self.zeros.device), Absent(self.zeros[: members.groups])
 
     def masked(self, keep: Tensor) -> Absent:  # noqa: ARG002 (zeros are zeros)
         return self
@@ -293,6 +326,12 @@ class Parts(Term):
     def grads(self) -> Tensor:
         return self.values[0] if len(self.values) == 1 else torch.cat(self.values)
 
+    def of_groups(self, members: Members) -> Iterator[tuple[Tensor, Term]]:
+        sums = tree.wide(self.values[0].new_zeros(members.groups, *self.shape()))
+        for part, number in self._with(members.number):
+            sums = sums.index_add(0, number, part.to(sums.dtype))
+        yield torch.arange(members.groups, device=sums.device), Dense(sums)
+
     def masked(self, keep: Tensor) -> Parts:
         return Parts(tuple([masked(part, rows) for part, rows in self._with(keep)]))
 
@@ -328,6 +367,10 @@ class Outer(Term):
         if self.a.shape[-1] < self.g.shape[-1]:  # a product is faster with its longer side last
             return self.layout.parameter((self.a.transpose(-2, -1) @ self.g).transpose(-2, -1))
         return self.layout.parameter(self.g.transpose(-2, -1) @ self.a)
+
+    def in_groups(self, size: int) -> Iterator[Term]:
+        a, g = (x.unflatten(0, (-1, size)).transpose(1, 2).flatten(2, 3) for x in (self.a, self.g))
+        yield replace(self, a=a, g=g).settled()
 
     def masked(self, keep: Tensor) -> Outer:
         return replace(self, a=masked(self.a, keep), g=masked(self.g, keep))
@@ -492,6 +535,14 @@ class Convolution(Term):
             b * self.groups,
         )
         return grads.view(b, *self.kernel)
+
+    def in_groups(self, size: int) -> Iterator[Term]:
+        image, cotangent = (x.unflatten(0, (-1, size)).flatten(1, 2) for x in (self.image, self.cotangent))
+        t, h = math.prod(cotangent.shape[3:]) * cotangent.shape[1], self.kernel[0] // self.groups
+        d = math.prod(self.kernel[1:])
+        strategy: Strategy = "gram" if t * (d + h) < d * h else "build"
+        strategy = self.strategy if self.strategy in BUILDS else strategy
+        yield replace(self, image=image, cotangent=cotangent, strategy=strategy)
 
     def masked(self, keep: Tensor) -> Convolution:
         return replace(self, image=masked(self.image, keep), cotangent=masked(self.cotangent, keep))
@@ -661,8 +712,12 @@ class Viewed(Term):
     def shape(self) -> tuple[int, ...]:
         return self.view.before
 
-    def examples(self, rows: slice) -> Viewed:
+    def examples(self, rows: slice | Tensor) -> Viewed:
         return Viewed(self.term.examples(rows), self.view)
+
+    def of_groups(self, members: Members) -> Iterator[tuple[Tensor, Term]]:
+        for groups, term in self.term.of_groups(members):
+            yield groups, Viewed(term, self.view)
 
     def grads(self) -> Tensor:
         return self.view.backward(self.term.grads())

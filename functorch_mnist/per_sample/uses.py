@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .. import tree
+from .groups import Members
 from .layout import of_rows
 from .lookups import Lookup
 from .squares import CAREFUL, Careful
@@ -37,8 +39,16 @@ class Sum(Term):
     def shape(self) -> tuple[int, ...]:
         return self.terms[0].shape()
 
-    def examples(self, rows: slice) -> Sum:
+    def examples(self, rows: slice | Tensor) -> Sum:
         return replace(self, terms=tuple([term.examples(rows) for term in self.terms]))
+
+    def of_groups(self, members: Members) -> Iterator[tuple[Tensor, Term]]:
+        every = [] if self.strategy == "build" else [list(term.of_groups(members)) for term in self.terms]
+        if len({tuple([len(groups) for groups, _ in parts]) for parts in every}) != 1:
+            yield from super().of_groups(members)
+            return
+        for several in zip(*every, strict=True):
+            yield several[0][0], replace(self, terms=tuple([term for _, term in several]))
 
     def grads(self) -> Tensor:
         return _total([term.grads() for term in self.terms])

@@ -122,10 +122,20 @@ class Vocabulary(Term):
     def shape(self) -> tuple[int, ...]:
         return tuple(self._shape)
 
-    def examples(self, rows: slice) -> Vocabulary:
+    def examples(self, rows: slice | Tensor) -> Vocabulary:
         hidden, c, labels, z, live = (x[rows] for x in (self.hidden, self.c, self.labels, self.z, self.live))
         layer = self.layer if self.layer[0].dim() == 2 else tuple([x[rows] for x in self.layer])
         return replace(self, hidden=hidden, c=c, labels=labels, z=z, layer=layer, live=live)
+
+    def in_groups(self, size: int) -> Iterator[Term]:
+        if self.layer[0].dim() == 3:
+            yield from super().in_groups(size)
+            return
+        hidden, c, labels, z, live = (
+            x.unflatten(0, (-1, size)) for x in (self.hidden, self.c, self.labels, self.z, self.live)
+        )
+        hidden, c, labels, z = (x.flatten(1, 2) for x in (hidden, c, labels, z))
+        yield replace(self, hidden=hidden, c=c, labels=labels, z=z, live=live.any(1)).settled()
 
     def settled(self) -> Vocabulary:
         t, d, v = *self.hidden.shape[1:], self.layer[0].shape[-2]

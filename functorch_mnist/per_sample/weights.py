@@ -10,7 +10,7 @@ so sums are summed first and taken back once, and inner products with a directio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.func import vjp, vmap
 
 from .. import tree
 from ..ops import nested
+from .groups import Members
 from .layout import View
 from .squares import CAREFUL, Careful
 from .terms import Term
@@ -107,8 +108,12 @@ class Pulled(Term):
     def shape(self) -> tuple[int, ...]:
         return tuple(self._here().shape)
 
-    def examples(self, rows: slice) -> Pulled:
+    def examples(self, rows: slice | Tensor) -> Pulled:
         return replace(self, term=self.term.examples(rows))
+
+    def of_groups(self, members: Members) -> Iterator[tuple[Tensor, Term]]:
+        for groups, term in self.term.of_groups(members):
+            yield groups, replace(self, term=term)
 
     def grads(self) -> Tensor:
         pull = self._pull()

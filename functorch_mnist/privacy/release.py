@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import random, tree
 from ..batch import blanked, check, masked
 from ..per_sample import factored
+from ..per_sample.groups import checked, leads, summed
 from ..tree import Tree
 from .clipping import Clipping
 
@@ -38,6 +39,7 @@ def clipped_sums(
     clipping: Clipping,
     clipping_state: Tree = (),
     mask: Tensor | None = None,
+    group: Tensor | None = None,
 ) -> Sums:
     """The sums of a chunk's clipped gradients, and what the clipping rule adapts to.
 
@@ -48,28 +50,41 @@ def clipped_sums(
         clipping: the rule.
         clipping_state: the rule's.
         mask: (B,) bool.
+        group: (B,) integers, any: whose each example is. What is clipped is then the sum of each one's gradients, all
+            of whose examples have to be in this chunk, and votes and numbers are of groups.
 
     Raises:
-        ValueError: the batch, the mask or the rule's groups do not fit.
+        TypeError: `group` is no tensor of integers.
+        ValueError: the batch, the mask, `group` or the rule's groups of parameters do not fit.
 
-    Guarantees: no example, whatever it holds, moves `grads` by more than the rule's sensitivity, or `votes` by more
-        than 1/2. One whose gradient or loss is not finite, or that is masked, moves nothing.
+    Guarantees: no example, and with `group` no group of them, whatever it holds, moves `grads` by more than the rule's
+        sensitivity, or `votes` by more than 1/2. One whose gradient or loss is not finite, or that is masked, moves
+        nothing; a group with such a gradient or loss moves nothing as a whole.
+
+    Reference: of groups, McMahan, Ramage, Talwar, Zhang, "Learning differentially private recurrent language models",
+        ICLR 2018, section 3.
 
     Cost: one backward pass.
     """
     if check("privacy.clipped_sums", batch, mask) == 0:
         return no_sums(params, clipping, batch[0].device)
+    first = None if group is None else checked("privacy.clipped_sums", group, mask, len(batch[0]))
     found = factored(loss_fn, params, *blanked(batch, mask)).wide().built()
-    norms = found.leaf_bounds()
+    norms = found.leaf_bounds(first)
     finite = torch.stack([norm.isfinite() for norm in tree.leaves(norms)]).all(0) & found.losses.isfinite()
     mask = torch.ones_like(finite) if mask is None else mask
+    if first is None:
+        once = mask
+    else:
+        finite = summed(first, (~finite).long()) == 0
+        once = mask & leads(first)
     keep = finite & mask
     norms = tree.map(lambda norm: masked(norm, keep), norms)
     factors = clipping.factors(norms, clipping_state)
     scaled = torch.stack([factor < 1 for factor in tree.leaves(factors)]).any(0)
     grads = found.masked(keep).weighted_sum(tree.map(lambda factor: masked(factor, keep), factors))
-    votes = masked(clipping.votes(norms, clipping_state), keep).sum(0)
-    counts = {"count": mask.sum(), "clipped": (scaled & keep).sum(), "nonfinite": (mask & ~finite).sum()}
+    votes = masked(clipping.votes(norms, clipping_state), keep & once).sum(0)
+    counts = {"count": once.sum(), "clipped": (scaled & keep & once).sum(), "nonfinite": (once & ~finite).sum()}
     return Sums(grads, votes, {"loss": masked(found.losses, keep).sum(), **counts})
 
 
