@@ -371,7 +371,7 @@ def _check_private(options: Train) -> None:
         raise UsageError(f"--private needs one of --epsilon and --noise-multiplier. Found {found}.")
     if options.watch is not None:
         raise UsageError("--watch records single gradients without noise, which --private must not. Leave one out.")
-    for name in ("hold_out", "class_weights", "logit_adjustment", "mixup", "tune"):
+    for name in ("hold_out", "cut", "class_weights", "logit_adjustment", "mixup", "tune"):
         if chosen_of(options, name):
             raise UsageError(f"{flag(name)} uses more of the images than private steps do. Leave it or --private out.")
     if options.draw == "balanced":
