@@ -296,7 +296,8 @@ def clipped_sum(
     if isinstance(max_norm, Tensor) and max_norm.dim() > 0:
         raise ValueError(f"clipped_sum: a tensor max_norm must be 0-d. Found {tuple(max_norm.shape)}.")
     chunked, ids = _in_groups("clipped_sum", loss_fn, params, batch, mask, group, chunk_size, plan)
-    grouped, known = len(ids), list[Tensor]()
+    grouped = len(ids)
+    known: list[Tensor] = []
     if callable(max_norm) and not chunked.alone:
         sizes = norms(loss_fn, params, *batch, mask=mask, group=group, chunk_size=chunk_size, plan=plan)
         known.append(_factors(max_norm, sizes))

@@ -547,6 +547,9 @@ class Convolution(Term):
     def masked(self, keep: Tensor) -> Convolution:
         return replace(self, image=masked(self.image, keep), cotangent=masked(self.cotangent, keep))
 
+    def times(self, c: Tensor) -> Convolution:
+        return replace(self, image=tree.wide(self.image), cotangent=scaled(tree.wide(self.cotangent), c))
+
     def built(self) -> Term:
         return self._parts() if _builds(self, self.kernel, self.image, self.cotangent) else self
 

@@ -105,7 +105,7 @@ def _of_pairs(term: Term, first: Tensor) -> Tensor:
     while isinstance(term, Viewed) or (isinstance(term, Pulled) and term.weight.selects):
         term = term.term
     c = torch.ones_like(first, dtype=torch.float64)
-    if isinstance(term, (Outer, Lookup, Vocabulary, Dense)) and _dtype(term) != torch.float64:
+    if isinstance(term, (Outer, Convolution, Lookup, Vocabulary, Dense)) and _dtype(term) != torch.float64:
         lengths = term.square_norms().clamp(min=0).sqrt().detach()  # groups are taken to where squares are in range
         largest = torch.zeros_like(lengths).scatter_reduce(0, first, lengths, "amax")[first].float()
         c = power(largest)
