@@ -268,15 +268,50 @@ def box_muller(key: Tensor, shape: Sequence[int] = ()) -> Tensor:
     _check_key("random.box_muller", key)
     _check_shape("random.box_muller", shape)
     count = math.prod(shape)
-    x0, x1 = _blocks(key, (count + 1) // 2)
-    u = (x0 & 0x7FFFFFFF).to(torch.float32) * 2.0**-31 + 2.0**-32  # in (0, 1], fine where the radius is large
-    radius = torch.sqrt(-2 * torch.log(u))
-    radius = torch.where(x0 < 0, -radius, radius)
-    angle = x1.to(torch.float32) * (math.pi * 2.0**-33)  # in [-pi/4, pi/4]; a sign and a swap turn it further
-    square, swapped = angle * angle, (x1 & 1).bool()
-    cos, sin = _polynomial(_COS, square), _polynomial(_SIN, square) * angle
-    pairs = torch.cat([radius * torch.where(swapped, sin, cos), radius * torch.where(swapped, cos, sin)], dim=-1)
+    pairs = torch.cat(_pairs(key, (count + 1) // 2), dim=-1)
     return pairs[..., :count].reshape((*key.shape[:-1], *shape))
+
+
+def box_muller_sum(keys: Tensor, weights: Tensor, shape: Sequence[int] = ()) -> Tensor:
+    """Σ_k w_k box_muller(key_k), with no draw kept.
+
+    Args:
+        keys: (K, 2) int32, K at least 1.
+        weights: (K,) float32.
+        shape: of one draw.
+
+    Returns:
+        shape, float32.
+
+    Raises:
+        TypeError, ValueError: `keys` is not a batch of keys; the weights do not fit; `shape` is not a sequence of
+            numbers from 0.
+
+    Guarantees:
+        - the sum of the single draws, each multiplied and added in the order of the keys;
+        - of one key with weight 1 it is `box_muller`, bit for bit.
+
+    Cost: compiled, one loop over the numbers, with memory of the result: K times the arithmetic of one draw, and about
+        4 s more of compiling for each key.
+
+    Example:
+        >>> box_muller_sum(split(key(0)), torch.tensor([1.0, -0.5]), (2,))
+        tensor([-0.2277, -1.2839])
+    """
+    where = "random.box_muller_sum"
+    _check_key(where, keys)
+    _check_shape(where, shape)
+    if keys.ndim != 2 or len(keys) < 1 or weights.shape != keys.shape[:1] or weights.dtype != torch.float32:
+        raise ValueError(
+            f"{where}: keys are (K, 2), weights float32 (K,), K at least 1. Found keys {_name(keys)}, weights "
+            f"{_name(weights)}."
+        )
+    count = math.prod(shape)
+    first, second = (weights[0] * half for half in _pairs(keys[0], (count + 1) // 2))
+    for key, weight in zip(keys[1:], weights[1:], strict=True):  # one after the other, or the compiler stores (K, …)
+        a, b = _pairs(key, (count + 1) // 2)
+        first, second = first + weight * a, second + weight * b
+    return torch.cat([first, second])[:count].reshape(tuple(shape))
 
 
 def randint(key: Tensor, shape: Sequence[int], minval: int, maxval: int) -> Tensor:
@@ -401,6 +436,18 @@ def _words(where: str, key: Tensor, shape: Sequence[int]) -> Tensor:
     _check_shape(where, shape)
     x0, x1 = _blocks(key, math.prod(shape))
     return (x0 ^ x1).reshape((*key.shape[:-1], *shape))
+
+
+def _pairs(key: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Box and Muller's two normals of each of the first blocks: two float32 (*lead, count)."""
+    x0, x1 = _blocks(key, count)
+    u = (x0 & 0x7FFFFFFF).to(torch.float32) * 2.0**-31 + 2.0**-32  # in (0, 1], fine where the radius is large
+    radius = torch.sqrt(-2 * torch.log(u))
+    radius = torch.where(x0 < 0, -radius, radius)
+    angle = x1.to(torch.float32) * (math.pi * 2.0**-33)  # in [-pi/4, pi/4]; a sign and a swap turn it further
+    square, swapped = angle * angle, (x1 & 1).bool()
+    cos, sin = _polynomial(_COS, square), _polynomial(_SIN, square) * angle
+    return radius * torch.where(swapped, sin, cos), radius * torch.where(swapped, cos, sin)
 
 
 def _blocks(key: Tensor, count: int) -> tuple[Tensor, Tensor]:
