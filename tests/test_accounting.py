@@ -241,6 +241,33 @@ def test_a_step_without_noise_has_no_privacy():
     assert privacy.epsilon(Poisson(0.1, 0.0), steps=0, delta=DELTA) == 0
 
 
+# Correlated noise
+
+
+def test_banded_noise_is_accounted_as_dp_sgd_of_b_times_the_rate_in_a_bth_of_the_steps():
+    mechanism = privacy.BandMF(0.01, 1.1, bands=8, steps=1000)
+    spent = privacy.epsilon(mechanism, steps=1000, delta=DELTA)
+    assert spent == privacy.epsilon(Poisson(0.08, 1.1), steps=125, delta=DELTA)
+    assert mechanism.events(1001) == [Event(0.08, 1.1, 126)]
+    assert mechanism.events(20, start=12) == [Event(0.08, 1.1, 2)]  # a part of a block counts as the block
+    one = privacy.BandMF(0.01, 1.1, bands=1, steps=1000)
+    assert one.events(1000) == Poisson(0.01, 1.1).events(1000)
+    assert one.strategy is None
+
+
+@pytest.mark.parametrize(("correlation", "parameter"), [("bisr", 6), ("cgd", 0.7)])
+def test_noise_in_a_fixed_order_is_accounted_by_the_worst_pattern_of_participations(correlation, parameter):
+    mechanism, steps = privacy.FixedOrder(5, 2.0, correlation, parameter), 17
+    c = mechanism.strategy.coefficients(steps)
+    matrix = torch.stack([torch.cat([c.new_zeros(t), c[: steps - t]]) for t in range(steps)], 1)
+    worst = max(matrix[:, first::5].sum(1).norm().item() for first in range(5))  # all entries are positive
+    exact = gaussian_epsilon(worst / 2.0, DELTA)
+    assert privacy.epsilon(mechanism, steps=steps, delta=DELTA, accountant="gaussian") == pytest.approx(exact, rel=1e-9)
+    independent = privacy.FixedOrder(5, 2.0, "cgd", 0.0)
+    plain = privacy.epsilon(Shuffled(5, 2.0), steps=steps, delta=DELTA, accountant="gaussian")
+    assert privacy.epsilon(independent, steps=steps, delta=DELTA, accountant="gaussian") == pytest.approx(plain)
+
+
 # Users
 
 
@@ -375,10 +402,14 @@ def test_without_dp_accounting_the_pld_accountant_says_what_to_install_and_the_r
 # The ledger
 
 ENTRY = Entry(Poisson(0.1 + 0.2, 1 / 3), "Flat(max_norm=1.0)", "abc", 7)
-LEDGER = Ledger((ENTRY, Entry(Shuffled(3, 1e-300), "Flat(max_norm=1.0)", "abc", 0, more=2, restarts=1)))
+CORRELATED = (
+    Entry(privacy.BandMF(0.01, 1.1, 8, 1000), "a", "b", 7),
+    Entry(privacy.FixedOrder(5, 2.0, "cgd", 0.7), "a", "b", 7),
+)
+LEDGER = Ledger((ENTRY, Entry(Shuffled(3, 1e-300), "Flat(max_norm=1.0)", "abc", 5, start=3, before=((0, 4),))))
 
 
-@pytest.mark.parametrize("ledger", [LEDGER, Ledger((ENTRY,)), Ledger()])
+@pytest.mark.parametrize("ledger", [LEDGER, Ledger((ENTRY,)), Ledger(CORRELATED), Ledger()])
 def test_a_ledger_comes_back_from_json_bit_for_bit(ledger):
     assert Ledger.from_json(json.loads(json.dumps(ledger.to_json()))) == ledger
 
@@ -387,7 +418,8 @@ def test_a_ledger_comes_back_from_json_bit_for_bit(ledger):
     "change",
     [
         {"steps": -1}, {"steps": 1.0}, {"steps": True}, {"steps": None}, {"data": 3}, {"clipping": None}, {"less": 1},
-        {"more": -1}, {"restarts": 0.5}, {"mechanism": None}, {"mechanism": []}, {"mechanism": {"kind": "Poisson"}},
+        {"start": -1}, {"before": [[0, 0.5]]},
+        {"before": [[1]]}, {"mechanism": None}, {"mechanism": []}, {"mechanism": {"kind": "Poisson"}},
         {"mechanism": {"kind": "Laplace", "rate": 0.1, "noise_multiplier": 1.0}},
         {"mechanism": {"kind": "Poisson", "rate": math.nan, "noise_multiplier": 1.0}},
         {"mechanism": {"kind": "Poisson", "rate": 0.1, "noise_multiplier": "1"}},
@@ -421,15 +453,17 @@ def test_a_ledger_of_several_runs_and_mechanisms_is_one_composition():
 
 
 def test_steps_that_a_resume_makes_again_are_counted_twice():
-    entry = Entry(Poisson(0.01, 1.0), "a", "mnist", 500).resumed(400, lost=100)
+    entry = Entry(Poisson(0.01, 1.0), "a", "mnist", 400).resumed(400, seen=500)
     whole = dataclasses.replace(entry, steps=600)  # 500 and the 200 after step 400
     assert Ledger((whole,)).epsilon(delta=DELTA) == privacy.epsilon(Poisson(0.01, 1.0), steps=700, delta=DELTA)
 
 
 def test_a_shuffled_run_that_goes_on_within_an_epoch_pays_for_examples_that_came_twice():
-    entry = Entry(Shuffled(10, 1.0), "a", "mnist", 5).resumed(5, lost=0)
+    entry = Entry(Shuffled(10, 1.0), "a", "mnist", 5).resumed(5, seen=5)
     whole = Ledger((dataclasses.replace(entry, steps=10),))
     assert whole.epsilon(delta=DELTA, accountant="gaussian") == gaussian_epsilon(math.sqrt(2), DELTA)
-    entry = Entry(Shuffled(10, 1.0), "a", "mnist", 10).resumed(10, lost=0)
-    assert entry.restarts == 0  # the next epoch is shuffled anyway
-    assert Entry(Poisson(0.1, 1.0), "a", "mnist", 5).resumed(5, lost=0).restarts == 0
+    entry = dataclasses.replace(Entry(Shuffled(10, 1.0), "a", "mnist", 10).resumed(10, seen=10), steps=20)
+    assert Ledger((entry,)).epsilon(delta=DELTA, accountant="gaussian") == gaussian_epsilon(math.sqrt(2), DELTA)
+    parts = Entry(Poisson(0.1, 1.0), "a", "mnist", 5).resumed(5, seen=5).resumed(5, seen=5)
+    whole = dataclasses.replace(parts, steps=9)  # steps know nothing of each other
+    assert Ledger((whole,)).epsilon(delta=DELTA) == privacy.epsilon(Poisson(0.1, 1.0), steps=9, delta=DELTA)

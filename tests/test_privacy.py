@@ -16,7 +16,9 @@ from zoo import difference
 from functorch_mnist import data, losses, models, optim, per_sample, privacy, random, train, tree
 from functorch_mnist.privacy import (
     Automatic,
+    BandMF,
     Draw,
+    FixedOrder,
     Flat,
     Global,
     PerGroup,
@@ -418,6 +420,69 @@ def test_shuffled_batches_have_one_size_that_nearly_all_fill():
     assert privacy.chunk_sizes(Poisson(1.0, 1.0), 50) == (50,)
 
 
+def test_cyclic_poisson_takes_each_example_in_its_own_step_of_each_block_with_chance_b_q():
+    mechanism, n = BandMF(0.1, 1.0, 4, 100), 4000
+    drawn = torch.zeros(400, n)
+    for step in range(400):
+        drawn[step, privacy.draw(mechanism, random.key(3), step=step, population=n).numbers] = 1
+    by_place = drawn.view(100, 4, n).sum(0)  # how often in each place of a block
+    assert ((by_place > 0).sum(0) <= 1).all()  # always the same one
+    rate = by_place.sum() / (100 * n)
+    assert rate.item() == pytest.approx(0.4, abs=5 * math.sqrt(0.24 / (100 * n)))
+    sizes = (by_place > 0).sum(1)
+    assert ((sizes - n / 4).abs() < 5 * math.sqrt(n * 3 / 16)).all()
+    for wrong in ((0.3, 4, 100), (0.1, 4, 3)):
+        with pytest.raises(ValueError, match=r"bands must be at most 1 / rate and at most steps"):
+            BandMF(wrong[0], 1.0, *wrong[1:])
+
+
+def test_a_fixed_order_takes_each_example_every_so_many_steps():
+    mechanism = FixedOrder(5, 1.0, "cgd", 0.5)
+    drawn = [privacy.draw(mechanism, random.key(3), step=step, population=23).numbers for step in range(15)]
+    assert torch.equal(torch.cat(drawn[:5]).sort().values, torch.arange(23))
+    for step in range(10):
+        assert torch.equal(drawn[step], drawn[step + 5])
+    for wrong in (("cgd", 1.0), ("cgd", -0.1), ("bisr", 2.5), ("bisr", 0), ("dense", 1)):
+        with pytest.raises(ValueError):
+            FixedOrder(5, 1.0, *wrong)
+
+
+@pytest.mark.parametrize(
+    "mechanism", [BandMF(1e-9, 1.3, 3, 9), FixedOrder(1, 1.3, "bisr", 4), FixedOrder(1, 1.3, "cgd", 0.6)], ids=str
+)
+def test_the_noise_of_a_run_is_the_strategys_inverse_times_independent_draws_and_nothing_of_it_is_kept(mechanism):
+    params, optimizer, steps = torch.zeros(5000), optim.sgd(1.0), 7
+    step = train.make_private_step(
+        lambda w, x, key: (w * 0).sum(), optimizer, clipping=Flat(2.0), mechanism=mechanism, examples=6
+    )
+    begun = train.init_private_state(params, optimizer, random.key(0), Flat(2.0))
+    seen = []
+    state = train.fit_private(
+        step, begun, (torch.zeros(6),), secret=Secret(5), steps=steps, callbacks=(lambda p: seen.append(p.state),)
+    )
+    assert sum(leaf.numel() for leaf in tree.leaves(state)) == sum(leaf.numel() for leaf in tree.leaves(begun))
+    moves = torch.stack([a.params - b.params for a, b in zip([begun, *seen], seen, strict=False)]) * step.expected
+    root = Secret(5).roots()[1]
+    draws = torch.stack([random.box_muller(random.fold_in(root, t), (5000,)) for t in range(steps)]).double()
+    strategy = mechanism.strategy
+    kappa = strategy.sensitivity(1) if isinstance(mechanism, BandMF) else 1.0
+    inverse = torch.zeros(steps, steps, dtype=torch.float64)
+    for t in range(steps):
+        for k, weight in enumerate(strategy.weights(t).tolist()[: t + 1]):
+            inverse[t, t - k] = weight
+    expected = 1.3 * 2.0 * kappa * (inverse @ draws)
+    assert difference(moves.double(), expected) < 1e-5
+    assert (inverse - inverse.diag().diag()).abs().max() > 0.1  # it is correlated
+
+
+@pytest.mark.parametrize("mechanism", [BandMF(0.2, 1.3, 3, 9), FixedOrder(4, 1.3, "bisr", 4)], ids=str)
+def test_a_run_of_correlated_noise_goes_on_exactly_where_the_secret_is_the_same(mechanism):
+    whole, _ = fitted(mechanism, steps=7)
+    half, _ = fitted(mechanism, steps=4)
+    rest, _ = fitted(mechanism, steps=7, start_at=half)
+    assert all(torch.equal(a, b) for a, b in zip(*map(tree.leaves, (whole, rest)), strict=True))
+
+
 # The step
 
 
@@ -455,7 +520,11 @@ def fitted(mechanism, *, steps=5, sizes=(16, 4), rule=RULES["flat"], secret=None
     return state, seen
 
 
-@pytest.mark.parametrize("mechanism", [Poisson(0.4, 1.1), Shuffled(3, 1.1)])
+@pytest.mark.parametrize(
+    "mechanism",
+    [Poisson(0.4, 1.1), Shuffled(3, 1.1), BandMF(0.2, 1.1, 3, 9), FixedOrder(3, 1.1, "bisr", 4)],
+    ids=lambda mechanism: type(mechanism).__name__,
+)
 @pytest.mark.parametrize("rule", [RULES["flat"], Quantile(0.5, 3.0, 1.5)])
 def test_mistake_5_noise_comes_once_and_no_result_hangs_on_the_chunks(mechanism, rule):
     expected, _ = fitted(mechanism, sizes=(40,), rule=rule)

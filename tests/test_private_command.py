@@ -233,6 +233,62 @@ def test_an_averaged_run_is_tested_at_the_average(data_dir, tmp_path):
     assert not torch.equal(found.params["0.weight"], state.params["0.weight"])
 
 
+@pytest.mark.parametrize(
+    ("noise", "more", "mechanism"),
+    [
+        ("banded:4", (), privacy.BandMF(32 / TRAIN, 1.0, 4, 16)),
+        ("bisr:3", ("--sampling", "shuffled"), privacy.FixedOrder(8, 1.0, "bisr", 3)),
+        ("cgd:0.5", ("--sampling", "shuffled"), privacy.FixedOrder(8, 1.0, "cgd", 0.5)),
+    ],
+)
+def test_correlated_noise_is_accounted_and_goes_on_exactly(noise, more, mechanism, data_dir, tmp_path, monkeypatch):
+    same = ("--data-dir", data_dir, *PRIVATE, "--noise", noise, *more, "--noise-seed", "5")
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    out = succeed("train", *same, "--out", whole)
+    by = "gaussian" if more else "pld"
+    spent = privacy.epsilon(mechanism, steps=16, delta=1e-5, accountant=by)
+    assert f"these 16 steps would spend ε = {spent:.3f}" in out
+    assert "correlated" in out
+    told = succeed("account", "--noise", noise, *more, "--examples", TRAIN, "--batch-size", 32, "--steps", 16,
+                   "--noise-multiplier", 1)  # fmt: skip
+    assert f"ε = {spent:.4g} at" in told
+
+    def stop(self, progress):
+        if progress.step == 7:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commands.callbacks.Reporter, "__call__", stop)
+        assert ask("train", *same, "--out", half).status == 130
+    succeed("train", "--resume", half)
+    found = [commands.restore.trained(folder, torch.device("cpu")).params["0.weight"] for folder in (whole, half)]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (("--noise", "banded"), "--noise must be independent, or like banded:8"),
+        (("--noise", "pink:3"), "--noise must be independent"),
+        (("--noise", "banded:4", "--sampling", "shuffled"), "--noise banded samples by coins"),
+        (("--noise", "bisr:4"), "Add --sampling shuffled"),
+        (("--noise", "banded:65"), "from 1 to 64 bands"),
+        (("--noise", "cgd:1", "--sampling", "shuffled"), "below 1"),
+        (("--noise", "banded:8.5"), "--noise must be"),
+    ],
+)
+def test_noise_that_means_nothing_is_refused_in_one_line(options, word):
+    assert word in complain(2, "train", *PRIVATE, *options)
+    assert word in complain(2, "account", "--noise-multiplier", "1", "--epochs", "1", *options)
+    assert "--noise has no effect without --private" in complain(2, "train", "--noise", "banded:8")
+
+
+def test_more_bands_than_batches_is_told(data_dir, tmp_path):
+    line = complain(2, "train", "--data-dir", data_dir, *PRIVATE, "--noise", "banded:9", "--out", tmp_path / "run")
+    assert "bands must be at most 1 / rate" in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_ctrl_c_in_a_private_run_tells_how_to_go_on(data_dir, tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt

@@ -6,7 +6,8 @@ from pathlib import Path
 from .. import checkpoint, files, plots, privacy, run_folder
 from ..options import Account, UsageError
 from .faults import refusing
-from .private import ACCOUNTANTS, LEDGER
+from .mechanisms import mechanism_of
+from .private import ACCOUNTANTS, LEDGER, spans
 
 _ROWS, _DOTS = 10, 40
 _TITLES: Mapping[privacy.Accountant, str] = {
@@ -28,11 +29,7 @@ def account(options: Account) -> int:
     accountant: privacy.Accountant = "gaussian" if shuffled else options.accountant
     columns: list[privacy.Accountant] = ["gaussian"] if shuffled else ["rdp-old", "rdp", "pld"]
 
-    def mechanism(sigma: float) -> privacy.Mechanism:
-        if shuffled:
-            return privacy.Shuffled(per_epoch, sigma)
-        return privacy.Poisson(options.batch_size / options.examples, sigma)
-
+    mechanism = mechanism_of(options, examples=options.examples, steps=options.all_steps or per_epoch)
     with refusing(ImportError), refusing(ValueError):
         sigma, steps = _found(options, mechanism, accountant)
         made = mechanism(sigma)
@@ -86,8 +83,8 @@ def _spent(options: Account) -> int:
                     f"{folder}: {entry.steps:,} steps, {entry.mechanism.sampling}; noise multiplier "
                     f"{entry.mechanism.noise_multiplier:g}; {entry.clipping}; {entry.data}."
                 )
-                if entry.more or entry.restarts:
-                    print(f"  and {entry.more:,} steps made again, {entry.restarts:,} epochs shuffled again.")
+                if entry.before:
+                    print(f"  in parts, each with a secret of its own: {spans(entry)}")
             print(f"  alone: ε = {alone:.4g}")
         spent = total.epsilon(delta=options.delta, accountant=options.accountant)
     print(f"Neighbouring data sets: {total.relation}.")

@@ -16,6 +16,7 @@ from ..options import Train, UsageError
 from . import build
 from .build import Classifier, Saved
 from .faults import refusing
+from .mechanisms import mechanism_of
 
 LEDGER = "ledger"
 """Where a checkpoint's config holds what was spent."""
@@ -46,11 +47,7 @@ class Private:
         self.secret = privacy.Secret(options.noise_seed)
         self.accountant: privacy.Accountant = "gaussian" if options.sampling == "shuffled" else options.accountant
 
-        def mechanism(sigma: float) -> privacy.Mechanism:
-            if options.sampling == "shuffled":
-                return privacy.Shuffled(self.per_epoch, sigma)
-            return privacy.Poisson(min(options.batch_size, total) / total, sigma)
-
+        mechanism = mechanism_of(options, examples=total, steps=self.steps)
         with refusing(ImportError), refusing(ValueError):
             sigma = options.noise_multiplier
             if sigma is None:
@@ -86,7 +83,7 @@ class Private:
         with refusing(ValueError):
             (before,) = privacy.Ledger.from_json(config.get(LEDGER)).entries or (None,)
         now = replace(self.entry, steps=step)
-        kept = now if before is None else replace(before, more=0, restarts=0)
+        kept = now if before is None else replace(before, before=(), start=0)
         known = run_folder.read_unpublished(folder).get("data")
         if before is None or kept != now or known != self.digest:
             other = "other images" if known else f"no {run_folder.UNPUBLISHED}, which tells of the images"
@@ -97,8 +94,7 @@ class Private:
             )
         seen = [record["step"] for record in run_folder.read_metrics(folder)]
         saved = [int(path.name.removeprefix("step-")) for path in checkpoint.steps(folder / run_folder.CHECKPOINTS)]
-        lost = 0 if self.secret.reproduction else max([step, *seen, *saved]) - step
-        self.entry = before if self.secret.reproduction else before.resumed(step, lost=lost)
+        self.entry = before if self.secret.reproduction else before.resumed(step, seen=max([step, *seen, *saved]))
 
     def hidden(self, folder: Path, step: int, loss: float) -> None:
         """Writes what goes with a checkpoint and is of single images: beside it, for it may be published."""
@@ -156,10 +152,9 @@ class Private:
             "counted: other runs on these images, such as a search for options; functorch-mnist account RUN RUN counts "
             "several together.",
         ]
-        if self.entry.more or self.entry.restarts:
+        if self.entry.before:
             lines.append(
-                f"Counted as well: {self.entry.more:,} steps that a resume has made again, and {self.entry.restarts:,} "
-                "epochs that it has shuffled again."
+                f"Counted part by part, each with a secret of its own: {spans(replace(self.entry, steps=steps))}."
             )
         if self.options.images is not None:
             lines.append("Only the chosen images are protected: one more in the data set may change which are chosen.")
@@ -191,6 +186,12 @@ ACCOUNTANTS: Mapping[privacy.Accountant, str] = {
     "gaussian": "exact account of the Gaussian mechanism",
 }
 """In words."""
+
+
+def spans(entry: privacy.Entry) -> str:
+    """The steps of an entry's parts, in words."""
+    every = [*entry.before, (entry.start, entry.steps)]
+    return ", ".join(f"steps {first + 1:,} to {end:,}" for first, end in every if end > first)
 
 
 def _difference(before: privacy.Entry, now: privacy.Entry) -> str:

@@ -45,6 +45,7 @@ from .train import check as check
 from .train import chosen_of as chosen_of
 from .train import cut_classes as cut_classes
 from .train import given_weights as given_weights
+from .train import noise_of as noise_of
 from .words import INTERRUPTED as INTERRUPTED
 from .words import UsageError as UsageError
 from .words import flag as flag

@@ -6,6 +6,7 @@ from typing import Literal
 
 import tyro
 
+from .train import check_noise
 from .words import Rule, UsageError, check_ranges, flag
 
 
@@ -32,6 +33,8 @@ class Account:
     """Or how many steps are made."""
     sampling: Literal["poisson", "shuffled"] = "poisson"
     """Each image by a coin of its own in each step, or batches of a shuffled epoch, for which nothing is claimed."""
+    noise: str = "independent"
+    """Or correlated over steps: banded:B (BandMF, with cyclic Poisson sampling), bisr:B, or cgd:LAMBDA."""
     accountant: Literal["pld", "rdp", "rdp-old"] = "pld"
     """How ε is computed; pld needs the privacy extra."""
     png: Path | None = None
@@ -66,7 +69,7 @@ def check_account(options: Account) -> None:
         for name in ("epsilon", "noise_multiplier", "epochs", "steps", "png"):
             if getattr(options, name) is not None:
                 raise UsageError(f"{flag(name)} has no effect on the ledgers of folders. Leave it or the folders out.")
-        for name in ("batch_size", "examples", "sampling"):
+        for name in ("batch_size", "examples", "sampling", "noise"):
             if getattr(options, name) != getattr(Account, name):
                 raise UsageError(f"{flag(name)} has no effect on the ledgers of folders. Leave it or the folders out.")
         return
@@ -82,5 +85,6 @@ def check_account(options: Account) -> None:
     found = [name for name, value in given.items() if value is not None]
     if len(found) != 2:
         raise UsageError(f"account takes two of {', '.join(given)}, and finds the third. Found {len(found)} of them.")
+    check_noise(options.noise, options.sampling)
     if options.sampling == "shuffled" and options.accountant != Account.accountant:
         raise UsageError("--accountant has no effect with --sampling shuffled, whose account is exact.")

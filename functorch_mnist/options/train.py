@@ -1,5 +1,6 @@
 """The options of `train`."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,8 @@ class Train:
     """The largest norm of a single image's gradient; with quantile the first."""
     sampling: Literal["poisson", "shuffled"] = "poisson"
     """Draw each image by a coin of its own, or cut shuffled epochs into batches, whose account is not amplified."""
+    noise: str = "independent"
+    """Or correlated over steps: banded:B (BandMF, with cyclic Poisson sampling), bisr:B, or cgd:LAMBDA."""
     accountant: Literal["pld", "rdp", "rdp-old"] = "pld"
     """How ε is computed; pld needs the privacy extra."""
     noise_seed: int | None = None
@@ -195,7 +198,7 @@ RECIPES: Mapping[str, Train] = MappingProxyType(
 """The defaults that `--recipe` chooses from."""
 
 PRIVATE = (
-    "epsilon", "noise_multiplier", "delta", "clipping", "clip_norm", "sampling", "accountant", "noise_seed",
+    "epsilon", "noise_multiplier", "delta", "clipping", "clip_norm", "sampling", "noise", "accountant", "noise_seed",
 )  # fmt: skip
 """The options that do nothing without `private`."""
 
@@ -359,6 +362,41 @@ def _check_tuning(options: Train) -> None:
         raise UsageError("--tune differentiates shuffled batches. Found --draw balanced. Leave one out.")
 
 
+def check_noise(noise: str, sampling: str) -> None:
+    """Refuses a `--noise` that is none.
+
+    Raises:
+        UsageError: it is none, or does not go with the sampling.
+    """
+    kind, parameter = noise_of(noise)
+    if kind == "banded" and sampling == "shuffled":
+        raise UsageError("--noise banded samples by coins. Found --sampling shuffled. Leave one out, or take bisr.")
+    if kind in ("bisr", "cgd") and sampling != "shuffled":
+        raise UsageError(f"--noise {kind} takes batches in a fixed order. Add --sampling shuffled, or take banded.")
+    if kind in ("banded", "bisr") and not 1 <= parameter <= 64:
+        raise UsageError(f"--noise {kind} takes from 1 to 64 bands. Found {parameter:g}.")
+    if kind == "cgd" and not 0 <= parameter < 1:
+        raise UsageError(f"--noise cgd takes a λ of at least 0 and below 1. Found {parameter:g}.")
+
+
+def noise_of(noise: str) -> tuple[str, float]:
+    """The kind of a `--noise`, and its number of bands or λ; 0 for independent noise.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if noise == "independent":
+        return noise, 0.0
+    kind, _, number = noise.partition(":")
+    try:
+        parameter = float(number) if kind == "cgd" else int(number)
+    except ValueError:
+        parameter = math.nan
+    if kind not in ("banded", "bisr", "cgd") or math.isnan(parameter):
+        raise UsageError(f"--noise must be independent, or like banded:8, bisr:8 or cgd:0.9. Found {noise!r}.")
+    return kind, parameter
+
+
 def chosen_of(options: Train, name: str) -> bool:
     """Whether an option is neither the article's nor its recipe's."""
     value = getattr(options, name)
@@ -376,5 +414,6 @@ def _check_private(options: Train) -> None:
             raise UsageError(f"{flag(name)} uses more of the images than private steps do. Leave it or --private out.")
     if options.draw == "balanced":
         raise UsageError("--draw balanced uses the classes' counts, which --private must not. Leave one out.")
+    check_noise(options.noise, options.sampling)
     if options.sampling == "shuffled" and chosen_of(options, "accountant"):
         raise UsageError("--accountant has no effect with --sampling shuffled, whose account is exact.")

@@ -537,11 +537,13 @@ class Convolution(Term):
         return grads.view(b, *self.kernel)
 
     def in_groups(self, size: int) -> Iterator[Term]:
-        image, cotangent = (x.unflatten(0, (-1, size)).flatten(1, 2) for x in (self.image, self.cotangent))
-        t, h = math.prod(cotangent.shape[3:]) * cotangent.shape[1], self.kernel[0] // self.groups
+        t, h = math.prod(self.cotangent.shape[3:]) * self.cotangent.shape[1] * size, self.kernel[0] // self.groups
         d = math.prod(self.kernel[1:])
-        strategy: Strategy = "gram" if t * (d + h) < d * h else "build"
-        strategy = self.strategy if self.strategy in BUILDS else strategy
+        if self.strategy not in BUILDS and t * (d + h) < d * h:
+            yield from self.outer().in_groups(size)
+            return
+        image, cotangent = (x.unflatten(0, (-1, size)).flatten(1, 2) for x in (self.image, self.cotangent))
+        strategy: Strategy = self.strategy if self.strategy in BUILDS else "build"
         yield replace(self, image=image, cotangent=cotangent, strategy=strategy)
 
     def masked(self, keep: Tensor) -> Convolution:

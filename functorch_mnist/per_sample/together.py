@@ -76,23 +76,37 @@ def _square_norms(term: Term, members: Members) -> Tensor:
 
 def _squares(term: Term) -> Tensor:
     """The squared norms of a term: (B,) in float64, not below 0."""
+    term = _beneath(term)
     if _dtype(term) == torch.float64:
         return term.square_norms().clamp(min=0)
+    may_cancel = isinstance(term, Outer) and term.strategy == "gram"
     way = Plain()
-    found = plain_total([term.square_norms(way)])[0]
-    if not in_range(ends(way.seen)) or way.hides():
-        found = term.square_norms(CAREFUL)
-    inner = term
-    while isinstance(inner, (Viewed, Pulled)):
-        inner = inner.term
-    if isinstance(inner, (Outer, Convolution)) and inner.strategy == "gram":
-        lengths = inner.reach(CAREFUL)
-        low = None if lengths is None else native.numbers(found < _CANCELLED * lengths.square())
-        if low is not None and low.dim() == 1 and low.any():
-            rows = low.nonzero().squeeze(1)
-            exact = tree.map(lambda x: x.double(), inner.examples(rows)).square_norms(CAREFUL)
-            found = found.index_copy(0, rows, exact)
-    return found.clamp(min=0)
+    found = _with_reach(term, way, may_cancel)
+    if in_range(ends(way.seen)) and not way.hides():
+        found = plain_total(found)
+    else:
+        found = _with_reach(term, CAREFUL, may_cancel)
+    squares, most = found.unbind()
+    low = native.numbers(squares < _CANCELLED * most)
+    if low is not None and low.dim() == 1 and low.any():
+        rows = low.nonzero().squeeze(1)
+        exact = tree.map(lambda x: x.double(), term.examples(rows)).square_norms(CAREFUL)
+        squares = squares.index_copy(0, rows, exact)
+    return squares.clamp(min=0)
+
+
+def _beneath(term: Term) -> Term:
+    """The term whose norms these are."""
+    while isinstance(term, Viewed) or (isinstance(term, Pulled) and term.weight.selects):
+        term = term.term
+    return term
+
+
+def _with_reach(term: Term, by: Careful, may_cancel: bool) -> Tensor:
+    """The squared norms, and the squares that could cancel in them: (2, B), in float64 or plain."""
+    squares = term.square_norms(by)
+    reach = term.reach(by) if may_cancel else None
+    return torch.stack([squares, torch.zeros_like(squares) if reach is None else reach.to(squares.dtype).square()])
 
 
 def _second_moment(term: Term, members: Members) -> Tensor:
@@ -102,8 +116,7 @@ def _second_moment(term: Term, members: Members) -> Tensor:
 
 def _of_pairs(term: Term, first: Tensor) -> Tensor:
     """`square_norms` from the inner products of all pairs."""
-    while isinstance(term, Viewed) or (isinstance(term, Pulled) and term.weight.selects):
-        term = term.term
+    term = _beneath(term)
     c = torch.ones_like(first, dtype=torch.float64)
     if isinstance(term, (Outer, Convolution, Lookup, Vocabulary, Dense)) and _dtype(term) != torch.float64:
         lengths = term.square_norms().clamp(min=0).sqrt().detach()  # groups are taken to where squares are in range

@@ -25,9 +25,15 @@ from .clipping import Global as Global
 from .clipping import PerGroup as PerGroup
 from .clipping import PerLayer as PerLayer
 from .clipping import Quantile as Quantile
+from .correlation import BlockDiagonal as BlockDiagonal
+from .correlation import Strategy as Strategy
+from .correlation import Toeplitz as Toeplitz
+from .correlation import noise_draws as noise_draws
 from .ledger import Entry as Entry
 from .ledger import Ledger as Ledger
+from .mechanism import BandMF as BandMF
 from .mechanism import Event as Event
+from .mechanism import FixedOrder as FixedOrder
 from .mechanism import Mechanism as Mechanism
 from .mechanism import Poisson as Poisson
 from .mechanism import Shuffled as Shuffled
@@ -42,4 +48,8 @@ from .sampling import chunks as chunks
 from .sampling import draw as draw
 from .sampling import joins as joins
 from .secret import Secret as Secret
+from .strategies import banded as banded
+from .strategies import banded_toeplitz as banded_toeplitz
+from .strategies import bisr as bisr
+from .strategies import lambda_cgd as lambda_cgd
 from .users import Users as Users

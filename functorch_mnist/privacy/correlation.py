@@ -121,7 +121,10 @@ class BlockDiagonal:
             raise ValueError(
                 f"BlockDiagonal: noise must have rows of 1, 2, …, b numbers. Found {[len(row) for row in self.noise]}."
             )
-        if not all(math.isfinite(number) for row in self.noise for number in row) or min(r[-1] for r in self.noise) <= 0:
+        if (
+            not all(math.isfinite(number) for row in self.noise for number in row)
+            or min(r[-1] for r in self.noise) <= 0
+        ):
             raise ValueError(f"BlockDiagonal: noise must be finite, with a diagonal above 0. Found {self.noise!r:.99}.")
 
     @property

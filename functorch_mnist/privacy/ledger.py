@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .account import Accountant, composed
-from .mechanism import Event, Mechanism, Poisson, Shuffled
+from .mechanism import BandMF, Event, FixedOrder, Mechanism, Poisson, Shuffled
 
-_KINDS: dict[str, Callable[..., Mechanism]] = {kind.__name__: kind for kind in (Poisson, Shuffled)}
+_KINDS: dict[str, Callable[..., Mechanism]] = {kind.__name__: kind for kind in (Poisson, Shuffled, BandMF, FixedOrder)}
 
 
 @dataclass(frozen=True)
@@ -20,22 +20,21 @@ class Entry:
     data: str
     """A name of the data set: what has another name counts as well, for it may hold the same examples."""
     steps: int
-    """Made and kept."""
-    more: int = 0
-    """Made and thrown away, as a resume from an older checkpoint does: they were seen, too."""
-    restarts: int = 0
-    """Resumes with a new secret within an epoch of shuffled batches, which then takes some examples again."""
+    """Up to which it has come."""
+    start: int = 0
+    """From where the present secret makes them."""
+    before: tuple[tuple[int, int], ...] = ()
+    """Spans of steps, the first and the one after the last, that earlier secrets have made: those that a resume from an
+    older checkpoint has made again were seen, too."""
 
     def events(self) -> list[Event]:
         """What an accountant composes."""
-        parts = [self.steps, self.more]
-        events = [event for steps in parts if steps for event in self.mechanism.events(steps)]
-        return events + [event for _ in range(self.restarts) for event in self.mechanism.events(1)]
+        spans = [*self.before, (self.start, self.steps)]
+        return [event for start, end in spans if end > start for event in self.mechanism.events(end, start=start)]
 
-    def resumed(self, kept: int, *, lost: int) -> "Entry":
-        """The run as it goes on from `kept` steps with a new secret, after `lost` more steps that it does not keep."""
-        again = self.restarts + self.mechanism.restarts(kept)
-        return replace(self, steps=kept, more=self.more + lost, restarts=again)
+    def resumed(self, kept: int, *, seen: int) -> "Entry":
+        """The run as it goes on from step `kept` with a new secret, where steps up to `seen` had been made."""
+        return replace(self, steps=kept, before=(*self.before, (self.start, max(kept, seen))), start=kept)
 
 
 @dataclass(frozen=True)
@@ -101,8 +100,9 @@ class Ledger:
 def _entry(values: dict[str, Any]) -> Entry:
     fields = dict(values)
     given = dict(fields.pop("mechanism"))
-    entry = Entry(_KINDS[given.pop("kind")](**given), **fields)
-    counts = (entry.steps, entry.more, entry.restarts)
+    before = tuple([(first, end) for first, end in fields.pop("before", [])])
+    entry = Entry(_KINDS[given.pop("kind")](**given), before=before, **fields)
+    counts = (entry.steps, entry.start, *[step for span in before for step in span])
     if [type(entry.clipping), type(entry.data)] != [str, str] or not all(type(n) is int and n >= 0 for n in counts):
         raise ValueError(f"found {values}")
     return entry

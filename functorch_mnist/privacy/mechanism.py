@@ -5,11 +5,20 @@ value. What it spends, it tells as Poisson-subsampled Gaussians:
 
     Poisson      each step is one, of rate q
     Shuffled     each epoch is one, of rate 1: nothing is claimed for the sampling
+    BandMF       b steps are one, of rate b q: noise is correlated within them, and each example may join one of them
+    FixedOrder   all steps are one, of rate 1: noise is correlated over all of them
+
+A span of steps has one secret. Who goes on with a new one, as a resume does, begins a span: an epoch, b steps or a
+whole run that are divided between two spans count in both.
 """
 
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple, TypeAlias, get_args
+
+from .correlation import Strategy, Toeplitz
+from .strategies import banded, bisr, lambda_cgd
 
 Unit: TypeAlias = Literal["example", "user"]
 """What neighbouring data sets differ by: one example, or all examples of one user."""
@@ -61,13 +70,14 @@ class Poisson:
         """The expected part of all that joins a step."""
         return self.rate
 
-    def events(self, steps: int) -> list[Event]:
-        """What so many steps, at least 1, are to an accountant."""
-        return [Event(self.rate, self.noise_multiplier, steps)]
+    @property
+    def strategy(self) -> Strategy | None:
+        """How noise is correlated: it is not."""
+        return None
 
-    def restarts(self, steps: int) -> int:  # noqa: ARG002 (steps know nothing of each other)
-        """How many steps' events a new secret after so many steps adds: none."""
-        return 0
+    def events(self, steps: int, *, start: int = 0) -> list[Event]:
+        """What the steps from `start` up to `steps`, a span, are to an accountant."""
+        return [Event(self.rate, self.noise_multiplier, steps - start)]
 
 
 @dataclass(frozen=True)
@@ -107,16 +117,167 @@ class Shuffled:
         """The part of all that is in a step."""
         return 1 / self.steps_per_epoch
 
-    def events(self, steps: int) -> list[Event]:
-        """What so many steps, at least 1, are to an accountant."""
-        return [Event(1.0, self.noise_multiplier, -(-steps // self.steps_per_epoch))]
+    @property
+    def strategy(self) -> Strategy | None:
+        """How noise is correlated: it is not."""
+        return None
 
-    def restarts(self, steps: int) -> int:
-        """How many steps' events a new secret after so many steps adds: within an epoch it shuffles all again."""
-        return int(steps % self.steps_per_epoch > 0)
+    def events(self, steps: int, *, start: int = 0) -> list[Event]:
+        """What the steps from `start` up to `steps`, a span, are to an accountant."""
+        return [Event(1.0, self.noise_multiplier, _touched(start, steps, self.steps_per_epoch))]
 
 
-Mechanism: TypeAlias = Poisson | Shuffled
+@dataclass(frozen=True)
+class BandMF:
+    """Banded matrix factorisation with cyclic Poisson sampling.
+
+    Examples are divided into b groups by a keyed coin each. Step t takes each example of group t mod b by a coin of its
+    own, with chance b q. The strategy is block diagonal, `banded`, so a step needs the draws of its block alone.
+
+    Reference: Choquette-Choo et al., "(Amplified) banded matrix factorization: a unified approach to private training",
+        NeurIPS 2023, theorem 4.
+    """
+
+    rate: float
+    """q in (0, 1 / b]: the expected part of all examples that joins a step."""
+    noise_multiplier: float
+    """σ, at least 0: the deviation of a draw over the sensitivity of a step and the longest column of C."""
+    bands: int
+    """b, at least 1."""
+    steps: int
+    """n, at least b: what the strategy has the least error for. Any number may be made."""
+
+    def __post_init__(self) -> None:
+        check_number("BandMF", "rate", self.rate)
+        check_noise("BandMF", self.noise_multiplier)
+        check_count("BandMF", "bands", self.bands)
+        check_count("BandMF", "steps", self.steps)
+        if self.chance > 1 or self.bands > self.steps:
+            raise ValueError(
+                f"BandMF: bands must be at most 1 / rate and at most steps. Found {self.bands}, rate {self.rate}, "
+                f"{self.steps} steps. Fewer bands?"
+            )
+
+    @property
+    def chance(self) -> float:
+        """b q: the chance to join, of an example whose group's turn it is."""
+        return self.bands * self.rate
+
+    @property
+    def unit(self) -> Unit:
+        """By what neighbours differ."""
+        return "example"
+
+    @property
+    def relation(self) -> str:
+        """Which data sets are neighbours, in words."""
+        return "one example added or removed, their number public"
+
+    @property
+    def sampling(self) -> str:
+        """How the examples of a step come to be, in words."""
+        return (
+            f"cyclic Poisson, each example with a chance of {self.chance:.6g} in every {self.bands}th step; noise "
+            f"correlated in {self.bands} bands"
+        )
+
+    @property
+    def share(self) -> float:
+        """The expected part of all that joins a step."""
+        return self.rate
+
+    @property
+    def strategy(self) -> Strategy | None:
+        """How noise is correlated."""
+        return _banded(self.bands, self.steps) if self.bands > 1 else None
+
+    def events(self, steps: int, *, start: int = 0) -> list[Event]:
+        """What the steps from `start` up to `steps`, a span, are to an accountant."""
+        return [Event(self.chance, self.noise_multiplier, _touched(start, steps, self.bands))]
+
+
+@dataclass(frozen=True)
+class FixedOrder:
+    """Batches of one size in one shuffled order, the same in each epoch, with correlated noise.
+
+    Nothing is claimed for the sampling. Neighbours differ by one example that is replaced by one without gradient.
+
+    Reference: Kalinin et al., "Back to square roots", ICLR 2026, of `bisr`; "DP-λCGD", ICML 2026, of `cgd`; see
+        `strategies`.
+    """
+
+    steps_per_epoch: int
+    """At least 1: the steps from one participation of an example to its next."""
+    noise_multiplier: float
+    """σ, at least 0: the deviation of a draw over the sensitivity of a step."""
+    correlation: Literal["bisr", "cgd"]
+    parameter: float
+    """The bands of `bisr`, or λ of `cgd`."""
+
+    def __post_init__(self) -> None:
+        check_count("FixedOrder", "steps_per_epoch", self.steps_per_epoch)
+        check_noise("FixedOrder", self.noise_multiplier)
+        if self.correlation not in ("bisr", "cgd"):
+            raise ValueError(f"FixedOrder: correlation must be bisr or cgd. Found {self.correlation!r}.")
+        if self.correlation == "bisr" and self.parameter != int(self.parameter):
+            raise ValueError(f"FixedOrder: the bands of bisr must be a whole number. Found {self.parameter}.")
+        _ = self.strategy  # refuses what is out of its range
+
+    @property
+    def unit(self) -> Unit:
+        """By what neighbours differ."""
+        return "example"
+
+    @property
+    def relation(self) -> str:
+        """Which data sets are neighbours, in words."""
+        return "one example replaced by one without gradient"
+
+    @property
+    def sampling(self) -> str:
+        """How the examples of a step come to be, in words."""
+        return (
+            f"batches in a fixed order, each example once in {self.steps_per_epoch:,} steps, without amplification; "
+            f"noise correlated, {self.correlation} {self.parameter:g}"
+        )
+
+    @property
+    def share(self) -> float:
+        """The part of all that is in a step."""
+        return 1 / self.steps_per_epoch
+
+    @property
+    def strategy(self) -> Toeplitz:
+        """How noise is correlated."""
+        return bisr(int(self.parameter)) if self.correlation == "bisr" else lambda_cgd(self.parameter)
+
+    def events(self, steps: int, *, start: int = 0) -> list[Event]:
+        """What the steps from `start` up to `steps`, a span, are to an accountant."""
+        reach = _sensitivity(self.strategy, steps - start, self.steps_per_epoch)
+        return [Event(1.0, self.noise_multiplier / reach, 1)]
+
+
+Mechanism: TypeAlias = Poisson | Shuffled | BandMF | FixedOrder
+
+
+def column(strategy: Strategy | None) -> float:
+    """The norm of the longest column of C, which the deviation of a draw is multiplied by; 1 where σ is of a draw."""
+    return 1.0 if strategy is None or isinstance(strategy, Toeplitz) else strategy.sensitivity(1)
+
+
+def _touched(start: int, steps: int, length: int) -> int:
+    """How many of the stretches of so many steps have a step from `start` up to `steps`."""
+    return -(-steps // length) - start // length
+
+
+@lru_cache(maxsize=64)
+def _banded(bands: int, steps: int) -> Strategy:
+    return banded(bands, steps)
+
+
+@lru_cache(maxsize=4096)
+def _sensitivity(strategy: Toeplitz, steps: int, separation: int) -> float:
+    return strategy.sensitivity(steps, min_separation=separation)
 
 
 def check_number(where: str, name: str, value: float) -> None:

@@ -105,17 +105,19 @@ def released(
     noise_multiplier: float | Tensor,
     expected: float | Tensor,
     clipping_state: Tree = (),
+    weights: Tensor | None = None,
 ) -> tuple[Tree, Tree]:
     """The mean gradient and the clipping rule's next state, with Gaussian noise: all that a step lets out.
 
     Args:
         params: the parameters, whose dtypes the gradient has.
         sums: of all examples of the step.
-        key: (2,), of this step's noise and of nothing else.
+        key: (2,), of this step's noise and of nothing else; with `weights` (K, 2), as `correlation.noise_draws` has it.
         clipping, clipping_state: the rule and its state.
         noise_multiplier: σ, at least 0: the deviation of all that is let out, over its sensitivity. 0 adds no noise.
             A 0-d tensor too, for a rule without votes.
         expected: n, the expected number of examples of a step, above 0, a number or a 0-d tensor.
+        weights: (K,), of the draws that correlated noise adds up.
 
     Returns:
         The mean gradient, like the parameters, and the rule's state.
@@ -129,7 +131,9 @@ def released(
         multiplier, votes_deviation = clipping.deviations(noise_multiplier)
         deviation = multiplier * clipping.sensitivity(clipping_state)
         sizes = [g.numel() for g in grads]
-        *normals, last = random.box_muller(key, (sum(sizes) + len(votes),)).split([*sizes, len(votes)])
+        shape = (sum(sizes) + len(votes),)
+        drawn = random.box_muller(key, shape) if weights is None else random.box_muller_sum(key, weights, shape)
+        *normals, last = drawn.split([*sizes, len(votes)])
         grads = [g + deviation * z.view(g.shape) for g, z in zip(grads, normals, strict=True)]
         votes = votes + votes_deviation * last
     mean = [(g / expected).to(w.dtype) for w, g in zip(tree.leaves(params), grads, strict=True)]

@@ -1,7 +1,9 @@
 """Which examples a step sees, and the fixed shapes that they are put into.
 
     Poisson      example i joins step t if word(key_t, i) < q 2³²        each by an own coin, n examples vary
+    BandMF       the same with chance b q, if word(key, i) mod b = t mod b
     Shuffled     the t-th part of a permutation drawn for the epoch
+    FixedOrder   the t-th part of a permutation drawn for all epochs
 
 A draw is cut into chunks of a few fixed sizes, padded and masked, so nothing is compiled twice, however many examples
 came. No example is left out: a large draw has more chunks, an empty one is a chunk of padding.
@@ -16,9 +18,11 @@ from torch import Tensor
 
 from .. import random
 from ..data import Batch
-from .mechanism import Mechanism, Poisson
+from .mechanism import BandMF, FixedOrder, Mechanism, Poisson
 
 _WORDS = 2**32
+_ALWAYS = 2**32 - 1
+"""Folded into the root of all draws for what is drawn once: no step has this number."""
 _DEVIATIONS = (-0.75, 0.0, 0.75, 1.5, 3.0)
 """Where five sizes pad a normal number of examples nearly least, in its standard deviations from the expected one."""
 _ALIGNED = 8
@@ -91,8 +95,13 @@ def draw(
     """
     if isinstance(mechanism, Poisson):
         return Draw(joins(key, step, population, mechanism.rate).nonzero()[:, 0])
+    always = random.fold_in(key, _ALWAYS)
+    if isinstance(mechanism, BandMF):
+        group = random.bits(always, (population,)).long() % mechanism.bands
+        joined = joins(key, step, population, mechanism.chance) & (group == step % mechanism.bands)
+        return Draw(joined.nonzero()[:, 0])
     epoch, part = divmod(int(step), mechanism.steps_per_epoch)
-    order = random.permutation(random.fold_in(key, epoch), population)
+    order = random.permutation(always if isinstance(mechanism, FixedOrder) else random.fold_in(key, epoch), population)
     return Draw(order.tensor_split(mechanism.steps_per_epoch)[part].sort().values)
 
 
@@ -119,7 +128,8 @@ def chunk_sizes(mechanism: Mechanism, examples: int, *, most: int = 1024) -> tup
     if examples < 1 or most < 1:
         raise ValueError(f"chunk_sizes: examples and most must be at least 1. Found {examples} and {most}.")
     expected = mechanism.share * examples
-    deviation = math.sqrt(expected * (1 - mechanism.rate)) if isinstance(mechanism, Poisson) else 0.0
+    varies = isinstance(mechanism, (Poisson, BandMF))
+    deviation = math.sqrt(expected * (1 - mechanism.share)) if varies else 0.0
     return sizes_of(expected, deviation, most)
 
 

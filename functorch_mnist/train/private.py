@@ -19,7 +19,8 @@ from .. import privacy, random, tree
 from ..data import Batch
 from ..distributed import ALONE, World, first_of, in_pairs, parts_of, rows_of, sum_over
 from ..optim import Optimizer
-from ..privacy import Clipping, Mechanism, Secret, Sums, Users, clipped_sums, released
+from ..privacy import Clipping, Mechanism, Secret, Sums, Users, clipped_sums, noise_draws, released
+from ..privacy.mechanism import column
 from ..tree import Tree
 from .agreement import CHECK_EVERY, check_examples, check_state
 from .fit import Progress
@@ -136,7 +137,8 @@ class PrivateStep:
     @cached_property
     def _parts(self) -> _Parts:
         loss_fn, optimizer, clipping, world = self.loss_fn, self.optimizer, self.clipping, self.world
-        sigma, expected = self.mechanism.noise_multiplier, self.expected
+        strategy, expected = self.mechanism.strategy, self.expected
+        sigma = self.mechanism.noise_multiplier * column(strategy)
 
         def add(
             state: State, sums: Sums | None, roots: Tensor, batch: Batch, whose: Tensor | None, *examples: Tensor
@@ -154,9 +156,12 @@ class PrivateStep:
         ) -> tuple[State, dict[str, Tensor]]:
             total = sum_over(world, sums if batch is None else add(state, sums, roots, batch, whose, *examples))
             assert total is not None  # there is always a chunk
+            drawn: tuple[Tensor, Tensor | None] = (random.fold_in(roots[1], state.step), None)
+            if strategy is not None:
+                drawn = noise_draws(strategy, roots[1], state.step)
             grads, estimator = released(
-                state.params, total, random.fold_in(roots[1], state.step), clipping=clipping, noise_multiplier=sigma,
-                expected=expected, clipping_state=state.estimator,
+                state.params, total, drawn[0], clipping=clipping, noise_multiplier=sigma, expected=expected,
+                clipping_state=state.estimator, weights=drawn[1],
             )  # fmt: skip
             params, optimizer_state = optimizer.update(state.params, state.optimizer, grads)
             return State(params, optimizer_state, state.step + 1, state.key, estimator), total.seen
