@@ -80,7 +80,11 @@ class Ledger:
     def to_json(self) -> list[dict[str, Any]]:
         """The ledger as JSON values; `from_json` is the way back, bit for bit."""
         return [
-            {**asdict(entry), "mechanism": {"kind": type(entry.mechanism).__name__, **asdict(entry.mechanism)}}
+            {
+                **asdict(entry),
+                "mechanism": {"kind": type(entry.mechanism).__name__, **asdict(entry.mechanism)},
+                "before": [list(span) for span in entry.before],
+            }
             for entry in self.entries
         ]
 
