@@ -26,6 +26,8 @@ from .clipping import Quantile as Quantile
 from .mechanism import Mechanism as Mechanism
 from .mechanism import Poisson as Poisson
 from .mechanism import Shuffled as Shuffled
+from .one_run import LowerBound as LowerBound
+from .one_run import lower_bound as lower_bound
 from .release import Sums as Sums
 from .release import clipped_sums as clipped_sums
 from .release import no_sums as no_sums
