@@ -4,8 +4,8 @@
     step(state, *batch, mask, divisor) -> (state, aux)              one division, then the optimizer
     fit(step, state, examples, …) -> state
 
-The files, in the order of reading: `step`, `watch`, `value`, `draws`, `fit`, `private`, `canaries`, `evaluate`, `forms` (precision
-and compilation).
+The files, in the order of reading: `step`, `watch`, `value`, `draws`, `fit`, `private`, `canaries`, `evaluate`, `forms`
+(precision and compilation).
 """
 
 from .canaries import Beside as Beside

@@ -1,8 +1,8 @@
 """Canaries in a private run, for an audit of the whole run: `privacy.lower_bound`.
 
 A canary is one more example. Its loss is linear in a number of its own, beside the model's parameters, so that its
-gradient e_i is orthogonal to all others and far longer than the clipping norm C. It is drawn, clipped, summed and hidden
-by noise like any example. Of what step t lets out, x_t = n (mean gradient)_i / C says all about it that there is:
+gradient e_i is orthogonal to all others and far longer than the clipping norm C. It is drawn, clipped, summed and
+hidden by noise like any example. Of what step t lets out, x_t = n (mean gradient)_i / C tells all there is of it:
 
     x_t ~ N(b_t, σ²),    b_t = 1 with the chance q where canary i is in the data, else 0
 
@@ -47,7 +47,7 @@ class Beside(NamedTuple):
     model: Tree
     """The model's."""
     canaries: Tensor
-    """(1, m): always zeros."""
+    """(m, 1): always zeros."""
 
 
 class Scored(NamedTuple):
@@ -94,8 +94,8 @@ def plant(
         params: the model's, a pytree of float tensors.
         optimizer: of the model.
         examples: tensors with one leading size N.
-        clipping: the rule of the run. It must not adapt. To a rule of groups a canary is a group of its own, by the name
-            `canaries`, and the model's parameters are below `model/`.
+        clipping: the rule of the run. It must not adapt. In a rule of groups the canaries are the group `canaries`, and
+            the names of the model's parameters begin with `model/`.
         mechanism: of the run, told of the N + m rows.
         canaries: m, at least 2.
         key: (2,), of the coins: not from the run's secret, for coins must be independent of its noise.
@@ -114,14 +114,14 @@ def plant(
     Cost: q m more rows of a step, through the model as well, and m more parameters.
 
     Example:
-        >>> from functorch_mnist import optim, privacy, train
+        >>> from functorch_mnist import optim, privacy
         >>> clipping, mechanism, optimizer = privacy.Flat(1.0), privacy.Poisson(0.5, 10.0), optim.sgd(0.1)
         >>> planted = plant(
         ...     lambda w, x, key: (w - x) ** 2, torch.tensor(0.0), optimizer, (torch.ones(8),), clipping=clipping,
         ...     mechanism=mechanism, key=random.key(0),
         ... )
-        >>> planted.examples[1][[0, 8, 9]], planted.included[:2]
-        (tensor([  -1, 1000,    1]), tensor([False,  True]))
+        >>> planted.included[:3], planted.examples[1][[0, 8, 9, 10]]
+        (tensor([False, False,  True]), tensor([  -1, 1000, 1000,    2]))
     """
     if canaries < 2:
         raise ValueError(f"plant: at least 2 canaries. Found {canaries}.")
@@ -129,7 +129,7 @@ def plant(
         raise ValueError(f"plant: the clipping norm must be the same in all steps. Found {clipping!r}.")
     ordinary = len(examples[0])
     device = examples[0].device
-    beside = Beside(params, torch.zeros(1, canaries, device=device))
+    beside = Beside(params, torch.zeros(canaries, 1, device=device))
     length, kept = _length(beside, clipping)
     included = random.bernoulli(key, 0.5, (canaries,))
     places = torch.arange(canaries, device=device)
@@ -140,8 +140,8 @@ def plant(
 
     def loss(params: Beside, *example: Tensor) -> Tensor:
         *own, number, key = example
-        own_place = (places == number).to(params.canaries.dtype)
-        planted = length * F.linear(own_place, params.canaries)[0]
+        line = length * F.embedding(number.clamp(0, canaries - 1), params.canaries)[0]
+        planted = torch.where(number < canaries, line, 0.0)
         return torch.where(number < 0, loss_fn(params.model, *own, key), planted)
 
     scored = _scoring(optimizer, clipping, mechanism, ordinary, canaries, kept)
@@ -160,12 +160,12 @@ def _scoring(
     def update(params: Beside, state: Scored, grads: Beside) -> tuple[Beside, Scored]:
         own = tree.map(lambda g: g * (rows / ordinary), grads.model)
         model, inner = optimizer.update(params.model, state.optimizer, own)
-        seen = unit * grads.canaries[0]
+        seen = unit * grads.canaries[:, 0]
         drawn = math.log(rate) + (2 * kept * seen - kept**2) / (2 * sigma**2)
         ratio = torch.logaddexp(drawn, torch.full_like(drawn, missed))
         return Beside(model, params.canaries), Scored(inner, state.scores + ratio)
 
-    return Optimizer(lambda params: Scored(optimizer.init(params.model), params.canaries[0].clone()), update)
+    return Optimizer(lambda params: Scored(optimizer.init(params.model), params.canaries[:, 0].clone()), update)
 
 
 def _length(params: Beside, clipping: Clipping) -> tuple[float, float]:
