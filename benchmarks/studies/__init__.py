@@ -26,8 +26,8 @@ from importlib import import_module
 from typing import Any, Protocol, cast
 
 NAMES = (
-    "mislabelled", "noise_scale", "ground_truth", "datamodeling", "private", "audit", "overfitting", "imbalance", "tuning",
-    "best", "accuracy", "kills", "store_kills",
+    "mislabelled", "noise_scale", "ground_truth", "datamodeling", "private", "audit", "overfitting", "imbalance",
+    "tuning", "best", "accuracy", "kills", "store_kills",
 )  # fmt: skip
 PREFIX = "study-"
 """What the names of records begin with."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
@@ -70,9 +71,8 @@ def run(*, quick: bool, progress: Callable[[str], object]) -> dict[str, Any]:
     runs = []
     for setting in sizes.settings:
         sigma = privacy.calibrated(
-            lambda sigma, rate=setting.rate: privacy.Poisson(rate, sigma),
-            budget=EPSILON, delta=DELTA, steps=setting.steps,
-        )  # fmt: skip
+            partial(privacy.Poisson, setting.rate), budget=EPSILON, delta=DELTA, steps=setting.steps
+        )
         mechanism = privacy.Poisson(setting.rate, sigma)
         for seed in sizes.seeds:
             found = _bound(some, mechanism, setting.steps, seed)
@@ -95,8 +95,8 @@ def _bound(images: data.Split, mechanism: privacy.Poisson, steps: int, seed: int
     """What one run of a linear model shows."""
     model, clipping = models.linear(784, 10), privacy.Flat(MAX_NORM)
     planted = train.plant(
-        _loss_fn(model), model.init(random.key(0)), optim.sgd(LR), images, clipping=clipping, mechanism=mechanism,
-        canaries=CANARIES, key=random.key(1000 + seed),
+        _loss_fn(lambda params, x: model.apply(params, x.flatten())), model.init(random.key(0)), optim.sgd(LR), images,
+        clipping=clipping, mechanism=mechanism, canaries=CANARIES, key=random.key(1000 + seed),
     )  # fmt: skip
     step = _step(planted.loss_fn, planted.optimizer, clipping, mechanism, planted.examples)
     state = train.init_private_state(planted.params, planted.optimizer, random.key(0), clipping)
@@ -110,7 +110,7 @@ def _times(images: data.Split, sizes: Sizes) -> dict[str, list[float]]:
     """The seconds of each turn, of which the first is left out: one arm, then the other."""
     model, clipping, optimizer = models.small_cnn(), privacy.Flat(MAX_NORM), optim.sgd(LR)
     mechanism = privacy.Poisson(sizes.batch_size / len(images.labels), 1.0)
-    loss_fn, params = _loss_fn(model), model.init(random.key(0))
+    loss_fn, params = _loss_fn(model.apply), model.init(random.key(0))
     planted = train.plant(
         loss_fn, params, optimizer, images, clipping=clipping, mechanism=mechanism, canaries=CANARIES,
         key=random.key(1),
@@ -146,9 +146,9 @@ def _step(
     )  # fmt: skip
 
 
-def _loss_fn(model: models.Model) -> Callable[..., Tensor]:
+def _loss_fn(apply: Callable[[Params, Tensor], Tensor]) -> Callable[..., Tensor]:
     def loss_fn(params: Params, image: Tensor, label: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001
-        return losses.cross_entropy(model.apply(params, data.normalize(image, MEAN, DEVIATION)), label)
+        return losses.cross_entropy(apply(params, data.normalize(image, MEAN, DEVIATION)), label)
 
     return loss_fn
 
