@@ -354,12 +354,12 @@ def test_scores_are_the_same_for_any_chunks_and_after_a_stop():
 def test_a_compiled_step_has_the_sums_and_scores_of_an_eager_one():
     planted = planted_run(Poisson(0.5, 1.0), canaries=20)
 
-    def step(params, state, *examples):
-        keys = random.split(random.key(0), len(examples[0]))
-        grads = privacy.clipped_sums(planted.loss_fn, params, *examples, keys, clipping=Flat(0.5)).grads
+    def step(params, state, *rows):
+        grads = privacy.clipped_sums(planted.loss_fn, params, *rows, clipping=Flat(0.5)).grads
         return planted.optimizer.update(params, state, grads)
 
-    arguments = planted.params, planted.optimizer.init(planted.params), *planted.examples
+    keys = random.split(random.key(0), N + 20)
+    arguments = planted.params, planted.optimizer.init(planted.params), *planted.examples, keys
     assert difference(train.compiled(step)(*arguments), step(*arguments)) < 1e-6
 
 
@@ -368,5 +368,11 @@ def test_what_cannot_be_planted_is_refused():
         planted_run(Poisson(0.5, 1.0), rule=Quantile(0.5, count_deviation=3.0))
     with pytest.raises(ValueError, match=r"at least 2 canaries\. Found 1"):
         planted_run(Poisson(0.5, 1.0), canaries=1)
+    for rows, said in (((X[:0],), "there must be an example"), ((X, Y[:3]), "one leading size")):
+        with pytest.raises(ValueError, match=said):
+            train.plant(
+                loss_fn, torch.zeros(()), optim.sgd(0.1), rows, clipping=Flat(0.5), mechanism=Poisson(0.5, 1.0),
+                key=random.key(0),
+            )  # fmt: skip
     with pytest.raises(ValueError, match="every parameter must be in a group"):
         planted_run(Poisson(0.5, 1.0), rule=PerGroup({"model/": 1.0}))

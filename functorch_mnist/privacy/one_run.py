@@ -87,7 +87,7 @@ def lower_bound(
             f"lower_bound: scores must be (m,), included bool (m,). Found {tuple(scores.shape)} and "
             f"{included.dtype} {tuple(included.shape)}."
         )
-    canaries = len(scores)
+    scores, included, canaries = scores.cpu(), included.cpu(), len(scores)
     each = max(1, canaries // 10) if each is None else each
     if not 1 <= each <= canaries // 2:
         raise ValueError(

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import random, tree
+from ..batch import check
 from ..optim import Optimizer
 from ..privacy import Clipping, LowerBound, Mechanism, expected_examples, lower_bound
 from ..tree import Tree
@@ -106,7 +107,8 @@ def plant(
         tells nothing.
 
     Raises:
-        ValueError: the rule adapts, or leaves nothing of a canary; there are fewer than 2 canaries.
+        ValueError: the rule adapts, or leaves nothing of a canary; there are fewer than 2 canaries; the examples have no
+            row, or differ in their number.
 
     Guarantees: ε of the run is ε of a canary. The model is trained as without canaries: its mean gradient is over the
         expected number of the N examples, and has the same noise.
@@ -127,14 +129,15 @@ def plant(
         raise ValueError(f"plant: at least 2 canaries. Found {canaries}.")
     if tree.leaves(clipping.init()):
         raise ValueError(f"plant: the clipping norm must be the same in all steps. Found {clipping!r}.")
-    ordinary = len(examples[0])
-    device = examples[0].device
+    ordinary, device = check("plant", examples, None), examples[0].device
+    if ordinary == 0:
+        raise ValueError("plant: there must be an example. Found none.")
     beside = Beside(params, torch.zeros(canaries, 1, device=device))
     length, kept = _length(beside, clipping)
-    included = random.bernoulli(key, 0.5, (canaries,))
+    included = random.bernoulli(key, 0.5, (canaries,)).to(device)
     places = torch.arange(canaries, device=device)
     numbers = torch.cat(
-        [places.new_full((ordinary,), -1), torch.where(included.to(device), places, canaries)]
+        [places.new_full((ordinary,), -1), torch.where(included, places, canaries)]
     )  # of a canary that is not in, one that none has
     with_canaries = (*[torch.cat([rows, rows[places % ordinary]]) for rows in examples], numbers)
 
