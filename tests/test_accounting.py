@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from functorch_mnist import privacy
 from functorch_mnist.privacy import Entry, Event, Ledger, Poisson, Shuffled
-from functorch_mnist.privacy.audit import _most
+from functorch_mnist.privacy.audit import highest_rate
 from functorch_mnist.privacy.gaussian import gaussian_delta, gaussian_epsilon
 from functorch_mnist.privacy.pld import _interval, _largest, pld_epsilon
 from functorch_mnist.privacy.rdp import ORDERS, converted, rdp
@@ -115,11 +115,11 @@ def test_the_exact_gaussian_is_the_least_epsilon_of_its_delta(mu, delta):
 
 
 def test_the_bound_of_an_audits_error_rate_is_that_of_clopper_and_pearson():
-    assert _most(0, 20, 0.05) == pytest.approx(1 - 0.05 ** (1 / 20), rel=1e-12)  # (1 - p)²⁰ = 0.05
-    assert _most(19, 20, 0.05) == pytest.approx(0.95 ** (1 / 20), rel=1e-12)  # 1 - p²⁰ = 0.05
-    assert _most(20, 20, 0.05) == 1
+    assert highest_rate(0, 20, 0.05) == pytest.approx(1 - 0.05 ** (1 / 20), rel=1e-12)  # (1 - p)²⁰ = 0.05
+    assert highest_rate(19, 20, 0.05) == pytest.approx(0.95 ** (1 / 20), rel=1e-12)  # 1 - p²⁰ = 0.05
+    assert highest_rate(20, 20, 0.05) == 1
     for errors in (1, 7, 300):
-        rate = _most(errors, 500, 0.01)
+        rate = highest_rate(errors, 500, 0.01)
         chance = math.fsum(math.comb(500, k) * rate**k * (1 - rate) ** (500 - k) for k in range(errors + 1))
         assert chance == pytest.approx(0.01, rel=1e-8)
 

@@ -10,19 +10,21 @@ import torch
 
 from benchmarks import results, studies
 from benchmarks.studies import __main__ as main
-from benchmarks.studies import mislabelled, noise_scale
+from benchmarks.studies import audit, mislabelled, noise_scale
 
-MADE_HERE = {"mislabelled": mislabelled, "noise_scale": noise_scale}
+MADE_HERE = {"mislabelled": mislabelled, "noise_scale": noise_scale, "audit": audit}
 TINY_MISLABELLED = mislabelled.QUICK._replace(
     images=200, epochs=4, settings=(mislabelled.Setting(32, 0.05, 0.9),), seeds=(0, 1), whole_images=192, whole_epochs=1
 )
 TINY_NOISE = noise_scale.Sizes(images=384, moments=2, sampled=16, pairs=4, small=2, large=6, every=1, windows=(2,))
+TINY_AUDIT = audit.QUICK._replace(images=100, batch_size=4)
 
 
 def tiny(monkeypatch):
-    """Makes both studies really small."""
+    """Makes the studies really small."""
     monkeypatch.setattr(mislabelled, "QUICK", TINY_MISLABELLED)
     monkeypatch.setattr(noise_scale, "QUICK", TINY_NOISE)
+    monkeypatch.setattr(audit, "QUICK", TINY_AUDIT)
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +126,14 @@ def test_each_moment_has_both_estimates_and_the_epoch_its_averages(records):
         assert watched["step"] == list(range(1, steps + 1))
         ratio = sum(watched["trace"]) / sum(watched["square_norm"])
         assert math.isclose(watched["average"]["scale"], ratio, rel_tol=1e-9)
+
+
+def test_the_audited_runs_show_a_part_of_their_epsilon(records):
+    record, _, _ = records["audit"]
+    assert [one["seed"] for one in record["runs"]] == list(TINY_AUDIT.seeds)
+    for one in record["runs"]:
+        assert 0 < one["epsilon"] < one["gaussian"] < one["independent"] < audit.EPSILON
+    assert {name: len(of) for name, of in record["seconds"].items()} == {"without": 2, "with": 2}
 
 
 def test_a_noise_scale_without_end_is_told_by_a_dash():

@@ -38,6 +38,8 @@ from .mechanism import Mechanism as Mechanism
 from .mechanism import Poisson as Poisson
 from .mechanism import Shuffled as Shuffled
 from .mechanism import Unit as Unit
+from .one_run import LowerBound as LowerBound
+from .one_run import lower_bound as lower_bound
 from .release import Sums as Sums
 from .release import clipped_sums as clipped_sums
 from .release import no_sums as no_sums

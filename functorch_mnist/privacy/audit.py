@@ -9,6 +9,9 @@ multiplier σ is then a Gaussian mechanism of μ = √T / σ, and no test betwee
 So rates that do, with all their statistical uncertainty, show a fault. At one step in a thousand, as examples join in
 training, the same attack sees nothing: its μ is about q √T / σ.
 
+This is a test of a step, many times over, in a second and at any σ. `one_run` is its other half: a whole run as it
+trains, with sampling and all steps, from the coins of many canaries at once; it shows a part of ε, of that run alone.
+
 Reference: Nasr et al., "Tight auditing of differentially private machine learning", USENIX Security 2023, section 4;
     Dong, Roth, Su, "Gaussian differential privacy", JRSS B 84, 2022.
 """
@@ -140,7 +143,7 @@ def _least_mu(without: Tensor, including: Tensor, confidence: float) -> float:
 
     threshold = max(thresholds.tolist(), key=apparent)
     each = (1 - confidence) / 2
-    rates = [1 - _most(round((1 - rate) * half), half, each) for rate in _right(second, threshold)]
+    rates = [1 - highest_rate(round((1 - rate) * half), half, each) for rate in _right(second, threshold)]
     return max(0.0, sum(map(_phi, rates))) if min(rates) > 0 else 0.0
 
 
@@ -154,7 +157,7 @@ def _phi(rate: float) -> float:
     return NormalDist().inv_cdf(rate)
 
 
-def _most(errors: int, trials: int, chance: float) -> float:
+def highest_rate(errors: int, trials: int, chance: float) -> float:
     """The upper end of Clopper and Pearson's interval: the rate at which so few errors have only this chance."""
     if errors == trials:
         return 1.0

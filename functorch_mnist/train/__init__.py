@@ -4,10 +4,14 @@
     step(state, *batch, mask, divisor) -> (state, aux)              one division, then the optimizer
     fit(step, state, examples, …) -> state
 
-The files, in the order of reading: `step`, `watch`, `value`, `draws`, `fit`, `private`, `evaluate`, `forms` (precision
-and compilation).
+The files, in the order of reading: `step`, `watch`, `value`, `draws`, `fit`, `private`, `canaries`, `evaluate`, `forms`
+(precision and compilation).
 """
 
+from .canaries import Beside as Beside
+from .canaries import Planted as Planted
+from .canaries import Scored as Scored
+from .canaries import plant as plant
 from .draws import Draws as Draws
 from .draws import Order as Order
 from .draws import epoch_draws as epoch_draws

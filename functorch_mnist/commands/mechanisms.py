@@ -1,0 +1,30 @@
+"""The mechanism that `train --private` and `account` are asked for."""
+
+from collections.abc import Callable
+
+from .. import privacy
+from ..options import Account, Train, noise_of
+
+
+def mechanism_of(options: Train | Account, *, examples: int, steps: int) -> Callable[[float], privacy.Mechanism]:
+    """From a noise multiplier to the mechanism of a run.
+
+    Args:
+        options: how it samples and correlates noise.
+        examples: N.
+        steps: of the whole run.
+    """
+    kind, parameter = noise_of(options.noise)
+    per_epoch = max(1, round(examples / options.batch_size))
+    rate = min(options.batch_size, examples) / examples
+
+    def made(sigma: float) -> privacy.Mechanism:
+        if kind == "banded":
+            return privacy.BandMF(rate, sigma, int(parameter), max(1, steps))
+        if kind == "bisr" or kind == "cgd":
+            return privacy.FixedOrder(per_epoch, sigma, "bisr" if kind == "bisr" else "cgd", parameter)
+        if options.sampling == "shuffled":
+            return privacy.Shuffled(per_epoch, sigma)
+        return privacy.Poisson(rate, sigma)
+
+    return made

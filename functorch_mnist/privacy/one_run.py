@@ -1,0 +1,166 @@
+"""A lower bound on ε from one run: m canaries, each in the data by its own fair coin, and a guess of the coins.
+
+Each canary has a score, larger where the run has seen it. The k₊ highest are guessed to have been in, the k₋ lowest to
+have been out, and v of these r = k₊ + k₋ guesses are right. Two hypotheses are tested with it
+
+    (ε, δ)   P[V ≥ v] ≤ β + 2 m δ max_i (P[v - i ≤ W < v]) / i,    W ~ Binomial(r, 1 / (1 + e^-ε)),  β = P[W ≥ v]
+    μ        with f̄(x) = Φ(Φ⁻¹(x) + μ), 1 less the trade-off function of a Gaussian of μ, for each c
+             E[V; V ≥ c] / m ≤ f̄(E[r - V; V ≥ c - 1] / m)
+
+The first holds for every mechanism. The second, for one that is μ-GDP, is sharper: it asks of all δ at once. It follows
+from turning one coin round, in the mean over canaries. With t_c = P[V ≥ c] and s_c = t_c + t_{c+1} + …, it says
+
+    t_c ≥ (m f̄⁻¹((c t_{c+1} + s_{c+1}) / m) + s_{c+1}) / (r - c)
+
+which grows in all t above c. So from t_v = α downwards it bounds t_0; a bound above 1 is a contradiction, and then
+P[V ≥ v] < α.
+
+Both allow for a mechanism that lets out all coins at once or none. Where each canary is seen in a number of its own,
+with a draw and a noise of its own, no score tells of another's coin. Then guesses by a threshold are independent, each
+right with a chance of Φ(μ/2) at most, and Clopper and Pearson's interval is sharper still. The threshold is the median
+score of a tenth of the canaries, which are not guessed.
+
+How `audit` differs: it repeats a single step thousands of times with a canary in each; this looks at one whole run,
+sampling included, as it trains a model.
+
+Reference: Steinke, Nasr, Jagielski, "Privacy auditing with one (1) training run", NeurIPS 2023, theorem 5.2 and
+    appendix D; Mahloujifar, Melis, Chaudhuri, "Auditing f-differential privacy in one run", ICML 2025, algorithm 3;
+    Dong, Roth, Su, "Gaussian differential privacy", JRSS B 84, 2022.
+"""
+
+import math
+from collections.abc import Callable
+from statistics import NormalDist
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .audit import highest_rate
+from .gaussian import gaussian_epsilon
+
+
+class LowerBound(NamedTuple):
+    """What one run has shown, each with the stated confidence."""
+
+    epsilon: float
+    """ε at δ that the mechanism has at least, whatever it is."""
+    gaussian: float
+    """ε at δ that it has at least where it is a Gaussian mechanism, as a run of many noisy steps nearly is."""
+    mu: float
+    """Its μ."""
+    independent: float
+    """ε at δ that it has at least where, besides, no canary's score tells of another's coin."""
+    guesses: int
+    correct: int
+
+
+def lower_bound(
+    scores: Tensor, included: Tensor, *, delta: float = 1e-5, confidence: float = 0.95, each: int | None = None
+) -> LowerBound:
+    """A lower bound on ε from the scores of canaries.
+
+    Args:
+        scores: (m,), larger where a canary seems to have been in the data; made without a look at the coins.
+        included: (m,) bool, whether it was: fair coins, independent of each other and of all else.
+        delta: δ, at which ε is told.
+        confidence: of each bound, below 1.
+        each: k₊ and k₋, how many of the highest scores and how many of the lowest are guessed. To be set before the
+            scores are seen; by default a tenth of m, as tells most at ε from 1 to 10.
+
+    Raises:
+        ValueError: shapes, types or numbers do not fit.
+
+    Guarantees: each is above what is true by a chance of 1 - `confidence` at most. Scores count by their order alone.
+
+    Cost: tens of milliseconds for 1,000 canaries.
+
+    Example:
+        >>> from functorch_mnist import random
+        >>> included = random.bernoulli(random.key(0), 0.5, (1000,))  # of a Gaussian mechanism of μ = 1, ε = 4.38
+        >>> found = lower_bound(included + random.normal(random.key(1), (1000,)), included)
+        >>> round(found.epsilon, 2), round(found.gaussian, 2), round(found.independent, 2)
+        (1.33, 2.13, 3.25)
+    """
+    if scores.dim() != 1 or included.shape != scores.shape or included.dtype != torch.bool:
+        raise ValueError(
+            f"lower_bound: scores must be (m,), included bool (m,). Found {tuple(scores.shape)} and "
+            f"{included.dtype} {tuple(included.shape)}."
+        )
+    scores, included, canaries = scores.cpu(), included.cpu(), len(scores)
+    each = max(1, canaries // 10) if each is None else each
+    if not 1 <= each <= canaries // 2:
+        raise ValueError(
+            f"lower_bound: each must be from 1 to half of the canaries. Found {each} and {canaries} canaries."
+        )
+    if not (0 < delta < 1 and 0 < confidence < 1):
+        raise ValueError(f"lower_bound: delta and confidence must be in (0, 1). Found {delta} and {confidence}.")
+    order, guesses, chance = scores.argsort(stable=True), 2 * each, 1 - confidence
+    correct = int((~included[order[:each]]).sum() + included[order[-each:]].sum())
+    epsilon = _largest(lambda epsilon: binomial_p_value(canaries, guesses, correct, epsilon, delta) < chance)
+    mu = _largest(lambda mu: gaussian_refuted(canaries, guesses, correct, mu, chance))
+    apart = max(1, canaries // 10)
+    wrong = int(((scores[apart:] > scores[:apart].median()) != included[apart:]).sum())
+    right = 1 - highest_rate(wrong, canaries - apart, chance)
+    independent = gaussian_epsilon(2 * NormalDist().inv_cdf(max(0.5, right)), delta)
+    return LowerBound(epsilon, gaussian_epsilon(mu, delta), mu, independent, guesses, correct)
+
+
+def binomial_p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
+    """A bound on the chance of so many correct guesses, or more, if the mechanism is (ε, δ)-DP.
+
+    Args:
+        canaries: m.
+        guesses: r, from `correct` to m.
+        correct: v, at least 0.
+        epsilon: ε, at least 0.
+        delta: δ, from 0 to 1.
+
+    Example:
+        >>> round(binomial_p_value(10, 3, 3, 0.0, 0.0), 9)
+        0.125
+    """
+    k = torch.arange(guesses + 1, dtype=torch.float64)
+    choose = math.lgamma(guesses + 1) - torch.lgamma(k + 1) - torch.lgamma(guesses - k + 1)
+    chances = (choose - (guesses - k) * epsilon - guesses * math.log1p(math.exp(-epsilon))).exp()
+    below = chances[:correct].flip(0).cumsum(0) / (k[:correct] + 1)
+    steepest = float(below.max()) if correct else 0.0
+    return min(1.0, float(chances[correct:].sum()) + 2 * canaries * delta * steepest)
+
+
+def gaussian_refuted(canaries: int, guesses: int, correct: int, mu: float, chance: float) -> bool:
+    """Whether so many correct guesses, or more, have less than a given chance if the mechanism is μ-GDP.
+
+    Args:
+        canaries: m.
+        guesses: r, from `correct` to m.
+        correct: v, at least 0.
+        mu: μ, at least 0.
+        chance: α in (0, 1).
+
+    Example:
+        >>> gaussian_refuted(10, 10, 10, 0.0, 0.05), gaussian_refuted(10, 10, 10, 2.0, 0.05)
+        (True, False)
+    """
+    normal, tail, total = NormalDist(), chance, chance  # t_{c+1} and s_{c+1}
+    for c in range(correct - 1, -1, -1):
+        right = (c * tail + total) / canaries
+        wrong = normal.cdf(normal.inv_cdf(right) - mu) if right < 1 else 1.0
+        tail = max(tail, (canaries * wrong + total) / (guesses - c))
+        if tail > 1:
+            return True
+        total += tail
+    return False
+
+
+def _largest(refuted: Callable[[float], bool]) -> float:
+    """The largest number that is refuted, or 0, where all below it are: rounded down to eight digits."""
+    if not refuted(0.0):
+        return 0.0
+    low, high = 0.0, 1.0
+    while refuted(high):
+        low, high = high, 2 * high
+    while high - low > 1e-8 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if refuted(middle) else (low, middle)
+    return low
