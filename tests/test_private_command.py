@@ -289,6 +289,59 @@ def test_more_bands_than_batches_is_told(data_dir, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+AUDITED = ("--private", "--epsilon", "4", "--model", "linear", "--epochs", "4", "--batch-size", "128",
+           "--momentum", "0", "--audit", "400", "--save-every", "3")  # fmt: skip
+
+
+def test_an_audited_run_prints_a_lower_bound_beside_epsilon_and_saves_the_model_alone(data_dir, tmp_path):
+    run = tmp_path / "run"
+    out = succeed("train", "--data-dir", data_dir, *AUDITED, "--out", run)
+    assert "Audit of this run with 400 canaries: at a confidence of 95 % ε is at least" in out
+    assert "ACCOUNTED" not in out
+    (record,) = [r for r in metrics(run) if r["kind"] == "privacy"]
+    assert 0.3 * 4 < record["audit"]["independent"] < record["epsilon"] <= 4
+    assert record["audit"]["epsilon"] <= record["audit"]["gaussian"]
+    assert record["data"] == f"mnist, {TRAIN} images, 400 canaries"
+    found = commands.restore.trained(run, torch.device("cpu")).params
+    assert set(found) == {"0.weight", "0.bias"}
+    assert "%" in succeed("evaluate", run, "--data-dir", data_dir)
+
+
+def test_an_audited_run_that_goes_on_has_the_scores_of_its_whole(data_dir, tmp_path, monkeypatch):
+    same = ("--data-dir", data_dir, *AUDITED, "--noise-seed", "5")
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    succeed("train", *same, "--out", whole)
+
+    def stop(self, progress):
+        if progress.step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commands.callbacks.Reporter, "__call__", stop)
+        assert ask("train", *same, "--out", half).status == 130
+    succeed("train", "--resume", half)
+    one, other = [[r for r in metrics(folder) if r["kind"] == "privacy"][-1] for folder in (whole, half)]
+    assert one["audit"] == other["audit"]
+
+
+def test_a_fault_in_what_runs_is_told_by_the_audit(data_dir, tmp_path, monkeypatch):
+    def less(*args, noise_multiplier, **kwargs):
+        return privacy.released(*args, noise_multiplier=noise_multiplier / 4, **kwargs)
+
+    monkeypatch.setattr("functorch_mnist.train.private.released", less)
+    out = succeed("train", "--data-dir", data_dir, *AUDITED, "--out", tmp_path / "run")
+    assert "THIS IS MORE THAN THE" in out
+
+
+def test_an_audit_that_cannot_be_is_refused_before_anything_is_written(data_dir, tmp_path):
+    run = tmp_path / "run"
+    line = complain(2, "train", "--data-dir", data_dir, *AUDITED, "--clipping", "quantile", "--out", run)
+    assert "--audit needs a clipping norm that stays" in line
+    assert not run.exists()
+    assert "--audit must be 0, or from 20 to 100000" in complain(2, "train", *AUDITED, "--audit", "3")
+    assert "--audit has no effect without --private" in complain(2, "train", "--audit", "100")
+
+
 def test_ctrl_c_in_a_private_run_tells_how_to_go_on(data_dir, tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt

@@ -1,11 +1,11 @@
 """The private side of `train`: what a run may spend, what it has spent, and what of it is not private."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import checkpoint, data, optim, privacy, random, run_folder, tree
@@ -20,6 +20,8 @@ from .mechanisms import mechanism_of
 
 LEDGER = "ledger"
 """Where a checkpoint's config holds what was spent."""
+_COINS = 2**31
+"""Folded into a run's key for the coins of canaries: no step has this number."""
 
 
 def steps_per_epoch(options: Train, examples: int) -> int:
@@ -40,11 +42,15 @@ class Private:
         """
         self.options, self.made, self.optimizer, self.world = options, made, optimizer, world
         self.clipping = build.clipping(options)
-        self.digest, self.example = digest(list(examples)), [x[0] for x in examples]
+        self.digest = digest(list(examples))
         total = self.total = len(examples.labels)
         self.per_epoch = steps_per_epoch(options, total)
         self.steps = options.epochs * self.per_epoch
         self.secret = privacy.Secret(options.noise_seed)
+        self.scores: dict[int, Tensor] = {}
+        """Of the canaries, after the last two steps."""
+        self.bound: privacy.LowerBound | None = None
+        """What they have shown of ε."""
         self.accountant: privacy.Accountant = "gaussian" if options.sampling == "shuffled" else options.accountant
 
         mechanism = mechanism_of(options, examples=total, steps=self.steps)
@@ -62,8 +68,11 @@ class Private:
                 )
             self.mechanism = mechanism(sigma)
             self.clipping.deviations(sigma)
+            if options.audit and tree.leaves(self.clipping.init()):
+                raise UsageError(f"--audit needs a clipping norm that stays. Found --clipping {options.clipping}.")
             # without what tells of single images: a run's checkpoint may be published
-            self.entry = privacy.Entry(self.mechanism, repr(self.clipping), f"{options.dataset}, {total:,} images", 0)
+            data = f"{options.dataset}, {total:,} images" + (f", {options.audit:,} canaries" if options.audit else "")
+            self.entry = privacy.Entry(self.mechanism, repr(self.clipping), data, 0)
             self.epsilon(1)  # refuses an accountant that is not there, before anything is written
 
     def epsilon(self, steps: int) -> float:
@@ -98,40 +107,66 @@ class Private:
 
     def hidden(self, folder: Path, step: int, loss: float) -> None:
         """Writes what goes with a checkpoint and is of single images: beside it, for it may be published."""
-        losses = {**run_folder.read_unpublished(folder).get("losses", {}), str(step): loss}
-        run_folder.write_unpublished(folder, {"data": self.digest, "losses": losses})
+        before = run_folder.read_unpublished(folder)
+        losses = {**before.get("losses", {}), str(step): loss}
+        values: dict[str, Any] = {"data": self.digest, "losses": losses}
+        if step in self.scores:
+            kept = sorted(before.get("scores", {}).items(), key=lambda item: int(item[0]))[1 - self.options.keep :]
+            values["scores"] = {**dict(kept), str(step): self.scores[step].tolist()}
+        run_folder.write_unpublished(folder, values)
 
-    def loss_at(self, folder: Path, step: int) -> float:
-        """The sum of the losses of the epoch up to a checkpoint."""
-        return float(run_folder.read_unpublished(folder).get("losses", {}).get(str(step), 0.0))
+    def restored(self, saved: Saved, folder: Path, step: int) -> Saved:
+        """A checkpoint with what was written beside it: the losses of its epoch and the scores of its canaries."""
+        beside = run_folder.read_unpublished(folder)
+        scores = beside.get("scores", {}).get(str(step))
+        self.scores = {} if scores is None else {step: torch.tensor(scores)}
+        return saved._replace(loss=saved.loss + float(beside.get("losses", {}).get(str(step), 0.0)))
 
-    @cached_property
-    def step(self) -> training.PrivateStep:
-        """The run's step."""
-        device = self.example[0].device
-        params = tree.map(lambda p: p.to(device), self.made.init(random.key(0)))
+    def fit(self, saved: Saved, examples: Iterable[Tensor], callbacks: Iterable[Any]) -> None:
+        """Makes the steps of all epochs; with `audit`, among canaries that callbacks do not see."""
+        rows, state, optimizer = tuple(examples), saved.state, self.optimizer
+        loss_fn: Callable[..., Tensor] = build.losses(self.made, self.options)
+        planted = None
+        if self.options.audit:
+            with refusing(ValueError):
+                planted = training.plant(
+                    loss_fn, state.params, optimizer, rows, clipping=self.clipping, mechanism=self.mechanism,
+                    canaries=self.options.audit, key=random.fold_in(state.key, _COINS),
+                )  # fmt: skip
+            loss_fn, optimizer, rows = planted.loss_fn, planted.optimizer, planted.examples
+            scores = self.scores.get(int(state.step), torch.zeros(self.options.audit))
+            beside = training.Scored(state.optimizer, scores.to(state.key.device))
+            state = state._replace(params=planted.params._replace(model=state.params), optimizer=beside)
+            callbacks = [self._without_canaries(callback) for callback in callbacks]
+        total = len(rows[-1])
         loss_fn = build.fastest(
-            build.losses(self.made, self.options), params, *self.example, random.key(0).to(device),
-            options=self.options, batch_size=privacy.chunk_sizes(self.mechanism, self.total)[-1],
+            loss_fn, state.params, *[x[0] for x in rows], state.key, options=self.options,
+            batch_size=privacy.chunk_sizes(self.mechanism, total)[-1],
         )  # fmt: skip
         with refusing(ValueError):
             step = training.make_private_step(
-                loss_fn, self.optimizer, clipping=self.clipping, mechanism=self.mechanism, examples=self.total,
-                world=self.world,
-            )  # fmt: skip
-        return step.compiled() if self.options.compile == "on" else step
-
-    def fit(self, saved: Saved, examples: Iterable[Tensor], callbacks: Iterable[Any]) -> training.State:
-        """The state after all epochs."""
-        return training.fit_private(
-            self.step,
-            saved.state,
-            tuple(examples),
-            secret=self.secret,
-            steps=self.steps,
-            loss=saved.loss,
-            callbacks=callbacks,
+                loss_fn, optimizer, clipping=self.clipping, mechanism=self.mechanism, examples=total, world=self.world
+            )
+        step = step.compiled() if self.options.compile == "on" else step
+        state = training.fit_private(
+            step, state, rows, secret=self.secret, steps=self.steps, loss=saved.loss, callbacks=callbacks
         )
+        if planted is not None:
+            self.bound = planted.lower_bound(state, delta=self.options.delta)
+
+    def _without_canaries(self, callback: Callable[[training.Progress], Any]) -> Callable[[training.Progress], Any]:
+        """The callback as it is without an audit."""
+        expected = self.mechanism.share * self.total
+
+        def call(progress: training.Progress) -> Any:
+            state = progress.state
+            before = {step: scores for step, scores in self.scores.items() if step == progress.step - 1}
+            self.scores = {**before, progress.step: state.optimizer.scores}
+            plain = state._replace(params=state.params.model, optimizer=state.optimizer.optimizer)
+            seen = round(expected * ((progress.step - 1) % self.per_epoch + 1))
+            return callback(progress._replace(state=plain, examples=seen))
+
+        return call
 
     def start_line(self) -> str:
         """What is about to be spent."""
@@ -158,6 +193,8 @@ class Private:
             )
         if self.options.images is not None:
             lines.append("Only the chosen images are protected: one more in the data set may change which are chosen.")
+        if self.bound is not None:
+            lines.append(self._audit())
         if self.secret.reproduction:
             lines[0] = (
                 f"NOT PRIVATE: sampling and noise are those of --noise-seed {self.options.noise_seed}, which anybody "
@@ -175,8 +212,22 @@ class Private:
             "delta": self.options.delta,
             "accountant": self.accountant,
             "private": not self.secret.reproduction,
+            **({} if self.bound is None else {"audit": self.bound._asdict()}),
             **{key: value for key, value in self.ledger(steps).to_json()[0].items() if key != "steps"},
         }
+
+    def _audit(self) -> str:
+        """What the canaries have shown."""
+        assert self.bound is not None  # there was an audit
+        found = (
+            f"Audit of this run with {self.options.audit:,} canaries: at a confidence of 95 % ε is at least "
+            f"{self.bound.epsilon:.3f}; {self.bound.gaussian:.3f} where it is a Gaussian mechanism; "
+            f"{self.bound.independent:.3f} where, besides, no canary tells of another."
+        )
+        spent = self.epsilon(self.steps)
+        if max(self.bound.epsilon, self.bound.gaussian, self.bound.independent) > spent:
+            found += f" THIS IS MORE THAN THE {spent:.3f} ACCOUNTED: what ran is not what is accounted for."
+        return found
 
 
 ACCOUNTANTS: Mapping[privacy.Accountant, str] = {

@@ -217,5 +217,5 @@ def _resumed(run: Path, start: Saved, begun: Origin, total: int, private: Privat
     run_folder.forget_metrics_after(run, found.step)
     saved: Saved = found.state
     if private:
-        saved = saved._replace(loss=saved.loss + private.loss_at(run, found.step))
+        saved = private.restored(saved, run, found.step)
     return saved, found.step

@@ -123,6 +123,8 @@ class Train:
     """Or correlated over steps: banded:B (BandMF, with cyclic Poisson sampling), bisr:B, or cgd:LAMBDA."""
     accountant: Literal["pld", "rdp", "rdp-old"] = "pld"
     """How ε is computed; pld needs the privacy extra."""
+    audit: int = 0
+    """Plant so many canaries, such as 1000, and print the lower bound on ε that they have shown; 0 for none."""
     noise_seed: int | None = None
     """Draw sampling and noise from this seed: a reproduction, which is not private."""
     seed: int = 0
@@ -198,7 +200,8 @@ RECIPES: Mapping[str, Train] = MappingProxyType(
 """The defaults that `--recipe` chooses from."""
 
 PRIVATE = (
-    "epsilon", "noise_multiplier", "delta", "clipping", "clip_norm", "sampling", "noise", "accountant", "noise_seed",
+    "epsilon", "noise_multiplier", "delta", "clipping", "clip_norm", "sampling", "noise", "accountant", "audit",
+    "noise_seed",
 )  # fmt: skip
 """The options that do nothing without `private`."""
 
@@ -223,6 +226,7 @@ _RULES: tuple[Rule, ...] = (
     ("from 1 to 86400", lambda v: 1 <= v <= 86400, ("timeout",)),
     ("at least 0 and below 2**63", lambda v: 0 <= v < 2**63, ("noise_seed",)),
     ("from 0 to 64", lambda v: 0 <= v <= 64, ("copies",)),
+    ("0, or from 20 to 100000", lambda v: v == 0 or 20 <= v <= 100_000, ("audit",)),
     ("from 1 to 27", lambda v: 1 <= v <= 27, ("shift",)),
     ("at least 1", lambda v: v >= 1, ("images", "patience")),
     ("at least 0", lambda v: v >= 0, ("hold_out",)),

@@ -1,7 +1,7 @@
 """A lower bound on ε from one run: m canaries, each in the data by its own fair coin, and a guess of the coins.
 
 Each canary has a score, larger where the run has seen it. The k₊ highest are guessed to have been in, the k₋ lowest to
-have been out, and v of these r = k₊ + k₋ guesses are right. Two hypotheses are tested with it
+have been out, and v of these r = k₊ + k₋ guesses are right. Two hypotheses are tested with it:
 
     (ε, δ)   P[V ≥ v] ≤ β + 2 m δ max_i (P[v - i ≤ W < v]) / i,    W ~ Binomial(r, 1 / (1 + e^-ε)),  β = P[W ≥ v]
     μ        with f̄(x) = Φ(Φ⁻¹(x) + μ), 1 less the trade-off function of a Gaussian of μ, for each c
@@ -24,8 +24,8 @@ How `audit` differs: it repeats a single step thousands of times with a canary i
 sampling included, as it trains a model.
 
 Reference: Steinke, Nasr, Jagielski, "Privacy auditing with one (1) training run", NeurIPS 2023, theorem 5.2 and
-    appendix D; Mahloujifar, Melis, Chaudhuri, "Auditing f-differential privacy in one run", ICML 2025, algorithm 3;
-    Dong, Roth, Su, "Gaussian differential privacy", JRSS B 84, 2022.
+    appendix D; Mahloujifar, Melis, Chaudhuri, "Auditing f-differential privacy in one run", arXiv
+    2410.22235; Dong, Roth, Su, "Gaussian differential privacy", JRSS B 84, 2022.
 """
 
 import math

@@ -4,9 +4,9 @@ A canary is one more example. Its loss is linear in a number of its own, beside 
 gradient e_i is orthogonal to all others and far longer than the clipping norm C. It is drawn, clipped, summed and
 hidden by noise like any example. Of what step t lets out, x_t = n (mean gradient)_i / C tells all there is of it:
 
-    x_t ~ N(b_t, σ²),    b_t = 1 with the chance q where canary i is in the data, else 0
+    x_t ~ N(d b_t, σ²),    b_t = 1 with the chance q where canary i is in the data, else 0
 
-so no attack is better than the likelihood ratio, here with d ≤ 1 for the part of C that the rule leaves of a canary:
+with d ≤ 1, the part of C that the rule leaves of a canary. So no attack is better than the likelihood ratio:
 
     score_i = Σ_t log(1 - q + q exp((2 d x_t - d²) / 2σ²))
 
@@ -19,7 +19,7 @@ canaries have shown on average 0.81 of ε at q = 1, 0.68 at 0.1 and 0.55 at 0.02
 at 0.004 with one draw: `LowerBound.independent`; of the other bounds see `benchmarks/studies/audit.py`.
 
 Reference: Nasr et al., "Tight auditing of differentially private machine learning", USENIX Security 2023, section 4
-    (Dirac canaries); Steinke, Nasr, Jagielski, "Privacy auditing with one (1) training run", NeurIPS 2023, section 6.
+    (Dirac canaries); Steinke, Nasr, Jagielski, "Privacy auditing with one (1) training run", NeurIPS 2023.
 """
 
 import math
