@@ -2,7 +2,8 @@
 
     mechanism = privacy.Poisson(rate=256 / 60_000, noise_multiplier=1.1)
 
-The files, in the order of reading: `clipping`, `mechanism`, `sampling`, `release`, `secret`; then the account.
+The files, in the order of reading: `clipping`, `mechanism`, `sampling`, `release`, `secret`; then the account; then
+noise that is correlated over steps, `correlation` and `strategies`.
 """
 
 from .account import MOST_STEPS as MOST_STEPS
@@ -23,6 +24,10 @@ from .clipping import Global as Global
 from .clipping import PerGroup as PerGroup
 from .clipping import PerLayer as PerLayer
 from .clipping import Quantile as Quantile
+from .correlation import BlockDiagonal as BlockDiagonal
+from .correlation import Strategy as Strategy
+from .correlation import Toeplitz as Toeplitz
+from .correlation import noise_draws as noise_draws
 from .mechanism import Mechanism as Mechanism
 from .mechanism import Poisson as Poisson
 from .mechanism import Shuffled as Shuffled
@@ -36,3 +41,7 @@ from .sampling import draw as draw
 from .sampling import expected_examples as expected_examples
 from .sampling import joins as joins
 from .secret import Secret as Secret
+from .strategies import banded as banded
+from .strategies import banded_toeplitz as banded_toeplitz
+from .strategies import bisr as bisr
+from .strategies import lambda_cgd as lambda_cgd
