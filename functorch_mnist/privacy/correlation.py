@@ -69,7 +69,7 @@ class Toeplitz:
         Cost: O(n log n), and memory for n numbers.
 
         Example:
-            >>> Toeplitz((1.0,)).sensitivity(100, min_separation=25)
+            >>> round(Toeplitz((1.0,)).sensitivity(100, min_separation=25), 6)
             2.0
 
         Reference: Kalinin, Lampert, "Banded square root matrix factorization for differentially private model

@@ -57,7 +57,7 @@ def compiled(fn: Callable[P, R]) -> Callable[P, R]:
 
     own = FunctionType(call.__code__.replace(), globals(), closure=call.__closure__)  # torch's caches hang on the code
     # By default a loop has at most 64 stored tensors: three draws of noise, and what does not fit is kept in memory.
-    options = {"guard_filter_fn": _may_change, "max_fusion_size": 1024}
+    options: dict[str, Any] = {"guard_filter_fn": _may_change, "max_fusion_size": 1024}
     return torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
 
