@@ -291,8 +291,8 @@ def box_muller_sum(keys: Tensor, weights: Tensor, shape: Sequence[int] = ()) -> 
         - the sum of the single draws, each multiplied and added in the order of the keys;
         - of one key with weight 1 it is `box_muller`, bit for bit.
 
-    Cost: compiled, one loop over the numbers, with memory of the result: K times the arithmetic of one draw, and about
-        4 s more of compiling for each key.
+    Cost: by `train.compiled`, one loop over the numbers, with memory of the result: K times the arithmetic of one draw,
+        and about 4 s more of compiling for each key.
 
     Example:
         >>> box_muller_sum(split(key(0)), torch.tensor([1.0, -0.5]), (2,))
@@ -308,7 +308,7 @@ def box_muller_sum(keys: Tensor, weights: Tensor, shape: Sequence[int] = ()) -> 
         )
     count = math.prod(shape)
     first, second = (weights[0] * half for half in _pairs(keys[0], (count + 1) // 2))
-    for key, weight in zip(keys[1:], weights[1:], strict=True):  # one after the other, or the compiler stores (K, …)
+    for key, weight in zip(keys[1:], weights[1:], strict=True):  # a batch of keys would be stored, (K, …)
         a, b = _pairs(key, (count + 1) // 2)
         first, second = first + weight * a, second + weight * b
     return torch.cat([first, second])[:count].reshape(tuple(shape))

@@ -69,7 +69,7 @@ class Toeplitz:
         Cost: O(n log n), and memory for n numbers.
 
         Example:
-            >>> Toeplitz((1.0,)).sensitivity(100, min_separation=25)
+            >>> round(Toeplitz((1.0,)).sensitivity(100, min_separation=25), 6)
             2.0
 
         Reference: Kalinin, Lampert, "Banded square root matrix factorization for differentially private model
@@ -117,14 +117,10 @@ class BlockDiagonal:
     numbers of float32."""
 
     def __post_init__(self) -> None:
-        if [len(row) for row in self.noise] != list(range(1, len(self.noise) + 1)) or not self.noise:
-            raise ValueError(
-                f"BlockDiagonal: noise must have rows of 1, 2, …, b numbers. Found {[len(row) for row in self.noise]}."
-            )
-        if (
-            not all(math.isfinite(number) for row in self.noise for number in row)
-            or min(r[-1] for r in self.noise) <= 0
-        ):
+        lengths = [len(row) for row in self.noise]
+        if not lengths or lengths != list(range(1, len(lengths) + 1)):
+            raise ValueError(f"BlockDiagonal: noise must have rows of 1, 2, …, b numbers. Found {lengths}.")
+        if not all(all(map(math.isfinite, row)) and row[-1] > 0 for row in self.noise):
             raise ValueError(f"BlockDiagonal: noise must be finite, with a diagonal above 0. Found {self.noise!r:.99}.")
 
     @property
@@ -140,8 +136,7 @@ class BlockDiagonal:
             tensor([[0.5000, 0.0000],
                     [0.5000, 1.0000]], dtype=torch.float64)
         """
-        eye = torch.eye(self.bands, dtype=torch.float64)
-        return torch.linalg.solve_triangular(self._inverse(), eye, upper=False)
+        return inverse_block(self._inverse())
 
     def sensitivity(self, steps: int, *, min_separation: int | None = None, participations: int | None = None) -> float:
         """How far one example moves C G at most: in the Euclidean norm, over its own clipping norm.
@@ -253,10 +248,17 @@ def inverse(coefficients: Tensor, steps: int) -> Tensor:
     return x
 
 
+def inverse_block(block: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix (b, b)."""
+    found: Tensor = torch.linalg.solve_triangular(block, torch.eye(len(block), dtype=block.dtype), upper=False)
+    return found
+
+
 def _product(a: Tensor, b: Tensor, count: int) -> Tensor:
     """The first coefficients of the product of two series."""
-    length = len(a) + len(b) - 1
-    return torch.fft.irfft(torch.fft.rfft(a, length) * torch.fft.rfft(b, length), length)[:count]
+    length = max(count, len(a) + len(b) - 1)
+    found: Tensor = torch.fft.irfft(torch.fft.rfft(a, length) * torch.fft.rfft(b, length), length)
+    return found[:count]
 
 
 def _participations(where: str, steps: int, min_separation: int, participations: int | None) -> int:

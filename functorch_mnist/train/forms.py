@@ -56,7 +56,9 @@ def compiled(fn: Callable[P, R]) -> Callable[P, R]:
         return fn(*args, **kwargs)
 
     own = FunctionType(call.__code__.replace(), globals(), closure=call.__closure__)  # torch's caches hang on the code
-    return torch.compile(own, fullgraph=True, dynamic=False, options={"guard_filter_fn": _may_change})
+    # By default a loop has at most 64 stored tensors: three draws of noise, and what does not fit is kept in memory.
+    options: dict[str, Any] = {"guard_filter_fn": _may_change, "max_fusion_size": 1024}
+    return torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
 
 def _may_change(guards: Sequence[Any]) -> list[bool]:
