@@ -120,6 +120,13 @@ PUBLIC = {
     "clipped_sum": lambda: tuple(fm.per_sample.clipped_sum(loss_fn, PARAMS, *BATCH, max_norm=1.0, mask=MASK)),
     "norms": lambda: fm.per_sample.norms(loss_fn, PARAMS, *BATCH, mask=MASK),
     "chunks": lambda: fm.per_sample.norms(loss_fn, PARAMS, *BATCH, mask=MASK, chunk_size=3),
+    "clipped groups": lambda: tuple(
+        fm.per_sample.clipped_sum(loss_fn, PARAMS, *BATCH, max_norm=1.0, mask=MASK, group=LABELS)
+    ),
+    "moments of groups": lambda: fm.per_sample.second_moment(loss_fn, PARAMS, *BATCH, group=LABELS),
+    "sums of groups": lambda: fm.privacy.clipped_sums(
+        loss_fn, PARAMS, *BATCH, clipping=fm.privacy.Flat(1.0), mask=MASK, group=LABELS
+    ),
     "gram": lambda: fm.per_sample.gram(loss_fn, PARAMS, BATCH, chunk_size=3),
     "dot": lambda: fm.per_sample.dot(loss_fn, PARAMS, *BATCH, direction=PARAMS),
     "grad_and_dot": lambda: tuple(fm.per_sample.grad_and_dot(loss_fn, PARAMS, *BATCH, direction=PARAMS, mask=MASK)),

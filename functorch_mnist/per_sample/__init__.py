@@ -18,6 +18,8 @@ the cotangent of its output. Nearly everything one wants of it follows from the 
     capture.py       from a loss to terms: the survey, and the one backward pass
     strategies.py    which way inner products are taken
     eigen.py         the eigenvectors of Kronecker factors, and second moments along them
+    groups.py        whose an example is: the rows of a group
+    together.py      quantities of the summed gradients of groups, of one parameter
     plan.py          the plan: all of this as a table that can be changed
     factored.py      the terms of all parameters, and the algebra on them
     passes.py        the backward pass of a batch or of its chunks, and what is made of it

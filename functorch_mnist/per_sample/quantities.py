@@ -286,6 +286,9 @@ def clipped_sum(
     Example:
         >>> clipped_sum(lambda w, x: w * x, torch.tensor(0.0), torch.tensor([1.0, 3.0]), max_norm=2.0).grads
         tensor(3.)
+        >>> x, user = torch.tensor([1.0, 3.0, -2.5]), torch.tensor([48213, -1, 48213])
+        >>> clipped_sum(lambda w, x: w * x, torch.tensor(0.0), x, max_norm=2.0, group=user).norms
+        tensor([1.5000, 3.0000, 1.5000])
 
     Reference: Abadi et al., "Deep learning with differential privacy", CCS 2016, algorithm 1; in one pass, Bu et al.,
         "Differentially private optimization on large model at small cost", ICML 2023.

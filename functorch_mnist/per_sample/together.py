@@ -83,7 +83,7 @@ def _squares(term: Term) -> Tensor:
     way = Plain()
     found = _with_reach(term, way, may_cancel)
     if in_range(ends(way.seen)) and not way.hides():
-        found = plain_total(found)
+        found = plain_total(found.unbind())
     else:
         found = _with_reach(term, CAREFUL, may_cancel)
     squares, most = found.unbind()
