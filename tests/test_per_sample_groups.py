@@ -27,7 +27,7 @@ from zoo import (
 )
 
 from functorch_mnist import losses, per_sample, privacy, tree
-from functorch_mnist.per_sample import together
+from functorch_mnist.per_sample import groups, together
 from functorch_mnist.per_sample.factored import Factored
 from functorch_mnist.per_sample.groups import checked, firsts, leads, summed
 
@@ -381,7 +381,7 @@ def test_a_program_that_may_not_look_at_sizes_gives_the_same(name, path, monkeyp
     group = torch.tensor(IDS["ragged, of any size"])
     found = per_sample.factored(case.loss_fn, case.params, *case.batch)
     expected = found.leaf_norms(group), found.second_moment(group), found.leaf_bounds(group)
-    monkeypatch.setattr(together, "may_look", lambda first: False)
+    monkeypatch.setattr(groups, "may_look", lambda first: False)
     if path == "pairs":
         monkeypatch.setattr(together, "_called", lambda *given: None)
     for factored in (found, found.built()):
@@ -390,7 +390,7 @@ def test_a_program_that_may_not_look_at_sizes_gives_the_same(name, path, monkeyp
 
 
 def test_pairs_are_right_where_float32_has_no_squares(monkeypatch):
-    monkeypatch.setattr(together, "may_look", lambda first: False)
+    monkeypatch.setattr(groups, "may_look", lambda first: False)
     monkeypatch.setattr(together, "_called", lambda *given: None)
     test_norms_of_groups_are_right_where_float32_has_no_squares()
 
@@ -424,9 +424,9 @@ def test_norms_of_groups_under_vmap(dtype, bound):
     found = vmap(lambda params: per_sample.norms(case.loss_fn, params, *batch, group=group))(stacked)
     expected = torch.stack([per_sample.norms(case.loss_fn, p, *batch, group=group) for p in ensemble])
     assert difference(found, expected) <= bound
-    groups = torch.tensor([[1, 1, 2, 2], [1, 2, 3, 1]])
-    found = vmap(lambda ids: per_sample.norms(case.loss_fn, params, *batch, group=ids))(groups)
-    expected = torch.stack([per_sample.norms(case.loss_fn, params, *batch, group=ids) for ids in groups])
+    users = torch.tensor([[1, 1, 2, 2], [1, 2, 3, 1]])
+    found = vmap(lambda ids: per_sample.norms(case.loss_fn, params, *batch, group=ids))(users)
+    expected = torch.stack([per_sample.norms(case.loss_fn, params, *batch, group=ids) for ids in users])
     assert difference(found, expected) <= bound
 
 
