@@ -84,7 +84,7 @@ class Chunked:
             like: a tree with the shapes, dtypes and strides of the sums; without it, the compiler goes through the
                 loss once more to find them.
         """
-        if self.first is not None and not self.alone:
+        if self.first is not None and self.size < len(self.batch[0]):
             return self._by_groups(of, columns, self.first)
         if torch.compiler.is_dynamo_compiling() and self.size < len(self.batch[0]) and native.level() == 0:
             return self._looped(of, columns, like)

@@ -14,7 +14,7 @@ from ..batch import masked
 from ..tree import Tree
 from . import together
 from .eigen import Eigenbasis
-from .groups import firsts
+from .groups import groups
 from .squares import CAREFUL, Careful, Plain, are_right, may_be_plain, plain_total
 from .terms import Kronecker, Term
 
@@ -66,8 +66,8 @@ class Factored:
         Guarantees: right though float32 may not hold the squares, for gradients with numbers from 5e-35.
         """
         if group is not None:
-            first = firsts(group)
-            return [together.square_norms(term, first) for term in self.terms]
+            of = groups(group)
+            return [together.square_norms(term, of) for term in self.terms]
         return list(self._taken(_square_norms).unbind()) if self.terms else []
 
     def norms(self, group: Tensor | None = None) -> Tensor:
@@ -88,9 +88,9 @@ class Factored:
         Positions may cancel, and so may the examples of a group; what is left then hangs on the order of the sums.
         """
         if group is not None:
-            first = firsts(group)
-            pairs = zip(self.terms, self.square_norms(group), strict=True)
-            return self._roots([_with_rounding(term, x, together.reach(term, first)) for term, x in pairs])
+            of = groups(group)
+            squares = [(term, together.square_norms(term, of)) for term in self.terms]
+            return self._roots([_with_rounding(term, x, together.reach(term, of)) for term, x in squares])
         return self._roots(list(self._taken(_bounded).unbind()) if self.terms else [])
 
     def _taken(self, of: Callable[[Term, Careful], Tensor]) -> Tensor:
@@ -137,8 +137,8 @@ class Factored:
         """Σ_i ∇_i², elementwise: a tree like `params`, float32 or wider; with `group` the sum of G² over the groups."""
         if group is None:
             return tree.unflatten(self.params, [term.second_moment() for term in self.terms])
-        first = firsts(group)
-        return tree.unflatten(self.params, [together.second_moment(term, first) for term in self.terms])
+        of = groups(group)
+        return tree.unflatten(self.params, [together.second_moment(term, of) for term in self.terms])
 
     def kronecker(self, keep: Tensor | None = None) -> dict[str, Kronecker]:
         """The Kronecker factors of each parameter that has them, by its path.

@@ -96,6 +96,21 @@ def members(first: Tensor) -> Members:
     return Members(len(sizes), number, tuple(alike))
 
 
+class Groups(NamedTuple):
+    """What is known of the groups of a batch."""
+
+    first: Tensor
+    """(B,): what `firsts` gives."""
+    members: Members | None
+    """None for a program that may not look at sizes."""
+
+
+def groups(group: Tensor) -> Groups:
+    """The groups of a batch, of integers (B,)."""
+    first = firsts(group)
+    return Groups(first, members(native.beneath(first)) if may_look(first) else None)
+
+
 def may_look(group: Tensor) -> bool:
     """Whether sizes may be looked at now: not while a program is compiled or recorded, nor under `vmap` over ids."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:

@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import native, tree
 from ..compiler import constant_to_the_compiler
 from ..losses.vocabulary import kernel
-from .groups import Members, may_look, members, summed
+from .groups import Groups, Members, members, summed
 from .layout import Layout, View
 from .lookups import Lookup
 from .squares import CAREFUL, Careful, Plain, ends, in_range, plain_total, power
@@ -35,35 +35,34 @@ _CANCELLED = 2.0**-10
 """Of the squared length that a sum could have, what is left where float32 products no longer tell it."""
 
 
-def square_norms(term: Term, first: Tensor) -> Tensor:
-    """|G|² of each row's group: (B,) in float64, of what `groups.firsts` gives.
+def square_norms(term: Term, groups: Groups) -> Tensor:
+    """|G|² of each row's group: (B,) in float64.
 
     Guarantees: as `Term.square_norms`; of float32 factors that cancel in a group, to float32's rounding of their sum.
     """
-    if may_look(first):
-        return _square_norms(term, members(native.beneath(first)))
-    shape = [len(first)]
-    found = _called("square norms", term, first, shape)
-    return _of_pairs(term, first) if found is None else found
+    if groups.members is not None:
+        return _square_norms(term, groups.members)
+    found = _called("square norms", term, groups.first, [len(groups.first)])
+    return _of_pairs(term, groups.first) if found is None else found
 
 
-def second_moment(term: Term, first: Tensor) -> Tensor:
+def second_moment(term: Term, groups: Groups) -> Tensor:
     """`Σ_k G(k)²`, each group once, elementwise: shaped as the parameter, float32 or wider."""
-    if may_look(first):
-        return _second_moment(term, members(native.beneath(first)))
-    found = _called("second moment", term, first, list(term.shape()))
+    if groups.members is not None:
+        return _second_moment(term, groups.members)
+    found = _called("second moment", term, groups.first, list(term.shape()))
     if found is not None:
         return found
     sums = tree.wide(term.grads())
-    return torch.zeros_like(sums).index_add(0, first, sums).square().sum(0)
+    return torch.zeros_like(sums).index_add(0, groups.first, sums).square().sum(0)
 
 
-def reach(term: Term, first: Tensor, by: Careful = CAREFUL) -> Tensor:
+def reach(term: Term, groups: Groups, by: Careful = CAREFUL) -> Tensor:
     """(B,) in float64: what rounding errors of G are in proportion to, `Term.reach` of the group; 0 where none is."""
     own = term.reach(by)
     lengths = term.square_norms(by).clamp(min=0).sqrt() if own is None else own
-    total = summed(first, lengths.double())
-    alone = summed(first, torch.ones_like(lengths)) == 1
+    total = summed(groups.first, lengths.double())
+    alone = summed(groups.first, torch.ones_like(lengths)) == 1
     return torch.where(alone, 0.0, total) if own is None else total
 
 
