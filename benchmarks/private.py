@@ -52,7 +52,16 @@ def repeated(make: Callable[[], Work], count: Count) -> Work:
     return Work(call, one.outputs, one.start, one.release)
 
 
-def private_steps(problem: Problem, count: Count, device: str) -> Work:
+Made = Callable[[int, int], privacy.Mechanism]
+"""`made(batch_size, examples)`: the mechanism of so many expected examples of so many."""
+
+
+def poisson(batch_size: int, examples: int) -> privacy.Mechanism:
+    """Each example by its own coin."""
+    return privacy.Poisson(batch_size / examples, NOISE)
+
+
+def private_steps(problem: Problem, count: Count, device: str, mechanism: Made = poisson) -> Work:
     """Private steps on draws from all images; in the first call one without noise on the problem's batch."""
     batch_size = len(problem.labels)
     images = data.load("mnist").train
@@ -67,7 +76,7 @@ def private_steps(problem: Problem, count: Count, device: str) -> Work:
             loss_fn, optimizer, clipping=clipping, mechanism=mechanism, examples=examples, chunk_sizes=sizes
         ).compiled()
 
-    step = made(privacy.Poisson(batch_size / len(images.labels), NOISE), len(images.labels))
+    step = made(mechanism(batch_size, len(images.labels)), len(images.labels))
     noiseless = made(privacy.Poisson(1.0, 0.0), batch_size, sizes=step.chunk_sizes[:1])  # in two chunks
     first = train.init_private_state(problem.params, optimizer, random.key(0), clipping)
     state, fit = first, partial(train.fit_private, step, examples=examples, secret=secret)

@@ -6,7 +6,7 @@ from .measure import Question
 
 NAMES = (
     "step", "epoch", "per_sample", "scaling", "models", "modules", "start_up", "memory", "strategies", "normals",
-    "watch", "gram", "store", "scores", "private", "groups", "sweep", "hypergradient", "machines", "processes",
+    "watch", "gram", "store", "scores", "private", "noise", "groups", "sweep", "hypergradient", "machines", "processes",
 )  # fmt: skip
 
 

@@ -1,0 +1,81 @@
+"""What correlated noise adds to a private step: past draws made anew from their keys.
+
+Tutorial CNN without dropout, float32, compiled. All arms take the same batches, in a fixed order, from 60,000 images,
+clip and add noise; they differ in the number of draws that a step's noise is the sum of. As in `private`, the same step
+without noise, on one batch, is first held against the definition of a clipped one.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+
+from functorch_mnist import privacy
+
+from .definitions import Definitions, difference
+from .measure import Arm, Axis, Case, Comparison, Question, Setup
+from .private import NOISE, STEPS, Count, Made, private_steps
+from .problems import cnn
+from .quantities import MAX_NORM
+from .step import TOLERANCES
+
+BATCH_SIZES = {512: 20}
+"""And the rounds at each."""
+
+
+def fixed_order(batch_size: int, examples: int, *, noise: tuple[str, float]) -> privacy.Mechanism:
+    """Batches in a fixed order."""
+    kind, parameter = noise
+    steps = round(examples / batch_size)
+    return privacy.FixedOrder(steps, NOISE, "bisr" if kind == "bisr" else "cgd", parameter)
+
+
+DRAWS: dict[str, Made] = {
+    "independent noise": partial(fixed_order, noise=("cgd", 0.0)),
+    "one past draw, λ-CGD": partial(fixed_order, noise=("cgd", 0.9)),
+    "eight past draws, BISR": partial(fixed_order, noise=("bisr", 9)),
+}
+
+
+def cases(setup: Setup) -> Iterator[Case]:
+    """A case for each batch size."""
+    for batch_size, rounds in {256: 2}.items() if setup.quick else BATCH_SIZES.items():
+        problem, count = cnn(batch_size, setup.device), Count()
+        expected = partial(getattr, Definitions(problem), "clipped_step")
+        arms = [
+            Arm(
+                name,
+                partial(private_steps, problem, count, setup.device, made),
+                TOLERANCES[torch.float32],
+                baseline=name == "independent noise",
+                expected=expected,
+            )
+            for name, made in DRAWS.items()
+        ]
+        yield Case(
+            f"B={batch_size}",
+            arms,
+            difference,
+            rounds,
+            lead=0,
+            settings={
+                "model": "cnn without dropout", "batch_size": batch_size, "steps_in_a_call": STEPS,
+                "max_norm": MAX_NORM, "noise_multiplier": NOISE,
+            },
+            axis=Axis("B", batch_size),
+            compared=count.turn_on,
+        )  # fmt: skip
+
+
+def conclude(comparisons: Sequence[Comparison]) -> str:
+    """What past draws cost."""
+    lines = ["| | | over independent noise | 95 % interval |", "|---|---|---:|---:|"]
+    for comparison in comparisons:
+        for timing in comparison.timings[1:]:
+            low, high = comparison.interval(timing)
+            ratio = comparison.ratio(timing)
+            lines.append(f"| {comparison.case} | {timing.name} | {ratio:.3f} | {low:.3f} to {high:.3f} |")
+    return "\n".join(lines)
+
+
+QUESTION = Question("noise", "noise that is correlated over steps, in a private step", cases, conclude)
