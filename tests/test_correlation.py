@@ -216,7 +216,7 @@ def test_jax_privacy_itself_says_the_same():
 
 
 def least_error(bands, steps):
-    """The least mean error of blocks with unit columns, by the fixed point of Denisov et al. (2022), theorem 3.2."""
+    """The least mean error of blocks with unit columns, by the fixed point of Denisov et al. (2022)."""
     full, rest = divmod(steps, bands)
     counts = full + (torch.arange(bands) < rest).to(D)
     counts[-1] += bands * full * (full - 1) / 2 + rest * full
