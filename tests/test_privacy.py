@@ -254,6 +254,17 @@ def test_the_norm_of_a_quantile_stays_within_its_bounds_in_10_000_steps(quantile
     assert seen[-1000:].unique().numel() > 1 or quantile != 0.5  # it still moves
 
 
+def test_without_noise_a_run_takes_its_quantile_to_the_one_asked_for():
+    rule, optimizer = Quantile(0.5, count_deviation=1.0), optim.sgd(0.0)
+    step = train.make_private_step(
+        lambda p, x, key: linear_loss(p, x), optimizer, clipping=rule, mechanism=Poisson(0.5, 0.0), examples=400
+    )
+    rows = random.normal(random.key(0), (400, 11)) * torch.linspace(0.1, 4, 400)[:, None]
+    state = train.init_private_state(zeros(), optimizer, random.key(0), rule)
+    state = train.fit_private(step, state, (rows,), secret=Secret(1), steps=120)
+    assert (rows.norm(dim=1) <= state.estimator).double().mean() == pytest.approx(0.5, abs=0.06)
+
+
 @pytest.mark.parametrize(
     "changed", [{"rate": 11.0}, {"count_deviation": 1e13}, {"least": 1.0}, {"most": 0.01}, {"least": 1e-13}]
 )

@@ -253,11 +253,18 @@ class FixedOrder:
 
     def events(self, steps: int, *, start: int = 0) -> list[Event]:
         """What the steps from `start` up to `steps`, a span, are to an accountant."""
+        if steps - start > _MOST_CORRELATED:
+            raise ValueError(
+                f"FixedOrder: at most {_MOST_CORRELATED:,} steps are accounted for. Found {steps - start:,}."
+            )
         reach = _sensitivity(self.strategy, steps - start, self.steps_per_epoch)
         return [Event(1.0, self.noise_multiplier / reach, 1)]
 
 
 Mechanism: TypeAlias = Poisson | Shuffled | BandMF | FixedOrder
+
+_MOST_CORRELATED = 10**6
+"""The sensitivity of so many steps takes a second, and memory for as many numbers."""
 
 
 def column(strategy: Strategy | None) -> float:

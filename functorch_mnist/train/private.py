@@ -78,7 +78,8 @@ class PrivateStep:
             raise ValueError(f"private step: there must be an example. Found {self.size}.")
         if unit == "user" and self.world.parts > 1:
             raise ValueError("private step: a user's examples must be on one process. Found several, or shards.")
-        self.clipping.deviations(self.mechanism.noise_multiplier)  # refuses what cannot be divided
+        if self.mechanism.noise_multiplier:
+            self.clipping.deviations(self.mechanism.noise_multiplier)  # refuses what cannot be divided
 
     @property
     def size(self) -> int:
