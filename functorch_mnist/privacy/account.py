@@ -69,7 +69,7 @@ def composed(events: Sequence[Event], *, delta: float, accountant: Accountant = 
 
     Example:
         >>> round(composed([Event(1.0, 10.0, 3), Event(1.0, 5.0, 1)], delta=1e-5, accountant="gaussian"), 3)
-        1.035
+        0.986
     """
     _check_delta(delta)
     _check_accountant(accountant, events)
@@ -143,6 +143,7 @@ def calibrated(
         ValueError: a number is out of its range, or no σ up to 10⁶ is enough.
 
     Example:
+        >>> from functorch_mnist.privacy import Shuffled
         >>> calibrated(lambda sigma: Shuffled(10, sigma), budget=1.0, delta=1e-5, steps=10, accountant="gaussian")
         3.731
     """
@@ -183,6 +184,7 @@ def most_steps(mechanism: Mechanism, *, budget: float, delta: float, accountant:
         ValueError: a number is out of its range.
 
     Example:
+        >>> from functorch_mnist.privacy import Shuffled
         >>> most_steps(Shuffled(100, 4.0), budget=1.0, delta=1e-5, accountant="gaussian")
         100
     """

@@ -56,7 +56,7 @@ class Ledger:
         Example:
             >>> one = Entry(Shuffled(10, 2.0), "Flat(max_norm=1.0)", "mnist", steps=10)
             >>> round(Ledger((one, one)).epsilon(delta=1e-5, accountant="gaussian"), 3)
-            2.932
+            2.943
         """
         units = {entry.mechanism.unit for entry in self.entries}
         if len(units) > 1:
