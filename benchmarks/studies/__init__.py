@@ -7,6 +7,7 @@
 | `ground_truth.py` | how well attributions foretell what leaving examples out does |
 | `datamodeling.py` | how well attributions foretell models trained on half of the data: dattri's protocol |
 | `private.py` | what accuracy differential privacy costs, and what helps |
+| `frontier.py` | how accurate a private classifier of MNIST is at each ε, and what moves it |
 | `overfitting.py` | what helps where there are 1,000 images |
 | `imbalance.py` | what helps where two classes are rare |
 | `tuning.py` | how a sweep and gradients through training find hyperparameters; losses and optimizers compared |
@@ -26,7 +27,7 @@ from typing import Any, Protocol, cast
 
 NAMES = (
     "mislabelled", "noise_scale", "ground_truth", "datamodeling", "private", "overfitting", "imbalance", "tuning",
-    "best", "accuracy", "kills", "store_kills",
+    "frontier", "best", "accuracy", "kills", "store_kills",
 )  # fmt: skip
 PREFIX = "study-"
 """What the names of records begin with."""
