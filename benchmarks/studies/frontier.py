@@ -4,9 +4,9 @@
     changes      one change at a time from the recipe at ε = 1, on a held-out sixth of the training images
     published    what others report, with their accountants and sampling
 
-The options were chosen on the held-out images, at ε = 1; the search is not accounted for. Sampling is Poisson,
-neighbours differ by one example added or removed, δ = 1e-5, ε is that of `pld`. A seed gives the draws and the noise: it
-makes a reproduction, which is not private.
+The options were chosen on the held-out images; the learning rate is in proportion to ε. The search is not accounted
+for. Sampling is Poisson, neighbours differ by one example added or removed, δ = 1e-5, ε is that of `pld`. A seed gives
+the draws and the noise: it makes a reproduction, which is not private.
 
 The changes, some two hundred runs of a linear map of fixed features, are made with the clipped sum in closed form: an
 example's gradient is (p - y) xᵀ, of norm |p - y| |x|. Each change has the best of three learning rates by the first
@@ -49,7 +49,7 @@ class Setting(NamedTuple):
     """A run of a linear map of fixed features."""
 
     features: str = "discriminants"
-    count: int = build.FEATURES
+    directions: int = build.FEATURES
     """How many of the features, where they are discriminants."""
     batch_size: int = RECIPE.batch_size
     """Expected."""
@@ -75,9 +75,9 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "none": {},
     "scattering features, before discriminants": {"features": "scattering", "reach": 36e3},
     "the same less the glyphs' mean": {"features": "centred", "reach": 36e3},
-    "64 discriminants": {"count": 64},
-    "128 discriminants": {"count": 128},
-    "256 discriminants": {"count": 256},
+    "64 discriminants": {"directions": 64},
+    "128 discriminants": {"directions": 128},
+    "256 discriminants": {"directions": 256},
     "discriminants of pixels, without wavelets": {"features": "pixels"},
     "images not straightened": {"features": "leaning"},
     "wavelets of three scales": {"features": "three scales"},
@@ -151,7 +151,9 @@ def run(*, quick: bool, progress: Callable[[str], object]) -> dict[str, Any]:
     for name, change in list(CHANGES.items())[: 2 if quick else None]:
         setting = Setting()._replace(**change)
         features = prepared if setting.features == "discriminants" else _features(setting.features, images.images)
-        features = _of_length_one(features[:, : setting.count]) if setting.features == "discriminants" else features
+        features = (
+            _of_length_one(features[:, : setting.directions]) if setting.features == "discriminants" else features
+        )
         splits = [data.Split(features[rows].bfloat16(), images.labels[rows]) for rows in (kept, held_out)]
         tried = {rate: _closed_form(setting._replace(reach=rate * setting.reach), *splits, seed=0) for rate in RATES}
         best = max(tried, key=lambda rate: tried[rate])
@@ -248,7 +250,7 @@ def _closed_form(setting: Setting, examples: data.Split, test: data.Split, *, se
 
 
 def _of_length_one(features: Tensor) -> Tensor:
-    return features / torch.linalg.vector_norm(features, dim=1, keepdim=True).clamp(min=1e-12)
+    return torch.nn.functional.normalize(features, dim=1)
 
 
 def _features(kind: str, images: Tensor) -> Tensor:
@@ -344,8 +346,8 @@ def draw(record: Mapping[str, Any], path: Path) -> Path:
     for number, method in enumerate(dict.fromkeys(point.method for point in PUBLISHED)):
         points = [(point.epsilon, point.accuracy) for point in PUBLISHED if point.method == method]
         disputed = any("disputed" in point.account for point in PUBLISHED if point.method == method)
-        axes.scatter(
-            *zip(*points, strict=True), color=f"C{number}", marker="x" if disputed else "s", s=25,
+        axes.plot(
+            *zip(*points, strict=True), color=f"C{number}", marker="x" if disputed else "s", markersize=5, linestyle="",
             label=f"{method}{' (account disputed)' if disputed else ''}",
         )  # fmt: skip
     axes.set(xscale="log", xlabel="ε at δ = 1e-5, as published", ylabel="MNIST test accuracy, %", ylim=(96, 99.5))

@@ -4,17 +4,18 @@
     B = covariance of the classes' means;  L⁻¹ B L⁻ᵀ u_i = b_i u_i,   b_1 ≥ b_2 ≥ …
     f(x) = z / |z|,   z = (u_1, …, u_k)ᵀ L⁻¹ (x - mean)
 
-Of data that cost no privacy, such as random glyphs, they make features for private learning: directions in which writing
-varies within a class are shrunk, the part that all features share is taken off, and all examples get length 1. A clipped
-gradient spends its norm on what tells examples apart, so that the same noise does less.
+Of data that cost no privacy, such as random glyphs, they make features for private learning: what varies within a class
+is shrunk, what all features share is taken off, and all examples get length 1. A clipped gradient then spends its norm
+on what tells examples apart, so that the same noise does less.
 
-Reference: Fisher, "The use of multiple measurements in taxonomic problems", Annals of Eugenics 7, 1936; the shrinkage of
-    Friedman, "Regularized discriminant analysis", JASA 84, 1989, equation 18.
+Reference: Fisher, "The use of multiple measurements in taxonomic problems", Annals of Eugenics 7, 1936; the shrinkage
+    of Friedman, "Regularized discriminant analysis", JASA 84, 1989, equation 18.
 """
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -96,5 +97,4 @@ def discriminated(features: Tensor, found: Discriminants) -> Tensor:
             f"discriminated: features must be (..., {len(found.mean)}), as the directions. "
             f"Found {tuple(features.shape)}."
         )
-    along = (features - found.mean) @ found.directions
-    return along / torch.linalg.vector_norm(along, dim=-1, keepdim=True).clamp(min=torch.finfo(along.dtype).tiny)
+    return F.normalize((features - found.mean) @ found.directions, dim=-1)
