@@ -121,7 +121,9 @@ def test_the_studys_closed_form_is_the_librarys_step(monkeypatch):
     monkeypatch.setattr(frontier, "_noise", lambda *_: 1e-9)
     seen = []
     averaging = optim.averaging
-    monkeypatch.setattr(frontier.optim, "averaging", lambda inner, decay: recording(averaging(inner, decay=decay), seen))
+    monkeypatch.setattr(
+        frontier.optim, "averaging", lambda inner, decay: recording(averaging(inner, decay=decay), seen)
+    )
     x = models.discriminated(FEATURES, found()).float().flatten(0, 1)
     y = torch.arange(20).repeat_interleave(3) % 10
     split = data.Split(x, y)
