@@ -1,4 +1,4 @@
-"""Random glyphs, and the discriminants of their classes: drawn as told, held against scipy's generalised eigenvectors."""
+"""Random glyphs are as told, and discriminants of their classes are scipy's generalised eigenvectors."""
 
 import numpy as np
 import pytest

@@ -4,6 +4,8 @@
     changes      one change at a time from the recipe at ε = 1, on a held-out sixth of the training images
     published    what others report, with their accountants and sampling
 
+    python -m benchmarks.studies.frontier       draws the picture of the committed record
+
 The options were chosen on the held-out images; the learning rate is in proportion to ε. The search is not accounted
 for. Sampling is Poisson, neighbours differ by one example added or removed, δ = 1e-5, ε is that of `pld`. A seed gives
 the draws and the noise: it makes a reproduction, which is not private.
@@ -30,6 +32,7 @@ from functorch_mnist import data, layers, losses, models, optim, privacy, random
 from functorch_mnist.commands import build
 from functorch_mnist.options import RECIPES
 
+from .. import results
 from . import markdown
 
 QUESTION = "How accurate is a private classifier of MNIST at each ε, and what moves it?"
@@ -121,7 +124,7 @@ PUBLISHED = (
     Published(6.86, 97.09, "Opacus' example, CNN", "RDP, old", "Poisson", "Opacus, examples/mnist_README.md"),
     Published(2.92, 96.6, "TF Privacy's tutorial, CNN", "RDP, old", "Poisson, runs shuffled",
               "TensorFlow Privacy, tutorials/README"),
-    Published(2.93, 98.1, "tempered sigmoids", "RDP, old", "Poisson, runs shuffled", "Papernot et al., AAAI 2021"),
+    Published(2.93, 98.1, "tempered sigmoids", "RDP, old", "Poisson", "Papernot et al., AAAI 2021"),
     Published(1.0, 97.06, "tempered sigmoids", "RDP", "Poisson", _PAPER),
     Published(2.0, 97.87, "tempered sigmoids", "RDP", "Poisson", _PAPER),
     Published(3.0, 98.22, "tempered sigmoids", "RDP", "Poisson", _PAPER),
@@ -361,3 +364,10 @@ def draw(record: Mapping[str, Any], path: Path) -> Path:
 
 def _spread(values: Sequence[float]) -> str:
     return f"{fmean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+
+if __name__ == "__main__":
+    draw(
+        json.loads((results.RESULTS / "study-frontier.json").read_text(encoding="utf-8")),
+        results.RESULTS / "frontier.png",
+    )
