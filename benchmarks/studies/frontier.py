@@ -144,31 +144,36 @@ def run(*, quick: bool, progress: Callable[[str], object]) -> dict[str, Any]:
     """The record: the accuracy of each run."""
     epsilons, seeds = ((1.0,), (0,)) if quick else (EPSILONS, SEEDS)
     images, test, _ = data.load("mnist")
-    held_out, kept = random.permutation(random.key(2024), EXAMPLES).split((10_000, EXAMPLES - 10_000))
     rows, changes = [], []
     prepared, final = (build.classifier(_origin()).inputs(split.images) for split in (images, test))
     for epsilon in epsilons:
         for seed in seeds:
             rows.append(_row(epsilon, seed, data.Split(prepared, images.labels), data.Split(final, test.labels), quick))
             progress(json.dumps(rows[-1]))
-    for name, change in list(CHANGES.items())[: 2 if quick else None]:
-        setting = Setting()._replace(**change)
-        features = prepared if setting.features == "discriminants" else _features(setting.features, images.images)
-        features = (
-            _of_length_one(features[:, : setting.directions]) if setting.features == "discriminants" else features
-        )
-        splits = [data.Split(features[rows].bfloat16(), images.labels[rows]) for rows in (kept, held_out)]
-        tried = {rate: _closed_form(setting._replace(reach=rate * setting.reach), *splits, seed=0) for rate in RATES}
-        best = max(tried, key=lambda rate: tried[rate])
-        chosen = setting._replace(reach=best * setting.reach)
-        found = [tried[best], *(_closed_form(chosen, *splits, seed=seed) for seed in seeds[1:])]
-        changes.append({"change": name, "setting": chosen._asdict(), "tried": list(tried.values()), "accuracy": found})
+    for name in list(CHANGES)[: 2 if quick else None]:
+        changes.append(_change(name, prepared, images, seeds))
         progress(json.dumps(changes[-1]))
     return {
         "budget": {"delta": DELTA, "accountant": "pld", "sampling": "Poisson", "relation": "one example more or less"},
         "frontier": rows,
         "changes": changes,
     }
+
+
+def _change(name: str, prepared: Tensor, images: data.Split, seeds: Sequence[int]) -> dict[str, Any]:
+    """The runs of one change: those that its learning rate is chosen by, and the best with each seed."""
+    setting = Setting()._replace(**CHANGES[name])
+    if setting.features == "discriminants":
+        features = _of_length_one(prepared[:, : setting.directions])
+    else:
+        features = _features(setting.features, images.images)
+    held_out, kept = random.permutation(random.key(2024), EXAMPLES).split((10_000, EXAMPLES - 10_000))
+    splits = [data.Split(features[rows].bfloat16(), images.labels[rows]) for rows in (kept, held_out)]
+    tried = {rate: _closed_form(setting._replace(reach=rate * setting.reach), *splits, seed=seeds[0]) for rate in RATES}
+    best = max(tried, key=lambda rate: tried[rate])
+    chosen = setting._replace(reach=best * setting.reach)
+    found = [tried[best], *(_closed_form(chosen, *splits, seed=seed) for seed in seeds[1:])]
+    return {"change": name, "setting": chosen._asdict(), "tried": list(tried.values()), "accuracy": found}
 
 
 def _origin(**changes: Any) -> build.Origin:
@@ -279,8 +284,13 @@ def _features(kind: str, images: Tensor) -> Tensor:
 def _wavelets(images: Tensor, *, scale: int = 2) -> Tensor:
     """Scattering features, normalised in 27 groups of channels, or one of each channel."""
     images = torch.nn.functional.pad(images, (2, 2, 2, 2)) if scale > 2 else images
-    found = models.scattering(images, models.scattering_filters(*images.shape[-2:], scale=scale))
+    found = models.scattering(images, _filters(images.shape[-1], scale))
     return layers.group_norm(found, build.NORM_GROUPS if scale == 2 else 31).flatten(-3)
+
+
+@cache
+def _filters(side: int, scale: int) -> models.Filters:
+    return models.scattering_filters(side, side, scale=scale)
 
 
 def _moved(images: Tensor) -> Tensor:
@@ -353,7 +363,7 @@ def draw(record: Mapping[str, Any], path: Path) -> Path:
             *zip(*points, strict=True), color=f"C{number}", marker="x" if disputed else "s", markersize=5, linestyle="",
             label=f"{method}{' (account disputed)' if disputed else ''}",
         )  # fmt: skip
-    axes.set(xscale="log", xlabel="ε at δ = 1e-5, as published", ylabel="MNIST test accuracy, %", ylim=(96, 99.5))
+    axes.set(xscale="log", xlabel="ε at δ = 1e-5, as published", ylabel="MNIST test accuracy, %", ylim=(94, 99.6))
     axes.set_xticks(epsilons, [f"{epsilon:g}" for epsilon in epsilons])
     axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
