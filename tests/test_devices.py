@@ -149,6 +149,8 @@ PUBLIC = {
     "augmented": lambda: fm.data.augmented(IMAGES.float(), KEYS, fm.data.Augmentation(shift=1, elastic=0.5)),
     "scattering": lambda: fm.models.scattering(IMAGES[:, 0].float(), fm.models.scattering_filters(28, 28, device=META)),
     "upright": lambda: fm.data.upright(IMAGES.float()),
+    "glyphs": lambda: fm.data.glyphs(KEYS[0], 3, 2),
+    "discriminants": lambda: fm.models.discriminants(IMAGES.float().view(ROWS // 2, 2, -1), count=1, shrinkage=1.0),
     "shifted": lambda: fm.data.shifted(IMAGES.float(), KEYS, pixels=2),
     "mixing_shares": lambda: fm.data.mixing_shares(0.4)(KEYS),
     "balanced_order": lambda: fm.data.epoch_order(5, key=KEYS[0], epoch=1),

@@ -8,6 +8,7 @@
 | `datamodeling.py` | how well attributions foretell models trained on half of the data: dattri's protocol |
 | `private.py` | what accuracy differential privacy costs, and what helps |
 | `audit.py` | how much of its ε one private run with canaries shows, and what they cost |
+| `frontier.py` | how accurate a private classifier of MNIST is at each ε, and what moves it |
 | `overfitting.py` | what helps where there are 1,000 images |
 | `imbalance.py` | what helps where two classes are rare |
 | `tuning.py` | how a sweep and gradients through training find hyperparameters; losses and optimizers compared |
@@ -26,8 +27,8 @@ from importlib import import_module
 from typing import Any, Protocol, cast
 
 NAMES = (
-    "mislabelled", "noise_scale", "ground_truth", "datamodeling", "private", "audit", "overfitting", "imbalance",
-    "tuning", "best", "accuracy", "kills", "store_kills",
+    "mislabelled", "noise_scale", "ground_truth", "datamodeling", "private", "audit", "frontier", "overfitting",
+    "imbalance", "tuning", "best", "accuracy", "kills", "store_kills",
 )  # fmt: skip
 PREFIX = "study-"
 """What the names of records begin with."""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +19,10 @@ from .faults import refusing, saying_warnings
 from .sources import Parts
 
 SIDE = 28
-FEATURES = 81 * 7 * 7
-"""Scattering features of an image, of two scales and eight angles; they are divided by their root, to length 1."""
+FEATURES, CLASSES, HANDS, SHRINKAGE = 512, 1024, 8, 3.0
+"""Discriminants of scattering features, of random glyphs in so many hands each, and their shrinkage."""
 NORM_GROUPS = 27
-"""In which they are normalised: by the image alone."""
+"""In which the 81 channels of scattering features are normalised first: by the image alone."""
 PUBLIC_PIXELS = (0.1307, 0.3081)
 """Mean and standard deviation of pixels that are customary for MNIST, whatever the data set."""
 
@@ -147,15 +147,33 @@ def classifier(begun: Origin) -> Classifier:
 def _fixed(options: Train) -> Callable[[Tensor], Tensor]:
     """What does not change in training, of images (..., 1, 28, 28) as they are stored."""
     if options.model == "scattering":
-        filters = models.scattering_filters(SIDE, SIDE, scale=2, angles=8)
+        found = _discriminants()
 
         def features(images: Tensor) -> Tensor:
-            own = tree.map(lambda spectrum: spectrum.to(images.device), filters)
-            found = models.scattering(data.upright(images[..., 0, :, :].float()) / 255, own)
-            return layers.group_norm(found, NORM_GROUPS).flatten(-3) / math.sqrt(FEATURES)
+            own = tree.map(lambda constant: constant.to(images.device), found)
+            return models.discriminated(_scattering(images[..., 0, :, :].float() / 255), own)
 
         return features
     return (lambda images: data.upright(images.float())) if options.straighten else _same
+
+
+def _scattering(images: Tensor) -> Tensor:
+    """Scattering features of images (..., 28, 28) in [0, 1], straightened; normalised."""
+    filters = tree.map(lambda spectrum: spectrum.to(images.device), _filters())
+    return layers.group_norm(models.scattering(data.upright(images), filters), NORM_GROUPS).flatten(-3)
+
+
+@cache
+def _filters() -> models.Filters:
+    """Of two scales and eight angles."""
+    return models.scattering_filters(SIDE, SIDE, scale=2, angles=8)
+
+
+@cache
+def _discriminants() -> models.Discriminants:
+    """What tells random glyphs apart: of no data, and the same in each run."""
+    glyphs = data.glyphs(random.key(0), CLASSES, HANDS, size=SIDE)
+    return models.discriminants(_scattering(glyphs), count=FEATURES, shrinkage=SHRINKAGE)
 
 
 def _same(images: Tensor) -> Tensor:

@@ -10,6 +10,7 @@
 | `resampling.py` | images seen through affine maps |
 | `shifted.py` | moves by whole pixels |
 | `upright.py` | images straightened, each by its own ink |
+| `glyphs.py` | random pen strokes in classes: images that are of no data set |
 | `batches.py` | the order of an epoch and its batches |
 | `imbalance.py` | classes of unequal sizes: made so, and sampled equally often |
 | `mnist/` | the four files of MNIST, shipped with the package, and their licence |
@@ -21,6 +22,7 @@ from .batches import Batch as Batch
 from .batches import batches as batches
 from .batches import epoch_order as epoch_order
 from .batches import steps_per_epoch as steps_per_epoch
+from .glyphs import glyphs as glyphs
 from .idx import DataError as DataError
 from .idx import read_idx as read_idx
 from .imbalance import balanced_order as balanced_order

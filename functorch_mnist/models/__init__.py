@@ -2,9 +2,13 @@
 
 `linear`, `mlp`, `cnn` and `small_cnn` are ready-made; `from_module` makes such a pair of any `nn.Module`, and
 `load_into` is the way back. Parameters are flat dicts with the names, shapes and initial distribution of the matching
-`nn.Module`. `scattering` gives fixed features of images, for a model to start from.
+`nn.Module`. `scattering` gives fixed features of images and `discriminants` what of
+features tells classes apart, for a model to start from.
 """
 
+from .discriminant import Discriminants as Discriminants
+from .discriminant import discriminants as discriminants
+from .discriminant import discriminated as discriminated
 from .model import Apply as Apply
 from .model import Model as Model
 from .model import Params as Params

@@ -39,7 +39,8 @@ class Train:
     straighten: bool = False
     """First straighten each image by its own ink, as --model scattering always does."""
     model: Literal["cnn", "mlp", "linear", "small-cnn", "scattering"] = "cnn"
-    """Which model; scattering is a linear map of fixed wavelet features of the straightened image."""
+    """Which model; scattering is a linear map of fixed features: of wavelets over the straightened image, what tells
+    random glyphs apart."""
     hidden: tuple[int, ...] = (128,)
     """Widths of the mlp's hidden layers."""
     activation: Literal["relu", "sigmoid", "tanh"] = "relu"
@@ -190,10 +191,12 @@ RECIPES: Mapping[str, Train] = MappingProxyType(
             private=True,
             epsilon=2.93,
             model="scattering",
-            epochs=40,
-            batch_size=4096,
-            lr=667.0,
-            clip_norm=0.03,
+            epochs=32,
+            batch_size=7500,
+            lr=29300.0,
+            momentum=0.0,
+            average=0.9,
+            clip_norm=0.01,
         ),
     }
 )
