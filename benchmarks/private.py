@@ -26,6 +26,8 @@ BATCH_SIZES = {256: 30, 512: 20}
 STEPS = 6
 """In a timed call."""
 NOISE = 1.1
+SIZES = 8
+"""Of chunks, as for a long run."""
 
 
 class Count:
@@ -76,7 +78,8 @@ def private_steps(problem: Problem, count: Count, device: str, mechanism: Made =
             loss_fn, optimizer, clipping=clipping, mechanism=mechanism, examples=examples, chunk_sizes=sizes
         ).compiled()
 
-    step = made(mechanism(batch_size, len(images.labels)), len(images.labels))
+    chosen = mechanism(batch_size, len(images.labels))
+    step = made(chosen, len(images.labels), privacy.chunk_sizes(chosen, len(images.labels), count=SIZES))
     noiseless = made(privacy.Poisson(1.0, 0.0), batch_size, sizes=step.chunk_sizes[:1])  # in two chunks
     first = train.init_private_state(problem.params, optimizer, random.key(0), clipping)
     state, fit = first, partial(train.fit_private, step, examples=examples, secret=secret)

@@ -397,9 +397,21 @@ def test_no_size_of_chunks_or_one_below_1_is_refused():
     for sizes in ((), (4, 0), (-1,)):
         with pytest.raises(ValueError, match="at least one size, each at least 1"):
             privacy.chunks(Draw(torch.arange(3)), sizes)
-    for examples, most in ((0, 8), (8, 0)):
+    for examples, most, count in ((0, 8, 5), (8, 0, 5), (8, 8, 0)):
         with pytest.raises(ValueError, match="must be at least 1"):
-            privacy.chunk_sizes(Poisson(0.1, 1.0), examples, most=most)
+            privacy.chunk_sizes(Poisson(0.1, 1.0), examples, most=most, count=count)
+
+
+def test_more_sizes_of_chunks_pad_less():
+    mechanism, padded = Poisson(256 / 60_000, 1.0), []
+    drawn = [len(privacy.draw(mechanism, random.key(0), step=step, population=60_000)) for step in range(200)]
+    for count in (1, 3, 5, 8):
+        sizes = privacy.chunk_sizes(mechanism, 60_000, count=count)
+        assert len(sizes) <= count
+        rows = [sum(len(b.examples) for b in privacy.chunks(Draw(torch.arange(n)), sizes)) for n in drawn]
+        padded.append(sum(rows) / sum(drawn) - 1)
+    assert padded == sorted(padded, reverse=True)
+    assert padded[-1] < 0.022
 
 
 @pytest.mark.parametrize("expected", [1.5, 16, 64, 256, 512, 3000])
