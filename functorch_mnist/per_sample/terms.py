@@ -44,6 +44,9 @@ Strategy: TypeAlias = Literal["outer product", "gram", "build", "unfold", "group
 BUILDS: tuple[Strategy, ...] = ("build", "unfold", "grouped convolution")
 """The strategies that build the sample gradients; `"build"` takes the way that is counted to move less memory."""
 
+_SMALL = 16
+"""So many times the numbers of its factors, sample gradients are summed sooner than groups by size are looked at."""
+
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _WEIGHT_GRADIENTS: dict[int, Any] = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
@@ -367,6 +370,13 @@ class Outer(Term):
         if self.a.shape[-1] < self.g.shape[-1]:  # a product is faster with its longer side last
             return self.layout.parameter((self.a.transpose(-2, -1) @ self.g).transpose(-2, -1))
         return self.layout.parameter(self.g.transpose(-2, -1) @ self.a)
+
+    def of_groups(self, members: Members) -> Iterator[tuple[Tensor, Term]]:
+        factors = sum([x[0].numel() for x in (self.a, self.g)])
+        if math.prod(self.layout.shape) <= _SMALL * factors:
+            yield from Dense(tree.wide(self.grads())).of_groups(members)
+        else:
+            yield from super().of_groups(members)
 
     def in_groups(self, size: int) -> Iterator[Term]:
         a, g = (x.unflatten(0, (-1, size)).transpose(1, 2).flatten(2, 3) for x in (self.a, self.g))

@@ -191,6 +191,18 @@ def _parsed(text: str) -> Any:
     return ast.literal_eval(text)
 
 
+def _members(first: Tensor) -> Members:
+    """`members`, found once for all parameters of a step."""
+    global _LATEST
+    known = _LATEST
+    if known is None or known[0].device != first.device or not torch.equal(known[0], first):
+        known = _LATEST = (first.clone(), members(first))
+    return known[1]
+
+
+_LATEST: tuple[Tensor, Members] | None = None
+
+
 def _run(
     quantity: str,
     factors: Sequence[Tensor],
@@ -200,7 +212,7 @@ def _run(
     dtype: torch.dtype,
 ) -> Tensor:
     given: Term = _read(_parsed(term), iter(factors))
-    of = members(first)
+    of = _members(first)
     return _square_norms(given, of) if quantity == "square norms" else _second_moment(given, of).to(dtype).contiguous()
 
 
