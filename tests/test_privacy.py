@@ -567,6 +567,18 @@ def test_the_compiled_private_step_equals_the_eager_one(monkeypatch):
     assert difference(found.params, expected.params) < 1e-6  # the noise is float32
 
 
+@pytest.mark.usefixtures("traced")
+def test_a_compiled_step_takes_draws_of_any_number_of_chunks_of_any_size():
+    optimizer, sizes = optim.sgd(0.1), tuple(range(1, 12))
+    step = train.make_private_step(
+        lambda w, x, key: w * x, optimizer, clipping=Flat(1.0), mechanism=Poisson(0.5, 1.0), examples=22,
+        chunk_sizes=sizes,
+    )  # fmt: skip
+    state = train.init_private_state(torch.tensor(0.0), optimizer, random.key(0), Flat(1.0))
+    run = partial(train.fit_private, state=state, examples=(torch.ones(22),), secret=Secret(0), steps=60)
+    assert torch.allclose(run(step.compiled()).params, run(step).params, atol=1e-6)  # more than torch's limit of 8
+
+
 def test_mistake_2_the_divisor_is_the_expected_number_not_the_number_drawn():
     optimizer = optim.sgd(1.0)
     rows = torch.cat([torch.eye(11), torch.eye(11)]).double()

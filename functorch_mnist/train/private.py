@@ -10,7 +10,7 @@ examples' keys (dropout, augmentation), and the step is folded into them. The se
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -168,8 +168,21 @@ class PrivateStep:
             return State(params, optimizer_state, state.step + 1, state.key, estimator), total.seen
 
         if self.is_compiled:
-            return _Parts(compiled(privacy.joins), compiled(add), compiled(end))
+            return _Parts(compiled(privacy.joins), _by_shape(add), _by_shape(end))
         return _Parts(privacy.joins, add, end)
+
+
+def _by_shape(part: Callable[..., Any]) -> Callable[..., Any]:
+    """A part, compiled for each size of chunks, with and without sums before: torch compiles one function 8 times."""
+    forms: dict[tuple[int | None, bool], Callable[..., Any]] = {}
+
+    def call(state: State, sums: Sums | None, roots: Tensor, batch: Batch | None, *more: Any) -> Any:
+        shape = (None if batch is None else len(batch.examples), sums is None)
+        if shape not in forms:
+            forms[shape] = compiled(part)
+        return forms[shape](state, sums, roots, batch, *more)
+
+    return call
 
 
 def init_private_state(params: Tree, optimizer: Optimizer, key: Tensor, clipping: Clipping) -> State:
