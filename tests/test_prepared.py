@@ -374,14 +374,13 @@ def test_it_is_the_loss_itself():
     assert torch.equal(loss(case.params, *example), case.loss_fn(case.params, *example))
 
 
-@pytest.mark.parametrize(("make", "chunk_size"), [(mlp, 3), (tutorial_cnn, None)])
-def test_compiled_it_gives_what_the_loss_gives(make, chunk_size):
-    case = make()
+def test_compiled_it_gives_what_the_loss_gives():
+    case = tutorial_cnn()
     loss = prepared(case.loss_fn, case.params, case.batch)
     expected = quantities(case.loss_fn, case.params, case.batch)
 
     def all_of(params, batch, *more):
-        return of(loss, params, batch, *more, chunk_size=chunk_size)
+        return of(loss, params, batch, *more)
 
     more = arguments(case.params, case.batch)
     torch._dynamo.reset()  # shapes of another case would make these dynamic

@@ -239,19 +239,19 @@ def test_a_quantile_follows_the_norms_and_its_votes_are_paid_for():
         Quantile(0.5, count_deviation=0.5).deviations(1.0)
 
 
-@pytest.mark.parametrize("count_deviation", [0.6, 10.0, 1e6, 1e12])
 @pytest.mark.parametrize("rate", [0.2, 10.0])
 @pytest.mark.parametrize("quantile", [0.0, 0.5, 1.0])
-def test_the_norm_of_a_quantile_stays_within_its_bounds_in_10_000_steps(quantile, rate, count_deviation):
-    rule = Quantile(quantile, count_deviation, rate=rate)
-    noisy = count_deviation * random.normal(random.key(0), (10_000,)) / 1e-3  # a thousandth of an example expected
-    state, seen = rule.init(), []
-    for vote in noisy[:, None]:
+def test_the_norm_of_a_quantile_stays_within_its_bounds_in_10_000_steps(quantile, rate):
+    rule = Quantile(quantile, 10.0, rate=rate)
+    deviations = torch.tensor([0.6, 10.0, 1e6, 1e12]) / 1e-3  # a thousandth of an example expected
+    votes = random.normal(random.key(0), (10_000, 1))[..., None] * deviations
+    state, seen = rule.init().expand(4), []
+    for vote in votes:
         state = rule.adapt(state, vote)
         seen.append(state)
     seen = torch.stack(seen)
     assert rule.least <= seen.min() <= seen.max() <= float(torch.tensor(rule.most))
-    assert seen[-1000:].unique().numel() > 1 or quantile != 0.5  # it still moves
+    assert len(seen[-1000:].unique()) > 1 or quantile != 0.5  # it still moves
 
 
 def test_without_noise_a_run_takes_its_quantile_to_the_one_asked_for():
