@@ -118,6 +118,7 @@ def test_results_do_not_hang_on_the_chunks_and_a_resume_is_exact():
     assert tree.norm(results[0].params).isfinite()
 
 
+@pytest.mark.usefixtures("traced")
 def test_the_compiled_user_step_equals_the_eager_one():
     step = made(1.0, most=4, chunk_sizes=(10,))
     state = begun(step)
