@@ -13,7 +13,7 @@ from shell import CNN, LINEAR, TEST, TRAIN, part, succeed, write_idx
 
 import functorch_mnist as fm
 
-settings.register_profile("suite", deadline=None, derandomize=True, max_examples=40)
+settings.register_profile("suite", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("suite")
 
 # A per-example fallback under vmap is slow and silent; here it is an error.

@@ -147,7 +147,7 @@ def test_every_way_gives_the_same(name, way):
 PADDINGS = st.one_of(st.integers(0, 2), st.sampled_from(["same", "valid"]))
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(data=st.data(), space=st.integers(1, 3), transposed=st.booleans())
 def test_every_convolution_is_exact(data, space, transposed):
     groups = data.draw(st.sampled_from([1, 2]))

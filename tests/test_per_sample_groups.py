@@ -153,7 +153,7 @@ def many(rows):
     )
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_ragged_ids_masks_and_chunks_are_exact(data):
     count = data.draw(st.integers(1, 9))

@@ -70,6 +70,8 @@ class Setting(NamedTuple):
     """Of labels."""
     squared: bool = False
     """Whether the loss is the squared error of the probabilities."""
+    bands: int = 1
+    """Of the noise's correlation over steps, BandMF with cyclic Poisson sampling; 1 for independent noise."""
     shrunk: bool = False
     """Whether released weights are shrunk to what exceeds the noise, feature by feature."""
 
@@ -90,6 +92,8 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "all images in each step": {"batch_size": EXAMPLES, "epochs": 100},
     "no average of parameters": {"average": 0.0},
     "a longer average, 0.97": {"average": 0.97},
+    "noise correlated in 4 bands": {"bands": 4},
+    "noise correlated in 8 bands": {"bands": 8},
     "momentum 0.9": {"momentum": 0.9},
     "learning rate going down to 0, twice as high at first": {"decreasing": True},
     "clipping at 0.1": {"max_norm": 0.1},
@@ -209,10 +213,10 @@ def _trained(
 
 
 @cache
-def _noise(rate: float, steps: int, epsilon: float) -> float:
+def _noise(rate: float, steps: int, epsilon: float, bands: int = 1) -> float:
     """What spends the budget, on all training images."""
     return privacy.calibrated(
-        lambda sigma: privacy.Poisson(rate, sigma), budget=epsilon, delta=DELTA, steps=steps, accountant="pld"
+        lambda sigma: privacy.BandMF(rate, sigma, bands, steps), budget=epsilon, delta=DELTA, steps=steps
     )
 
 
@@ -221,7 +225,8 @@ def _closed_form(setting: Setting, examples: data.Split, test: data.Split, *, se
     draws = torch.Generator().manual_seed(seed)
     rate = setting.batch_size / EXAMPLES
     steps = round(setting.epochs / rate)
-    sigma = _noise(rate, steps, CHANGED_AT)
+    sigma = _noise(rate, steps, CHANGED_AT, setting.bands)
+    strategy = privacy.banded(setting.bands, steps)
     total, size = examples.images.shape
     targets = losses.one_hot(examples.labels, 10) * (1 - setting.smoothing) + setting.smoothing / 10
     lengths = torch.linalg.vector_norm(examples.images, dim=1, dtype=torch.float32)
@@ -235,8 +240,11 @@ def _closed_form(setting: Setting, examples: data.Split, test: data.Split, *, se
         optimizer = optim.averaging(optimizer, decay=setting.average)
     weights = torch.zeros(10, size)
     state = optimizer.init(weights)
-    for _ in range(steps):
-        drawn = torch.nonzero(torch.rand(total, generator=draws) < rate).squeeze(1)
+    group = torch.randint(setting.bands, (total,), generator=draws) if setting.bands > 1 else torch.zeros(total)
+    past: list[Tensor] = []
+    for step in range(steps):
+        joins = torch.rand(total, generator=draws) < setting.bands * rate
+        drawn = torch.nonzero(joins & (group == step % setting.bands)).squeeze(1)
         x = examples.images[drawn]
         errors = (x @ weights.T.to(x.dtype)).float().softmax(1) - targets[drawn]
         if setting.squared:
@@ -244,7 +252,9 @@ def _closed_form(setting: Setting, examples: data.Split, test: data.Split, *, se
             errors = p * (errors - (p * errors).sum(1, keepdim=True))
         norms = torch.linalg.vector_norm(errors, dim=1) * lengths[drawn]
         factors = 1 / (norms + 0.01) if setting.automatic else norm / norms.clamp(min=norm)
-        noise = sigma * norm * torch.randn(10, size, generator=draws)
+        past = [torch.randn(10, size, generator=draws), *past[: setting.bands - 1]]
+        correlated = sum(weight * z for weight, z in zip(strategy.weights(step), past, strict=False))
+        noise = sigma * norm * strategy.sensitivity(1) * correlated
         sums = ((errors * factors[:, None]).T.to(x.dtype) @ x).float()
         weights, state = optimizer.update(weights, state, (sums + noise) / (rate * total))
     found = state.average if setting.average else weights
