@@ -6,6 +6,11 @@ from .. import privacy
 from ..options import Account, Train, noise_of
 
 
+def steps_per_epoch(options: Train | Account, examples: int) -> int:
+    """Steps in which each example is expected once."""
+    return max(1, round(examples / options.batch_size))
+
+
 def mechanism_of(options: Train | Account, *, examples: int, steps: int) -> Callable[[float], privacy.Mechanism]:
     """From a noise multiplier to the mechanism of a run.
 
@@ -15,7 +20,7 @@ def mechanism_of(options: Train | Account, *, examples: int, steps: int) -> Call
         steps: of the whole run.
     """
     kind, parameter = noise_of(options.noise)
-    per_epoch = max(1, round(examples / options.batch_size))
+    per_epoch = steps_per_epoch(options, examples)
     rate = min(options.batch_size, examples) / examples
 
     def made(sigma: float) -> privacy.Mechanism:

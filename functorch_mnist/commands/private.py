@@ -16,17 +16,12 @@ from ..options import Train, UsageError
 from . import build
 from .build import Classifier, Saved
 from .faults import refusing
-from .mechanisms import mechanism_of
+from .mechanisms import mechanism_of, steps_per_epoch
 
 LEDGER = "ledger"
 """Where a checkpoint's config holds what was spent."""
 _COINS = 2**31
 """Folded into a run's key for the coins of canaries: no step has this number."""
-
-
-def steps_per_epoch(options: Train, examples: int) -> int:
-    """Steps in which each example is expected once."""
-    return max(1, round(examples / options.batch_size))
 
 
 class Private:
@@ -111,8 +106,8 @@ class Private:
         losses = {**before.get("losses", {}), str(step): loss}
         values: dict[str, Any] = {"data": self.digest, "losses": losses}
         if step in self.scores:
-            kept = sorted(before.get("scores", {}).items(), key=lambda item: int(item[0]))[1 - self.options.keep :]
-            values["scores"] = {**dict(kept), str(step): self.scores[step].tolist()}
+            scores = {**before.get("scores", {}), str(step): self.scores[step].tolist()}
+            values["scores"] = {at: scores[at] for at in sorted(scores, key=int)[-self.options.keep :]}
         run_folder.write_unpublished(folder, values)
 
     def restored(self, saved: Saved, folder: Path, step: int) -> Saved:

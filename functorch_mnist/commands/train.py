@@ -17,7 +17,8 @@ from . import build, restore, sources
 from .build import Best, Origin, Saved, Values
 from .callbacks import Judge, Reporter, Saver, Valuer, Watcher
 from .faults import check_finite, first_line
-from .private import LEDGER, Private, steps_per_epoch
+from .mechanisms import steps_per_epoch
+from .private import LEDGER, Private
 from .processes import check_data, load, processes
 from .sources import Parts
 from .tuning import tuned

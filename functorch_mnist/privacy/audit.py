@@ -28,6 +28,7 @@ from torch.func import vmap
 from .. import random
 from .clipping import Clipping
 from .gaussian import gaussian_epsilon
+from .rdp import log_binomial
 from .release import clipped_sums, released
 
 Release: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -171,5 +172,4 @@ def highest_rate(errors: int, trials: int, chance: float) -> float:
 def _at_most(errors: int, trials: int, rate: float) -> float:
     """The chance of at most so many errors."""
     k = torch.arange(errors + 1, dtype=torch.float64)
-    choose = math.lgamma(trials + 1) - torch.lgamma(k + 1) - torch.lgamma(trials - k + 1)
-    return float((choose + k * math.log(rate) + (trials - k) * math.log1p(-rate)).logsumexp(0).exp())
+    return float((log_binomial(trials, k) + k * math.log(rate) + (trials - k) * math.log1p(-rate)).logsumexp(0).exp())

@@ -15,7 +15,7 @@ whole run that are divided between two spans count in both.
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import ClassVar, Literal, NamedTuple, TypeAlias, get_args
 
 from .correlation import Strategy, Toeplitz
 from .strategies import banded, bisr, lambda_cgd
@@ -80,8 +80,23 @@ class Poisson:
         return [Event(self.rate, self.noise_multiplier, steps - start)]
 
 
+class _EachOnce:
+    """What batches have in common that take each example once in an epoch: nothing is claimed for the sampling."""
+
+    steps_per_epoch: int
+    unit: ClassVar[Unit] = "example"
+    """By what neighbours differ."""
+    relation: ClassVar[str] = "one example replaced by one without gradient"
+    """Which data sets are neighbours, in words."""
+
+    @property
+    def share(self) -> float:
+        """The part of all that is in a step."""
+        return 1 / self.steps_per_epoch
+
+
 @dataclass(frozen=True)
-class Shuffled:
+class Shuffled(_EachOnce):
     """Batches of one size, cut from a shuffled epoch: each example is in one batch of each epoch.
 
     Nothing is ever claimed for the sampling. Neighbours differ by one example that is replaced by one without gradient.
@@ -98,24 +113,9 @@ class Shuffled:
         check_noise("Shuffled", self.noise_multiplier)
 
     @property
-    def unit(self) -> Unit:
-        """By what neighbours differ."""
-        return "example"
-
-    @property
-    def relation(self) -> str:
-        """Which data sets are neighbours, in words."""
-        return "one example replaced by one without gradient"
-
-    @property
     def sampling(self) -> str:
         """How the examples of a step come to be, in words."""
         return f"shuffled batches, each example once in {self.steps_per_epoch:,} steps, without amplification"
-
-    @property
-    def share(self) -> float:
-        """The part of all that is in a step."""
-        return 1 / self.steps_per_epoch
 
     @property
     def strategy(self) -> Strategy | None:
@@ -197,7 +197,7 @@ class BandMF:
 
 
 @dataclass(frozen=True)
-class FixedOrder:
+class FixedOrder(_EachOnce):
     """Batches of one size in one shuffled order, the same in each epoch, with correlated noise.
 
     Nothing is claimed for the sampling. Neighbours differ by one example that is replaced by one without gradient.
@@ -224,27 +224,12 @@ class FixedOrder:
         _ = self.strategy  # refuses what is out of its range
 
     @property
-    def unit(self) -> Unit:
-        """By what neighbours differ."""
-        return "example"
-
-    @property
-    def relation(self) -> str:
-        """Which data sets are neighbours, in words."""
-        return "one example replaced by one without gradient"
-
-    @property
     def sampling(self) -> str:
         """How the examples of a step come to be, in words."""
         return (
             f"batches in a fixed order, each example once in {self.steps_per_epoch:,} steps, without amplification; "
             f"noise correlated, {self.correlation} {self.parameter:g}"
         )
-
-    @property
-    def share(self) -> float:
-        """The part of all that is in a step."""
-        return 1 / self.steps_per_epoch
 
     @property
     def strategy(self) -> Toeplitz:

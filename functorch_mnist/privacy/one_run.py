@@ -38,6 +38,7 @@ from torch import Tensor
 
 from .audit import highest_rate
 from .gaussian import gaussian_epsilon
+from .rdp import log_binomial
 
 
 class LowerBound(NamedTuple):
@@ -121,8 +122,7 @@ def binomial_p_value(canaries: int, guesses: int, correct: int, epsilon: float, 
         0.125
     """
     k = torch.arange(guesses + 1, dtype=torch.float64)
-    choose = math.lgamma(guesses + 1) - torch.lgamma(k + 1) - torch.lgamma(guesses - k + 1)
-    chances = (choose - (guesses - k) * epsilon - guesses * math.log1p(math.exp(-epsilon))).exp()
+    chances = (log_binomial(guesses, k) - (guesses - k) * epsilon - guesses * math.log1p(math.exp(-epsilon))).exp()
     below = chances[:correct].flip(0).cumsum(0) / (k[:correct] + 1)
     steepest = float(below.max()) if correct else 0.0
     return min(1.0, float(chances[correct:].sum()) + 2 * canaries * delta * steepest)

@@ -81,7 +81,7 @@ def _log_moment(q: float, sigma: float, order: float) -> float:
 
 def _log_moment_whole(q: float, sigma: float, order: int) -> float:
     k = torch.arange(order + 1, dtype=torch.float64)
-    terms = _log_binomial(order, k) + k * math.log(q) + (order - k) * math.log1p(-q) + (k * k - k) / 2 / sigma / sigma
+    terms = log_binomial(order, k) + k * math.log(q) + (order - k) * math.log1p(-q) + (k * k - k) / 2 / sigma / sigma
     return terms.logsumexp(0).item()
 
 
@@ -95,7 +95,7 @@ def _log_moment_between(q: float, sigma: float, order: float) -> float:
     while True:
         k = torch.arange(count, dtype=torch.float64)
         j = order - k
-        log_size, sign = _log_binomial(order, k), _sign_of_binomial(order, k)
+        log_size, sign = log_binomial(order, k), _sign_of_binomial(order, k)
         below = k * math.log(q) + j * math.log1p(-q) + (k * k - k) / 2 / sigma / sigma + _log_phi((z0 - k) / sigma)
         above = j * math.log(q) + k * math.log1p(-q) + (j * j - j) / 2 / sigma / sigma + _log_phi((j - z0) / sigma)
         terms = log_size + torch.stack([below, above])
@@ -108,7 +108,7 @@ def _log_moment_between(q: float, sigma: float, order: float) -> float:
         count *= 2
 
 
-def _log_binomial(n: float, k: torch.Tensor) -> torch.Tensor:
+def log_binomial(n: float, k: torch.Tensor) -> torch.Tensor:
     """log |C(n, k)|."""
     return math.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
 
