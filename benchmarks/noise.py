@@ -12,11 +12,10 @@ import torch
 
 from functorch_mnist import privacy
 
-from .definitions import Definitions, difference
-from .measure import Arm, Axis, Case, Comparison, Question, Setup
-from .private import NOISE, STEPS, Count, Made, private_steps
+from .definitions import Definitions
+from .measure import Arm, Case, Comparison, Question, Setup
+from .private import NOISE, Count, Made, case_of, private_steps
 from .problems import cnn
-from .quantities import MAX_NORM
 from .step import TOLERANCES
 
 BATCH_SIZES = {512: 20}
@@ -52,19 +51,7 @@ def cases(setup: Setup) -> Iterator[Case]:
             )
             for name, made in DRAWS.items()
         ]
-        yield Case(
-            f"B={batch_size}",
-            arms,
-            difference,
-            rounds,
-            lead=0,
-            settings={
-                "model": "cnn without dropout", "batch_size": batch_size, "steps_in_a_call": STEPS,
-                "max_norm": MAX_NORM, "noise_multiplier": NOISE,
-            },
-            axis=Axis("B", batch_size),
-            compared=count.turn_on,
-        )  # fmt: skip
+        yield case_of(batch_size, arms, rounds, count)
 
 
 def conclude(comparisons: Sequence[Comparison]) -> str:

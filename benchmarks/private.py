@@ -106,6 +106,23 @@ def private_steps(problem: Problem, count: Count, device: str, mechanism: Made =
     )
 
 
+def case_of(batch_size: int, arms: list[Arm], rounds: int, count: Count) -> Case:
+    """Steps of these arms, several in a call once they have been compared."""
+    return Case(
+        f"B={batch_size}",
+        arms,
+        difference,
+        rounds,
+        lead=0,
+        settings={
+            "model": "cnn without dropout", "batch_size": batch_size, "steps_in_a_call": STEPS,
+            "max_norm": MAX_NORM, "noise_multiplier": NOISE,
+        },
+        axis=Axis("B", batch_size),
+        compared=count.turn_on,
+    )  # fmt: skip
+
+
 def cases(setup: Setup) -> Iterator[Case]:
     """A case for each batch size."""
     for batch_size, rounds in {256: 2}.items() if setup.quick else BATCH_SIZES.items():
@@ -129,19 +146,7 @@ def cases(setup: Setup) -> Iterator[Case]:
                 expected=partial(getattr, definitions, "clipped_step"),
             )
         )
-        yield Case(
-            f"B={batch_size}",
-            arms,
-            difference,
-            rounds,
-            lead=0,
-            settings={
-                "model": "cnn without dropout", "batch_size": batch_size, "steps_in_a_call": STEPS,
-                "max_norm": MAX_NORM, "noise_multiplier": NOISE,
-            },
-            axis=Axis("B", batch_size),
-            compared=count.turn_on,
-        )  # fmt: skip
+        yield case_of(batch_size, arms, rounds, count)
 
 
 def conclude(comparisons: Sequence[Comparison]) -> str:

@@ -233,6 +233,18 @@ def test_an_averaged_run_is_tested_at_the_average(data_dir, tmp_path):
     assert not torch.equal(found.params["0.weight"], state.params["0.weight"])
 
 
+def broken_off(step, monkeypatch, *command):
+    """Ctrl-C in a command after so many steps."""
+
+    def stop(self, progress):
+        if progress.step == step:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commands.callbacks.Reporter, "__call__", stop)
+        assert ask(*command).status == 130
+
+
 @pytest.mark.parametrize(
     ("noise", "more", "mechanism"),
     [
@@ -252,14 +264,7 @@ def test_correlated_noise_is_accounted_and_goes_on_exactly(noise, more, mechanis
     told = succeed("account", "--noise", noise, *more, "--examples", TRAIN, "--batch-size", 32, "--steps", 16,
                    "--noise-multiplier", 1)  # fmt: skip
     assert f"ε = {spent:.4g} at" in told
-
-    def stop(self, progress):
-        if progress.step == 7:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(commands.callbacks.Reporter, "__call__", stop)
-        assert ask("train", *same, "--out", half).status == 130
+    broken_off(7, monkeypatch, "train", *same, "--out", half)
     succeed("train", "--resume", half)
     found = [commands.restore.trained(folder, torch.device("cpu")).params["0.weight"] for folder in (whole, half)]
     assert torch.equal(*found)
@@ -311,14 +316,7 @@ def test_an_audited_run_that_goes_on_has_the_scores_of_its_whole(data_dir, tmp_p
     same = ("--data-dir", data_dir, *AUDITED, "--noise-seed", "5")
     whole, half = tmp_path / "whole", tmp_path / "half"
     succeed("train", *same, "--out", whole)
-
-    def stop(self, progress):
-        if progress.step == 5:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(commands.callbacks.Reporter, "__call__", stop)
-        assert ask("train", *same, "--out", half).status == 130
+    broken_off(5, monkeypatch, "train", *same, "--out", half)
     succeed("train", "--resume", half)
     one, other = [[r for r in metrics(folder) if r["kind"] == "privacy"][-1] for folder in (whole, half)]
     assert one["audit"] == other["audit"]
