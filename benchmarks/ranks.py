@@ -124,7 +124,7 @@ def summed(problem: Problem, world: World, *, numbers: int | None = None) -> Wor
     found: list[Any] = []
 
     def call() -> None:
-        found[:] = [distributed.sum_over(world, values)]
+        found[:] = [distributed.all_reduce(world, values)]
 
     return Work(call, lambda: {"": torch.ones(1)})
 
@@ -196,7 +196,7 @@ def main(arm: str, rows: int, shards: int) -> None:
     """Joins the others, and does what the lines say."""
     allocator.keep_freed_memory()
     with distributed.joined(shards=shards or None, seconds=600) as world:
-        distributed.bind(world, int(os.environ["OMP_NUM_THREADS"]))
+        distributed.bind_cores(world, int(os.environ["OMP_NUM_THREADS"]))
         work = ARMS[arm](cnn(rows), world)
         for line in sys.stdin:
             if line.startswith("save "):

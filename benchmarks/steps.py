@@ -86,7 +86,7 @@ def watched_steps(problem: Problem, *, compile: bool, count: int, watched: int) 
     loss_fn = per_sample.prepare(losses_fn, problem.params, problem.stored[0], problem.labels[0])  # as `train` does
     plain, watching = (
         train.make_step(estimator, optimizer)
-        for estimator in (train.batch_gradient(losses_fn), train.watching(loss_fn))
+        for estimator in (train.batch_gradient(losses_fn), train.gradient_with_noise(loss_fn))
     )
     if compile:
         plain, watching = train.compiled(plain), train.compiled(watching)
@@ -117,7 +117,7 @@ def valued_steps(problem: Problem, *, compile: bool) -> Work:
     loss_fn = per_sample.prepare(losses_fn, problem.params, problem.stored[0], problem.labels[0])
     validation = [rows[:1000].to(problem.labels.device) for rows in test]
     renewing, keeping = (
-        train.valuing(
+        train.gradient_with_data_values(
             loss_fn, validation, validation_loss=losses_fn, draw=VALUE_DRAW, smoothing=VALUE_SMOOTHING, renew=renew
         )
         for renew in (True, False)

@@ -2,7 +2,7 @@
 
 Each run has its own weights, learning rate, examples and keys. A round is one step of all runs, at 64 examples. The
 references are loops: over eager `nn.Module`s with `torch.optim.SGD`, over modules compiled, and over this library's
-compiled step. Lanes are what `sweep` trains with; how many go in one call is in the arm's name. All pick their examples
+compiled step. A `VmappedStep` is what `sweep` trains with; the arm's name holds its width. All pick their examples
 from the data set and normalise them, but for the modules whose examples lie ready.
 """
 
@@ -130,7 +130,7 @@ def _loss(net: torch.nn.Module, x: Tensor, labels: Tensor) -> Tensor:
 def lanes(group: Group, *, width: int, compile: bool) -> Work:
     """Steps of so many runs in one call."""
     program = group.program()
-    made = sweep.Lanes(program, (group.images, group.labels), batch_size=BATCH_SIZE, compile=compile)
+    made = sweep.VmappedStep(program, (group.images, group.labels), batch_size=BATCH_SIZE, compile=compile)
     runs = sweep.with_seeds({"lr": torch.tensor(group.lrs)}, [0], settings=group.count)
     runs[sweep.SEED] = torch.arange(group.count)
     runs = {name: column.to(group.images.device) for name, column in runs.items()}

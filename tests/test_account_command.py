@@ -36,7 +36,7 @@ def test_the_noise_for_a_budget_is_the_calibrated_one():
 
 def test_the_steps_for_a_budget_are_the_most():
     out = succeed("account", "--epsilon", "1", "--noise-multiplier", "2", "--batch-size", "600", "--delta", "1e-6")
-    most = privacy.most_steps(privacy.Poisson(0.01, 2.0), budget=1, delta=1e-6)
+    most = privacy.max_steps(privacy.Poisson(0.01, 2.0), budget=1, delta=1e-6)
     assert f"Most steps for ε = 1: {most:,}, {most / 100:,.4g} epochs" in out
     assert rows(out)[-1][0] == most
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from functorch_mnist import privacy
 from functorch_mnist.privacy import Entry, Event, Ledger, Poisson, Shuffled
-from functorch_mnist.privacy.audit import highest_rate
 from functorch_mnist.privacy.gaussian import gaussian_delta, gaussian_epsilon
 from functorch_mnist.privacy.pld import _interval, _largest, pld_epsilon
 from functorch_mnist.privacy.rdp import ORDERS, converted, rdp
+from functorch_mnist.privacy.step_audit import highest_rate
 
 POISSON = ("rdp-old", "rdp", "pld")
 DELTA = 1e-5
@@ -332,13 +332,13 @@ def test_most_steps_are_the_last_within_the_budget(budget, rate, sigma, accounta
     def spent(steps):
         return privacy.epsilon(Poisson(rate, sigma), steps=steps, delta=DELTA, accountant=accountant)
 
-    most = privacy.most_steps(Poisson(rate, sigma), budget=budget, delta=DELTA, accountant=accountant)
+    most = privacy.max_steps(Poisson(rate, sigma), budget=budget, delta=DELTA, accountant=accountant)
     assert spent(most) <= budget
     assert spent(most + 1) > budget
 
 
 def test_a_budget_that_no_step_uses_up_has_no_end_of_steps():
-    assert privacy.most_steps(Poisson(1e-12, 50.0), budget=50.0, delta=DELTA, accountant="rdp") == privacy.MOST_STEPS
+    assert privacy.max_steps(Poisson(1e-12, 50.0), budget=50.0, delta=DELTA, accountant="rdp") == privacy.MAX_STEPS
 
 
 def test_a_budget_that_no_noise_keeps_is_refused():
@@ -348,7 +348,7 @@ def test_a_budget_that_no_noise_keeps_is_refused():
 
 def test_a_curve_is_epsilon_at_each_number_of_steps():
     mechanism = Poisson(0.01, 1.0)
-    assert privacy.curve(mechanism, steps=[0, 10, 100], delta=DELTA) == [
+    assert privacy.epsilon_curve(mechanism, steps=[0, 10, 100], delta=DELTA) == [
         privacy.epsilon(mechanism, steps=steps, delta=DELTA) for steps in (0, 10, 100)
     ]
 
@@ -373,7 +373,7 @@ def test_mistake_11_numbers_that_mean_nothing_are_refused(bad):
     with refused:
         privacy.calibrated(lambda sigma: Poisson(0.1, sigma), budget=bad, delta=DELTA, steps=10)
     with refused:
-        privacy.most_steps(Poisson(0.1, 1.0), budget=bad, delta=DELTA)
+        privacy.max_steps(Poisson(0.1, 1.0), budget=bad, delta=DELTA)
 
 
 @pytest.mark.parametrize("steps", [-1, 1.5, True, math.nan, 10**8 + 1])

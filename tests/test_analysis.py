@@ -223,7 +223,7 @@ def test_planted_flips_are_found_better_than_at_random(linear, mnist, tmp_path):
     out = succeed("mislabelled", linear, "--flip", "0.2", "--scores", ALL, "--seed", "3", "--out", tmp_path / "out")
     found = table(tmp_path / "out" / "scores.csv")
     labels = part(mnist, TRAIN, TEST).train.labels
-    planted, flipped = fm.attribution.planted(labels, 10, key=random.key(3), part=0.2)
+    planted, flipped = fm.attribution.label_noise(labels, 10, key=random.key(3), part=0.2)
     assert torch.equal(found["label"].long(), planted)
     assert torch.equal(found["flipped"].bool(), flipped)
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line.count("%") == 3}
@@ -234,7 +234,7 @@ def test_planted_flips_are_found_better_than_at_random(linear, mnist, tmp_path):
         assert float(auc) > 0.75 > 0.65 > float(rows["random"][1]) > 0.35
         for share, checked in zip(shares, (0.1, 0.2, 0.3), strict=True):
             assert math.isclose(
-                float(share.strip("%")) / 100, fm.attribution.found(score, flipped, checked), abs_tol=0.02
+                float(share.strip("%")) / 100, fm.attribution.recall_at(score, flipped, checked), abs_tol=0.02
             )
     assert png(tmp_path / "out" / "found.png")
     (training,) = (tmp_path / "out").glob("training-*")
@@ -362,7 +362,7 @@ def test_a_watched_run_records_the_norms_and_the_noise_of_its_batches(watched, m
     )
     assert math.isclose(found[0]["norms"]["most"], norms.max(), rel_tol=1e-4)
     columns = torch.tensor([[row["trace"], row["square_norm"]] for row in found[:4]]).unbind(1)
-    assert f"Gradient noise scale of the epoch: {statistics.averaged(*columns)}, from 4 steps" in out
+    assert f"Gradient noise scale of the epoch: {statistics.mean_noise_scale(*columns)}, from 4 steps" in out
     assert "Largest norm of a sample gradient in the epoch" in out
 
 
@@ -513,9 +513,9 @@ def test_the_noise_scale_of_a_run_is_that_of_its_records_and_of_its_checkpoints(
     ]  # fmt: skip
     records = lines(run, "watch")
     columns = torch.tensor([[row["trace"], row["square_norm"]] for row in records[:4]]).unbind(1)
-    assert float(rows[0]["noise_scale"]) == statistics.averaged(*columns).scale
+    assert float(rows[0]["noise_scale"]) == statistics.mean_noise_scale(*columns).scale
     together = torch.tensor([[row["trace"], row["square_norm"]] for row in records]).unbind(1)
-    assert f"Noise scale of the watched steps together: {statistics.averaged(*together)}" in out
+    assert f"Noise scale of the watched steps together: {statistics.mean_noise_scale(*together)}" in out
     assert "times the fewest steps" in out
     assert png(tmp_path / "noise-scale.png")
     assert not litter(tmp_path)

@@ -401,7 +401,7 @@ def test_the_rank_correlation_is_pearsons_of_mean_ranks(pairs):
 @given(count=st.integers(1, 60), part=st.floats(0, 1), classes=st.integers(2, 10), seed=st.integers(0, 5))
 def test_planted_labels_differ_where_they_say_and_nowhere_else(count, part, classes, seed):
     before = torch.arange(count) % classes
-    after, flipped = attribution.planted(before, classes, key=random.key(seed), part=part)
+    after, flipped = attribution.label_noise(before, classes, key=random.key(seed), part=part)
     assert torch.equal(after != before, flipped)
     assert int(flipped.sum()) == round(part * count)
     assert after.min() >= 0
@@ -409,7 +409,7 @@ def test_planted_labels_differ_where_they_say_and_nowhere_else(count, part, clas
 
 
 def test_a_flipped_label_is_any_other_class_alike():
-    after, flipped = attribution.planted(torch.zeros(9000, dtype=torch.int64), 10, key=random.key(0), part=1.0)
+    after, flipped = attribution.label_noise(torch.zeros(9000, dtype=torch.int64), 10, key=random.key(0), part=1.0)
     assert flipped.all()
     counts = after.bincount(minlength=10)
     assert counts[0] == 0
@@ -419,13 +419,13 @@ def test_a_flipped_label_is_any_other_class_alike():
 def test_what_is_found_are_the_positives_among_the_highest():
     scores = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
     positive = torch.tensor([True, False, True, False, False])
-    assert [attribution.found(scores, positive, part) for part in (0, 0.2, 0.4, 0.6, 1)] == [0, 0.5, 0.5, 1, 1]
+    assert [attribution.recall_at(scores, positive, part) for part in (0, 0.2, 0.4, 0.6, 1)] == [0, 0.5, 0.5, 1, 1]
 
 
 def test_ties_share_what_is_found_of_them():
     positive = torch.tensor([True, True, False, False])
-    assert attribution.found(torch.zeros(4), positive, 0.5) == 0.5
-    assert attribution.found(torch.tensor([2.0, 1.0, 1.0, 0.0]), positive, 0.5) == 0.75
+    assert attribution.recall_at(torch.zeros(4), positive, 0.5) == 0.5
+    assert attribution.recall_at(torch.tensor([2.0, 1.0, 1.0, 0.0]), positive, 0.5) == 0.75
 
 
 # ---- compiled
@@ -481,7 +481,7 @@ ONES = torch.ones(3)
         ),
         (lambda: attribution.self_influence(torch.ones(2, 3), ONES), "self_influence"),
         (lambda: attribution.forgetting_events(torch.ones(2, 3)), "forgetting_events: correct must be bool"),
-        (lambda: attribution.of_outputs(torch.ones(3, 1), torch.zeros(3, dtype=torch.int64)), "two classes"),
+        (lambda: attribution.output_scores(torch.ones(3, 1), torch.zeros(3, dtype=torch.int64)), "two classes"),
         (lambda: attribution.log_odds(torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64)), "two classes. Found 1"),
         (lambda: attribution.projection(RUN.params, key=random.key(0), size=0), "size must be a whole number"),
         (lambda: attribution.trak(torch.ones(3, 2), torch.ones(3, 1), ONES), "trak: features"),
@@ -489,14 +489,14 @@ ONES = torch.ones(3)
         (lambda: attribution.fisher_influence(torch.eye(3), torch.ones(2, 3), damping=1), "fisher_influence"),
         (lambda: attribution.fisher_influence(torch.eye(3), torch.ones(3, 2), damping=0), "fisher_influence"),
         (lambda: attribution.kernel_regression(torch.eye(3), torch.ones(3, 1), torch.ones(3, 2), ridge=1), "kernel"),
-        (lambda: attribution.planted(torch.zeros(3).long(), 1, key=random.key(0), part=0.1), "planted"),
-        (lambda: attribution.planted(torch.zeros(3).long(), 3, key=random.key(0), part=math.nan), "planted"),
+        (lambda: attribution.label_noise(torch.zeros(3).long(), 1, key=random.key(0), part=0.1), "label_noise"),
+        (lambda: attribution.label_noise(torch.zeros(3).long(), 3, key=random.key(0), part=math.nan), "label_noise"),
         (lambda: attribution.auc(ONES * math.nan, ONES > 0), "auc: scores"),
-        (lambda: attribution.found(ONES, ONES > 0, 1.1), "found: checked"),
-        (lambda: attribution.found(ONES, ONES > 2, 0.1), "something positive"),
+        (lambda: attribution.recall_at(ONES, ONES > 0, 1.1), "recall_at: checked"),
+        (lambda: attribution.recall_at(ONES, ONES > 2, 0.1), "something positive"),
         (lambda: attribution.rank_correlation(ONES, torch.ones(2)), "rank_correlation"),
         (lambda: attribution.rank_correlation(ONES, ONES * math.nan), "rank_correlation: .* NaN"),
-        (lambda: attribution.planted(torch.full((3,), 9), 3, key=random.key(0), part=0.1), "labels must be in"),
+        (lambda: attribution.label_noise(torch.full((3,), 9), 3, key=random.key(0), part=0.1), "labels must be in"),
         (lambda: attribution.trak(torch.ones(3, 5), torch.ones(3, 5), ONES, damping=0), "fewer examples than features"),
         (lambda: attribution.projection(RUN.params, key=random.key(0), size=2.5), "whole number"),
         (lambda: attribution.unrolled(RUN, TEST, at_once=0), "unrolled: at_once"),

@@ -134,7 +134,7 @@ def test_changes_refuse_what_does_not_fit():
 
 @pytest.mark.parametrize("alpha", [0.1, 0.4, 1.0, 3.0])
 def test_shares_have_the_moments_of_the_beta_distribution(alpha):
-    shares = data.mixing_shares(alpha)(random.split(random.key(0), 40_000)).double()
+    shares = data.mixup_weights(alpha)(random.split(random.key(0), 40_000)).double()
     assert shares.min() >= 0
     assert shares.max() <= 1
     variance = 1 / (4 * (2 * alpha + 1))
@@ -146,10 +146,10 @@ def test_shares_have_the_moments_of_the_beta_distribution(alpha):
 
 
 def test_a_share_hangs_on_its_key_and_a_bad_parameter_is_refused():
-    keys, shares = random.split(random.key(0), 5), data.mixing_shares(0.4)
+    keys, shares = random.split(random.key(0), 5), data.mixup_weights(0.4)
     each = torch.stack([shares(key) for key in keys])
     assert torch.equal(shares(keys), each)
     assert torch.equal(vmap(shares)(keys), each)
     for alpha in (0.0, -1.0, 1000.0, math.nan):
         with pytest.raises(ValueError, match=r"from 0\.05 to 100"):
-            data.mixing_shares(alpha)
+            data.mixup_weights(alpha)

@@ -65,7 +65,7 @@ def test_each_commands_model_loss_and_step_stay_on_their_device(options):
     state = fm.train.init_state(params, optimizer, KEYS[0])
     mask = torch.zeros(ROWS, dtype=torch.bool, device=META)
     divisor = torch.zeros((), device=META)
-    for estimator in (fm.train.batch_gradient(losses_fn), fm.train.watching(losses_fn)):
+    for estimator in (fm.train.batch_gradient(losses_fn), fm.train.gradient_with_noise(losses_fn)):
         step = fm.train.make_step(estimator, optimizer)
         check(step(state, prepared, LABELS, KEYS, mask=mask, divisor=divisor))
     valuing = build.valuing(made, losses_fn, examples, META)
@@ -130,7 +130,9 @@ PUBLIC = {
     "gram": lambda: fm.per_sample.gram(loss_fn, PARAMS, BATCH, chunk_size=3),
     "dot": lambda: fm.per_sample.dot(loss_fn, PARAMS, *BATCH, direction=PARAMS),
     "grad_and_dot": lambda: tuple(fm.per_sample.grad_and_dot(loss_fn, PARAMS, *BATCH, direction=PARAMS, mask=MASK)),
-    "valuing": lambda: fm.train.valuing(loss_fn, BATCH, draw=2, smoothing=0.9, order=2)(PARAMS, *BATCH, key=KEYS[0]),
+    "valuing": lambda: fm.train.gradient_with_data_values(loss_fn, BATCH, draw=2, smoothing=0.9, order=2)(
+        PARAMS, *BATCH, key=KEYS[0]
+    ),
     "second_moment": lambda: fm.per_sample.second_moment(loss_fn, PARAMS, *BATCH),
     "kronecker": lambda: fm.per_sample.kronecker(loss_fn, PARAMS, *BATCH),
     "weighted_sum": lambda: fm.per_sample.weighted_sum(loss_fn, PARAMS, *BATCH, weights=torch.zeros(ROWS, device=META)),
@@ -148,11 +150,11 @@ PUBLIC = {
     "clipped_sums": lambda: fm.privacy.clipped_sums(loss_fn, PARAMS, *BATCH, clipping=fm.privacy.Flat(1.0)),
     "augmented": lambda: fm.data.augmented(IMAGES.float(), KEYS, fm.data.Augmentation(shift=1, elastic=0.5)),
     "scattering": lambda: fm.models.scattering(IMAGES[:, 0].float(), fm.models.scattering_filters(28, 28, device=META)),
-    "upright": lambda: fm.data.upright(IMAGES.float()),
+    "deskewed": lambda: fm.data.deskewed(IMAGES.float()),
     "glyphs": lambda: fm.data.glyphs(KEYS[0], 3, 2),
     "discriminants": lambda: fm.models.discriminants(IMAGES.float().view(ROWS // 2, 2, -1), count=1, shrinkage=1.0),
     "shifted": lambda: fm.data.shifted(IMAGES.float(), KEYS, pixels=2),
-    "mixing_shares": lambda: fm.data.mixing_shares(0.4)(KEYS),
+    "mixup_weights": lambda: fm.data.mixup_weights(0.4)(KEYS),
     "balanced_order": lambda: fm.data.epoch_order(5, key=KEYS[0], epoch=1),
     "normal": lambda: fm.random.normal(KEYS[0], (3,)),
     "box_muller": lambda: fm.random.box_muller(KEYS[0], (3,)),
@@ -165,11 +167,11 @@ PUBLIC = {
     "permutation": lambda: fm.random.permutation(KEYS[0], 5),
     "subsets": lambda: fm.attribution.subsets(5, key=KEYS[0], count=2, part=0.5),
     "draws": lambda: fm.train.epoch_draws(KEYS[0], 9, epoch=1, batch_size=4),
-    "joins": lambda: fm.privacy.joins(KEYS[0], 3, 9, 0.5),
+    "joins": lambda: fm.privacy.poisson_mask(KEYS[0], 3, 9, 0.5),
     "focal": lambda: fm.losses.focal(LOGITS, LABELS, gamma=2.0),
     "mse": lambda: fm.losses.mse(LOGITS, fm.losses.one_hot(LABELS, CLASSES)),
     "logit_adjusted": lambda: fm.losses.logit_adjusted(LOGITS, LOGITS[0], strength=1.0),
-    "of_outputs": lambda: fm.attribution.of_outputs(LOGITS, LABELS),
+    "output_scores": lambda: fm.attribution.output_scores(LOGITS, LABELS),
     "log_odds": lambda: fm.attribution.log_odds(LOGITS, LABELS),
     "scores": lambda: fm.attribution.scores(outputs, PARAMS, BATCH[0], labels=LABELS, chunk_size=3),
     "predictions": lambda: fm.train.predictions(MODEL.apply, PARAMS, BATCH[0], batch_size=3),

@@ -125,7 +125,7 @@ def test_the_studys_closed_form_is_the_librarys_step(monkeypatch):
     and almost the same weights."""
     monkeypatch.setattr(frontier, "_noise", lambda *_: 1e-9)
     seen = []
-    averaging = optim.averaging
+    averaging = optim.exponential_moving_average
     monkeypatch.setattr(
         frontier.optim, "averaging", lambda inner, decay: recording(averaging(inner, decay=decay), seen)
     )

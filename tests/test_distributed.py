@@ -11,7 +11,7 @@ import worlds
 
 from functorch_mnist import distributed, optim, train, tree
 from functorch_mnist.data import Batch
-from functorch_mnist.distributed import ALONE, World, rows_of, shares
+from functorch_mnist.distributed import SINGLE_PROCESS, World, rows_of, split_rows
 
 SECONDS = 240
 """No world takes longer."""
@@ -97,9 +97,9 @@ def test_a_tree_of_all_kinds_of_numbers_is_summed_in_its_own_types(size, tmp_pat
 
 def test_a_world_of_one_returns_what_it_is_given():
     values = {"a": torch.zeros(2)}
-    for of in (distributed.sum_over, distributed.gather, distributed.first_of):
-        assert of(ALONE, values) is values
-    assert distributed.scatter_sum(ALONE, values["a"]) is values["a"]
+    for of in (distributed.all_reduce, distributed.all_gather, distributed.broadcast):
+        assert of(SINGLE_PROCESS, values) is values
+    assert distributed.reduce_scatter(SINGLE_PROCESS, values["a"]) is values["a"]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_shares_are_whole_units_and_cover_all_rows():
     for count in range(12):
         for parts in (1, 2, 3, 5):
             for unit in (1, 2, 5):
-                found = shares(count, parts, unit=unit)
+                found = split_rows(count, parts, unit=unit)
                 assert [n for part in found for n in range(count)[part]] == list(range(count))
                 assert all(part.start % unit == 0 or part.start == count for part in found)
 
@@ -148,17 +148,19 @@ def test_sharded_refuses_an_update_that_mixes_numbers_and_parameters_of_two_type
     params = {"w": torch.zeros(2), "b": torch.zeros(1, dtype=torch.float64)}
     clipping = optim.clip_by_global_norm(optim.sgd(0.1), max_norm=1.0)
     with pytest.raises(ValueError, match="hang on that number alone"):
-        distributed.sharded(clipping, ALONE, {"w": torch.zeros(2)})
+        distributed.sharded(clipping, SINGLE_PROCESS, {"w": torch.zeros(2)})
     with pytest.raises(ValueError, match="hang on that number alone"):
-        distributed.sharded(optim.averaging(clipping, decay=0.5), ALONE, {"w": torch.zeros(2)})
+        distributed.sharded(
+            optim.exponential_moving_average(clipping, decay=0.5), SINGLE_PROCESS, {"w": torch.zeros(2)}
+        )
     with pytest.raises(ValueError, match="one type"):
-        distributed.sharded(optim.sgd(0.1), ALONE, params)
+        distributed.sharded(optim.sgd(0.1), SINGLE_PROCESS, params)
 
 
 def test_an_optimizer_in_shards_cannot_be_taken_for_a_plain_one():
-    made = distributed.sharded(optim.sgd(0.1), ALONE, torch.zeros(2))
+    made = distributed.sharded(optim.sgd(0.1), SINGLE_PROCESS, torch.zeros(2))
     with pytest.raises(AttributeError):
-        optim.averaging(made, decay=0.5)
+        optim.exponential_moving_average(made, decay=0.5)
 
 
 def test_sharded_state_is_a_part_and_its_whole_is_the_plain_one():
@@ -302,7 +304,7 @@ def test_an_environment_that_is_not_whole_is_refused():
 def test_an_error_that_is_not_of_a_sum_is_not_taken_for_a_lost_process():
     with pytest.raises(RuntimeError) as caught:
         torch.zeros(2) @ torch.zeros(3)
-    assert not distributed.of_a_sum(caught.value)
+    assert not distributed.is_collective_error(caught.value)
 
 
 def test_aux_that_is_neither_a_sum_nor_rows_is_refused_of_several_parts_and_left_as_it_is_of_one():
@@ -315,7 +317,7 @@ def test_aux_that_is_neither_a_sum_nor_rows_is_refused_of_several_parts_and_left
         train.make_step(train.Estimator(estimate), optim.sgd(0.1), world), state, (torch.ones(4),), epochs=1,
         batch_size=2, callbacks=(lambda progress: seen.append(progress.aux["counts"]),), world=world,
     )  # fmt: skip
-    fit(ALONE)
+    fit(SINGLE_PROCESS)
     assert all(len(counts) == 5 for counts in seen)
     with pytest.raises(ValueError, match=r"rows of the 1 examples. Found counts \(5,\)"):
         fit(World(shards=2))

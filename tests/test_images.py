@@ -32,31 +32,31 @@ def test_an_upright_image_is_centred_and_does_not_lean(slant, place):
     row, column, leaning = moments(image)
     assert abs(row - place[0]) < 0.3
     assert abs(leaning - slant) < 0.1
-    row, column, leaning = moments(data.upright(image))
+    row, column, leaning = moments(data.deskewed(image))
     assert abs(row) < 0.05
     assert abs(column) < 0.05
     assert abs(leaning) < 0.02
-    torch.testing.assert_close(data.upright(image), stroke(0.0), rtol=0, atol=0.12)  # interpolation blurs
+    torch.testing.assert_close(data.deskewed(image), stroke(0.0), rtol=0, atol=0.12)  # interpolation blurs
 
 
 def test_what_is_upright_already_stays_and_so_does_a_blank_image():
     image = stroke(0.0)
-    torch.testing.assert_close(data.upright(image), image, rtol=0, atol=1e-6)
-    assert torch.equal(data.upright(torch.zeros(3, 28, 28)), torch.zeros(3, 28, 28))
+    torch.testing.assert_close(data.deskewed(image), image, rtol=0, atol=1e-6)
+    assert torch.equal(data.deskewed(torch.zeros(3, 28, 28)), torch.zeros(3, 28, 28))
 
 
 def test_upright_sees_each_image_alone_whatever_its_scale_and_leading_axes():
     images = torch.stack([stroke(0.5), 40 * stroke(-0.3, 1.0, 2.0), torch.zeros(28, 28).double()])
-    alone = torch.stack([data.upright(image) for image in images])
+    alone = torch.stack([data.deskewed(image) for image in images])
     for lead in ((3,), (1, 3, 1)):
-        found = data.upright(images.view(*lead, 28, 28)).view(3, 28, 28)
+        found = data.deskewed(images.view(*lead, 28, 28)).view(3, 28, 28)
         torch.testing.assert_close(found, alone, rtol=0, atol=1e-12)
-    torch.testing.assert_close(data.upright(images[1] / 40), alone[1] / 40, rtol=0, atol=1e-12)
+    torch.testing.assert_close(data.deskewed(images[1] / 40), alone[1] / 40, rtol=0, atol=1e-12)
 
 
 def test_upright_refuses_bytes():
     with pytest.raises(TypeError, match="must be floats"):
-        data.upright(torch.zeros(28, 28, dtype=torch.uint8))
+        data.deskewed(torch.zeros(28, 28, dtype=torch.uint8))
 
 
 def test_shifts_are_all_moves_and_each_is_as_likely():

@@ -124,7 +124,7 @@ def split_of(labels):
 
 def test_imbalance_keeps_its_parts_and_every_other_image_in_order():
     labels = torch.arange(1000) % 10
-    found = data.imbalance(split_of(labels), {8: 0.1, 9: 0.01, 7: 0.0}, key=random.key(0))
+    found = data.imbalanced(split_of(labels), {8: 0.1, 9: 0.01, 7: 0.0}, key=random.key(0))
     assert torch.bincount(found.labels, minlength=10).tolist() == [100] * 7 + [0, 10, 1]
     places = found.images.flatten()
     assert torch.equal(places, places.sort().values)
@@ -134,7 +134,7 @@ def test_imbalance_keeps_its_parts_and_every_other_image_in_order():
 def test_imbalance_is_nested_in_its_part_and_a_function_of_the_key_alone():
     labels = torch.arange(600) % 3
     kept = [
-        set(data.imbalance(split_of(labels), parts, key=random.key(seed)).images.flatten().tolist())
+        set(data.imbalanced(split_of(labels), parts, key=random.key(seed)).images.flatten().tolist())
         for parts, seed in (({1: 0.2}, 0), ({1: 0.5}, 0), ({1: 0.5, 2: 0.1}, 0), ({1: 0.5}, 1))
     ]
     assert kept[0] < kept[1]
@@ -145,7 +145,7 @@ def test_imbalance_is_nested_in_its_part_and_a_function_of_the_key_alone():
 @pytest.mark.parametrize(("parts", "fault"), [({0: 1.1}, "in \\[0, 1\\]"), ({0: -0.1}, "1\\]"), ({5: 0.5}, "class 5")])
 def test_imbalance_refuses_what_cannot_be(parts, fault):
     with pytest.raises(ValueError, match=fault):
-        data.imbalance(split_of(torch.tensor([0, 1])), parts, key=random.key(0))
+        data.imbalanced(split_of(torch.tensor([0, 1])), parts, key=random.key(0))
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.integers(0, 5))

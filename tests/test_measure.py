@@ -150,7 +150,7 @@ def test_a_first_arm_that_fails_is_an_error():
     def fail():
         raise ValueError("planted")
 
-    with pytest.raises(RuntimeError, match=r"planted: the first arm, broken, must run\. Found: failed: ValueError"):
+    with pytest.raises(RuntimeError, match=r"label_noise: the first arm, broken, must run\. Found: failed: ValueError"):
         compare(arm("broken", fail), arm("other"))
 
 

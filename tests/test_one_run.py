@@ -177,7 +177,7 @@ def loss_fn(params, x, y, key):
 
 def planted_run(mechanism, *, rule=Flat(0.5), optimizer=None, canaries=M, seed=0):  # noqa: B008
     optimizer = optim.sgd(0.3, momentum=0.9) if optimizer is None else optimizer
-    return train.plant(
+    return train.plant_canaries(
         loss_fn, MODEL.init(random.key(0)), optimizer, (X, Y), clipping=rule, mechanism=mechanism, canaries=canaries,
         key=random.key(seed),
     )  # fmt: skip
@@ -226,7 +226,7 @@ def test_a_run_with_a_planted_fault_shows_more_than_its_epsilon(fault, rate, mon
     mechanism, rule, sizes = calibrated(rate, 10), Flat(0.5), None
 
     def less_noise(*args, noise_multiplier, **kwargs):
-        return privacy.released(*args, noise_multiplier=noise_multiplier / (2 if "half" in fault else 3), **kwargs)
+        return privacy.noisy_mean(*args, noise_multiplier=noise_multiplier / (2 if "half" in fault else 3), **kwargs)
 
     if "noise" in fault:
         monkeypatch.setattr(f"{private}.released", less_noise)
@@ -246,7 +246,7 @@ def test_a_run_with_a_planted_fault_shows_more_than_its_epsilon(fault, rate, mon
 def test_the_model_is_trained_as_without_canaries(average):
     mechanism, rule = Poisson(0.5, 1e-7), Flat(0.5)  # the noise is drawn anew for more parameters
     optimizer = optim.sgd(0.3, momentum=0.9)
-    optimizer = optim.averaging(optimizer, decay=0.9) if average else optimizer
+    optimizer = optim.exponential_moving_average(optimizer, decay=0.9) if average else optimizer
     planted = planted_run(mechanism, optimizer=optimizer, canaries=50)
     state = fitted(planted, mechanism, steps=8)
     step = train.make_private_step(loss_fn, optimizer, clipping=rule, mechanism=mechanism, examples=N)
@@ -262,7 +262,7 @@ def test_the_model_is_trained_as_without_canaries(average):
 
 def test_the_noise_on_the_model_is_that_of_its_own_examples():
     mechanism, rule = Poisson(0.5, 2.0), Flat(0.5)
-    planted = train.plant(
+    planted = train.plant_canaries(
         lambda w, x, key: (w * 0).sum(), torch.zeros(20_000), optim.sgd(1.0), (torch.ones(10),), clipping=rule,
         mechanism=mechanism, canaries=100, key=random.key(0),
     )  # fmt: skip
@@ -306,7 +306,7 @@ def test_scores_are_log_likelihood_ratios_of_what_is_let_out(mechanism, rule, ke
     for step in range(3):
         x = 2 * random.normal(random.key(step), (5, 1))
         mean = rule.sensitivity() * x / (mechanism.share * (N + 5))
-        grads = train.Beside(tree.zeros_like(params.model), mean)
+        grads = train.CanaryParams(tree.zeros_like(params.model), mean)
         params, state = planted.optimizer.update(params, state, grads)
         for i, value in enumerate(x[:, 0].tolist()):
             out, drawn = (math.exp(-((value - place) ** 2) / (2 * sigma**2)) for place in (0, kept))
@@ -365,7 +365,7 @@ def test_what_cannot_be_planted_is_refused():
         planted_run(Poisson(0.5, 1.0), canaries=1)
     for rows, said in (((X[:0],), "there must be an example"), ((X, Y[:3]), "one leading size")):
         with pytest.raises(ValueError, match=said):
-            train.plant(
+            train.plant_canaries(
                 loss_fn, torch.zeros(()), optim.sgd(0.1), rows, clipping=Flat(0.5), mechanism=Poisson(0.5, 1.0),
                 key=random.key(0),
             )  # fmt: skip

@@ -202,7 +202,7 @@ def test_the_gradient_by_a_hyperparameter_equals_finite_differences(make, values
 
 def test_the_gradient_of_an_average_by_its_decay_equals_finite_differences():
     def averaged(decay):
-        optimizer = optim.averaging(optim.sgd(0.1), decay=decay)
+        optimizer = optim.exponential_moving_average(optim.sgd(0.1), decay=decay)
         w = torch.ones((), dtype=torch.float64)
         state = optimizer.init(w)
         for _ in range(8):
@@ -240,7 +240,7 @@ VMAPPED = {
     "adam": (optim.adam, list(ADAM)),
     "adamw": (lambda lr, **rest: optim.adamw(optim.one_cycle(lr, steps=4), **rest), list(ADAM)),
     "wrapped": (
-        lambda max_norm, decay: optim.averaging(
+        lambda max_norm, decay: optim.exponential_moving_average(
             optim.stochastic_weight_averaging(
                 optim.clip_by_global_norm(optim.sgd(0.1), max_norm=max_norm), start=1, every=2
             ),
@@ -320,7 +320,7 @@ def test_clipping_keeps_the_type_of_every_gradient(max_norm):
 
 @pytest.mark.parametrize("make", [optim.sgd, partial(optim.sgd, momentum=0.9), optim.adam, optim.adamw])
 def test_a_tree_without_parameters_is_updated_to_itself(make):
-    optimizer = optim.averaging(optim.clip_by_global_norm(make(0.1), max_norm=1.0), decay=0.9)
+    optimizer = optim.exponential_moving_average(optim.clip_by_global_norm(make(0.1), max_norm=1.0), decay=0.9)
     params, state = optimizer.update({}, optimizer.init({}), {})
     assert params == {}
     assert state.updates == state.optimizer.updates == 1
@@ -405,7 +405,7 @@ def test_a_schedule_of_a_tensor_is_computed_in_its_type(dtype):
         lambda: optim.adamw(0.1, b2=1.0),
         lambda: optim.adamw(0.1, weight_decay=-1),
         lambda: optim.cosine(torch.ones(2), steps=3),
-        lambda: optim.averaging(optim.sgd(0.1), decay=torch.ones(2)),
+        lambda: optim.exponential_moving_average(optim.sgd(0.1), decay=torch.ones(2)),
         lambda: optim.clip_by_global_norm(optim.sgd(0.1), max_norm=torch.ones(2)),
         lambda: optim.stochastic_weight_averaging(optim.sgd(0.1), start=-1),
         lambda: optim.stochastic_weight_averaging(optim.sgd(0.1), start=1.5),
@@ -439,7 +439,7 @@ STATEFUL = {
     "sgd": (optim.sgd(0.1, momentum=0.9), "velocity/layer/w"),
     "adam": (optim.adam(0.1), "mean/layer/w"),
     "adamw": (optim.clip_by_global_norm(optim.adamw(0.1), max_norm=1.0), "mean/layer/w"),
-    "averaging": (optim.averaging(optim.sgd(0.1), decay=0.9), "average/layer/w"),
+    "averaging": (optim.exponential_moving_average(optim.sgd(0.1), decay=0.9), "average/layer/w"),
     "stochastic_weight_averaging": (
         optim.stochastic_weight_averaging(optim.sgd(0.1), start=1),
         "average/layer/w",
@@ -486,7 +486,7 @@ def test_a_parameter_that_is_not_a_float_tensor_is_refused_by_name(leaf):
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.95])
 def test_an_average_is_its_formula_and_leaves_the_parameters_alone(decay):
     inner = optim.sgd(0.1, momentum=0.9)
-    optimizer = optim.averaging(inner, decay=decay)
+    optimizer = optim.exponential_moving_average(inner, decay=decay)
     alone = averaged = numbers(0)
     state, inner_state = optimizer.init(averaged), inner.init(alone)
     expected = tree.map(torch.Tensor.double, alone)
@@ -501,13 +501,13 @@ def test_an_average_is_its_formula_and_leaves_the_parameters_alone(decay):
 
 
 def test_an_average_of_bfloat16_parameters_is_float32_and_a_decay_out_of_range_is_refused():
-    optimizer = optim.averaging(optim.sgd(0.1), decay=0.9)
+    optimizer = optim.exponential_moving_average(optim.sgd(0.1), decay=0.9)
     params = tree.map(torch.Tensor.bfloat16, numbers(0))
     _, state = optimizer.update(params, optimizer.init(params), tree.map(torch.Tensor.bfloat16, numbers(1)))
     assert {leaf.dtype for leaf in tree.leaves(state.average)} == {torch.float32}
     for decay in (-0.1, 1.0, math.nan):
         with pytest.raises(ValueError, match=r"decay must be in \[0, 1\)"):
-            optim.averaging(optim.sgd(0.1), decay=decay)
+            optim.exponential_moving_average(optim.sgd(0.1), decay=decay)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -11,7 +11,7 @@ from functorch_mnist import per_sample
 from functorch_mnist.per_sample.capture import Survey, Use
 from functorch_mnist.per_sample.forms import ConvolutionForm, Cost, LookupForm, MatrixForm, ScaleForm, ShiftForm, Sizes
 from functorch_mnist.per_sample.layout import View, layout
-from functorch_mnist.per_sample.plan import Plan, Row, _human
+from functorch_mnist.per_sample.planning import Plan, Row, _human
 from functorch_mnist.per_sample.strategies import _cheapest, alike, choose, choose_all, together
 from functorch_mnist.per_sample.weights import Made, Weight
 

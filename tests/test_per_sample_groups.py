@@ -28,7 +28,7 @@ from zoo import (
 
 from functorch_mnist import losses, per_sample, privacy, tree
 from functorch_mnist.per_sample import groups, together
-from functorch_mnist.per_sample.factored import Factored
+from functorch_mnist.per_sample.algebra import Factored
 from functorch_mnist.per_sample.groups import checked, firsts, leads, summed
 
 IDS = {

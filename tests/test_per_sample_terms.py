@@ -14,8 +14,8 @@ from zoo import D, normals
 
 from functorch_mnist import per_sample, tree
 from functorch_mnist.per_sample import forms, strategies
+from functorch_mnist.per_sample.algebra import Factored
 from functorch_mnist.per_sample.calls import Called, CallForm, Slot
-from functorch_mnist.per_sample.factored import Factored
 from functorch_mnist.per_sample.layout import Layout, View, kernel_layout, layout
 from functorch_mnist.per_sample.lookups import Lookup
 from functorch_mnist.per_sample.terms import (

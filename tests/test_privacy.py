@@ -231,7 +231,7 @@ def test_a_quantile_follows_the_norms_and_its_votes_are_paid_for():
     state = rule.init()
     for t in range(150):
         found = sums(rule, rows, state=state)
-        _, state = privacy.released(
+        _, state = privacy.noisy_mean(
             zeros(), found, random.key(t), clipping=rule, clipping_state=state, noise_multiplier=1.0, expected=400
         )
     assert (rows.norm(dim=1) <= state).double().mean() == pytest.approx(0.5, abs=0.05)
@@ -278,8 +278,8 @@ def test_a_quantile_whose_norm_would_be_all_noise_is_refused(changed):
 
 def noise(rule, key, *, sigma=1.3, expected=4.0, like=None):
     params = zeros() if like is None else like
-    found, _ = privacy.released(
-        params, privacy.no_sums(params, rule), key, clipping=rule, clipping_state=rule.init(), noise_multiplier=sigma,
+    found, _ = privacy.noisy_mean(
+        params, privacy.zero_sums(params, rule), key, clipping=rule, clipping_state=rule.init(), noise_multiplier=sigma,
         expected=expected,
     )  # fmt: skip
     return found
@@ -332,22 +332,22 @@ def test_a_secret_does_not_show_and_refuses_to_be_written():
 @given(st.integers(0, 300), st.floats(1e-3, 1), st.integers(0, 2**32))
 def test_each_example_has_a_coin_of_its_own(total, rate, seed):
     key = random.key(seed)
-    whole = privacy.joins(key, 0, total, rate)
-    assert torch.equal(whole[: total // 2], privacy.joins(key, 0, total // 2, rate))
-    assert (privacy.joins(key, 0, total, 1.0)).all()
-    assert not privacy.joins(key, 0, total, 1e-12).any()
+    whole = privacy.poisson_mask(key, 0, total, rate)
+    assert torch.equal(whole[: total // 2], privacy.poisson_mask(key, 0, total // 2, rate))
+    assert (privacy.poisson_mask(key, 0, total, 1.0)).all()
+    assert not privacy.poisson_mask(key, 0, total, 1e-12).any()
 
 
 def test_the_chance_of_a_coin_is_the_rate_rounded_down_to_a_multiple_of_two_to_the_minus_32(monkeypatch):
     words = torch.tensor([0, 1, 2, 3, 2**31, 2**32 - 2, 2**32 - 1]) - 2**31
     monkeypatch.setattr(random, "bits", lambda key, shape: words.to(torch.int32))
     for rate, least in ((0.5, 0), (2.0, 2), (2.9, 2), (2**31 + 0.5, 2**31), (2**32 - 1.0, 2**32 - 1), (2**32, 2**32)):
-        found = privacy.joins(random.key(0), 0, len(words), rate / 2**32)
+        found = privacy.poisson_mask(random.key(0), 0, len(words), rate / 2**32)
         assert found.tolist() == [word < least for word in (words + 2**31).tolist()]
 
 
 def test_mistake_9_ranks_take_parts_of_one_draw_and_share_no_coin():
-    joined = privacy.joins(random.key(0), 0, 4000, 0.5)
+    joined = privacy.poisson_mask(random.key(0), 0, 4000, 0.5)
     agree = (joined[:2000] == joined[2000:]).double().mean().item()  # two ranks' coins, which one stream makes equal
     assert agree == pytest.approx(0.5, abs=5 * 0.5 / math.sqrt(2000))
     rows = random.normal(random.key(1), (4000, 11))

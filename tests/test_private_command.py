@@ -324,7 +324,7 @@ def test_an_audited_run_that_goes_on_has_the_scores_of_its_whole(data_dir, tmp_p
 
 def test_a_fault_in_what_runs_is_told_by_the_audit(data_dir, tmp_path, monkeypatch):
     def less(*args, noise_multiplier, **kwargs):
-        return privacy.released(*args, noise_multiplier=noise_multiplier / 4, **kwargs)
+        return privacy.noisy_mean(*args, noise_multiplier=noise_multiplier / 4, **kwargs)
 
     monkeypatch.setattr("functorch_mnist.train.private.released", less)
     out = succeed("train", "--data-dir", data_dir, *AUDITED, "--out", tmp_path / "run")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.func import vmap
 
 from functorch_mnist import random
-from functorch_mnist.models.scattering import scattering, scattering_filters
+from functorch_mnist.models.wavelets import scattering, scattering_filters
 
 FILTERS = scattering_filters(28, 28)
 # Kymatio 0.3.0's Scattering2D (frontend numpy, float64) of `pattern(28, 28)` with J = 2, L = 8: channel, row, column.

@@ -256,7 +256,9 @@ def test_the_estimate_of_two_batch_sizes_agrees_with_that_of_single_examples_wit
             rows = slice(64 * part, 64 * part + size)
             found.append(tree.norm(batch(params, images[rows], labels_[rows])).square())
     small, large = (torch.stack(squares[size]) for size in (small_size, large_size))
-    pair = statistics.averaged(*statistics.two_batch_sizes(small, large, small_size=small_size, large_size=large_size))
+    pair = statistics.mean_noise_scale(
+        *statistics.two_batch_sizes(small, large, small_size=small_size, large_size=large_size)
+    )
     assert abs(single.scale - pair.scale) <= 2 * math.hypot(single.error, pair.error)
     assert single.error < pair.error
 
@@ -265,19 +267,19 @@ def test_the_estimate_of_a_batch_is_that_of_its_norms_and_sum():
     loss_fn, w, x = quadratic(64)
     norms = per_sample.norms(loss_fn, w, x)
     total = torch.func.vmap(torch.func.grad(loss_fn), in_dims=(None, 0))(w, x).sum(0)
-    trace, square = statistics.of_batch(norms, total)
+    trace, square = statistics.batch_noise(norms, total)
     noise = statistics.fold(loss_fn, w, x, of=Noise.of)
     assert torch.allclose(trace, noise.trace, rtol=1e-12)
     assert torch.allclose(square, noise.square_norm, rtol=1e-12)
     padded = torch.cat([norms, torch.zeros(3, dtype=D)])
-    masked = statistics.of_batch(padded, total, torch.arange(67) < 64)
+    masked = statistics.batch_noise(padded, total, torch.arange(67) < 64)
     assert torch.allclose(torch.stack(masked), torch.stack([trace, square]), rtol=1e-12)
-    assert statistics.of_batch(norms[:1], total)[0].isnan()
+    assert statistics.batch_noise(norms[:1], total)[0].isnan()
 
 
 def test_the_average_over_steps_is_a_ratio_of_means_with_its_jackknife():
     traces, squares = normals(9, seed=1) + 5, normals(9, seed=2) / 10 + 1
-    found = statistics.averaged(traces, squares)
+    found = statistics.mean_noise_scale(traces, squares)
     ratios = torch.stack([
         (traces.sum() - traces[i]) / (squares.sum() - squares[i]) for i in range(9)
     ])  # fmt: skip
@@ -306,8 +308,8 @@ def test_the_critical_batch_size_takes_twice_the_least_of_both():
     ("call", "said"),
     [
         (lambda: statistics.noise_scale(*quadratic(2)), "noise_scale: at least three examples"),
-        (lambda: statistics.averaged(torch.ones(2), torch.ones(2)), "averaged: .* at least 3"),
-        (lambda: statistics.averaged(torch.ones(3), torch.ones(4)), "averaged"),
+        (lambda: statistics.mean_noise_scale(torch.ones(2), torch.ones(2)), "mean_noise_scale: .* at least 3"),
+        (lambda: statistics.mean_noise_scale(torch.ones(3), torch.ones(4)), "mean_noise_scale"),
         (
             lambda: statistics.two_batch_sizes(torch.ones(3), torch.ones(3), small_size=8, large_size=8),
             "small_size must be below",
@@ -371,11 +373,11 @@ def test_kronecker_factors_of_the_fisher_information_equal_their_definition():
     found = statistics.fisher_kronecker(apply, params, x, chunk_size=4)
     assert difference(found["0.weight"].inputs[0], x.T @ x / len(x)) <= EXACT
 
-    def of_outputs(bias, x):  # the cotangents of the first layer's outputs are the gradients of its bias
+    def output_scores(bias, x):  # the cotangents of the first layer's outputs are the gradients of its bias
         return torch.log_softmax(apply({**params, "0.bias": bias}, x), -1)
 
-    rows = torch.func.vmap(torch.func.jacrev(of_outputs), in_dims=(None, 0))(params["0.bias"], x)  # (N, K, H)
-    probs = torch.func.vmap(of_outputs, in_dims=(None, 0))(params["0.bias"], x).exp()
+    rows = torch.func.vmap(torch.func.jacrev(output_scores), in_dims=(None, 0))(params["0.bias"], x)  # (N, K, H)
+    probs = torch.func.vmap(output_scores, in_dims=(None, 0))(params["0.bias"], x).exp()
     expected = torch.einsum("nk,nki,nkj->ij", probs, rows, rows) / len(x)
     assert difference(found["0.weight"].cotangents[0], expected) <= EXACT
     folded = statistics.fold(
@@ -478,9 +480,9 @@ NORMS = [
             ValueError,
             "dot: direction must have the shapes",
         ),
-        (lambda: statistics.of_batch(torch.ones(3), W, torch.ones(4).bool()), ValueError, "of_batch: the mask"),
-        (lambda: statistics.of_batch(torch.ones(3), W, torch.ones(3)), ValueError, "of_batch: the mask"),
-        (lambda: statistics.averaged(torch.ones(3), torch.ones(3) * math.nan), ValueError, "must be finite"),
+        (lambda: statistics.batch_noise(torch.ones(3), W, torch.ones(4).bool()), ValueError, "batch_noise: the mask"),
+        (lambda: statistics.batch_noise(torch.ones(3), W, torch.ones(3)), ValueError, "batch_noise: the mask"),
+        (lambda: statistics.mean_noise_scale(torch.ones(3), torch.ones(3) * math.nan), ValueError, "must be finite"),
         (
             lambda: statistics.two_batch_sizes(torch.ones(3), torch.ones(1), small_size=1, large_size=2),
             ValueError,

@@ -97,7 +97,7 @@ def test_groups_are_sums_of_their_examples(built):
         found = built.scores(queries, by=by, groups=groups)
         expected = torch.stack([scores[groups == k].sum(0) for k in range(4)])
         assert difference(found.double(), expected.double()) <= 1e-5
-    assert torch.equal(attribution.grouped(scores, groups), torch.zeros(4, M).index_add_(0, groups, scores))
+    assert torch.equal(attribution.group_sums(scores, groups), torch.zeros(4, M).index_add_(0, groups, scores))
 
 
 def test_numpy_alone_reads_it_and_half_precision_errs_as_stated(tmp_path, built):

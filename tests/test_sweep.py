@@ -54,8 +54,8 @@ RUNS = sweep.grid(lr=[0.1, 0.5, 2.0], momentum=[0.0, 0.9], smoothing=[0.1], seed
 
 
 def made(runs=RUNS, width=4, *, compile=False, begun=None, batch_size=BATCH, **options):
-    lanes = sweep.Lanes(PROGRAM, EXAMPLES, batch_size=batch_size, compile=compile)
-    begun = sweep.start(PROGRAM, runs, epochs=EPOCHS) if begun is None else begun
+    lanes = sweep.VmappedStep(PROGRAM, EXAMPLES, batch_size=batch_size, compile=compile)
+    begun = sweep.init_sweep(PROGRAM, runs, epochs=EPOCHS) if begun is None else begun
     return sweep.fit(lanes, runs, begun, width=width, **options)
 
 
@@ -90,8 +90,8 @@ def test_a_grid_has_all_combinations_and_settings_are_runs_of_one_but_for_the_se
 
 def test_draws_lie_in_their_ranges_and_do_not_hang_on_how_many_there_are():
     ranges = {"lr": sweep.LogUniform(1e-3, 10.0), "momentum": sweep.Uniform(0.5, 0.9), "p": sweep.OneOf((1.0, 3.0))}
-    many = sweep.drawn(random.key(0), 400, **ranges)
-    few = sweep.drawn(random.key(0), 3, seeds=[5], lr=ranges["lr"])
+    many = sweep.random_search(random.key(0), 400, **ranges)
+    few = sweep.random_search(random.key(0), 3, seeds=[5], lr=ranges["lr"])
     assert torch.equal(few["lr"], many["lr"][:3])
     assert few["seed"].tolist() == [5, 5, 5]
     assert many["lr"].min() >= 1e-3 * (1 - 1e-6)
@@ -109,18 +109,18 @@ def test_draws_lie_in_their_ranges_and_do_not_hang_on_how_many_there_are():
         lambda: sweep.grid(lr=[0.1], seeds=[]),
         lambda: sweep.grid(lr=[0.1], seeds=[1, 1]),
         lambda: sweep.grid(lr=[0.1], seeds=[-1]),
-        lambda: sweep.drawn(random.key(0), 0, lr=sweep.Uniform(0, 1)),
-        lambda: sweep.drawn(random.key(0), 1, lr=sweep.LogUniform(0.0, 1)),
-        lambda: sweep.drawn(random.key(0), 1, lr=sweep.Uniform(2, 1)),
-        lambda: sweep.drawn(random.key(0), 1, lr=sweep.OneOf(())),
-        lambda: sweep.start(PROGRAM, {"lr": torch.zeros(2)}, epochs=1),
-        lambda: sweep.start(PROGRAM, {"seed": torch.zeros(2), "lr": torch.zeros(3)}, epochs=1),
-        lambda: sweep.start(PROGRAM, RUNS, epochs=0),
+        lambda: sweep.random_search(random.key(0), 0, lr=sweep.Uniform(0, 1)),
+        lambda: sweep.random_search(random.key(0), 1, lr=sweep.LogUniform(0.0, 1)),
+        lambda: sweep.random_search(random.key(0), 1, lr=sweep.Uniform(2, 1)),
+        lambda: sweep.random_search(random.key(0), 1, lr=sweep.OneOf(())),
+        lambda: sweep.init_sweep(PROGRAM, {"lr": torch.zeros(2)}, epochs=1),
+        lambda: sweep.init_sweep(PROGRAM, {"seed": torch.zeros(2), "lr": torch.zeros(3)}, epochs=1),
+        lambda: sweep.init_sweep(PROGRAM, RUNS, epochs=0),
         lambda: made(width=0),
         lambda: made(patience=0),
         lambda: made(halving=sweep.Halving(0, 0.5)),
         lambda: made(halving=sweep.Halving(1, 1.0)),
-        lambda: made(begun=sweep.start(PROGRAM, rows(RUNS, slice(3)), epochs=1)),
+        lambda: made(begun=sweep.init_sweep(PROGRAM, rows(RUNS, slice(3)), epochs=1)),
     ],
 )
 def test_what_makes_no_sweep_is_refused(call):
@@ -173,8 +173,8 @@ def test_the_last_batch_of_an_epoch_may_be_smaller():
 def test_compiled_lanes_equal_eager_ones_and_compile_once_for_each_width():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    lanes = sweep.Lanes(PROGRAM, EXAMPLES, batch_size=BATCH, compile=True)
-    found = sweep.fit(lanes, RUNS, sweep.start(PROGRAM, RUNS, epochs=EPOCHS), width=6)
+    lanes = sweep.VmappedStep(PROGRAM, EXAMPLES, batch_size=BATCH, compile=True)
+    found = sweep.fit(lanes, RUNS, sweep.init_sweep(PROGRAM, RUNS, epochs=EPOCHS), width=6)
     torch.testing.assert_close(found.states.params, made(width=6).states.params, rtol=1e-4, atol=1e-5)
     assert list(lanes._steps) == [6]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
@@ -192,7 +192,7 @@ def test_a_failed_run_is_told_of_and_leaves_the_others_as_they_are(whole):
     bad = {name: torch.cat([column, column[:1]]) for name, column in RUNS.items()}
     bad["lr"] = torch.cat([RUNS["lr"], torch.tensor([1e30])])
     found = made(bad, width=13)
-    assert [sweep.WORDS[i] for i in found.ended.tolist()] == ["finished"] * 12 + ["failed"]
+    assert [sweep.STATUSES[i] for i in found.ended.tolist()] == ["finished"] * 12 + ["failed"]
     assert found.failed.tolist()[:12] == [-1] * 12
     assert 0 <= int(found.failed[12]) < 4
     assert int(found.best_epoch[12]) == -1
@@ -216,7 +216,7 @@ def test_halving_keeps_the_best_settings_with_all_their_seeds(whole):
 
 def test_a_run_that_no_longer_improves_is_stopped_and_its_best_parameters_are_kept():
     found = made(sweep.grid(lr=[0.0, 0.5], momentum=[0.9], smoothing=[0.0]), width=2, patience=1)
-    assert sweep.WORDS[int(found.ended[0])] == "stopped"
+    assert sweep.STATUSES[int(found.ended[0])] == "stopped"
     assert int((~found.losses[0].isnan()).sum()) == 2
     assert int(found.best_epoch[0]) == 0
     for k in range(2):
@@ -226,15 +226,15 @@ def test_a_run_that_no_longer_improves_is_stopped_and_its_best_parameters_are_ke
 
 
 def test_each_width_is_measured_on_copies():
-    lanes = sweep.Lanes(PROGRAM, EXAMPLES, batch_size=BATCH, compile=False)
-    begun = sweep.start(PROGRAM, RUNS, epochs=EPOCHS)
+    lanes = sweep.VmappedStep(PROGRAM, EXAMPLES, batch_size=BATCH, compile=False)
+    begun = sweep.init_sweep(PROGRAM, RUNS, epochs=EPOCHS)
     before = tree.map(torch.clone, begun.states)
-    found = sweep.measure(lanes, RUNS, begun.states, [1, 4], steps=3)
+    found = sweep.measure_throughput(lanes, RUNS, begun.states, [1, 4], steps=3)
     assert set(found.seconds) == {1, 4}
     assert found.best in (1, 4)
     assert equal(begun.states, before)
     assert str(found).endswith(f"made {'one after the other' if found.best == 1 else '4 at once'}.")
-    assert sweep.Measured({1: 3.0, 8: 2.0}).best == 8
+    assert sweep.Throughput({1: 3.0, 8: 2.0}).best == 8
 
 
 # Gradients through training.
@@ -421,12 +421,12 @@ def test_a_run_on_a_subset_is_a_run_on_those_examples_alone():
     runs = rows(RUNS, torch.tensor([0, 0, 2, 4])) | {"subset": torch.tensor([0, 2, 1, 1])}
     runs["seed"] = torch.arange(4)
     lanes = sweep.on_subsets(PROGRAM, EXAMPLES, subsets, batch_size=7, compile=False)  # the last batch is padded
-    found = sweep.fit(lanes, runs, sweep.start(lanes.program, runs, epochs=2), width=4)
+    found = sweep.fit(lanes, runs, sweep.init_sweep(lanes.program, runs, epochs=2), width=4)
     for run in range(4):
         of_run = [x[subsets[runs["subset"][run]]] for x in EXAMPLES]
         alone = {name: column[[run, run]] for name, column in runs.items() if name != "subset"}
-        plain = sweep.Lanes(PROGRAM, of_run, batch_size=7, compile=False)
-        expected = sweep.fit(plain, alone, sweep.start(PROGRAM, alone, epochs=2), width=2)
+        plain = sweep.VmappedStep(PROGRAM, of_run, batch_size=7, compile=False)
+        expected = sweep.fit(plain, alone, sweep.init_sweep(PROGRAM, alone, epochs=2), width=2)
         assert equal([leaf[run] for leaf in tree.leaves(found)[:-1]], [leaf[0] for leaf in tree.leaves(expected)[:-1]])
 
 

@@ -432,7 +432,7 @@ def test_the_watching_estimator_is_the_plain_one_with_norms_and_noise_beside_it(
     poisoned = x.index_fill(0, torch.tensor([2]), torch.nan)
     plain = train.gradient(loss_fn)(w, x[mask])
     rows = torch.func.vmap(torch.func.grad(loss_fn), in_dims=(None, 0))(w, x[mask])
-    for watching in (train.watching(loss_fn), train.compiled(train.watching(loss_fn))):
+    for watching in (train.gradient_with_noise(loss_fn), train.compiled(train.gradient_with_noise(loss_fn))):
         grads, aux = watching(w, poisoned, mask=mask)
         torch.testing.assert_close(grads, plain[0], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(aux["loss"], plain[1]["loss"], rtol=1e-12, atol=1e-12)
@@ -444,7 +444,7 @@ def test_the_watching_estimator_is_the_plain_one_with_norms_and_noise_beside_it(
 
 
 def test_watching_an_empty_batch_changes_nothing():
-    grads, aux = train.watching(lambda w, x: w * x)(torch.tensor(2.0), torch.zeros(0))
+    grads, aux = train.gradient_with_noise(lambda w, x: w * x)(torch.tensor(2.0), torch.zeros(0))
     assert grads == 0
     assert aux["loss"] == 0
     assert aux["norms"].shape == (0,)
@@ -494,7 +494,7 @@ def test_values_are_the_shapley_values_of_the_expanded_loss_by_all_subsets(order
         move = -rate * rows[some].sum(0)
         return -gradient @ move - (move @ hessian @ move / 2 if order == 2 else 0)
 
-    _, aux = train.valuing(bent, HELD_OUT, order=order)(BENT, *ROWS)
+    _, aux = train.gradient_with_data_values(bent, HELD_OUT, order=order)(BENT, *ROWS)
     values = train.data_values(aux, lr=0.3)
     torch.testing.assert_close(values, shapley(lowered, 5), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(values.sum(), lowered(range(5)), rtol=1e-10, atol=1e-10)
@@ -510,7 +510,7 @@ def test_values_of_second_order_are_exact_where_the_validation_loss_is_quadratic
     def lowered(some):
         return ((vx @ w - vy).square() - (vx @ (w - 0.1 * rows[some].sum(0)) - vy).square()).mean() / 2
 
-    _, aux = train.valuing(quadratic, (vx, vy), order=2)(w, x, y)
+    _, aux = train.gradient_with_data_values(quadratic, (vx, vy), order=2)(w, x, y)
     values = train.data_values(aux, lr=0.1, divisor=1)
     torch.testing.assert_close(values, shapley(lowered, 5), rtol=1e-10, atol=1e-10)
 
@@ -524,7 +524,7 @@ def test_the_valuing_estimator_is_the_plain_one_with_products_beside_it(order):
     which = random.randint(key, (3,), 0, 7)
     drawn = flat_loss([x[which] for x in HELD_OUT])
     point, rows = tree.ravel(BENT), sample_rows(ROWS)[mask]
-    valuing = train.valuing(bent, HELD_OUT, draw=3, order=order)
+    valuing = train.gradient_with_data_values(bent, HELD_OUT, draw=3, order=order)
     for estimator in (valuing, train.compiled(valuing)):
         grads, aux = estimator(BENT, *poisoned, mask=mask, key=key)
         torch.testing.assert_close(grads, plain, rtol=1e-12, atol=1e-12)
@@ -538,7 +538,7 @@ def test_the_valuing_estimator_is_the_plain_one_with_products_beside_it(order):
 
 
 def test_the_smoothed_validation_gradient_is_the_moving_average_of_each_steps_draw():
-    estimator = train.valuing(bent, HELD_OUT, draw=2, smoothing=0.6)
+    estimator = train.gradient_with_data_values(bent, HELD_OUT, draw=2, smoothing=0.6)
     step = train.make_step(estimator, optim.sgd(0.0))
     state = train.init_state(BENT, optim.sgd(0.0), random.key(3), estimator)
     draws, rows = [], sample_rows(ROWS)
@@ -550,14 +550,16 @@ def test_the_smoothed_validation_gradient_is_the_moving_average_of_each_steps_dr
         mean = sum(w * d for w, d in zip(weights, draws, strict=True)) / sum(weights)
         torch.testing.assert_close(aux["gradient_dot"], rows @ mean, rtol=1e-10, atol=1e-10)
     assert not torch.equal(draws[0], draws[1])
-    keeping = train.make_step(train.valuing(bent, HELD_OUT, smoothing=0.6, renew=False), optim.sgd(0.0))
+    keeping = train.make_step(
+        train.gradient_with_data_values(bent, HELD_OUT, smoothing=0.6, renew=False), optim.sgd(0.0)
+    )
     new, aux = keeping(state, *ROWS)
     torch.testing.assert_close(aux["gradient_dot"], rows @ mean, rtol=1e-10, atol=1e-10)
     assert_equal(new.estimator, state.estimator)
 
 
 def test_valuing_an_empty_batch_changes_nothing():
-    grads, aux = train.valuing(bent, HELD_OUT, order=2)(BENT, *[x[:0] for x in ROWS])
+    grads, aux = train.gradient_with_data_values(bent, HELD_OUT, order=2)(BENT, *[x[:0] for x in ROWS])
     assert not tree.ravel(grads).any()
     assert aux["loss"] == aux["count"] == 0
     assert aux["gradient_dot"].shape == aux["gradient_hessian_gradient"].shape == (0,)
@@ -576,16 +578,16 @@ def test_valuing_an_empty_batch_changes_nothing():
     ],
 )
 def test_what_cannot_be_valued_is_refused(options):
-    with pytest.raises(ValueError, match=r"valuing: .*Found"):
-        train.valuing(bent, **{"validation": HELD_OUT, **options})
+    with pytest.raises(ValueError, match=r"gradient_with_data_values: .*Found"):
+        train.gradient_with_data_values(bent, **{"validation": HELD_OUT, **options})
 
 
 def test_values_of_second_order_need_the_whole_batch_in_one_place():
     for order, world in [(1, World(shards=2)), (2, World())]:
-        train.make_step(train.valuing(bent, HELD_OUT, order=order), optim.sgd(0.1), world)
+        train.make_step(train.gradient_with_data_values(bent, HELD_OUT, order=order), optim.sgd(0.1), world)
     for world in (World(shards=2), World(0, 2, group="0")):
         with pytest.raises(ValueError, match=r"all rows of a batch in one place\. Found a world of 2 parts"):
-            train.make_step(train.valuing(bent, HELD_OUT, order=2), optim.sgd(0.1), world)
+            train.make_step(train.gradient_with_data_values(bent, HELD_OUT, order=2), optim.sgd(0.1), world)
 
 
 @pytest.mark.parametrize("pad", [False, True])

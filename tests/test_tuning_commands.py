@@ -269,7 +269,7 @@ def test_a_sweep_that_is_finished_tells_the_same_again_and_another_is_refused(sw
 def test_a_sweep_that_was_broken_off_goes_on_to_the_same_bits(swept, data_dir, tmp_path, monkeypatch):
     folder = tmp_path / "sweep"
     command = ("sweep", "--data-dir", data_dir, *LINES, *SWEEP, "--lanes", 4, "--out", folder)
-    made = sweep.Lanes.epoch_
+    made = sweep.VmappedStep.epoch_
 
     def broken(self, *arguments, epoch):
         if epoch == 1:
@@ -277,7 +277,7 @@ def test_a_sweep_that_was_broken_off_goes_on_to_the_same_bits(swept, data_dir, t
         return made(self, *arguments, epoch=epoch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweep.Lanes, "epoch_", broken)
+        patch.setattr(sweep.VmappedStep, "epoch_", broken)
         line = complain(options.INTERRUPTED, *command)
     assert line == f"Interrupted after epoch 1 of 3. The same command with --out {folder} goes on."
     assert "Going on after epoch 1." in succeed(*command)
@@ -322,7 +322,7 @@ def test_a_comparison_that_was_broken_off_tells_its_own_folder(data_dir, tmp_pat
     def broken(self, *arguments, epoch):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep.Lanes, "epoch_", broken)
+    monkeypatch.setattr(sweep.VmappedStep, "epoch_", broken)
     line = complain(
         options.INTERRUPTED, "compare", "--data-dir", data_dir, *LINES, "--images", 100, "--out", tmp_path / "my runs"
     )

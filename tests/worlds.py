@@ -84,12 +84,14 @@ def clipped_training(world):
 
 
 def watched_training(world):
-    return fitted(world, train.watching(loss_fn), optim.sgd(0.1))
+    return fitted(world, train.gradient_with_noise(loss_fn), optim.sgd(0.1))
 
 
 def valued_training(world):
     """By drawn validation examples, whose smoothed gradient is a part of the state."""
-    return fitted(world, train.valuing(loss_fn, (X[:5], Y[:5]), draw=2, smoothing=0.5), optim.sgd(0.1))
+    return fitted(
+        world, train.gradient_with_data_values(loss_fn, (X[:5], Y[:5]), draw=2, smoothing=0.5), optim.sgd(0.1)
+    )
 
 
 def compiled_training(world):
@@ -97,7 +99,7 @@ def compiled_training(world):
 
 
 def private_training(world):
-    optimizer = optim.averaging(optim.sgd(0.5), decay=0.9)
+    optimizer = optim.exponential_moving_average(optim.sgd(0.5), decay=0.9)
     mechanism = privacy.Poisson(0.4, 1.0)
     step = train.make_private_step(
         loss_fn, optimizer, clipping=CLIPPING, mechanism=mechanism, examples=EXAMPLES, chunk_sizes=(4, 8), world=world
@@ -160,17 +162,17 @@ def swept(world):
         return {"accuracy": (outputs(state.params, X).argmax(-1) == Y).double().mean()}
 
     program = sweep.Program(init, step, judge)
-    lanes = sweep.Lanes(program, (X, Y), batch_size=BATCH, compile=False)
-    begun = sweep.start(program, runs, epochs=3)
+    lanes = sweep.VmappedStep(program, (X, Y), batch_size=BATCH, compile=False)
+    begun = sweep.init_sweep(program, runs, epochs=3)
     return tuple(sweep.fit(lanes, runs, begun, width=2, halving=sweep.Halving(2, 0.5), world=world))
 
 
 def shards(world):
     """Optimizers whose state, and in the second whose parameters as well, live in shards."""
     like = model().init(KEY)
-    averaged = optim.averaging(optim.adamw(0.05), decay=0.9)
+    averaged = optim.exponential_moving_average(optim.adamw(0.05), decay=0.9)
     return (
-        fitted(world, train.watching(loss_fn), lambda world: distributed.sharded(averaged, world, like)),
+        fitted(world, train.gradient_with_noise(loss_fn), lambda world: distributed.sharded(averaged, world, like)),
         fitted(world, train.gradient(loss_fn),
                lambda world: distributed.sharded(optim.sgd(0.1, momentum=0.9), world, like, keep_params=False)),
     )  # fmt: skip
@@ -179,7 +181,7 @@ def shards(world):
 def sums(world):
     """Of a tree of all kinds of leaves; numbers that add up exactly, in any order."""
     rank = world.rank
-    return distributed.sum_over(
+    return distributed.all_reduce(
         world,
         {"a": torch.full((3,), 0.5 + rank), "b": torch.full((2, 1), 2**40 + rank), "c": torch.tensor(rank / 4).double(),
          "d": torch.tensor([1.5 * rank], dtype=torch.bfloat16), "e": torch.zeros(0)},
@@ -192,9 +194,9 @@ def gathers(world):
            "d": torch.tensor([[1, 2, 3]], dtype=torch.int16)}  # fmt: skip
     none = {name: value[:0] for name, value in one.items()}
     sizes = [1] + [0] * (world.size - 1)
-    first = distributed.gather(world, one if world.rank == 0 else none, sizes) if world.size > 1 else one
-    short = distributed.rows_over(world, lambda x: x, torch.arange(7, dtype=torch.int16))
-    return first, short, distributed.first_of(world, ()), distributed.gather(world, {})
+    first = distributed.all_gather(world, one if world.rank == 0 else none, sizes) if world.size > 1 else one
+    short = distributed.map_rows(world, lambda x: x, torch.arange(7, dtype=torch.int16))
+    return first, short, distributed.broadcast(world, ()), distributed.all_gather(world, {})
 
 
 def half_training(world):

@@ -94,7 +94,7 @@ def run(*, quick: bool, progress: Callable[[str], object]) -> dict[str, Any]:
 def _bound(images: data.Split, mechanism: privacy.Poisson, steps: int, seed: int) -> privacy.LowerBound:
     """What one run of a linear model shows."""
     model, clipping = models.linear(784, 10), privacy.Flat(MAX_NORM)
-    planted = train.plant(
+    planted = train.plant_canaries(
         _loss_fn(lambda params, x: model.apply(params, x.flatten())), model.init(random.key(0)), optim.sgd(LR), images,
         clipping=clipping, mechanism=mechanism, canaries=CANARIES, key=random.key(1000 + seed),
     )  # fmt: skip
@@ -109,7 +109,7 @@ def _times(images: data.Split, sizes: Sizes) -> dict[str, list[float]]:
     model, clipping, optimizer = models.small_cnn(), privacy.Flat(MAX_NORM), optim.sgd(LR)
     mechanism = privacy.Poisson(sizes.batch_size / len(images.labels), 1.0)
     loss_fn, params = _loss_fn(model.apply), model.init(random.key(0))
-    planted = train.plant(
+    planted = train.plant_canaries(
         loss_fn, params, optimizer, images, clipping=clipping, mechanism=mechanism, canaries=CANARIES,
         key=random.key(1),
     )  # fmt: skip

@@ -241,15 +241,15 @@ def _trained(settings: Settings, train: Examples, test: Examples, stored: Stored
     )
     program = _program(settings)
     size, compile = settings.batch_size, settings.compile
-    of_all = sweep.Lanes(program, train, batch_size=size, compile=compile)
+    of_all = sweep.VmappedStep(program, train, batch_size=size, compile=compile)
     of_halves = sweep.on_subsets(program, train, torch.cat([graded, others]), batch_size=size, compile=compile)
 
     def models_of(
-        lanes: sweep.Lanes, seed: int, numbers: range, callback: Callable[[sweep.Sweep], None]
+        lanes: sweep.VmappedStep, seed: int, numbers: range, callback: Callable[[sweep.Sweep], None]
     ) -> models.Params:
         """Parameters of runs with seeds of their own, on subsets of these numbers."""
         runs = {sweep.SUBSET: torch.tensor(numbers), sweep.SEED: seed + torch.arange(len(numbers))}
-        begun = sweep.start(lanes.program, runs, epochs=settings.epochs)
+        begun = sweep.init_sweep(lanes.program, runs, epochs=settings.epochs)
         found = sweep.fit(lanes, runs, begun, width=settings.width, callbacks=(callback,))
         return cast(models.Params, found.states.params)
 

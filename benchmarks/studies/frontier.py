@@ -237,7 +237,7 @@ def _closed_form(setting: Setting, examples: data.Split, test: data.Split, *, se
         momentum=setting.momentum,
     )  # fmt: skip
     if setting.average:
-        optimizer = optim.averaging(optimizer, decay=setting.average)
+        optimizer = optim.exponential_moving_average(optimizer, decay=setting.average)
     weights = torch.zeros(10, size)
     state = optimizer.init(weights)
     group = torch.randint(setting.bands, (total,), generator=draws) if setting.bands > 1 else torch.zeros(total)
@@ -293,10 +293,10 @@ def _filters(side: int, scale: int) -> models.Filters:
 
 
 _plain: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "straightened": lambda images: _wavelets(data.upright(images)),
+    "straightened": lambda images: _wavelets(data.deskewed(images)),
     "leaning": _wavelets,
-    "pixels": lambda images: data.upright(images).flatten(-2),
-    "three scales": lambda images: _wavelets(data.upright(images), scale=3),
+    "pixels": lambda images: data.deskewed(images).flatten(-2),
+    "three scales": lambda images: _wavelets(data.deskewed(images), scale=3),
 }
 
 

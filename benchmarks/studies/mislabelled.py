@@ -8,8 +8,8 @@ many as there are flipped labels. The MLP's width, learning rate and momentum ar
 score on seeds of their own; the seeds that are reported take no part in the choice. A seed gives the initial
 parameters, the order of examples, the flips and the dropout.
 
-The value during training is in-run data Shapley, of `train.valuing`: a run of its own for each kind of validation
-images, whose gradient is a moving average over draws of a few. The lower the value, the more suspect.
+The value during training is in-run data Shapley, of `train.gradient_with_data_values`: one run for each kind of
+validation images, whose gradient is a moving average over draws of a few. The lower the value, the more suspect.
 
     clean validation    1,000 images with right labels that are not trained on: on the small scale the next training
                         images, on the large one, which leaves none, test images
@@ -245,7 +245,7 @@ def _trained(
 ) -> dict[str, Any]:
     """The record of one seed: trained on flipped labels, scored after each epoch; with clean images, valued as well."""
     init_key, train_key, flip_key, control_key = random.split(random.key(seed), 4).unbind()
-    labels, flipped = attribution.planted(examples.labels, CLASSES, key=flip_key, part=PART)
+    labels, flipped = attribution.label_noise(examples.labels, CLASSES, key=flip_key, part=PART)
     optimizer = optim.sgd(lr, momentum=momentum)
 
     def losses_fn(params: models.Params, images: Tensor, labels: Tensor, keys: Tensor) -> Tensor:
@@ -284,7 +284,7 @@ def _trained(
 
         for kind, validation in {"clean": clean, "noisy": data.Split(examples.images, labels)}.items():
             valuing = partial(
-                train.valuing, loss_fn, validation, validation_loss=validation_loss, draw=how.draw,
+                train.gradient_with_data_values, loss_fn, validation, validation_loss=validation_loss, draw=how.draw,
                 smoothing=how.smoothing,
             )  # fmt: skip
             valuer, order = _Valuer(len(labels), lr), 2 if how.second and kind == "clean" else 1
@@ -296,8 +296,8 @@ def _trained(
             for label in range(CLASSES):
                 chosen = clean.labels == label
                 valuing = partial(
-                    train.valuing, loss_fn, data.Split(*[x[chosen] for x in clean]), validation_loss=validation_loss,
-                    draw=how.draw, smoothing=how.smoothing,
+                    train.gradient_with_data_values, loss_fn, data.Split(*[x[chosen] for x in clean]),
+                    validation_loss=validation_loss, draw=how.draw, smoothing=how.smoothing,
                 )  # fmt: skip
                 valuer = _Valuer(len(labels), lr)
                 fitted(valuing(renew=False), valuer, valuing())
@@ -312,7 +312,7 @@ def _trained(
         "scores": {
             name: {
                 "auc": attribution.auc(ranking, flipped),
-                "found": [attribution.found(ranking, flipped, checked) for checked in CHECKED],
+                "found": [attribution.recall_at(ranking, flipped, checked) for checked in CHECKED],
             }
             for name, ranking in rankings.items()
         },

@@ -2,7 +2,7 @@
 
     examples     at one point, from the gradients of single examples: `statistics.noise_scale`
     two sizes    at the same point, from the mean gradients of small and large batches: `statistics.two_batch_sizes`
-    steps        over the epoch, from what training's own batches show: `train.watching`
+    steps        over the epoch, from what training's own batches show: `train.gradient_with_noise`
 
 The first two see disjoint images, so their errors are independent, and they must agree within these. The third depends
 on what an average is: with t the steps, the ratio of means Σ_t tr Σ_t / Σ_t |E ∇_t|² weighs a step by its |E ∇|², most
@@ -188,7 +188,7 @@ def _arm(
         examples,
         epochs=1,
         batch_size=BATCH_SIZE,
-        watch=train.Watch(train.make_step(train.watching(loss_fn), optimizer), sizes.every),
+        watch=train.Watch(train.make_step(train.gradient_with_noise(loss_fn), optimizer), sizes.every),
         callbacks=(keep,),
     )
     result = train.evaluate(outputs, losses.cross_entropy, state.params, *test)
@@ -224,7 +224,7 @@ def _two_sizes(
     small = torch.stack([square(pair[: sizes.small]) for pair in pairs])
     large = torch.stack([square(pair[sizes.small :]) for pair in pairs])
     traces, square_norms = statistics.two_batch_sizes(small, large, small_size=sizes.small, large_size=sizes.large)
-    return statistics.averaged(traces, square_norms)
+    return statistics.mean_noise_scale(traces, square_norms)
 
 
 def _over_steps(seen: Sequence[tuple[int, float, float]], windows: Sequence[int]) -> dict[str, Any]:
@@ -233,14 +233,14 @@ def _over_steps(seen: Sequence[tuple[int, float, float]], windows: Sequence[int]
     rows = torch.tensor([traces, square_norms], dtype=torch.float64)
     parts = []
     for count in windows:
-        scales = [_finite(statistics.averaged(*part).scale) for part in rows.tensor_split(count, dim=1)]
+        scales = [_finite(statistics.mean_noise_scale(*part).scale) for part in rows.tensor_split(count, dim=1)]
         finite = [scale for scale in scales if scale is not None]
         parts.append(
             {"windows": count, "mean": fmean(finite) if finite else None, "scales": scales},
         )
     return {
-        "average": _record(statistics.averaged(*rows)),
-        "average_of_the_rest": _record(statistics.averaged(*rows[:, len(steps) // 10 :])),
+        "average": _record(statistics.mean_noise_scale(*rows)),
+        "average_of_the_rest": _record(statistics.mean_noise_scale(*rows[:, len(steps) // 10 :])),
         "windows": parts,
         "step": list(steps),
         "trace": list(traces),

@@ -109,7 +109,7 @@ TECHNIQUES: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "four times the batch, at larger rates": ({"batch_size": 2048}, (1.0, 2.0, 4.0)),
     "two shifted copies of each image": ({"copies": 2}, (1.0, 2.0, 4.0)),
     "scattering features, a linear map": ({"features": "scattering"}, (4.0, 8.0, 16.0)),
-    "the same of straightened images": ({"features": "upright scattering"}, (4.0, 8.0, 16.0)),
+    "the same of straightened images": ({"features": "deskewed scattering"}, (4.0, 8.0, 16.0)),
 }
 """What is changed, and the learning rates to choose from, times the clipping norm."""
 CHOOSING = 100
@@ -187,7 +187,7 @@ def _accuracy(job: Job) -> float:
     steps = round(setting.epochs / mechanism.rate)
     optimizer = optim.sgd(setting.lr, momentum=setting.momentum)
     if setting.average:
-        optimizer = optim.averaging(optimizer, decay=setting.average)
+        optimizer = optim.exponential_moving_average(optimizer, decay=setting.average)
     step = train.make_private_step(
         loss_fn, optimizer, clipping=clipping, mechanism=mechanism, examples=len(images.labels)
     )
@@ -208,7 +208,7 @@ def _features(images: Tensor, kind: str) -> Tensor:
     parts = []
     for part in images.split(1000):
         pixels = part[:, 0].float() / 255
-        pixels = data.upright(pixels) if kind.startswith("upright") else pixels
+        pixels = data.deskewed(pixels) if kind.startswith("deskewed") else pixels
         parts.append(layers.group_norm(models.scattering(pixels, filters), 27).flatten(1) / 63)
     return torch.cat(parts)
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import random
 
 
-def planted(labels: Tensor, classes: int, *, key: Tensor, part: float) -> tuple[Tensor, Tensor]:
+def label_noise(labels: Tensor, classes: int, *, key: Tensor, part: float) -> tuple[Tensor, Tensor]:
     """The labels with a part of them flipped, each to another class, all of which are equally likely.
 
     Args:
@@ -22,17 +22,17 @@ def planted(labels: Tensor, classes: int, *, key: Tensor, part: float) -> tuple[
         ValueError: `part` or `classes` is out of its range.
 
     Example:
-        >>> labels, flipped = planted(torch.zeros(10, dtype=torch.int64), 2, key=random.key(0), part=0.3)
+        >>> labels, flipped = label_noise(torch.zeros(10, dtype=torch.int64), 2, key=random.key(0), part=0.3)
         >>> int(labels.sum()), bool((flipped == (labels == 1)).all())
         (3, True)
     """
     if not 0 <= part <= 1 or classes < 2:
-        raise ValueError(f"planted: part must be from 0 to 1, classes at least 2. Found {part} and {classes}.")
+        raise ValueError(f"label_noise: part must be from 0 to 1, classes at least 2. Found {part} and {classes}.")
     if labels.dim() != 1 or labels.dtype not in (torch.uint8, torch.int32, torch.int64):
-        raise TypeError(f"planted: labels must be integers (N,). Found {labels.dtype} {tuple(labels.shape)}.")
+        raise TypeError(f"label_noise: labels must be integers (N,). Found {labels.dtype} {tuple(labels.shape)}.")
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(
-            f"planted: labels must be in [0, {classes}). Found {int(labels.min())} to {int(labels.max())}."
+            f"label_noise: labels must be in [0, {classes}). Found {int(labels.min())} to {int(labels.max())}."
         )
     which_key, shift_key = random.split(key)
     chosen = random.permutation(which_key, len(labels))[: round(part * len(labels))]
@@ -65,7 +65,7 @@ def auc(scores: Tensor, positive: Tensor) -> float:
     return wins / (positives * others)
 
 
-def found(scores: Tensor, positive: Tensor, checked: float) -> float:
+def recall_at(scores: Tensor, positive: Tensor, checked: float) -> float:
     """The part of the positive examples among those of the highest scores, on average over the orders of ties.
 
     Args:
@@ -77,12 +77,12 @@ def found(scores: Tensor, positive: Tensor, checked: float) -> float:
         ValueError: shapes differ, a score is NaN, nothing is positive, or `checked` is out of its range.
 
     Example:
-        >>> found(torch.tensor([3.0, 1.0, 2.0, 0.0]), torch.tensor([True, True, False, False]), 0.5)
+        >>> recall_at(torch.tensor([3.0, 1.0, 2.0, 0.0]), torch.tensor([True, True, False, False]), 0.5)
         0.5
     """
     _check("found", scores, positive)
     if not 0 <= checked <= 1 or not positive.any():
-        raise ValueError(f"found: checked must be from 0 to 1, and something positive. Found {checked}.")
+        raise ValueError(f"recall_at: checked must be from 0 to 1, and something positive. Found {checked}.")
     count = round(checked * len(scores))
     if not count:
         return 0.0

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..distributed import ALONE, World, rows_over
+from ..distributed import SINGLE_PROCESS, World, map_rows
 from ..per_sample import Plan, gram, norms
 from ..per_sample.squares import power
 from ..tree import Tree
@@ -31,7 +31,7 @@ def gradient_cosine(
     *,
     chunk_size: int | None = None,
     plan: Plan | None = None,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> Tensor:
     """The cosine of the gradients of each training and each test example: (N, M), 0 where one is zero.
 
@@ -42,7 +42,7 @@ def gradient_cosine(
         chunk_size, plan, world: as in `per_sample.gram`.
     """
     of = partial(norms, loss_fn, params, chunk_size=chunk_size, plan=plan)
-    sizes = [rows_over(world, of, *batch, unit=chunk_size) for batch in (train, test)]
+    sizes = [map_rows(world, of, *batch, unit=chunk_size) for batch in (train, test)]
     scales = [power(lengths) for lengths in sizes]
     if all([_are_ones(c) for c in scales]):
         products = gram(loss_fn, params, train, test, chunk_size=chunk_size, plan=plan, world=world)
@@ -73,7 +73,7 @@ def tracin(
     lrs: Sequence[float] | Tensor,
     chunk_size: int | None = None,
     plan: Plan | None = None,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> Tensor:
     """TracIn of each training on each test example: (N, M).
 
@@ -104,11 +104,11 @@ def tracin(
     return found
 
 
-def grouped(values: Tensor, groups: Tensor, *, count: int | None = None) -> Tensor:
+def group_sums(values: Tensor, groups: Tensor, *, count: int | None = None) -> Tensor:
     """Sums over groups of examples, such as those of a class, a user, a source or a document.
 
     An influence adds up: that of a group is the sum over its examples. So does a gradient: the Gram matrix of groups'
-    gradients is `grouped(grouped(gram, groups).T, groups)`, whose diagonal has their squared norms.
+    gradients is `group_sums(group_sums(gram, groups).T, groups)`, whose diagonal has their squared norms.
 
     Args:
         values: (N, …), such as influences (N, M) or features (N, F).
@@ -122,15 +122,17 @@ def grouped(values: Tensor, groups: Tensor, *, count: int | None = None) -> Tens
         ValueError: shapes do not agree, or a group is out of range.
 
     Example:
-        >>> grouped(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([0, 1, 0]))
+        >>> group_sums(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([0, 1, 0]))
         tensor([[4.],
                 [2.]])
     """
     if groups.dtype != torch.int64 or groups.shape != values.shape[:1]:
-        raise ValueError(f"grouped: groups must be int64 ({len(values)},). Found {groups.dtype} {tuple(groups.shape)}.")
+        raise ValueError(
+            f"group_sums: groups must be int64 ({len(values)},). Found {groups.dtype} {tuple(groups.shape)}."
+        )
     most = int(groups.max()) + 1 if count is None and len(groups) else count or 0
     if len(groups) and not 0 <= int(groups.min()) <= int(groups.max()) < most:
         raise ValueError(
-            f"grouped: groups must be from 0 to {most - 1}. Found {int(groups.min())} to {int(groups.max())}."
+            f"group_sums: groups must be from 0 to {most - 1}. Found {int(groups.min())} to {int(groups.max())}."
         )
     return values.new_zeros(most, *values.shape[1:]).index_add_(0, groups, values)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..distributed import ALONE, World
+from ..distributed import SINGLE_PROCESS, World
 from ..per_sample import Plan, gram
 from ..tree import Tree
 from .solve import finite, rounding, solve
@@ -30,7 +30,7 @@ def tangent_kernel(
     *,
     chunk_size: int | None = None,
     plan: Plan | None = None,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> Tensor:
     """The trace form of the empirical neural tangent kernel: (N, M).
 

@@ -19,16 +19,16 @@ caller to have one writer at a time.
 | `leaves.py` | the leaves of a state by name, described and compared |
 | `manifest.py` | what is said of a checkpoint, as strict JSON with a checksum |
 | `folders.py` | the folders of one run: their names, and the turns of their writers |
-| `save.py`, `load.py` | the verbs |
+| `writing.py`, `reading.py` | the verbs |
 """
 
 from .files import CheckpointError as CheckpointError
 from .folders import steps as steps
 from .leaves import Leaf as Leaf
-from .load import Checkpoint as Checkpoint
-from .load import latest as latest
-from .load import load as load
-from .load import read_manifest as read_manifest
 from .manifest import JSON as JSON
 from .manifest import Manifest as Manifest
-from .save import save as save
+from .reading import Checkpoint as Checkpoint
+from .reading import latest as latest
+from .reading import load as load
+from .reading import read_manifest as read_manifest
+from .writing import save as save

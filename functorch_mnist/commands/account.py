@@ -39,7 +39,9 @@ def account(options: Account) -> int:
         columns.remove("pld")
 
     def curves(counts: Sequence[int]) -> Curves:
-        return {name: privacy.curve(made, steps=counts, delta=options.delta, accountant=name) for name in columns}
+        return {
+            name: privacy.epsilon_curve(made, steps=counts, delta=options.delta, accountant=name) for name in columns
+        }
 
     counts = _counts(steps, _ROWS)
     print(f"Sampling: {_sampling(made, options)}.")
@@ -48,7 +50,7 @@ def account(options: Account) -> int:
     if options.noise_multiplier is None:
         print(f"Least noise multiplier for ε = {options.epsilon:g}: {sigma:g}")
     if options.all_steps is None:
-        more = " or more" if steps >= privacy.MOST_STEPS else ""
+        more = " or more" if steps >= privacy.MAX_STEPS else ""
         print(f"Most steps for ε = {options.epsilon:g}: {steps:,}{more}, {steps / per_epoch:,.4g} epochs")
     print(
         f"Spent in {steps:,} steps with noise multiplier {sigma:g}: "
@@ -138,7 +140,7 @@ def _found(
         return sigma, steps
     assert sigma is not None
     made = mechanism(sigma)
-    steps = privacy.most_steps(made, budget=budget, delta=options.delta, accountant=accountant)
+    steps = privacy.max_steps(made, budget=budget, delta=options.delta, accountant=accountant)
     if steps == 0:
         one = privacy.epsilon(made, steps=1, delta=options.delta, accountant=accountant)
         raise UsageError(f"--epsilon must be enough for one step, which spends {one:.4g}. Found {budget:g}.")

@@ -154,13 +154,13 @@ def _fixed(options: Train) -> Callable[[Tensor], Tensor]:
             return models.discriminated(_scattering(images[..., 0, :, :].float() / 255), own)
 
         return features
-    return (lambda images: data.upright(images.float())) if options.straighten else _same
+    return (lambda images: data.deskewed(images.float())) if options.straighten else _same
 
 
 def _scattering(images: Tensor) -> Tensor:
     """Scattering features of images (..., 28, 28) in [0, 1], straightened; normalised."""
     filters = tree.map(lambda spectrum: spectrum.to(images.device), _filters())
-    return layers.group_norm(models.scattering(data.upright(images), filters), NORM_GROUPS).flatten(-3)
+    return layers.group_norm(models.scattering(data.deskewed(images), filters), NORM_GROUPS).flatten(-3)
 
 
 @cache
@@ -282,7 +282,7 @@ def optimizer(options: Train, steps_per_epoch: int) -> optim.Optimizer:
     if options.max_norm is not None:
         chosen = optim.clip_by_global_norm(chosen, max_norm=options.max_norm)
     if options.average:
-        return optim.averaging(chosen, decay=options.average)
+        return optim.exponential_moving_average(chosen, decay=options.average)
     if options.average_from is not None:
         first = max(1, math.ceil(options.average_from * options.epochs)) * steps_per_epoch
         return optim.stochastic_weight_averaging(chosen, start=first, every=steps_per_epoch)
@@ -312,7 +312,7 @@ def prepared(made: Classifier, images: Tensor) -> Tensor:
 
 def partners(options: Train, examples: data.Split) -> Partners | None:
     """What mixup draws from, if there is any."""
-    return Partners(examples, data.mixing_shares(options.mixup)) if options.mixup else None
+    return Partners(examples, data.mixup_weights(options.mixup)) if options.mixup else None
 
 
 def losses(made: Classifier, options: Train, others: Partners | None = None) -> Callable[..., Tensor]:
@@ -415,7 +415,7 @@ def valuing(
     def held_out_loss(params: Params, image: Tensor, label: Tensor) -> Tensor:
         return made.test_loss(made.outputs(params, image), label)
 
-    return train.valuing(
+    return train.gradient_with_data_values(
         loss_fn,
         (prepared(made, images), labels),
         validation_loss=held_out_loss,

@@ -203,7 +203,7 @@ class Watcher:
         records = [r for r in run_folder.read_metrics(self.run) if r["kind"] == "watch" and r.get("epoch") == epoch]
         noise = [(r["trace"], r["square_norm"]) for r in records if "trace" in r]
         if len(noise) >= 3:
-            found = statistics.averaged(*torch.tensor(noise, dtype=torch.float64).unbind(1))
+            found = statistics.mean_noise_scale(*torch.tensor(noise, dtype=torch.float64).unbind(1))
             tqdm.write(f"Gradient noise scale of the epoch: {found}, from {found.samples} steps", file=sys.stdout)
         largest = [r["norms"]["most"] for r in records if "norms" in r]
         if largest:

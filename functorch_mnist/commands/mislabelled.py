@@ -38,7 +38,7 @@ def _mislabelled(options: Mislabelled, world: World) -> int:
     images, labels = (part[: options.images] for part in dataset.train)
     if options.flip is None:
         return _real(options, run, names, images, labels, world)
-    planted, flipped = attribution.planted(
+    planted, flipped = attribution.label_noise(
         labels, dataset.classes, key=random.key(options.seed, device=where), part=options.flip
     )
     if not flipped.any() or flipped.all():
@@ -118,10 +118,10 @@ def _planted(
     print(f"\n{int(flipped.sum()):,} of {len(labels):,} labels are flipped. Found when checking the first")
     print(f"{'':>15}  {'AUC':>6}" + "".join(f"{part:>8.0%}" for part in _CHECKED))
     for name, score in ranked.items():
-        shares = "".join(f"{attribution.found(score, flipped, part):>8.1%}" for part in _CHECKED)
+        shares = "".join(f"{attribution.recall_at(score, flipped, part):>8.1%}" for part in _CHECKED)
         print(f"{name:>15}  {attribution.auc(score, flipped):>6.4f}{shares}")
     grid = [i / 100 for i in range(101)]
-    curves = {name: (grid, [attribution.found(s, flipped, part) for part in grid]) for name, s in ranked.items()}
+    curves = {name: (grid, [attribution.recall_at(s, flipped, part) for part in grid]) for name, s in ranked.items()}
     print()
     write_picture(folder / "found.png", lambda: plots.found(curves))
     forget(kept)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import files, plots, random, run_folder, statistics
-from ..distributed import World, check_agreed, digest, first_of
+from ..distributed import World, broadcast, check_agreed, digest
 from ..models import Params
 from ..options import NoiseScale, UsageError
 from . import restore
@@ -81,7 +81,7 @@ def _watched(records: Sequence[Mapping[str, Any]], windows: int) -> list[Measure
     for part in parts:
         if len(part) >= 3:
             columns = [torch.tensor([float(r[name]) for r in part]) for name in ("trace", "square_norm")]
-            measured.append(Measured(part[0]["step"], part[-1]["step"], statistics.averaged(*columns)))
+            measured.append(Measured(part[0]["step"], part[-1]["step"], statistics.mean_noise_scale(*columns)))
     return measured
 
 
@@ -128,7 +128,7 @@ def _shared(kept: dict[str, list[float]], points: Sequence[Point], world: World)
     """What the first process has found in the folder, on all."""
     nothing = [math.nan] * len(statistics.NoiseScale._fields)
     rows = torch.tensor([kept.get(str(point.step), nothing) for point in points], dtype=torch.float64)
-    found = first_of(world, rows.to(world.device)).tolist()
+    found = broadcast(world, rows.to(world.device)).tolist()
     return {str(p.step): row for p, row in zip(points, found, strict=True) if not math.isnan(row[-1])}
 
 

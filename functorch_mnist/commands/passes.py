@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from .. import checkpoint, tree
 from ..checkpoint import JSON
-from ..distributed import World, check_agreed, digest, first_of, gather, undisturbed
+from ..distributed import World, all_gather, broadcast, check_agreed, deferred_signals, digest
 from ..tree import Tree
 from .processes import SAME
 
@@ -63,7 +63,7 @@ def passes(
         folder.mkdir(parents=True, exist_ok=True)  # told before the work, if it cannot be
         done, state = _kept(folder, config, state)
     shared = tree.map(lambda x: x.to(world.device), (state, torch.tensor([done])))
-    state, before = tree.map(Tensor.cpu, first_of(world, shared))
+    state, before = tree.map(Tensor.cpu, broadcast(world, shared))
     done, saved_at = int(before), time.monotonic()
     with bar(total=count * total, done=done, unit=" examples", silent=world.rank > 0) as progress:
         try:
@@ -81,7 +81,7 @@ def passes(
                     saved_at = time.monotonic()
         except KeyboardInterrupt:
             if done and world.rank == 0:
-                with undisturbed():
+                with deferred_signals():
                     checkpoint.save(folder, state, step=done, config=config, keep=1)
             raise KeyboardInterrupt(
                 f"Interrupted after {done:,} of {count * total:,} examples. The same command goes on from there."
@@ -105,7 +105,7 @@ def _computed(
         mine = {name: found[name][: sizes[world.rank]].to(kind) for name, kind in columns.items()}
     else:
         mine = {name: torch.zeros(0, dtype=kind, device=world.device) for name, kind in columns.items()}
-    return gather(world, mine, sizes)
+    return all_gather(world, mine, sizes)
 
 
 def bar(*, total: int, unit: str = "it", done: int = 0, form: str | None = None, silent: bool = False) -> "tqdm[Any]":

@@ -9,7 +9,7 @@ from .. import allocator, per_sample, random
 from ..models import Params
 from ..options import Plan, UsageError
 from ..per_sample import measured
-from ..per_sample.plan import Way
+from ..per_sample.planning import Way
 from . import build
 from .faults import refusing, saying_warnings
 

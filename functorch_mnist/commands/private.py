@@ -124,13 +124,13 @@ class Private:
         planted = None
         if self.options.audit:
             with refusing(ValueError):
-                planted = training.plant(
+                planted = training.plant_canaries(
                     loss_fn, state.params, optimizer, rows, clipping=self.clipping, mechanism=self.mechanism,
                     canaries=self.options.audit, key=random.fold_in(state.key, _COINS),
                 )  # fmt: skip
             loss_fn, optimizer, rows = planted.loss_fn, planted.optimizer, planted.examples
             scores = self.scores.get(int(state.step), torch.zeros(self.options.audit))
-            beside = training.Scored(state.optimizer, scores.to(state.key.device))
+            beside = training.CanaryState(state.optimizer, scores.to(state.key.device))
             state = state._replace(params=planted.params._replace(model=state.params), optimizer=beside)
             callbacks = [self._without_canaries(callback) for callback in callbacks]
         total = len(rows[-1])

@@ -51,7 +51,7 @@ def processes(options: Train | Analysis, command: Any = None) -> Iterator[World]
     allocator.keep_freed_memory()
     with distributed.joined(device=options.device, shards=shards, seconds=options.timeout) as world:
         one = 1 if world.shards and options.threads is None else options.threads  # bits hang on it
-        threads = distributed.bind(world, one)
+        threads = distributed.bind_cores(world, one)
         if world.size > 1:  # one alone need not read its own sources
             check_agreed(world, "Starting", SAME, version=code())
             wanted = repr((type(command or options).__name__, _without_own(asdict(command or options))))
@@ -91,4 +91,4 @@ def check_data(world: World, values: Tree) -> None:
 
 def wait(world: World) -> None:
     """Waits until all processes have come here."""
-    distributed.sum_over(world, torch.zeros(1, device=world.device))
+    distributed.all_reduce(world, torch.zeros(1, device=world.device))

@@ -68,7 +68,7 @@ def scored(
             found = attribution.scores(run.made.outputs, params, images, labels=labels, loss_fn=run.made.loss)
             return found._asdict()
         outputs = run.made.outputs(params, images)
-        return {"loss": run.made.loss(outputs, labels), **attribution.of_outputs(outputs, labels)._asdict()}
+        return {"loss": run.made.loss(outputs, labels), **attribution.output_scores(outputs, labels)._asdict()}
 
     call = training.compiled(one_pass) if compile else one_pass
     kinds = {"prediction": torch.int64, "loss": torch.float32, "el2n": torch.float32, "margin": torch.float32}

@@ -69,7 +69,7 @@ def divided(options: Train, dataset: data.Dataset) -> Parts:
     cut = cut_classes(options)
     if cut:
         with refusing(ValueError):
-            train = data.imbalance(train, cut, key=cut_key)
+            train = data.imbalanced(train, cut, key=cut_key)
     if options.images is not None:
         if options.images > len(train.labels):
             raise UsageError(f"--images must be at most {len(train.labels)}, all there are. Found {options.images}.")

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import attribution, random
 from .. import train as training
 from ..attribution.store import begun_projection, build
-from ..distributed import World, check_agreed, digest, first_of
+from ..distributed import World, broadcast, check_agreed, digest
 from ..models import Params
 from ..options import Store
 from . import restore
@@ -39,7 +39,7 @@ def _store(options: Store, world: World) -> int:
     folder = options.out or options.run / "store"
     if world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)  # told before the work, if it cannot be
-    maps = first_of(world, _projection(options, folder, loss_fn, points[-1].params, images, labels))
+    maps = broadcast(world, _projection(options, folder, loss_fn, points[-1].params, images, labels))
     print(
         f"Gradients of {len(images):,} training images at {len(points)} checkpoint{'s'[: len(points) > 1]}.", flush=True
     )

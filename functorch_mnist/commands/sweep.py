@@ -89,7 +89,7 @@ def table(options: Sweep) -> sweeps.Runs:
     if options.draws is None:
         return sweeps.grid(seeds=seeds, **{axis.field: axis.values for axis in found})
     key = random.fold_in(random.key(seed), DRAWS)
-    return sweeps.drawn(key, options.draws, seeds=seeds, **{axis.field: _range(axis) for axis in found})
+    return sweeps.random_search(key, options.draws, seeds=seeds, **{axis.field: _range(axis) for axis in found})
 
 
 def rows(done: Swept) -> str:
@@ -104,7 +104,7 @@ def rows(done: Swept) -> str:
         epochs = epochs_made(found)[k]
         best, failed = int(found.best_epoch[k]), int(found.failed[k])
         values = [typed(done.runs[name][k].item()) for name in names]
-        values += [str(int(done.runs[sweeps.SEED][k])), str(int(setting[k])), sweeps.WORDS[int(found.ended[k])]]
+        values += [str(int(done.runs[sweeps.SEED][k])), str(int(setting[k])), sweeps.STATUSES[int(found.ended[k])]]
         values += [str(epochs), "" if failed < 0 else str(failed), "" if best < 0 else str(best + 1)]
         numbers = [done.held_out[k], held_out_loss[k], train_loss[k], done.tested[k]]
         lines.append(
@@ -151,8 +151,8 @@ def _range(axis: Axis) -> sweeps.Uniform | sweeps.LogUniform | sweeps.OneOf:
 def _ended(done: Swept) -> str:
     """How the runs ended, and which have failed."""
     found = done.found
-    counts = torch.bincount(found.ended, minlength=len(sweeps.WORDS)).tolist()
-    told = ", ".join(f"{count} {word}" for word, count in zip(sweeps.WORDS, counts, strict=True) if count)
+    counts = torch.bincount(found.ended, minlength=len(sweeps.STATUSES)).tolist()
+    told = ", ".join(f"{count} {word}" for word, count in zip(sweeps.STATUSES, counts, strict=True) if count)
     lines = [f"Runs: {told}."]
     for k in (found.failed >= 0).nonzero().squeeze(1).tolist()[:SHOWN]:
         lines.append(f"Not finite after step {int(found.failed[k])}: {words(done.runs, k)}")

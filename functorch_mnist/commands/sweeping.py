@@ -12,7 +12,7 @@ from torch.func import vmap
 from .. import checkpoint, data, privacy, random, sweep, tree
 from .. import train as training
 from ..checkpoint import JSON
-from ..distributed import World, digest, first_of, rows_over
+from ..distributed import World, broadcast, digest, map_rows
 from ..models import Params
 from ..options import CHANGEABLE, PRIVATE_OVER, Train, UsageError, set_to, to_json
 from ..run_folder import CHECKPOINTS
@@ -87,7 +87,7 @@ def program(begun: Origin, parts: Parts) -> sweep.Program:
         clipping = privacy.Flat(hyper.get("clip_norm", options.clip_norm))
         sums = privacy.clipped_sums(losses_fn, state.params, *rows, clipping=clipping, mask=mask)
         noise_key = random.fold_in(random.fold_in(state.key, NOISE), state.step)
-        grads, _ = privacy.released(
+        grads, _ = privacy.noisy_mean(
             state.params, sums, noise_key, clipping=clipping, expected=batch_size,
             noise_multiplier=hyper.get("noise_multiplier", 0.0),
         )  # fmt: skip
@@ -138,13 +138,13 @@ def swept(
     made = build.classifier(origin)
     images = build.prepared(made, parts.train.images)
     kept = program(origin, parts)
-    several = sweep.Lanes(
+    several = sweep.VmappedStep(
         kept,
         (images, parts.train.labels),
         batch_size=min(options.batch_size, len(images)),
         compile=options.compile == "on",
     )
-    begun = sweep.start(kept, runs, epochs=options.epochs)
+    begun = sweep.init_sweep(kept, runs, epochs=options.epochs)
     fixed = {name: value for name, value in to_json(options).items() if name not in CHANGEABLE - {"epochs"}}
     config: dict[str, JSON] = {
         "options": fixed | {"out": None},
@@ -155,9 +155,9 @@ def swept(
     found, width = begun, 0
     if world.rank == 0:
         found, width = _kept(folder, begun, config, lanes)
-    found, kept_width = first_of(world, (found, torch.tensor([width], device=where)))
+    found, kept_width = broadcast(world, (found, torch.tensor([width], device=where)))
     width = int(kept_width) or _chosen(several, runs, begun, lanes, told=told)
-    width = int(first_of(world, torch.tensor([width], device=where)))
+    width = int(broadcast(world, torch.tensor([width], device=where)))
     config["width"] = width
     total, saved = len(runs[sweep.SEED]), int(found.epoch)
 
@@ -199,7 +199,7 @@ def swept(
         return (given == parts.test.labels).double().mean(-1)
 
     if len(with_epoch):
-        tested[with_epoch.cpu()] = rows_over(world, accuracies, with_epoch, unit=width).cpu()
+        tested[with_epoch.cpu()] = map_rows(world, accuracies, with_epoch, unit=width).cpu()
     failed = found.ended.cpu() == sweep.FAILED
     held_out = found.at_best("accuracy").cpu().masked_fill(failed, torch.nan)
     return Swept(tree.map(Tensor.cpu, runs), found, made, width, held_out, tested.masked_fill(failed, torch.nan))
@@ -266,7 +266,7 @@ def _kept(folder: Path, begun: sweep.Sweep, config: Mapping[str, Any], lanes: st
     return state, int(str(good.config["width"]))
 
 
-def _chosen(several: sweep.Lanes, runs: sweep.Runs, begun: sweep.Sweep, lanes: str, *, told: bool) -> int:
+def _chosen(several: sweep.VmappedStep, runs: sweep.Runs, begun: sweep.Sweep, lanes: str, *, told: bool) -> int:
     """How many runs are made at once."""
     total = len(runs[sweep.SEED])
     if lanes != "auto":
@@ -274,7 +274,7 @@ def _chosen(several: sweep.Lanes, runs: sweep.Runs, begun: sweep.Sweep, lanes: s
     widths = sorted({min(width, total) for width in _WIDTHS})
     if len(widths) == 1:
         return widths[0]
-    measured = sweep.measure(several, runs, begun.states, widths)
+    measured = sweep.measure_throughput(several, runs, begun.states, widths)
     if told:
         print(measured, flush=True)
     return measured.best

@@ -11,7 +11,7 @@ import torch
 
 from .. import checkpoint, data, per_sample, random, run_folder
 from .. import train as training
-from ..distributed import World, first_of, of_a_sum, undisturbed
+from ..distributed import World, broadcast, deferred_signals, is_collective_error
 from ..options import WATCHES, Train, UsageError, check_resumed, listed
 from . import build, restore, sources
 from .build import Best, Origin, Saved, Values
@@ -68,7 +68,7 @@ def run(options: Train, parts: Parts, folder: Path, *, again: str, world: World)
         else:
             saved, saved_step = _resumed(folder, saved, begun, total, private)
             run_folder.write_config(folder, options)
-    saved, step = first_of(world, (saved, torch.tensor([saved_step], device=where)))
+    saved, step = broadcast(world, (saved, torch.tensor([saved_step], device=where)))
     saved_step = int(step)
     print(f"Run folder: {folder}", flush=True)
     if private:
@@ -95,7 +95,7 @@ def run(options: Train, parts: Parts, folder: Path, *, again: str, world: World)
         tuned_fn = build.fastest(losses_fn, saved.state.params, *example, options=options, batch_size=batch_size)
         loss_fn = per_sample.prepare(tuned_fn, saved.state.params, *example)
         every = options.watch_every
-        estimator = training.watching(loss_fn)
+        estimator = training.gradient_with_noise(loss_fn)
         if valued:
             estimator = build.valuing(made, loss_fn, parts.judging, where)
             if every == 1:
@@ -157,17 +157,17 @@ def run(options: Train, parts: Parts, folder: Path, *, again: str, world: World)
             run_folder.append_metrics(folder, private.record(saver.saved_step))
             print(private.summary(saver.saved_step))
     except OSError:  # a full disk, or nobody reads on
-        with undisturbed():
+        with deferred_signals():
             saver.save()
         raise
     except KeyboardInterrupt:
-        with undisturbed():
+        with deferred_signals():
             last = saver.save()
         place = f"Interrupted after step {last}. " if world.rank == 0 else ""  # which alone has saved it
         raise KeyboardInterrupt(f"{place}Go on with: {again}") from None
     except RuntimeError as error:
-        if of_a_sum(error):
-            with undisturbed():
+        if is_collective_error(error):
+            with deferred_signals():
                 last = saver.save()
             error.add_note(
                 f"Saved after step {last}. Go on with: {again}" if world.rank == 0 else f"Go on with: {again}"

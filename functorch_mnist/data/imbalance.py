@@ -9,7 +9,7 @@ from .. import random
 from .sets import Split
 
 
-def imbalance(split: Split, parts: Mapping[int, float], *, key: Tensor) -> Split:
+def imbalanced(split: Split, parts: Mapping[int, float], *, key: Tensor) -> Split:
     """The examples of which only a random part is kept of some classes.
 
     Args:
@@ -37,10 +37,10 @@ def imbalance(split: Split, parts: Mapping[int, float], *, key: Tensor) -> Split
     kept = torch.ones_like(split.labels, dtype=torch.bool)
     for label, part in parts.items():
         if not 0 <= part <= 1:
-            raise ValueError(f"imbalance: the part of a class must be in [0, 1]. Found {part} for class {label}.")
+            raise ValueError(f"imbalanced: the part of a class must be in [0, 1]. Found {part} for class {label}.")
         places = (split.labels == label).nonzero().squeeze(1)
         if len(places) == 0:
-            raise ValueError(f"imbalance: a class in parts must have examples. Found none of class {label}.")
+            raise ValueError(f"imbalanced: a class in parts must have examples. Found none of class {label}.")
         count = max(round(part * len(places)), 1 if part > 0 else 0)
         order = random.permutation(random.fold_in(key, label), len(places))
         kept[places[order[count:]]] = False

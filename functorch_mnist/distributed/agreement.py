@@ -8,7 +8,7 @@ import torch
 
 from .. import tree
 from ..tree import Tree
-from .sums import gather
+from .sums import all_gather
 from .world import World
 
 
@@ -33,7 +33,7 @@ def check_agreed(world: World, where: str, remedy: str, **digests: str) -> None:
     if world.size == 1:
         return
     mine = [torch.frombuffer(bytearray(bytes.fromhex(text)), dtype=torch.uint8) for text in digests.values()]
-    found = gather(world, torch.stack(mine)[None].to(world.device)).cpu()  # (P, names, 32)
+    found = all_gather(world, torch.stack(mine)[None].to(world.device)).cpu()  # (P, names, 32)
     same = (found == found[:1]).all(-1)
     if bool(same.all()):
         return

@@ -107,7 +107,7 @@ class Attendance:
         """What this process ends with, where it ends with an error: its own one, or who else has caused it."""
         interrupted = isinstance(error, KeyboardInterrupt)
         notes = " ".join([*([str(error)] if interrupted else []), *getattr(error, "__notes__", [])])
-        if not interrupted and not of_a_sum(error):
+        if not interrupted and not is_collective_error(error):
             self.leave(Left.FAILED)
             return error if self._first() else EndedError(_TOLD)
         self.leave(Left.INTERRUPTED if interrupted else Left.WAITING)
@@ -175,7 +175,7 @@ class Attendance:
         return f"Process {names[0]} is" if len(names) == 1 else f"Processes {' and '.join(names)} are"
 
 
-def of_a_sum(error: BaseException) -> bool:
+def is_collective_error(error: BaseException) -> bool:
     """Whether torch's collectives have raised it, eager or compiled."""
     for frame in traceback.extract_tb(error.__traceback__):
         if "/torch/distributed/" in frame.filename or "_c10d_functional" in (frame.line or "") or frame.name == WAITING:
@@ -184,7 +184,7 @@ def of_a_sum(error: BaseException) -> bool:
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def deferred_signals() -> Iterator[None]:
     """Keeps signals that ask to stop from breaking off what the first one, or a fault, has begun."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from .agreement import digest_of
-from .sums import gather
+from .sums import all_gather
 from .world import World
 
 
-def bind(world: World, threads: int | None = None) -> int:
+def bind_cores(world: World, threads: int | None = None) -> int:
     """Gives this process its part of the cores, and torch as many threads, so that processes do not take turns on one.
 
     Args:
@@ -30,7 +30,7 @@ def bind(world: World, threads: int | None = None) -> int:
         cores = sorted(os.sched_getaffinity(0))
         mine = bytes.fromhex(digest_of(f"{socket.gethostname()} {cores}"))
         row = torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(world.device)[None]
-        alike = (gather(world, row) == row).all(1).nonzero().squeeze(1).tolist()
+        alike = (all_gather(world, row) == row).all(1).nonzero().squeeze(1).tolist()
         part = part_of(cores, alike.index(world.rank), len(alike))
         threads = threads or len(part)
         if threads <= len(part) and world.device.type == "cpu":

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import tree
 from ..data import Batch
-from .sums import gather
+from .sums import all_gather
 from .world import World
 
 T = TypeVar("T")
@@ -54,7 +54,7 @@ def parts_of(world: World, batch: Batch) -> list[Batch]:
     return [Batch(*part) for part in zip(batch.examples.chunk(world.parts_here), masks, strict=True)]
 
 
-def shares(count: int, parts: int, *, unit: int = 1) -> list[slice]:
+def split_rows(count: int, parts: int, *, unit: int = 1) -> list[slice]:
     """Some rows, divided into parts of neighbouring rows, as equal as whole units can be.
 
     Args:
@@ -63,7 +63,7 @@ def shares(count: int, parts: int, *, unit: int = 1) -> list[slice]:
         unit: rows that are not parted, such as those of a chunk.
 
     Example:
-        >>> shares(5, 2, unit=2)
+        >>> split_rows(5, 2, unit=2)
         [slice(0, 2, None), slice(2, 5, None)]
     """
     units = -(-count // unit)
@@ -71,7 +71,7 @@ def shares(count: int, parts: int, *, unit: int = 1) -> list[slice]:
     return [slice(*edge) for edge in pairwise(edges)]
 
 
-def rows_over(
+def map_rows(
     world: World, fn: Callable[..., T], *rows: Tensor, mask: Tensor | None = None, unit: int | None = None
 ) -> T:
     """What a function makes of each row, the rows divided between the processes.
@@ -91,18 +91,18 @@ def rows_over(
     Cost: the result is sent once to each process.
 
     Example:
-        >>> rows_over(World(), torch.neg, torch.arange(3))
+        >>> map_rows(World(), torch.neg, torch.arange(3))
         tensor([ 0, -1, -2])
     """
     if world.size == 1:
         return fn(*rows) if mask is None else fn(*rows, mask=mask)
-    divided = shares(len(rows[0]), world.size, unit=unit or 1)
+    divided = split_rows(len(rows[0]), world.size, unit=unit or 1)
     sizes = [part.stop - part.start for part in divided]
     mine = divided[world.rank]
     some = mine if sizes[world.rank] else slice(0, unit or 1)  # what none is left for says the shapes of the result
     part = [x[some] for x in rows]
     found = fn(*part) if mask is None else fn(*part, mask=mask[some])
-    return gather(world, _first(found, sizes[world.rank]), sizes)
+    return all_gather(world, _first(found, sizes[world.rank]), sizes)
 
 
 def _first(values: T, count: int) -> T:

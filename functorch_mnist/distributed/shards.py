@@ -1,6 +1,6 @@
 """An optimizer whose state lives in shards: each process keeps, and updates, a P-th part of all numbers.
 
-    G = scatter_sum(Σ over own rows)      (n / P,)
+    G = reduce_scatter(Σ over own rows)      (n / P,)
     w, s ← update(w, s, G / divisor)      of the shard alone
     params = gather(w)
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import tree
 from ..optim import Optimizer
 from ..tree import Tree
-from .sums import gather, scatter_sum
+from .sums import all_gather, reduce_scatter
 from .world import World
 
 _ALIGNED = 64
@@ -101,7 +101,7 @@ def sharded(optimizer: Optimizer, world: World, params: Tree, *, keep_params: bo
         return Shard(_slice(tree.leaves(values), start, start + length))
 
     def restored(node: Shard) -> Tree:
-        pieces = gather(world, node.values)[: sum(sizes)].split(sizes)
+        pieces = all_gather(world, node.values)[: sum(sizes)].split(sizes)
         made = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
         return tree.restore(structure, made)
 
@@ -117,7 +117,7 @@ def sharded(optimizer: Optimizer, world: World, params: Tree, *, keep_params: bo
     def total(grads: Tree) -> Shard:
         flat = torch.cat([tree.wide(leaf).reshape(-1) for leaf in tree.leaves(grads)])
         missing = length * world.size - len(flat)
-        return Shard(scatter_sum(world, torch.cat([flat, flat.new_zeros(missing)]) if missing else flat))
+        return Shard(reduce_scatter(world, torch.cat([flat, flat.new_zeros(missing)]) if missing else flat))
 
     def update(params: Tree, state: Tree, grads: Shard) -> tuple[Tree, Tree]:
         own = shard(params) if keep_params else params

@@ -1,11 +1,11 @@
 """Sums over processes.
 
-    sum_over      Σ_r tree_r             one all-reduce of a flat vector; every process gets the same bits
-    scatter_sum   a slice of Σ_r v_r     each process gets its own: an all-to-all, then P slices added
-    gather        the slices, or rows, of all processes, one after the other
+    all_reduce     Σ_r tree_r             one all-reduce of a flat vector; every process gets the same bits
+    reduce_scatter a slice of Σ_r v_r     each process gets its own: an all-to-all, then P slices added
+    all_gather     the slices, or rows, of all processes, in the order of their ranks
 
-With `world.shards` a sum is `gather` after `scatter_sum`, whose additions are a fixed binary tree. Two processes send
-each other all they have, which takes one message in place of two. All ways a process sends 2 (P - 1) / P times the
+With `world.shards` a sum is `all_gather` after `reduce_scatter`, whose additions are a fixed binary tree. Two processes
+send each other all they have, which takes one message in place of two. All ways a process sends 2 (P - 1) / P times the
 vector, the least there is (Patarasu and Yuan 2009).
 
 All belong outside transforms: inside `grad` a collective fails, inside `vmap` it is called again and again.
@@ -29,7 +29,7 @@ _SENT = (torch.float32, torch.float64, torch.int64, torch.uint8)
 """Types that are sent as they are; others go as bytes."""
 
 
-def sum_over(world: World, values: T) -> T:
+def all_reduce(world: World, values: T) -> T:
     """The sum of a tree over all processes, the same bits on each.
 
     Args:
@@ -67,7 +67,7 @@ def sum_over(world: World, values: T) -> T:
 def _kind(leaf: Tensor) -> torch.dtype:
     """In which type a leaf is added."""
     if leaf.is_complex() or leaf.dtype == torch.bool:
-        raise TypeError(f"sum_over: leaves must be floats or integers. Found {leaf.dtype}.")
+        raise TypeError(f"all_reduce: leaves must be floats or integers. Found {leaf.dtype}.")
     return torch.promote_types(leaf.dtype, torch.float32) if leaf.is_floating_point() else torch.int64
 
 
@@ -79,10 +79,10 @@ def _summed(world: World, vector: Tensor) -> Tensor:
     length = len(vector)
     missing = -length % world.size
     padded = torch.cat([vector, vector.new_zeros(missing)]) if missing else vector
-    return gather(world, scatter_sum(world, padded))[:length]
+    return all_gather(world, reduce_scatter(world, padded))[:length]
 
 
-def scatter_sum(world: World, vector: Tensor) -> Tensor:
+def reduce_scatter(world: World, vector: Tensor) -> Tensor:
     """This process's slice of the sum of a vector over all processes.
 
     Args:
@@ -102,11 +102,11 @@ def scatter_sum(world: World, vector: Tensor) -> Tensor:
         both: Tensor = halves[world.rank] + _of_the_other(world, halves[1 - world.rank])
         return both
     parts = _waited(torch.ops._c10d_functional.all_to_all_single(vector.contiguous(), sizes, sizes, world.group))
-    total: Tensor = in_pairs(list(parts.split(sizes)), torch.add)
+    total: Tensor = pairwise_sum(list(parts.split(sizes)), torch.add)
     return total
 
 
-def gather(world: World, values: T, sizes: Sequence[int] | None = None) -> T:
+def all_gather(world: World, values: T, sizes: Sequence[int] | None = None) -> T:
     """The rows of all processes, one after the other in the order of the ranks.
 
     Args:
@@ -163,7 +163,7 @@ def _values(column: Tensor, like: Tensor) -> Tensor:
     return found
 
 
-def first_of(world: World, values: T) -> T:
+def broadcast(world: World, values: T) -> T:
     """The tree of process 0, on all processes, bit for bit; the others' own say its structure, shapes and types."""
     leaves = tree.leaves(values)
     if world.size == 1 or not leaves:
@@ -175,11 +175,11 @@ def first_of(world: World, values: T) -> T:
     return tree.unflatten(values, made)
 
 
-def in_pairs(values: Sequence[T], add: Callable[[T, T], T]) -> T:
+def pairwise_sum(values: Sequence[T], add: Callable[[T, T], T]) -> T:
     """The sum of some values in a fixed binary tree: neighbours first, then neighbouring sums.
 
     Example:
-        >>> in_pairs(["a", "b", "c", "d"], lambda x, y: f"({x} {y})")
+        >>> pairwise_sum(["a", "b", "c", "d"], lambda x, y: f"({x} {y})")
         '((a b) (c d))'
     """
     rest = list(values)

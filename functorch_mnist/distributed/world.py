@@ -52,5 +52,5 @@ class World:
         return self.parts // self.size
 
 
-ALONE = World()
+SINGLE_PROCESS = World()
 """The world of a single process."""

@@ -18,6 +18,6 @@ from .ready import cnn as cnn
 from .ready import linear as linear
 from .ready import mlp as mlp
 from .ready import small_cnn as small_cnn
-from .scattering import Filters as Filters
-from .scattering import scattering as scattering
-from .scattering import scattering_filters as scattering_filters
+from .wavelets import Filters as Filters
+from .wavelets import scattering as scattering
+from .wavelets import scattering_filters as scattering_filters

@@ -22,7 +22,7 @@ class Averaged(NamedTuple):
     """Shaped as the parameters, float32 or wider."""
 
 
-def averaging(optimizer: Optimizer, *, decay: float | Tensor) -> Optimizer:
+def exponential_moving_average(optimizer: Optimizer, *, decay: float | Tensor) -> Optimizer:
     """The optimizer, which also keeps an exponential moving average of the parameters.
 
         a_t = d_t a_{t-1} + (1 - d_t) w_t,    d_t = min(decay, t / (t + 9))
@@ -43,7 +43,7 @@ def averaging(optimizer: Optimizer, *, decay: float | Tensor) -> Optimizer:
 
     Example:
         >>> from functorch_mnist import optim
-        >>> slow = averaging(optim.sgd(1.0), decay=0.5)
+        >>> slow = exponential_moving_average(optim.sgd(1.0), decay=0.5)
         >>> w = torch.tensor(1.0)
         >>> w, state = slow.update(w, slow.init(w), torch.tensor(1.0))
         >>> w, state.average
@@ -53,10 +53,10 @@ def averaging(optimizer: Optimizer, *, decay: float | Tensor) -> Optimizer:
         private training De et al., "Unlocking high-accuracy differentially private image classification through scale",
         arXiv 2204.13650, section 3.
     """
-    check("averaging", DECAY, decay=decay)
+    check("exponential_moving_average", DECAY, decay=decay)
 
     def update(params: Tree, state: Averaged, grads: Tree) -> tuple[Tree, Averaged]:
-        check_state("averaging", params, state.updates, least=torch.float32, average=state.average)
+        check_state("exponential_moving_average", params, state.updates, least=torch.float32, average=state.average)
         params, inner = optimizer.update(params, state.optimizer, grads)
         updates = state.updates + 1
         keep = (updates / (updates + 9)).clamp(max=decay)

@@ -20,8 +20,8 @@ the cotangent of its output. Nearly everything one wants of it follows from the 
     eigen.py         the eigenvectors of Kronecker factors, and second moments along them
     groups.py        whose an example is: the rows of a group
     together.py      quantities of the summed gradients of groups, of one parameter
-    plan.py          the plan: all of this as a table that can be changed
-    factored.py      the terms of all parameters, and the algebra on them
+    planning.py          the plan: all of this as a table that can be changed
+    algebra.py      the terms of all parameters, and the algebra on them
     passes.py        the backward pass of a batch or of its chunks, and what is made of it
     measured.py      the file of times that were measured
     tuning.py        the plan with the ways that are fastest on this machine
@@ -33,11 +33,11 @@ the cotangent of its output. Nearly everything one wants of it follows from the 
 """
 
 from . import vocabulary as vocabulary
+from .algebra import Factored as Factored
 from .eigen import Eigenbasis as Eigenbasis
 from .eigen import eigenbasis as eigenbasis
-from .factored import Factored as Factored
-from .plan import Plan as Plan
-from .plan import plan as plan
+from .planning import Plan as Plan
+from .planning import plan as plan
 from .prepared import Prepared as Prepared
 from .prepared import prepare as prepare
 from .quantities import ClippedSum as ClippedSum

@@ -25,7 +25,7 @@ from ..compiler import loop
 from ..tree import Tree
 from .capture import LossFn
 from .groups import packed
-from .plan import Plan
+from .planning import Plan
 from .prepared import passes
 
 Run: TypeAlias = Callable[..., Any]

@@ -10,9 +10,9 @@ from torch import Tensor
 from .. import batch as batches
 from .. import tree
 from ..tree import Tree
+from .algebra import Factored
 from .capture import LossFn, Strayed, Survey, biases, factor, survey
-from .factored import Factored
-from .plan import Plan, strategies
+from .planning import Plan, strategies
 from .terms import Strategy
 
 Finish = Callable[..., Tree]

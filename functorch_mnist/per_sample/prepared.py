@@ -17,10 +17,10 @@ from .. import native, tree
 from ..compiler import constant_to_the_compiler
 from ..tree import Structure, Tree
 from . import opaque
+from .algebra import Factored
 from .capture import LossFn, Strayed
-from .factored import Factored
 from .passes import Finish, Loss, Pass, Ways, itself, passed, ways
-from .plan import Plan, Planned
+from .planning import Plan, Planned
 from .programs import NotRecorded, Program, record
 from .squares import are_in_range, ends, looked_at_later
 

@@ -37,13 +37,13 @@ from torch import Tensor
 from .. import batch as batches
 from .. import native, tree
 from ..batch import Chunk, masked
-from ..distributed import ALONE, World, rows_over
+from ..distributed import SINGLE_PROCESS, World, map_rows
 from ..tree import Tree
+from .algebra import Factored
 from .capture import LossFn, dense_grads
 from .chunked import Chunked, Run
-from .factored import Factored
 from .groups import checked, firsts, leads, summed
-from .plan import Plan
+from .planning import Plan
 from .prepared import TENSOR, TREE, passes, returns
 from .terms import Kronecker
 
@@ -355,7 +355,7 @@ def gram(
     group_b: Tensor | None = None,
     chunk_size: int | None = None,
     plan: Plan | None = None,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> Tensor:
     """⟨∇_i, ∇'_j⟩ for all i of one batch and j of another: (B, B'), float32 or wider.
 
@@ -391,7 +391,7 @@ def gram(
             return gram(loss_fn, params, rows, batch_b, mask=mask, mask_b=mask_b, chunk_size=chunk_size, plan=plan)
 
         batches.size_of_chunks("per_sample.gram", batch_a, mask, chunk_size)
-        return rows_over(world, band_of, *batch_a, mask=mask, unit=chunk_size)
+        return map_rows(world, band_of, *batch_a, mask=mask, unit=chunk_size)
     mine = Chunked("gram", loss_fn, params, tuple(batch_a), mask, chunk_size, plan).runs()
     if batch_b is None:
         return _symmetric([(chunk, run(Factored.built)) for chunk, run in mine])

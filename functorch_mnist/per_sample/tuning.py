@@ -16,7 +16,7 @@ from .. import tree
 from ..tree import Tree
 from . import measured
 from .capture import LossFn, Survey, factor, survey
-from .plan import Plan, Row, Way, planned, strategies
+from .planning import Plan, Row, Way, planned, strategies
 from .squares import CAREFUL, Plain
 from .terms import Term
 

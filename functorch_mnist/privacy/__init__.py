@@ -6,18 +6,14 @@ The files, in the order of reading: `clipping`, `mechanism`, `sampling`, `users`
 and its ledger.
 """
 
-from .account import MOST_STEPS as MOST_STEPS
+from .account import MAX_STEPS as MAX_STEPS
 from .account import Accountant as Accountant
 from .account import calibrated as calibrated
 from .account import composed as composed
-from .account import curve as curve
 from .account import epsilon as epsilon
-from .account import most_steps as most_steps
+from .account import epsilon_curve as epsilon_curve
+from .account import max_steps as max_steps
 from .account import user_epsilon as user_epsilon
-from .audit import Audit as Audit
-from .audit import Release as Release
-from .audit import audit as audit
-from .audit import pipeline as pipeline
 from .clipping import Automatic as Automatic
 from .clipping import Clipping as Clipping
 from .clipping import Flat as Flat
@@ -42,14 +38,18 @@ from .one_run import LowerBound as LowerBound
 from .one_run import lower_bound as lower_bound
 from .release import Sums as Sums
 from .release import clipped_sums as clipped_sums
-from .release import no_sums as no_sums
-from .release import released as released
+from .release import noisy_mean as noisy_mean
+from .release import zero_sums as zero_sums
 from .sampling import Draw as Draw
 from .sampling import chunk_sizes as chunk_sizes
 from .sampling import chunks as chunks
 from .sampling import draw as draw
-from .sampling import joins as joins
+from .sampling import poisson_mask as poisson_mask
 from .secret import Secret as Secret
+from .step_audit import Audit as Audit
+from .step_audit import Release as Release
+from .step_audit import audit as audit
+from .step_audit import pipeline as pipeline
 from .strategies import banded as banded
 from .strategies import banded_toeplitz as banded_toeplitz
 from .strategies import bisr as bisr

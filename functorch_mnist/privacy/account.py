@@ -24,7 +24,7 @@ from .rdp import ORDERS, converted, rdp
 
 Accountant: TypeAlias = Literal["pld", "rdp", "rdp-old", "gaussian"]
 
-MOST_STEPS = 10**8
+MAX_STEPS = 10**8
 """The most that are accounted for."""
 
 
@@ -33,7 +33,7 @@ def epsilon(mechanism: Mechanism, *, steps: int, delta: float, accountant: Accou
 
     Args:
         mechanism: of each step.
-        steps: at least 0, at most `MOST_STEPS`.
+        steps: at least 0, at most `MAX_STEPS`.
         delta: δ in (0, 1).
         accountant: see above.
 
@@ -177,34 +177,36 @@ def calibrated(
     return _rounded_up(high)
 
 
-def most_steps(mechanism: Mechanism, *, budget: float, delta: float, accountant: Accountant = "pld") -> int:
-    """The most steps that spend at most ε = `budget`; `MOST_STEPS` where there is no end to them before.
+def max_steps(mechanism: Mechanism, *, budget: float, delta: float, accountant: Accountant = "pld") -> int:
+    """The most steps that spend at most ε = `budget`; `MAX_STEPS` where there is no end to them before.
 
     Raises:
         ValueError: a number is out of its range.
 
     Example:
         >>> from functorch_mnist.privacy import Shuffled
-        >>> most_steps(Shuffled(100, 4.0), budget=1.0, delta=1e-5, accountant="gaussian")
+        >>> max_steps(Shuffled(100, 4.0), budget=1.0, delta=1e-5, accountant="gaussian")
         100
     """
-    _check_budget("most_steps", budget)
+    _check_budget("max_steps", budget)
 
     def enough(steps: int) -> bool:
         return epsilon(mechanism, steps=steps, delta=delta, accountant=accountant) <= budget
 
     low, high = 0, 1
     while enough(high):
-        if high == MOST_STEPS:
-            return MOST_STEPS
-        low, high = high, min(2 * high, MOST_STEPS)
+        if high == MAX_STEPS:
+            return MAX_STEPS
+        low, high = high, min(2 * high, MAX_STEPS)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if enough(middle) else (low, middle)
     return low
 
 
-def curve(mechanism: Mechanism, *, steps: Sequence[int], delta: float, accountant: Accountant = "pld") -> list[float]:
+def epsilon_curve(
+    mechanism: Mechanism, *, steps: Sequence[int], delta: float, accountant: Accountant = "pld"
+) -> list[float]:
     """ε after each of some numbers of steps."""
     return [epsilon(mechanism, steps=count, delta=delta, accountant=accountant) for count in steps]
 
@@ -253,5 +255,5 @@ def _check_delta(delta: float) -> None:
 
 
 def _check_steps(where: str, steps: int, *, least: int) -> None:
-    if type(steps) is not int or not least <= steps <= MOST_STEPS:
-        raise ValueError(f"{where}: steps must be a whole number from {least} to {MOST_STEPS:,}. Found {steps}.")
+    if type(steps) is not int or not least <= steps <= MAX_STEPS:
+        raise ValueError(f"{where}: steps must be a whole number from {least} to {MAX_STEPS:,}. Found {steps}.")

@@ -36,9 +36,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .audit import highest_rate
 from .gaussian import gaussian_epsilon
 from .rdp import log_binomial
+from .step_audit import highest_rate
 
 
 class LowerBound(NamedTuple):

@@ -67,7 +67,7 @@ def clipped_sums(
     Cost: one backward pass.
     """
     if check("privacy.clipped_sums", batch, mask) == 0:
-        return no_sums(params, clipping, batch[0].device)
+        return zero_sums(params, clipping, batch[0].device)
     first = None if group is None else checked("privacy.clipped_sums", group, mask, len(batch[0]))
     found = factored(loss_fn, params, *blanked(batch, mask)).wide().built()
     norms = found.leaf_bounds(first)
@@ -88,7 +88,7 @@ def clipped_sums(
     return Sums(grads, votes, {"loss": masked(found.losses, keep).sum(), **counts})
 
 
-def no_sums(params: Tree, clipping: Clipping, device: torch.device | None = None) -> Sums:
+def zero_sums(params: Tree, clipping: Clipping, device: torch.device | None = None) -> Sums:
     """The sums over no example."""
     none = tree.map(lambda w: torch.zeros_like(tree.wide(w)), params)
     votes = clipping.votes(tree.map(lambda w: w.new_zeros(1, dtype=torch.float32), params), clipping.init())[0] * 0
@@ -96,7 +96,7 @@ def no_sums(params: Tree, clipping: Clipping, device: torch.device | None = None
     return Sums(none, votes.to(device), {"loss": torch.zeros((), device=device), **counts})
 
 
-def released(
+def noisy_mean(
     params: Tree,
     sums: Sums,
     key: Tensor,

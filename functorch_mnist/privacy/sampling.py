@@ -30,7 +30,7 @@ _ALIGNED = 8
 """Sizes from 64 on are its multiples, on which convolutions were 2 % faster."""
 
 
-def joins(key: Tensor, step: int | Tensor, examples: int, rate: float) -> Tensor:
+def poisson_mask(key: Tensor, step: int | Tensor, examples: int, rate: float) -> Tensor:
     """Which examples a Poisson draw takes: (N,) bool, each by an own coin with the chance `rate`.
 
     Args:
@@ -42,7 +42,7 @@ def joins(key: Tensor, step: int | Tensor, examples: int, rate: float) -> Tensor
     Guarantees: the chance is never above `rate`, and below it by less than 2⁻³².
 
     Example:
-        >>> joins(random.key(0), 7, 3, 1.0)
+        >>> poisson_mask(random.key(0), 7, 3, 1.0)
         tensor([True, True, True])
     """
     words = random.bits(random.fold_in(key, step), (examples,))
@@ -76,7 +76,12 @@ class Draw:
 
 
 def draw(
-    mechanism: Mechanism, key: Tensor, *, step: int | Tensor, population: int, joins: Callable[..., Tensor] = joins
+    mechanism: Mechanism,
+    key: Tensor,
+    *,
+    step: int | Tensor,
+    population: int,
+    mask_fn: Callable[..., Tensor] = poisson_mask,
 ) -> Draw:
     """Who joins a step.
 
@@ -85,7 +90,7 @@ def draw(
         key: (2,), the root of all draws of a run.
         step: which step, from 0.
         population: N, the number of all.
-        joins: `joins`, or a compiled form of it.
+        mask_fn: `poisson_mask`, or a compiled form of it.
 
     Guarantees: a function of its arguments alone. Poisson draws are independent; in a shuffled epoch each example is
         drawn once.
@@ -95,11 +100,11 @@ def draw(
         0
     """
     if isinstance(mechanism, Poisson):
-        return Draw(joins(key, step, population, mechanism.rate).nonzero()[:, 0])
+        return Draw(mask_fn(key, step, population, mechanism.rate).nonzero()[:, 0])
     always = random.fold_in(key, _ALWAYS)
     if isinstance(mechanism, BandMF):
         group = random.bits(always, (population,)).long() % mechanism.bands
-        joined = joins(key, step, population, mechanism.chance) & (group == step % mechanism.bands)
+        joined = mask_fn(key, step, population, mechanism.chance) & (group == step % mechanism.bands)
         return Draw(joined.nonzero()[:, 0])
     epoch, part = divmod(int(step), mechanism.steps_per_epoch)
     order = random.permutation(always if isinstance(mechanism, FixedOrder) else random.fold_in(key, epoch), population)

@@ -32,8 +32,8 @@ from .gradients import cosines as cosines
 from .noise import Efficiency as Efficiency
 from .noise import Noise as Noise
 from .noise import NoiseScale as NoiseScale
-from .noise import averaged as averaged
+from .noise import batch_noise as batch_noise
 from .noise import efficiency as efficiency
+from .noise import mean_noise_scale as mean_noise_scale
 from .noise import noise_scale as noise_scale
-from .noise import of_batch as of_batch
 from .noise import two_batch_sizes as two_batch_sizes

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import batch as batches
 from .. import tree
-from ..distributed import ALONE, World, gather, in_pairs, shares
+from ..distributed import SINGLE_PROCESS, World, all_gather, pairwise_sum, split_rows
 from ..per_sample import Factored, Plan, factored
 from ..tree import Tree
 
@@ -81,7 +81,7 @@ def fold(
     mask: Tensor | None = None,
     chunk_size: int | None = None,
     plan: Plan | None = None,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> S:
     """A statistic of the sample gradients of all examples.
 
@@ -120,11 +120,11 @@ def fold(
         first = next(parts)
         _check_statistic(first)
         found.append(reduce(merge, parts, first))
-    mine = in_pairs(found, merge)
+    mine = pairwise_sum(found, merge)
     if world.size == 1:
         return mine
-    everyone: S = gather(world, tree.map(lambda leaf: leaf[None], mine))
-    return in_pairs([tree.map(lambda leaf, rank=rank: leaf[rank], everyone) for rank in range(world.size)], merge)
+    everyone: S = all_gather(world, tree.map(lambda leaf: leaf[None], mine))
+    return pairwise_sum([tree.map(lambda leaf, rank=rank: leaf[rank], everyone) for rank in range(world.size)], merge)
 
 
 def _parts(
@@ -136,7 +136,7 @@ def _parts(
         return [(slice(0, total), chunk_size)]
     batches.size_of_chunks("statistics.fold", batch, mask, chunk_size)
     size = max(1, chunk_size or -(-total // world.parts))
-    every = shares(total, world.parts, unit=size)
+    every = split_rows(total, world.parts, unit=size)
     return [(rows, size) for rows in every[world.rank * world.parts_here : (world.rank + 1) * world.parts_here]]
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .. import batch as batches
 from .. import tree
-from ..distributed import ALONE, World
+from ..distributed import SINGLE_PROCESS, World
 from ..per_sample import Plan
 from ..tree import Tree
 from .folds import Gradients, Sums, fold, gradients, merge, wide_sums
@@ -133,7 +133,7 @@ def _estimates(count: Tensor, square_of_sum: Tensor, squares: Tensor) -> tuple[T
     return trace, square_of_sum / count.square() - trace / count
 
 
-def of_batch(norms: Tensor, sums: Tree, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def batch_noise(norms: Tensor, sums: Tree, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The unbiased tr Σ and |E ∇|² of one batch, as a training step sees them: 0-d float64, NaN of fewer than two.
 
     Args:
@@ -144,7 +144,7 @@ def of_batch(norms: Tensor, sums: Tree, mask: Tensor | None = None) -> tuple[Ten
     Raises:
         ValueError: the norms are not (B,), or the mask does not fit.
     """
-    batches.check("of_batch", (norms,), mask)
+    batches.check("batch_noise", (norms,), mask)
     norms = norms if mask is None else batches.masked(norms, mask)
     count = torch.ones_like(norms).sum() if mask is None else mask.sum()
     return _estimates(count.double(), tree.norm(sums).double().square(), norms.double().square().sum())
@@ -157,7 +157,7 @@ def noise_scale(
     mask: Tensor | None = None,
     chunk_size: int | None = None,
     plan: Plan | None = None,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> NoiseScale:
     """The noise scale at one point, from the gradients of single examples.
 
@@ -198,12 +198,12 @@ def _check_count(whole: Noise) -> None:
         raise ValueError(f"noise_scale: at least three examples that count. Found {int(whole.count)}.")
 
 
-def averaged(traces: Tensor, square_norms: Tensor) -> NoiseScale:
+def mean_noise_scale(traces: Tensor, square_norms: Tensor) -> NoiseScale:
     """The noise scale of several steps: the mean of tr Σ over the mean of |E ∇|².
 
     Args:
-        traces, square_norms: (T,) unbiased estimates of single steps, such as `of_batch` or `two_batch_sizes` give, at
-            least three, independent of each other. Steps of a run are not quite so: what they estimate drifts.
+        traces, square_norms: (T,) unbiased estimates of single steps, such as `batch_noise` or `two_batch_sizes` give,
+            at least three, independent of each other. Steps of a run are not quite so: what they estimate drifts.
 
     Raises:
         ValueError: they are not (T,) both, fewer than three, or not finite, as those of a batch of one example.
@@ -212,12 +212,14 @@ def averaged(traces: Tensor, square_norms: Tensor) -> NoiseScale:
     """
     if traces.dim() != 1 or traces.shape != square_norms.shape or len(traces) < 3:
         raise ValueError(
-            f"averaged: traces and square_norms must be (T,), T at least 3. "
+            f"mean_noise_scale: traces and square_norms must be (T,), T at least 3. "
             f"Found {tuple(traces.shape)} and {tuple(square_norms.shape)}."
         )
     rows = torch.stack([traces.double(), square_norms.double()])  # (2, T)
     if not rows.isfinite().all():
-        raise ValueError("averaged: estimates must be finite. Found NaN or infinity. Is a batch of one among them?")
+        raise ValueError(
+            "mean_noise_scale: estimates must be finite. Found NaN or infinity. Is a batch of one among them?"
+        )
     count = rows.shape[1]
     trace, square = rows.mean(1).unbind()
     left_out = (rows.sum(1, keepdim=True) - rows) / (count - 1)
@@ -233,7 +235,7 @@ def two_batch_sizes(small: Tensor, large: Tensor, *, small_size: int, large_size
         small_size, large_size: how many examples a batch has.
 
     Returns:
-        `(traces, square_norms)`, (T,) each, for `averaged`.
+        `(traces, square_norms)`, (T,) each, for `mean_noise_scale`.
 
     Raises:
         ValueError: the sizes are not in order, or the tensors not of one shape.

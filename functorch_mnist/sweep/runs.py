@@ -79,7 +79,9 @@ def grid(*, seeds: Sequence[int] = (0,), **values: Sequence[float]) -> Runs:
     return with_seeds(columns, seeds, settings=len(rows))
 
 
-def drawn(key: Tensor, count: int, *, seeds: Sequence[int] = (0,), **ranges: Uniform | LogUniform | OneOf) -> Runs:
+def random_search(
+    key: Tensor, count: int, *, seeds: Sequence[int] = (0,), **ranges: Uniform | LogUniform | OneOf
+) -> Runs:
     """Settings drawn at random, each with all seeds.
 
     Args:
@@ -94,13 +96,13 @@ def drawn(key: Tensor, count: int, *, seeds: Sequence[int] = (0,), **ranges: Uni
     Guarantees: setting i and each hyperparameter's values do not depend on `count`, or on the other ranges that follow.
 
     Example:
-        >>> drawn(random.key(0), 2, lr=LogUniform(0.01, 1.0))["lr"].shape
+        >>> random_search(random.key(0), 2, lr=LogUniform(0.01, 1.0))["lr"].shape
         torch.Size([2])
 
     Reference: Bergstra, Bengio, "Random search for hyper-parameter optimization", JMLR 13, 2012.
     """
     if count < 1:
-        raise ValueError(f"drawn: count must be at least 1. Found {count}.")
+        raise ValueError(f"random_search: count must be at least 1. Found {count}.")
     columns = {}
     for place, (name, one) in enumerate(ranges.items()):
         if isinstance(one, OneOf):
@@ -108,7 +110,9 @@ def drawn(key: Tensor, count: int, *, seeds: Sequence[int] = (0,), **ranges: Uni
         else:
             good = one.low <= one.high and (one.low > 0 or isinstance(one, Uniform))
         if not good:
-            raise ValueError(f"drawn: a range must not be empty, and of logarithms above 0. Found {name} in {one}.")
+            raise ValueError(
+                f"random_search: a range must not be empty, and of logarithms above 0. Found {name} in {one}."
+            )
         columns[name] = one.at(random.uniform(random.fold_in(key, place), (count,)))
     return with_seeds(columns, seeds, settings=count)
 

@@ -2,7 +2,7 @@
 
     runs = {"subset": torch.arange(R), "seed": torch.arange(R)}      subset r, from a start of its own
     lanes = sweep.on_subsets(program, examples, subsets, …)
-    found = sweep.fit(lanes, runs, sweep.start(lanes.program, runs, …), width=…)
+    found = sweep.fit(lanes, runs, sweep.init_sweep(lanes.program, runs, …), width=…)
 
 Runs of one subset with several seeds are averaged to lessen the noise of starts and orders.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..train import State
-from .lanes import Lanes, Program, Values
+from .vmapped import Program, Values, VmappedStep
 
 SUBSET = "subset"
 """The name of the column of runs that says which subset a run is trained on, from 0."""
@@ -21,23 +21,23 @@ SUBSET = "subset"
 
 def on_subsets(
     program: Program, examples: Sequence[Tensor], subsets: Tensor, *, batch_size: int, compile: bool
-) -> Lanes:
-    """Lanes whose runs see the examples of their own subset alone, in an order and in batches of their own.
+) -> VmappedStep:
+    """A `VmappedStep` whose runs see the examples of their own subset alone, in an order and in batches of their own.
 
     Args:
         program: what a run is, as if the examples of its subset were all; it may ignore the column `subset`.
         examples: tensors (N, …).
         subsets: (R, N) bool, all of one size, at least 1; see `attribution.subsets`.
-        batch_size, compile: as in `Lanes`.
+        batch_size, compile: as in `VmappedStep`.
 
     Returns:
-        Lanes; their program is the one to start the sweep with. The runs need a column `subset` (K,) of numbers from
-        0 to R - 1.
+        A `VmappedStep`; its program is the one to start the sweep with. The runs need a column `subset` (K,) of numbers
+        from 0 to R - 1.
 
     Raises:
         ValueError: the subsets are not (R, N) bool, differ in size, or are empty.
 
-    Guarantees: a run is that of `Lanes(program, [x[subset] for x in examples], …)`, bit for bit at one width.
+    Guarantees: a run is that of `VmappedStep(program, [x[subset] for x in examples], …)`, bit for bit at one width.
     """
     total = len(examples[0])
     if subsets.dim() != 2 or subsets.shape[1] != total or subsets.dtype != torch.bool or not len(subsets):
@@ -60,4 +60,4 @@ def on_subsets(
         return program.step(hyper, state, *[x[index] for x in rows], keys, mask=mask, divisor=divisor)
 
     positions = torch.arange(members.shape[1], device=members.device)
-    return Lanes(program._replace(step=step), (positions,), batch_size=batch_size, compile=compile)
+    return VmappedStep(program._replace(step=step), (positions,), batch_size=batch_size, compile=compile)

@@ -8,19 +8,19 @@ The files, in the order of reading: `step`, `watch`, `value`, `draws`, `fit`, `p
 (precision and compilation).
 """
 
-from .canaries import Beside as Beside
-from .canaries import Planted as Planted
-from .canaries import Scored as Scored
-from .canaries import plant as plant
+from .canaries import CanaryParams as CanaryParams
+from .canaries import CanaryRun as CanaryRun
+from .canaries import CanaryState as CanaryState
+from .canaries import plant_canaries as plant_canaries
 from .draws import Draws as Draws
 from .draws import Order as Order
 from .draws import epoch_draws as epoch_draws
-from .evaluate import Evaluation as Evaluation
-from .evaluate import evaluate as evaluate
-from .evaluate import predictions as predictions
-from .fit import Progress as Progress
-from .fit import Watch as Watch
-from .fit import fit as fit
+from .evaluation import Evaluation as Evaluation
+from .evaluation import evaluate as evaluate
+from .evaluation import predictions as predictions
+from .fitting import Progress as Progress
+from .fitting import Watch as Watch
+from .fitting import fit as fit
 from .forms import compiled as compiled
 from .forms import in_precision as in_precision
 from .private import PrivateStep as PrivateStep
@@ -36,5 +36,5 @@ from .step import gradient as gradient
 from .step import init_state as init_state
 from .step import make_step as make_step
 from .value import data_values as data_values
-from .value import valuing as valuing
-from .watch import watching as watching
+from .value import gradient_with_data_values as gradient_with_data_values
+from .watch import gradient_with_noise as gradient_with_noise

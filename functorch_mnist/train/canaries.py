@@ -43,7 +43,7 @@ LENGTHS = (100.0, 0.99)
 long gradients."""
 
 
-class Beside(NamedTuple):
+class CanaryParams(NamedTuple):
     """The parameters of a run with canaries."""
 
     model: Tree
@@ -52,7 +52,7 @@ class Beside(NamedTuple):
     """(m, 1): always zeros."""
 
 
-class Scored(NamedTuple):
+class CanaryState(NamedTuple):
     """The optimizer's state in a run with canaries."""
 
     optimizer: Tree
@@ -62,11 +62,11 @@ class Scored(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Planted:
+class CanaryRun:
     """What a run with canaries is made of, in place of what it was made of."""
 
     loss_fn: Callable[..., Tensor]
-    params: Beside
+    params: CanaryParams
     optimizer: Optimizer
     examples: tuple[Tensor, ...]
     """With m more rows, and one more tensor, which says which canary a row is."""
@@ -78,7 +78,7 @@ class Planted:
         return lower_bound(state.optimizer.scores, self.included, delta=delta, confidence=confidence)
 
 
-def plant(
+def plant_canaries(
     loss_fn: Callable[..., Tensor],
     params: Tree,
     optimizer: Optimizer,
@@ -88,7 +88,7 @@ def plant(
     mechanism: Mechanism,
     canaries: int = 1000,
     key: Tensor,
-) -> Planted:
+) -> CanaryRun:
     """A private run with canaries in it.
 
     Args:
@@ -119,7 +119,7 @@ def plant(
     Example:
         >>> from functorch_mnist import optim, privacy
         >>> clipping, mechanism, optimizer = privacy.Flat(1.0), privacy.Poisson(0.5, 10.0), optim.sgd(0.1)
-        >>> planted = plant(
+        >>> planted = plant_canaries(
         ...     lambda w, x, key: (w - x) ** 2, torch.tensor(0.0), optimizer, (torch.ones(8),), clipping=clipping,
         ...     mechanism=mechanism, key=random.key(0),
         ... )
@@ -127,13 +127,13 @@ def plant(
         (tensor([False, False,  True]), tensor([  -1, 1000, 1000,    2]))
     """
     if canaries < 2:
-        raise ValueError(f"plant: at least 2 canaries. Found {canaries}.")
+        raise ValueError(f"plant_canaries: at least 2 canaries. Found {canaries}.")
     if tree.leaves(clipping.init()):
-        raise ValueError(f"plant: the clipping norm must be the same in all steps. Found {clipping!r}.")
-    ordinary, device = check("plant", examples, None), examples[0].device
+        raise ValueError(f"plant_canaries: the clipping norm must be the same in all steps. Found {clipping!r}.")
+    ordinary, device = check("plant_canaries", examples, None), examples[0].device
     if ordinary == 0:
-        raise ValueError("plant: there must be an example. Found none.")
-    beside = Beside(params, torch.zeros(canaries, 1, device=device))
+        raise ValueError("plant_canaries: there must be an example. Found none.")
+    beside = CanaryParams(params, torch.zeros(canaries, 1, device=device))
     length, kept = _length(beside, clipping)
     included = random.bernoulli(key, 0.5, (canaries,)).to(device)
     places = torch.arange(canaries, device=device)
@@ -142,14 +142,14 @@ def plant(
     )  # of a canary that is not in, one that none has
     with_canaries = (*[torch.cat([rows, rows[places % ordinary]]) for rows in examples], numbers)
 
-    def loss(params: Beside, *example: Tensor) -> Tensor:
+    def loss(params: CanaryParams, *example: Tensor) -> Tensor:
         *own, number, key = example
         line = length * F.embedding(number.clamp(0, canaries - 1), params.canaries)[0]
         planted = torch.where(number < canaries, line, 0.0)
         return torch.where(number < 0, loss_fn(params.model, *own, key), planted)
 
     scored = _scoring(optimizer, clipping, mechanism, ordinary, canaries, kept)
-    return Planted(loss, beside, scored, with_canaries, included)
+    return CanaryRun(loss, beside, scored, with_canaries, included)
 
 
 def _scoring(
@@ -161,26 +161,26 @@ def _scoring(
     unit = rate * rows / clipping.sensitivity()
     missed = math.log1p(-rate) if rate < 1 else -math.inf
 
-    def update(params: Beside, state: Scored, grads: Beside) -> tuple[Beside, Scored]:
+    def update(params: CanaryParams, state: CanaryState, grads: CanaryParams) -> tuple[CanaryParams, CanaryState]:
         own = tree.map(lambda g: g * (rows / ordinary), grads.model)
         model, inner = optimizer.update(params.model, state.optimizer, own)
         seen = unit * grads.canaries[:, 0]
         drawn = math.log(rate) + (2 * kept * seen - kept**2) / (2 * sigma**2)
         ratio = torch.logaddexp(drawn, torch.full_like(drawn, missed))
-        return Beside(model, params.canaries), Scored(inner, state.scores + ratio)
+        return CanaryParams(model, params.canaries), CanaryState(inner, state.scores + ratio)
 
-    return Optimizer(lambda params: Scored(optimizer.init(params.model), params.canaries[:, 0].clone()), update)
+    return Optimizer(lambda params: CanaryState(optimizer.init(params.model), params.canaries[:, 0].clone()), update)
 
 
-def _length(params: Beside, clipping: Clipping) -> tuple[float, float]:
+def _length(params: CanaryParams, clipping: Clipping) -> tuple[float, float]:
     """How long a canary's gradient is, and how much of it is kept, in units of the sensitivity."""
     most = float(clipping.sensitivity())
 
     def kept(length: float) -> float:
-        norms = Beside(tree.map(lambda w: w.new_zeros(1), params.model), params.canaries.new_full((1,), length))
+        norms = CanaryParams(tree.map(lambda w: w.new_zeros(1), params.model), params.canaries.new_full((1,), length))
         return length * float(clipping.factors(norms).canaries[0]) / most
 
     length = max((most * one for one in LENGTHS), key=kept)
     if kept(length) == 0:
-        raise ValueError(f"plant: the rule must leave something of a canary. Found {clipping!r}.")
+        raise ValueError(f"plant_canaries: the rule must leave something of a canary. Found {clipping!r}.")
     return length, kept(length)

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from .. import privacy, random, tree
 from ..data import Batch
-from ..distributed import ALONE, World, first_of, in_pairs, parts_of, rows_of, sum_over
+from ..distributed import SINGLE_PROCESS, World, all_reduce, broadcast, pairwise_sum, parts_of, rows_of
 from ..optim import Optimizer
-from ..privacy import Clipping, Mechanism, Secret, Sums, Users, clipped_sums, noise_draws, released
+from ..privacy import Clipping, Mechanism, Secret, Sums, Users, clipped_sums, noise_draws, noisy_mean
 from ..privacy.mechanism import column
 from ..tree import Tree
 from .agreement import CHECK_EVERY, check_examples, check_state
-from .fit import Progress
+from .fitting import Progress
 from .forms import compiled
 from .step import State, init_state
 
@@ -31,8 +31,8 @@ from .step import State, init_state
 class _Parts(NamedTuple):
     """A step in parts, for a large draw has more than one chunk. Each is pure and compiles as one graph."""
 
-    joins: Callable[..., Tensor]
-    """`privacy.joins`."""
+    poisson_mask: Callable[..., Tensor]
+    """`privacy.poisson_mask`."""
     add: Callable[..., Sums]
     """`add(state, sums, roots, batch, whose, *examples) -> sums`: with those of one more chunk; before the first they
     are None. `batch` says which rows of `examples` it takes, `whose` (N,) who owns them, or is None."""
@@ -59,7 +59,7 @@ class PrivateStep:
     """N examples, or whose they are."""
     chunk_sizes: tuple[int, ...]
     """Fixed sizes for chunks of a draw."""
-    world: World = ALONE
+    world: World = SINGLE_PROCESS
     is_compiled: bool = False
 
     def __post_init__(self) -> None:
@@ -109,7 +109,7 @@ class PrivateStep:
                 f"divides its sums. Found {[len(tensor) for tensor in examples]}."
             )
         drawn = privacy.draw(
-            self.mechanism, roots[0], step=state.step, population=self.size, joins=self._parts.joins
+            self.mechanism, roots[0], step=state.step, population=self.size, mask_fn=self._parts.poisson_mask
         )  # fmt: skip
         if users is None:
             chunks = privacy.chunks(drawn, self.chunk_sizes)
@@ -132,7 +132,7 @@ class PrivateStep:
         for batch in chunks:
             parts = parts_of(self.world, batch)
             totals = [add(state, sums, roots, part, whose, *examples) for sums, part in zip(totals, parts, strict=True)]
-        sums = in_pairs(totals, lambda a, b: tree.map(torch.add, a, b))
+        sums = pairwise_sum(totals, lambda a, b: tree.map(torch.add, a, b))
         return end(state, sums, roots, None, whose, *examples)
 
     @cached_property
@@ -155,12 +155,12 @@ class PrivateStep:
         def end(
             state: State, sums: Sums | None, roots: Tensor, batch: Batch | None, whose: Tensor | None, *examples: Tensor
         ) -> tuple[State, dict[str, Tensor]]:
-            total = sum_over(world, sums if batch is None else add(state, sums, roots, batch, whose, *examples))
+            total = all_reduce(world, sums if batch is None else add(state, sums, roots, batch, whose, *examples))
             assert total is not None  # there is always a chunk
             drawn: tuple[Tensor, Tensor | None] = (random.fold_in(roots[1], state.step), None)
             if strategy is not None:
                 drawn = noise_draws(strategy, roots[1], state.step)
-            grads, estimator = released(
+            grads, estimator = noisy_mean(
                 state.params, total, drawn[0], clipping=clipping, noise_multiplier=sigma, expected=expected,
                 clipping_state=state.estimator, weights=drawn[1],
             )  # fmt: skip
@@ -168,8 +168,8 @@ class PrivateStep:
             return State(params, optimizer_state, state.step + 1, state.key, estimator), total.seen
 
         if self.is_compiled:
-            return _Parts(compiled(privacy.joins), _by_shape(add), _by_shape(end))
-        return _Parts(privacy.joins, add, end)
+            return _Parts(compiled(privacy.poisson_mask), _by_shape(add), _by_shape(end))
+        return _Parts(privacy.poisson_mask, add, end)
 
 
 def _by_shape(part: Callable[..., Any]) -> Callable[..., Any]:
@@ -205,7 +205,7 @@ def make_private_step(
     mechanism: Mechanism,
     examples: int | Users,
     chunk_sizes: Sequence[int] | None = None,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> PrivateStep:
     """A private training step.
 
@@ -280,7 +280,7 @@ def fit_private(
     world, callbacks = step.world, tuple(callbacks)
     check_examples(world, examples)
     check_state(world, state)
-    roots = first_of(world, secret.roots(examples[0].device))
+    roots = broadcast(world, secret.roots(examples[0].device))
     per_epoch = max(1, round(1 / step.mechanism.share))
     for done in range(int(state.step), steps):
         state, aux = step(state, roots, *examples)

@@ -17,7 +17,7 @@ from torch.func import grad, vmap
 
 from .. import random, tree
 from ..batch import blanked, check
-from ..distributed import ALONE, Sharded, World, gather, in_pairs, sum_over
+from ..distributed import SINGLE_PROCESS, Sharded, World, all_gather, all_reduce, pairwise_sum
 from ..optim import Optimizer
 from ..tree import Tree
 
@@ -154,7 +154,9 @@ class Step(Protocol):
     ) -> tuple[State, dict[str, Tensor]]: ...
 
 
-def make_step(loss_fn: Callable[..., Tensor] | Estimator, optimizer: Optimizer | Sharded, world: World = ALONE) -> Step:
+def make_step(
+    loss_fn: Callable[..., Tensor] | Estimator, optimizer: Optimizer | Sharded, world: World = SINGLE_PROCESS
+) -> Step:
     """A training step: the estimator, the sum over processes, one division, the optimizer.
 
     Args:
@@ -241,14 +243,14 @@ def _total(
                     f"Found {name} {tuple(value.shape)}."
                 )
     mine = found[0]
-    if parts > 1:  # parts are added in float32 or wider, as `sum_over` adds them
-        mine = in_pairs([tree.map(_wide, part) for part in found], lambda a, b: tree.map(torch.add, a, b))
+    if parts > 1:  # parts are added in float32 or wider, as `all_reduce` adds them
+        mine = pairwise_sum([tree.map(_wide, part) for part in found], lambda a, b: tree.map(torch.add, a, b))
         columns[0] = tree.map(lambda *pieces: torch.cat(pieces), *columns)
     if isinstance(optimizer, Sharded):
-        sums, scalars = optimizer.sum(mine[0]), sum_over(world, mine[1])
+        sums, scalars = optimizer.sum(mine[0]), all_reduce(world, mine[1])
     else:
-        sums, scalars = tree.map(lambda total, part: total.to(part.dtype), sum_over(world, mine), found[0])
-    aux = {**scalars, **gather(world, columns[0])}
+        sums, scalars = tree.map(lambda total, part: total.to(part.dtype), all_reduce(world, mine), found[0])
+    aux = {**scalars, **all_gather(world, columns[0])}
     if estimator.finish is not _as_it_is:
         aux = estimator.finish(optimizer.whole(sums) if isinstance(optimizer, Sharded) else sums, aux)
     return sums, aux

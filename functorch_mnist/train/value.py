@@ -39,7 +39,7 @@ class _Direction(NamedTuple):
     """The validation examples of this step."""
 
 
-def valuing(
+def gradient_with_data_values(
     loss_fn: Callable[..., Tensor],
     validation: Sequence[Tensor],
     *,
@@ -88,24 +88,24 @@ def valuing(
 
     Example:
         >>> import torch
-        >>> estimator = valuing(lambda w, x: (w - x) ** 2 / 2, (torch.tensor([3.0]),), order=2)
+        >>> estimator = gradient_with_data_values(lambda w, x: (w - x) ** 2 / 2, (torch.tensor([3.0]),), order=2)
         >>> grads, aux = estimator(torch.tensor(0.0), torch.tensor([1.0, -1.0]))
         >>> aux["gradient_dot"], data_values(aux, lr=0.5)
         (tensor([ 3., -3.]), tensor([ 0.7500, -0.7500]))
 
     Reference: Wang et al., "Data Shapley in one training run", ICLR 2025, theorems 3 and 4.
     """
-    total = check("valuing", validation, None)
+    total = check("gradient_with_data_values", validation, None)
     smooth = smoothing is None or 0 <= smoothing < 1
     if total < 1 or (draw is not None and draw < 1) or not smooth or order not in (1, 2):
         raise ValueError(
-            "valuing: at least one validation example, a draw of 1 or more, smoothing from 0 and below 1, order 1 or 2."
-            f" Found {total} examples, draw {draw}, smoothing {smoothing}, order {order}."
+            "gradient_with_data_values: at least one validation example, a draw of 1 or more, smoothing in [0, 1), "
+            f"order 1 or 2. Found {total} examples, draw {draw}, smoothing {smoothing}, order {order}."
         )
     if not renew and (smoothing is None or order == 2):
         raise ValueError(
-            f"valuing: what is not renewed must be kept, and is of first order. Found smoothing {smoothing}, "
-            f"order {order}."
+            "gradient_with_data_values: what is not renewed must be kept, and is of first order. Found smoothing "
+            f"{smoothing}, order {order}."
         )
     one = loss_fn if validation_loss is None else validation_loss
     examples = tuple(validation)
@@ -139,7 +139,7 @@ def valuing(
     def estimate(
         params: Tree, *batch: Tensor, mask: Tensor | None, shared: _Direction
     ) -> tuple[Tree, dict[str, Tensor]]:
-        count = check("valuing", batch, mask)
+        count = check("gradient_with_data_values", batch, mask)
         keep = torch.ones(count, dtype=torch.bool, device=batch[0].device) if mask is None else mask
         if count == 0:
             nothing = torch.zeros(0, device=batch[0].device)
@@ -165,7 +165,7 @@ def data_values(aux: Mapping[str, Tensor], *, lr: float | Tensor, divisor: float
     """The value of each example in a step of plain SGD: (B,), in units of the validation loss; zero where masked.
 
     Args:
-        aux: of a step with an estimator of `valuing`.
+        aux: of a step with an estimator of `gradient_with_data_values`.
         lr: the learning rate of the step.
         divisor: what the step divided by, by default the examples that count.
 

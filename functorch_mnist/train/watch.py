@@ -11,7 +11,7 @@ from ..tree import Tree
 from .step import Estimator
 
 
-def watching(loss_fn: Callable[..., Tensor]) -> Estimator:
+def gradient_with_noise(loss_fn: Callable[..., Tensor]) -> Estimator:
     """The estimator of the plain gradient, with the norms of the sample gradients and the noise of the batch.
 
     Args:
@@ -20,21 +20,21 @@ def watching(loss_fn: Callable[..., Tensor]) -> Estimator:
     Returns:
         The estimator. Its gradient is that of `gradient(loss_fn)`, up to rounding. Its aux holds, besides `"loss"`:
         `"count"`, how many examples count; `"norms"` (B,), |∇_i|, zero where masked; `"keep"` (B,) bool, the mask;
-        `"trace"` and `"square_norm"`, 0-d, the unbiased estimates of `statistics.of_batch`, NaN for fewer than two
-        examples: for the noise scale, average each over steps with `statistics.averaged`.
+        `"trace"` and `"square_norm"`, 0-d, the unbiased estimates of `statistics.batch_noise`, NaN for fewer than two
+        examples: for the noise scale, average each over steps with `statistics.mean_noise_scale`.
 
     Cost: one backward pass.
     """
 
     def estimate(params: Tree, *batch: Tensor, mask: Tensor | None) -> tuple[Tree, dict[str, Tensor]]:
-        if check("watching", batch, mask) == 0:
+        if check("gradient_with_noise", batch, mask) == 0:
             nothing = torch.zeros(0, device=batch[0].device)
             return tree.zeros_like(params), _aux(nothing, nothing, mask)
         grads, norms, losses = per_sample.grad_and_norms(loss_fn, params, *batch, mask=mask)
         return grads, _aux(losses, norms, mask)
 
     def finish(grads: Tree, aux: dict[str, Tensor]) -> dict[str, Tensor]:
-        trace, square_norm = statistics.of_batch(aux["norms"], grads, aux["keep"])
+        trace, square_norm = statistics.batch_noise(aux["norms"], grads, aux["keep"])
         return {**aux, "trace": trace, "square_norm": square_norm}
 
     return Estimator(estimate, finish)

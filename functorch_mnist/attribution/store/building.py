@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from ... import batch as batches
-from ...distributed import ALONE, World, digest, gather
+from ...distributed import SINGLE_PROCESS, World, all_gather, digest
 from ...per_sample import Plan as SamplePlan
 from ...per_sample import factored
 from ...tree import Tree
-from ..features import Projection
+from ..projections import Projection
 from . import manifest
 from .manifest import BEGUN, NAME, Checkpoint, Examples, File, Part, Plan, StoreError
 from .numbers import blocks, features, rounded
@@ -56,7 +56,7 @@ def build(
     plan: SamplePlan | None = None,
     compile: Compile = _as_it_is,
     progress: Callable[[int], object] = _silent,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> Store:
     """Computes the projected gradients of examples and keeps them in a folder; goes on where a killed build stopped.
 
@@ -138,7 +138,7 @@ def append(
     plan: SamplePlan | None = None,
     compile: Compile = _as_it_is,
     progress: Callable[[int], object] = _silent,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> Store:
     """Adds examples to a store, with its projection and settings: their numbers go on after those that are there.
 
@@ -263,7 +263,7 @@ def _together(world: World, places: Sequence[tuple[int, int, slice]], mine: Sequ
     """The parts of all processes, in order."""
     shares = [len(places[rank :: world.size]) for rank in range(world.size)]
     rows = torch.tensor([[file.size, *bytes.fromhex(file.sha256)] for file in mine], dtype=torch.int64)
-    found = gather(world, rows.view(-1, 33).to(world.device), shares).tolist()
+    found = all_gather(world, rows.view(-1, 33).to(world.device), shares).tolist()
     ranked = [number for rank in range(world.size) for number in range(rank, len(places), world.size)]
     parts: list[Part] = []
     for _, (size, *digits) in sorted(zip(ranked, found, strict=True)):
@@ -275,7 +275,7 @@ def _together(world: World, places: Sequence[tuple[int, int, slice]], mine: Sequ
 
 def _wait(world: World) -> None:
     """Until all processes are here."""
-    gather(world, torch.zeros(1, dtype=torch.int64, device=world.device))
+    all_gather(world, torch.zeros(1, dtype=torch.int64, device=world.device))
 
 
 def _array(values: Any) -> bytes:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ... import tree
 from ...per_sample import Factored, factored
 from ...tree import Tree
-from ..features import Projection
+from ..projections import Projection
 from .manifest import Block
 
 

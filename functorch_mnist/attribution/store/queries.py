@@ -23,8 +23,8 @@ from torch import Tensor
 from ...distributed import digest
 from ...per_sample import factored
 from ...tree import Tree
-from ..features import Projection
-from ..influence import grouped
+from ..influence import group_sums
+from ..projections import Projection
 from ..solve import rounding, solve
 from . import manifest, numbers
 from .manifest import BEGUN, NAME, Block, Part, Plan, StoreError
@@ -203,7 +203,7 @@ class Store:
             if groups is None:
                 kept.append(part)
             else:
-                one = grouped(part, groups[start : start + len(part)], count=int(groups.max()) + 1)
+                one = group_sums(part, groups[start : start + len(part)], count=int(groups.max()) + 1)
                 kept = [one if not kept else kept[0] + one]
         return torch.cat(kept)
 

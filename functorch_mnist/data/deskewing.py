@@ -6,7 +6,7 @@ from torch import Tensor
 from .resampling import resampled
 
 
-def upright(images: Tensor) -> Tensor:
+def deskewed(images: Tensor) -> Tensor:
     """Images moved so that their ink is centred, and sheared so that it does not lean.
 
     With the ink of an image as a distribution over pixels, of means m and covariance S: row y and column x show what
@@ -25,7 +25,7 @@ def upright(images: Tensor) -> Tensor:
     Guarantees: an image's result does not depend on the images beside it, or on its own scale, but for rounding.
     """
     if not images.is_floating_point():
-        raise TypeError(f"upright: images must be floats. Found {images.dtype}. Divide by 255?")
+        raise TypeError(f"deskewed: images must be floats. Found {images.dtype}. Divide by 255?")
     height, width = images.shape[-2:]
     flat = images.reshape(-1, height, width)
     ink = flat.sum((1, 2)).clamp(min=torch.finfo(flat.dtype).tiny)

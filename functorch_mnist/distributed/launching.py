@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, start_processes
 
-from .attendance import undisturbed
-from .joined import prefix
+from .attendance import deferred_signals
+from .joining import prefix
 
 
 class LaunchError(Exception):
@@ -53,7 +53,7 @@ def launch(arguments: Sequence[str], *, processes: int) -> int:
             result = started.wait(period=0.05)
         except SignalException as asked:
             number = signal.Signals(asked.sigval)
-            with undisturbed():
+            with deferred_signals():
                 started.close(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
             if not store.check([told]):
                 raise KeyboardInterrupt from None

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import batch as batches
 from .. import tree
-from ..distributed import ALONE, World, rows_over
+from ..distributed import SINGLE_PROCESS, World, map_rows
 from ..losses import check_labels, cross_entropy
 from ..losses.labels import own
 from ..per_sample import Plan, factored
@@ -58,7 +58,7 @@ def scores(
     mask: Tensor | None = None,
     chunk_size: int | None = None,
     plan: Plan | None = None,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> Scores:
     """All scores of each example at one checkpoint, in one backward pass.
 
@@ -90,15 +90,15 @@ def scores(
         for chunk in batches.chunks("attribution.scores", batch, mask, chunk_size):
             part = factored(both_fn, params, *chunk.batch, mask=chunk.mask, plan=plan, has_aux=True)
             (given,) = batches.blanked(chunk.batch[-1:], chunk.mask)
-            found = Scores(tree.wide(part.losses), part.norms(), *of_outputs(part.aux, given))
+            found = Scores(tree.wide(part.losses), part.norms(), *output_scores(part.aux, given))
             rows.append([chunk.unpadded(batches.masked(column, chunk.keep())) for column in found])
         return Scores(*[torch.cat(column) for column in zip(*rows, strict=True)])
 
     batches.size_of_chunks("attribution.scores", (*inputs, labels), mask, chunk_size)
-    return rows_over(world, of, *inputs, labels, mask=mask, unit=chunk_size)
+    return map_rows(world, of, *inputs, labels, mask=mask, unit=chunk_size)
 
 
-def of_outputs(outputs: Tensor, labels: Tensor) -> OutputScores:
+def output_scores(outputs: Tensor, labels: Tensor) -> OutputScores:
     """The scores that need no gradient.
 
     Args:
@@ -111,12 +111,12 @@ def of_outputs(outputs: Tensor, labels: Tensor) -> OutputScores:
         RuntimeError: compiled or on a GPU, a label is out of range.
 
     Example:
-        >>> of_outputs(torch.tensor([[2.0, 0.0]]), torch.tensor([1])).margin
+        >>> output_scores(torch.tensor([[2.0, 0.0]]), torch.tensor([1])).margin
         tensor([-2.])
     """
-    labels = check_labels("of_outputs", outputs, labels)
+    labels = check_labels("output_scores", outputs, labels)
     if outputs.shape[-1] < 2:
-        raise ValueError(f"of_outputs: a margin needs at least two classes. Found {outputs.shape[-1]}.")
+        raise ValueError(f"output_scores: a margin needs at least two classes. Found {outputs.shape[-1]}.")
     mine = own(labels, outputs.shape[-1])
     wide = tree.wide(outputs)
     errors = wide.softmax(-1) - mine.float()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import data
-from ..distributed import ALONE, World, rows_of
+from ..distributed import SINGLE_PROCESS, World, rows_of
 from .agreement import CHECK_EVERY, check_examples, check_state
 from .draws import Order, epoch_draws
 from .step import State, Step
@@ -57,7 +57,7 @@ def fit(
     watch: Watch | None = None,
     until: Callable[[Progress], bool] | None = None,
     callbacks: Iterable[Callable[[Progress], None]] = (),
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> State:
     """The state after training until `epochs` epochs have been made.
 
@@ -71,7 +71,7 @@ def fit(
         pad: fill the last batch up to B rows with a mask, so that all steps have one shape.
         order: which examples an epoch sees; by default each once, at random.
         loss: the `Progress.loss` that goes with a state from the middle of an epoch.
-        watch: a step such as one of `watching`, whose aux callbacks want now and then.
+        watch: a step such as one of `gradient_with_noise`, whose aux callbacks want now and then.
         until: asked after each epoch, before the callbacks; where it says so, training ends.
         callbacks: called after each step, in order, on all processes.
         world: the processes. All are given the same examples and state, and draw the same batches; `step` is of the

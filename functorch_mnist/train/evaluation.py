@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..batch import check
-from ..distributed import ALONE, World, rows_over
+from ..distributed import SINGLE_PROCESS, World, map_rows
 from ..losses import check_labels
 from ..tree import Tree
 
@@ -70,7 +70,7 @@ def evaluate(
     labels: Tensor,
     *,
     batch_size: int = 1000,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> Evaluation:
     """Counts and mean loss of a classifier over a data set.
 
@@ -102,7 +102,7 @@ def predictions(
     x: Tensor | tuple[Tensor, ...],
     *,
     batch_size: int = 1000,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> Tensor:
     """The outputs for each example: (N, …) to (N, K), `batch_size` rows at a time, divided between the processes.
 
@@ -120,4 +120,4 @@ def predictions(
         return torch.cat([apply_fn(params, *part) for part in parts])
 
     with torch.no_grad():
-        return rows_over(world, of, *inputs, unit=batch_size)
+        return map_rows(world, of, *inputs, unit=batch_size)

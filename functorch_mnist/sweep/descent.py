@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .lanes import Values
+from .vmapped import Values
 
 
 class Scale(NamedTuple):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from .attendance import HEARD, Attendance, Ended, Left, undisturbed
+from .attendance import HEARD, Attendance, Ended, Left, deferred_signals
 from .world import World
 
 SECONDS = 120.0
@@ -84,7 +84,7 @@ def joined(*, device: str = "cpu", shards: int | None = None, seconds: float = S
             attendance.leave(Left.INTERRUPTED)
             raise
         except BaseException as error:
-            with undisturbed():
+            with deferred_signals():
                 ended = attendance.explained(error)
                 if place.rank == 0 and not place.hosted:
                     time.sleep(HEARD)  # the store goes with this process

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .. import batch as batches
 from .. import random, tree
-from ..distributed import ALONE, World, rows_over
+from ..distributed import SINGLE_PROCESS, World, map_rows
 from ..losses import check_labels
 from ..losses.labels import own
 from ..per_sample import Plan, factored
@@ -175,7 +175,7 @@ def features(
     mask: Tensor | None = None,
     chunk_size: int | None = None,
     plan: Plan | None = None,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> Tensor:
     """The projected gradients of each example: (N, F), whose inner products are those of the gradients on average.
 
@@ -199,7 +199,7 @@ def features(
         return torch.cat(rows)
 
     batches.size_of_chunks("attribution.features", batch, mask, chunk_size)
-    return rows_over(world, of, *batch, mask=mask, unit=chunk_size)
+    return map_rows(world, of, *batch, mask=mask, unit=chunk_size)
 
 
 def log_odds(outputs: Tensor, labels: Tensor) -> Tensor:

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from .. import tree
-from ..distributed import ALONE, World, rows_over
+from ..distributed import SINGLE_PROCESS, World, map_rows
 from ..train import State
 from ..tree import Tree
-from .lanes import Lanes, Program, init, judged, put_, take
 from .runs import Runs, count, settings
+from .vmapped import Program, VmappedStep, init, judged, put_, take
 
 RUNNING, FINISHED, CUT, STOPPED, FAILED = range(5)
 """Why a run has ended, in `Sweep.ended`."""
-WORDS = ("running", "finished", "cut", "stopped", "failed")
+STATUSES = ("running", "finished", "cut", "stopped", "failed")
 """The same in words."""
 
 
@@ -75,7 +75,7 @@ class Sweep(NamedTuple):
         return torch.where(place >= 0, value, torch.nan)
 
 
-def start(program: Program, runs: Runs, *, epochs: int) -> Sweep:
+def init_sweep(program: Program, runs: Runs, *, epochs: int) -> Sweep:
     """A sweep before its first epoch.
 
     Raises:
@@ -99,7 +99,7 @@ def start(program: Program, runs: Runs, *, epochs: int) -> Sweep:
 
 
 def fit(
-    lanes: Lanes,
+    lanes: VmappedStep,
     runs: Runs,
     sweep: Sweep,
     *,
@@ -107,7 +107,7 @@ def fit(
     halving: Halving | None = None,
     patience: int | None = None,
     callbacks: Iterable[Callable[[Sweep], None]] = (),
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> Sweep:
     """The sweep after all its runs have ended.
 
@@ -152,7 +152,7 @@ def fit(
     return sweep
 
 
-def _epoch_(lanes: Lanes, runs: Runs, sweep: Sweep, width: int, world: World) -> None:
+def _epoch_(lanes: VmappedStep, runs: Runs, sweep: Sweep, width: int, world: World) -> None:
     """One more epoch of all runs that have not ended, in place."""
     epoch = int(sweep.epoch)
     alive = (sweep.ended == RUNNING).nonzero().squeeze(1)
@@ -162,7 +162,7 @@ def _epoch_(lanes: Lanes, runs: Runs, sweep: Sweep, width: int, world: World) ->
         groups = [_trained(lanes, runs, sweep, some, width) for some in alive.split(_fitting(width, len(alive)))]
         return tree.map(lambda *parts: torch.cat(parts), *groups)
 
-    found = rows_over(world, trained, alive)
+    found = map_rows(world, trained, alive)
     sweep.losses[alive, epoch] = found.losses.to(sweep.losses)
     sweep.failed[alive] = found.failed.to(sweep.failed)
     for name, column in sweep.scores.items():
@@ -183,7 +183,7 @@ class _Trained(NamedTuple):
     scores: dict[str, Tensor]
 
 
-def _trained(lanes: Lanes, runs: Runs, sweep: Sweep, some: Tensor, width: int) -> _Trained:
+def _trained(lanes: VmappedStep, runs: Runs, sweep: Sweep, some: Tensor, width: int) -> _Trained:
     """Some runs, at most `width`, after one more epoch of them side by side."""
     real = len(some)
     which = torch.cat([some, some[:1].expand(_fitting(width, real) - real)])  # idle lanes are copies, dropped below

@@ -17,7 +17,7 @@ from .. import random
 _CELLS = 4096
 
 
-def mixing_shares(alpha: float) -> Callable[[Tensor], Tensor]:
+def mixup_weights(alpha: float) -> Callable[[Tensor], Tensor]:
     """What draws the share of the first of two images, and of its label, in their mixture.
 
     Args:
@@ -38,7 +38,7 @@ def mixing_shares(alpha: float) -> Callable[[Tensor], Tensor]:
         https://arxiv.org/abs/1710.09412.
     """
     if not 0.05 <= alpha <= 100:
-        raise ValueError(f"mixing_shares: alpha must be from 0.05 to 100. Found {alpha}.")
+        raise ValueError(f"mixup_weights: alpha must be from 0.05 to 100. Found {alpha}.")
     table = _places(alpha)
 
     def shares(keys: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class Program(NamedTuple):
     """What is kept of a run's best epoch: some leaves of its state, such as the parameters or their average."""
 
 
-class Measured(NamedTuple):
+class Throughput(NamedTuple):
     """What side by side costs and gains."""
 
     seconds: dict[int, float]
@@ -71,7 +71,7 @@ def init(program: Program, runs: Runs) -> State:
 
 
 def stacked(states: Sequence[T]) -> T:
-    """Lanes of these states: leaves (L, …)."""
+    """VmappedStep of these states: leaves (L, …)."""
     return tree.map(lambda *leaves: torch.stack(leaves), *states)
 
 
@@ -86,7 +86,7 @@ def put_(stacked: Tree, which: Tensor, values: Tree) -> None:
         leaf[which.to(leaf.device)] = value
 
 
-class Lanes:
+class VmappedStep:
     """Steps of some runs at a time, of one width. Each width is compiled once."""
 
     def __init__(self, program: Program, examples: Sequence[Tensor], *, batch_size: int, compile: bool) -> None:
@@ -157,7 +157,9 @@ def judged(program: Program, runs: Runs, states: State) -> dict[str, Tensor]:
     return vmap(program.judge)(runs, states)
 
 
-def measure(lanes: Lanes, runs: Runs, states: State, widths: Sequence[int], *, steps: int = 5) -> Measured:
+def measure_throughput(
+    lanes: VmappedStep, runs: Runs, states: State, widths: Sequence[int], *, steps: int = 5
+) -> Throughput:
     """What a step costs at each width, on copies of the first runs.
 
     Args:
@@ -185,7 +187,7 @@ def measure(lanes: Lanes, runs: Runs, states: State, widths: Sequence[int], *, s
                 torch.cuda.synchronize()
             times.append((time.perf_counter() - start) / width)
         seconds[width] = sorted(times[2:])[steps // 2]
-    return Measured(seconds)
+    return Throughput(seconds)
 
 
 def _lane(stacked: T, place: int = 0) -> T:

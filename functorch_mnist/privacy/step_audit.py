@@ -29,7 +29,7 @@ from .. import random
 from .clipping import Clipping
 from .gaussian import gaussian_epsilon
 from .rdp import log_binomial
-from .release import clipped_sums, released
+from .release import clipped_sums, noisy_mean
 
 Release: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """`release(gradients (n, D), key (2,)) -> (D,)`: what a step lets out of n examples that have these gradients."""
@@ -123,7 +123,7 @@ def pipeline(clipping: Clipping, *, noise_multiplier: float, expected: float) ->
         params = gradients.new_zeros(gradients.shape[1])
         state = clipping.init()
         sums = clipped_sums(lambda w, g: w @ g, params, gradients, clipping=clipping, clipping_state=state)
-        grads, _ = released(
+        grads, _ = noisy_mean(
             params, sums, key, clipping=clipping, clipping_state=state, noise_multiplier=noise_multiplier,
             expected=expected,
         )  # fmt: skip
