@@ -1,4 +1,4 @@
-"""Writes the tables of the READMEs from committed results.
+"""Writes the tables of the pages from committed results.
 
     python -m benchmarks.readme
 
@@ -16,13 +16,14 @@ from . import questions, report, results, studies
 
 T = TypeVar("T")
 
-README = Path(__file__).parent.parent / "README.md"
-PAGES = (README, Path(__file__).parent / "README.md")
+PAGE = Path(__file__).parent / "README.md"
+"""The page of all measurements."""
+PAGES = (PAGE, Path(__file__).parent.parent / "README.md")
 _TABLE = re.compile(r"(<!-- table ([^/\n]+)/([^/\n]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def with_tables(text: str, folder: Path = results.RESULTS) -> str:
-    """The README's text, each table made anew.
+    """A page's text, each table made again from its result.
 
     Raises:
         ValueError: the folder has no such result, or the result no such case.
@@ -32,7 +33,7 @@ def with_tables(text: str, folder: Path = results.RESULTS) -> str:
 
 def _table(path: Path, case: str) -> str:
     if not path.is_file():
-        raise ValueError(f"README: a table must be of a committed result. Found none in {path}.")
+        raise ValueError(f"{PAGE.name}: a table must be of a committed result. Found none in {path}.")
     if path.stem.startswith(studies.PREFIX):
         record = json.loads(path.read_text(encoding="utf-8"))
         return _named(studies.load(record["study"]).table(record), case, path)
@@ -46,7 +47,7 @@ def _table(path: Path, case: str) -> str:
 
 def _named(found: dict[str, T], case: str, path: Path) -> T:
     if case not in found:
-        raise ValueError(f"README: a table must be of a case of {path}. Found {case!r}, not in {sorted(found)}.")
+        raise ValueError(f"{PAGE.name}: a table must be of a case of {path}. Found {case!r}, not in {sorted(found)}.")
     return found[case]
 
 

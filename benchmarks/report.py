@@ -21,8 +21,8 @@ def markdown(comparison: Comparison, rates: Rates) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def text(comparison: Comparison, rates: Rates) -> str:
-    """The table in columns; arms that have no time are named below it."""
+def text(comparison: Comparison, rates: Rates | None = None) -> str:
+    """The table in columns; arms that have no time are named below it. Without rates there is no limit."""
     heads, body = _cells(comparison, rates)
     widths = [max(len(row[i]) for row in (heads, *body)) for i in range(len(heads))]
     lines = [
@@ -43,7 +43,7 @@ def without_time(missing: Missing) -> str:
     return f"{missing.name}: {missing.reason}".replace("|", "\\|")
 
 
-def _cells(comparison: Comparison, rates: Rates) -> tuple[list[str], list[list[str]]]:
+def _cells(comparison: Comparison, rates: Rates | None) -> tuple[list[str], list[list[str]]]:
     """Heads, and a row for each time. A column that says nothing of any arm is left out."""
     reference = comparison.reference
     scale, unit = next(one for one in UNITS if reference.median * one[0] >= 1 or one is UNITS[-1])
@@ -74,9 +74,11 @@ def _signed(percent: float) -> str:
     return f"{percent:+.0f} %" if abs(percent) >= 10 else f"{percent:+.1f} %"
 
 
-def _of_limit(comparison: Comparison, timing: Timing, rates: Rates) -> str:
+def _of_limit(comparison: Comparison, timing: Timing, rates: Rates | None) -> str:
     cost = comparison.costs.get(timing.precision)
-    return "" if cost is None else f"{100 * rates.seconds(cost, timing.precision) / timing.median:.0f} %"
+    if cost is None or rates is None:
+        return ""
+    return f"{100 * rates.seconds(cost, timing.precision) / timing.median:.0f} %"
 
 
 def limit_lines(comparison: Comparison, rates: Rates) -> list[str]:

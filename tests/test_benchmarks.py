@@ -20,9 +20,7 @@ from functorch_mnist import allocator
 MB = 10**6
 RATES = limits.Rates({"float32": 2e9, "bfloat16": 4e9}, 1e9)
 CUDA = torch.cuda.is_available()
-README_COMMANDS = re.findall(
-    r"^\S*python -m benchmarks (.*?) +#", readme.README.read_text(encoding="utf-8"), re.MULTILINE
-)
+PAGE_COMMANDS = re.findall(r"^\S*python -m benchmarks (.*?) +#", readme.PAGE.read_text(encoding="utf-8"), re.MULTILINE)
 
 
 @pytest.fixture
@@ -62,8 +60,8 @@ def run(monkeypatch, *options):
         return stop.code
 
 
-@pytest.mark.parametrize("line", README_COMMANDS)
-def test_a_command_of_the_readme_names_questions_that_there_are(line, monkeypatch, capsys):
+@pytest.mark.parametrize("line", PAGE_COMMANDS)
+def test_a_command_of_the_page_names_questions_that_there_are(line, monkeypatch, capsys):
     assert run(monkeypatch, *shlex.split(line), "--list") == 0
     assert capsys.readouterr().out
 
