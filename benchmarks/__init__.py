@@ -3,7 +3,8 @@
 | file | concern |
 |---|---|
 | `measure.py` | the harness: arms that agree, timed in interleaved rounds |
-| `results.py`, `report.py`, `plots.py`, `readme.py` | files, tables, pictures, the README's tables |
+| `results.py`, `report.py`, `plots.py` | files, tables, pictures of a result |
+| `readme.py`, `pictures.py` | the tables and the pictures of the pages |
 | `limits.py`, `peak.py` | the least that work takes and the most that a machine does; peak memory |
 | `command.py`, `__main__.py`, `questions.py` | the options of each command; the one command; the questions' names |
 | `networks.py`, `problems.py` | what is trained: modules, weights and batches |

@@ -3,7 +3,7 @@
     python -m benchmarks --list
     python -m benchmarks --only step per_sample/clipped --quick
 
-Each question writes one JSON file of its results, a table to the terminal and, with the `plot` extra, pictures.
+Each question writes one JSON file of its results, a table to the terminal and pictures.
 """
 
 import sys

@@ -1,7 +1,4 @@
-"""Pictures of a result: the arms' ratios as bars, and curves where cases vary along an axis.
-
-matplotlib comes with the `plot` extra; without it there are no pictures.
-"""
+"""Pictures of a result: the arms' ratios as bars, and curves where cases vary along an axis."""
 
 import math
 from collections import Counter
@@ -10,38 +7,33 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
 from .measure import Comparison, Timing
 
 COLUMNS = 4
-"""Cases side by side, at most."""
+"""Cases in a row, at most."""
 COLORS = {"reference": "tab:gray", "faster": "tab:green", "slower": "tab:red"}
 LINES = ("-", "--", ":", "-.")
 
 
 def draw(question: str, comparisons: Sequence[Comparison], path: Path) -> list[Path]:
-    """Draws a question's comparisons into PNG files whose names begin as `path`'s; none without matplotlib."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        return []
-    figures = {"bars": _bars(pyplot, question, comparisons)}
+    """Draws a question's comparisons into PNG files whose names begin as `path`'s."""
+    figures = {"bars": _bars(question, comparisons)}
     varied = {(c.axis.name, c.axis.value) for c in comparisons if c.axis}
     for axis, points in sorted(Counter(name for name, _ in varied).items()):
         if points > 1:
-            figures[axis] = _curves(pyplot, question, axis, comparisons)
+            figures[axis] = _curves(question, axis, comparisons)
     drawn = []
     for name, figure in figures.items():
         drawn.append(path.with_name(f"{path.stem}-{name}.png"))
         figure.savefig(drawn[-1], dpi=130)
-        pyplot.close(figure)
     return drawn
 
 
-def _bars(pyplot: Any, question: str, comparisons: Sequence[Comparison]) -> Any:
-    """The ratios of each case with their intervals, cases of the same arms side by side."""
+def _bars(question: str, comparisons: Sequence[Comparison]) -> Figure:
+    """The ratios of each case with their intervals, cases of the same arms in a row."""
     groups: dict[frozenset[str], list[Comparison]] = {}
     for comparison in comparisons:
         groups.setdefault(frozenset(_names([comparison])), []).append(comparison)
@@ -49,7 +41,7 @@ def _bars(pyplot: Any, question: str, comparisons: Sequence[Comparison]) -> Any:
     shapes = [(math.ceil(len(group) / COLUMNS), len(names)) for names, group in groups.items()]
     heights = [rows * (0.8 + 0.2 * arms) for rows, arms in shapes]
     size = (3.6 + max(5.0, 2.6 * columns), 0.5 + sum(heights))
-    figure = pyplot.figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(
         f"{question}: time over that of the fastest baseline, with 95 % intervals; pale where they hold 1",
         fontsize=9,
@@ -97,16 +89,15 @@ def _bar(axes: Any, place: int, comparison: Comparison, timing: Timing, *, start
     axes.text(max(ratio, high, 1), place, f" {label}", va="center", fontsize=7)
 
 
-def _curves(pyplot: Any, question: str, axis: str, comparisons: Sequence[Comparison]) -> Any:
+def _curves(question: str, axis: str, comparisons: Sequence[Comparison]) -> Figure:
     """Times, and memory where it was measured, against what was varied; an arm has one colour in all figures."""
     points = [(c.axis.value, timing) for c in comparisons if c.axis and c.axis.name == axis for timing in c.timings]
     panels = {"time, ms": [(value, timing.name, 1e3 * timing.median) for value, timing in points]}
     memory = [(value, timing.name, timing.memory / 1e6) for value, timing in points if timing.memory]
     if memory:
         panels["peak memory, MB"] = memory
-    figure, columns = pyplot.subplots(
-        1, len(panels), figsize=(3.2 + 5 * len(panels), 5), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(3.2 + 5 * len(panels), 5), layout="constrained")
+    columns = figure.subplots(1, len(panels), squeeze=False)
     values = sorted({value for value, _ in points})
     for axes, (label, shown) in zip(columns[0], panels.items(), strict=True):
         for number, name in enumerate(_names(comparisons)):
@@ -126,11 +117,9 @@ def _curves(pyplot: Any, question: str, axis: str, comparisons: Sequence[Compari
 
 def _plain(axis: Any) -> None:
     """Marks a logarithmic axis at 1, 2, 5, 10, and so on, in plain numbers."""
-    from matplotlib import ticker
-
-    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter("{x:g}")
-    axis.set_minor_locator(ticker.NullLocator())
+    axis.set_minor_locator(NullLocator())
 
 
 def _names(comparisons: Sequence[Comparison]) -> list[str]:

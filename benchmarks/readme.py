@@ -1,4 +1,4 @@
-"""Writes the tables of the pages from committed results.
+"""Writes the tables and pictures of the pages from committed results.
 
     python -m benchmarks.readme
 
@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import TypeVar
 
-from . import questions, report, results, studies
+from . import pictures, questions, report, results, studies
 
 T = TypeVar("T")
 
@@ -54,3 +54,4 @@ def _named(found: dict[str, T], case: str, path: Path) -> T:
 if __name__ == "__main__":
     for page in PAGES:
         page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
+    pictures.write(results.RESULTS)

@@ -1,11 +1,11 @@
-"""What becomes of results: tables, fitted powers, pictures, and the README's tables."""
+"""What becomes of results: tables, fitted powers, pictures, and the tables and pictures of the pages."""
 
 import re
 
 import numpy as np
 import pytest
 
-from benchmarks import limits, measure, plots, processes, questions, readme, report, results, studies
+from benchmarks import limits, measure, pictures, plots, processes, questions, readme, report, results, studies
 
 RATES = limits.Rates({"float32": 1e9, "bfloat16": 2e9}, 1e9)
 
@@ -124,11 +124,6 @@ def test_no_curve_is_drawn_through_a_single_point(tmp_path):
     assert [path.name for path in drawn] == ["planted-bars.png"]
 
 
-def test_without_matplotlib_nothing_is_drawn(tmp_path, no_pictures):
-    assert plots.draw("planted", curve(time=1), tmp_path / "planted.json") == []
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_readme_table_is_made_from_the_case_of_a_result(tmp_path):
     first, second = (
         comparison(timing("base", 1.0, baseline=True)),
@@ -173,6 +168,26 @@ def test_the_tables_of_a_page_are_those_of_the_committed_results(page):
 def test_every_committed_result_has_a_table_on_the_page_of_measurements():
     shown = set(re.findall("<!-- table ([^/\n]+)/", readme.PAGE.read_text(encoding="utf-8")))
     assert {path.stem for path in results.RESULTS.glob("*.json")} == shown
+
+
+@pytest.mark.parametrize("name", pictures.PICTURES)
+def test_a_committed_picture_is_drawn_from_the_committed_results(name):
+    numbers = pictures.PICTURES[name].numbers(results.RESULTS)
+    assert pictures.digest_of(results.RESULTS / name) == pictures.digest(numbers)
+    assert f"(results/{name})" in readme.PAGE.read_text(encoding="utf-8")
+
+
+def test_a_picture_is_drawn_and_carries_the_digest_of_its_numbers(tmp_path, monkeypatch):
+    def numbers(folder):
+        return {"here": {"1": [1.0, 2.0]}, "published": {"theirs": [[1.0, 98.0 if folder == tmp_path else 97.0]]}}
+
+    picture = pictures.PICTURES["frontier.png"]._replace(numbers=numbers)
+    monkeypatch.setattr(pictures, "PICTURES", {"planted.png": picture})
+    [path] = pictures.write(tmp_path, tmp_path)
+    assert size(path).all()
+    assert (
+        pictures.digest_of(path) == pictures.digest(numbers(tmp_path)) != pictures.digest(numbers(tmp_path / "other"))
+    )
 
 
 def committed():

@@ -21,7 +21,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
@@ -32,7 +31,6 @@ from functorch_mnist import data, layers, losses, models, optim, privacy, random
 from functorch_mnist.commands import build
 from functorch_mnist.options import RECIPES
 
-from .. import results
 from . import markdown
 
 QUESTION = "How accurate is a private classifier of MNIST at each ε, and what moves it?"
@@ -335,40 +333,5 @@ def _change_table(rows: Sequence[Mapping[str, Any]]) -> str:
     )  # fmt: skip
 
 
-def draw(record: Mapping[str, Any], path: Path) -> Path:
-    """Draws accuracy against ε, others' points beside; needs matplotlib."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    axes = figure.subplots()
-    epsilons = list(dict.fromkeys(row["epsilon"] for row in record["frontier"]))
-    found = [[row["accuracy"] for row in record["frontier"] if row["epsilon"] == epsilon] for epsilon in epsilons]
-    axes.errorbar(
-        epsilons, [fmean(one) for one in found], yerr=[stdev(one) if len(one) > 1 else 0.0 for one in found],
-        marker="o", capsize=3, color="black", label="here, recipe private (PLD)",
-    )  # fmt: skip
-    for number, method in enumerate(dict.fromkeys(point.method for point in PUBLISHED)):
-        points = [(point.epsilon, point.accuracy) for point in PUBLISHED if point.method == method]
-        disputed = any("disputed" in point.account for point in PUBLISHED if point.method == method)
-        axes.plot(
-            *zip(*points, strict=True), color=f"C{number}", marker="x" if disputed else "s", markersize=5, linestyle="",
-            label=f"{method}{' (account disputed)' if disputed else ''}",
-        )  # fmt: skip
-    axes.set(xscale="log", xlabel="ε at δ = 1e-5, as published", ylabel="MNIST test accuracy, %", ylim=(94, 99.6))
-    axes.set_xticks(epsilons, [f"{epsilon:g}" for epsilon in epsilons])
-    axes.set_xticks([], minor=True)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="lower right")
-    figure.savefig(path, dpi=130)
-    return path
-
-
 def _spread(values: Sequence[float]) -> str:
     return f"{fmean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
-
-
-if __name__ == "__main__":
-    draw(
-        json.loads((results.RESULTS / "study-frontier.json").read_text(encoding="utf-8")),
-        results.RESULTS / "frontier.png",
-    )
