@@ -1,4 +1,4 @@
-"""The README: its blocks run, its commands parse, its tables are those of the committed results."""
+"""The pages: their blocks run, their commands parse, their links lead somewhere."""
 
 import re
 import shlex
@@ -10,34 +10,94 @@ import functorch_mnist as fm
 from functorch_mnist import cli
 from functorch_mnist.per_sample import measured
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = re.findall(r"^functorch-mnist (.*?)(?:#.*)?$", README, re.MULTILINE)
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "benchmarks" / "README.md", *sorted((ROOT / "functorch_mnist").rglob("*.md"))]
+PEERS = ("jax", "opacus", "optax", "peft", "timm", "transformers")
+"""Blocks that import one of these run where it is installed."""
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def name(page):
+    return str(page.relative_to(ROOT))
+
+
+def fences(page, language):
+    return [body for fence, body in FENCE.findall(page.read_text(encoding="utf-8")) if fence == language]
+
+
+def prose(page):
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def commands(page):
+    """What a page says to type after `functorch-mnist`: in its shell blocks and within its sentences."""
+    lines = "\n".join(fences(page, "bash")).replace("\\\n", " ").splitlines()
+    parts = [part for line in lines for part in re.split(r"&&|\s#\s", line)]
+    inline = re.findall(r"`(functorch-mnist [^`]+)`", prose(page))
+    found = [re.search(r"(?:^\s*functorch-mnist|-m functorch_mnist)\s+([^']*)", part) for part in [*parts, *inline]]
+    return [match[1].strip() for match in found if match]
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    seen: dict[str, int] = {}
+    found = set()
+    for heading in re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE):
+        words = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
+        slug = re.sub(r"[^\w\- ]", "", words).strip().replace(" ", "-")
+        found.add(f"{slug}-{seen[slug]}" if slug in seen else slug)
+        seen[slug] = seen.get(slug, 0) + 1
+    return found
+
+
+def of_pages(items):
+    return [pytest.param(page, item, id=f"{name(page)}:{number}") for page in PAGES for number, item in items(page)]
+
+
+def blocks(page):
+    return enumerate(fences(page, "python"), 1)
 
 
 @pytest.mark.usefixtures("traced")
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0])
-def test_a_python_block_runs(block, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize(("page", "block"), of_pages(blocks))
+def test_a_python_block_runs_alone(page, block, monkeypatch, capsys, tmp_path):
+    for peer in PEERS:
+        if re.search(rf"^(?:import|from) {peer}\b", block, re.MULTILINE):
+            pytest.importorskip(peer)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(measured, "default_file", lambda: tmp_path / "ways.json")
     whole = fm.data.load("mnist")
     part = fm.data.Dataset(*(fm.data.Split(s.images[:640], s.labels[:640]) for s in whole[:2]), whole.classes)
-    monkeypatch.setattr(fm.data, "load", lambda name: part)  # a hundredth of MNIST, for the time it takes
-    exec(compile(block, "README.md", "exec"), {})
-    printed = capsys.readouterr().out
-    assert ("Accuracy" in printed) == ("print(" in block)
+    monkeypatch.setattr(fm.data, "load", lambda name="mnist": part)  # a hundredth of MNIST, for the time it takes
+    exec(compile(block, name(page), "exec"), {"__name__": "block"})
+    assert bool(capsys.readouterr().out) == ("print(" in block)
 
 
 def test_the_cnn_loop_has_20_lines_of_code():
-    (block,) = (b for b in BLOCKS if "models.cnn" in b)
+    (block,) = (b for b in fences(README, "python") if "models.cnn" in b)
     assert sum(bool(line.strip()) for line in block.splitlines()) <= 20
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_readme_parses(command, monkeypatch):
+@pytest.mark.parametrize(("page", "command"), of_pages(lambda page: enumerate(commands(page), 1)))
+def test_a_command_of_a_page_parses(page, command, monkeypatch):
     monkeypatch.setattr(cli.run_folder, "read_config", lambda folder: cli.opt.RECIPES["article"])
     assert cli._parse(shlex.split(command))
 
 
-def test_there_are_blocks_and_commands():
-    assert len(BLOCKS) >= 3
-    assert len(COMMANDS) >= 5
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_within_the_repository_lead_somewhere(page):
+    for target in re.findall(r"\]\(<?([^)\s>]+)>?\)", prose(page)):
+        if re.match(r"\w+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.is_relative_to(ROOT), target
+        assert there.exists(), target
+        if anchor:
+            assert anchor in anchors(there / "README.md" if there.is_dir() else there), target
+
+
+def test_the_readme_shows_code_and_commands():
+    assert len(fences(README, "python")) >= 2
+    assert len(commands(README)) >= 2
