@@ -37,7 +37,7 @@ def cases(setup: Setup) -> Iterator[Case]:
         options = ("--epochs", "0") if setup.quick else ()
         line = ("-m", "functorch_mnist", "train", "--out", str(folder / "run"), "--device", setup.device, *options)
         run(*line, "--threads", str(setup.threads))
-        program, images = train(setup), ("--images", "2000") if setup.quick else ()
+        program, images = train(setup), ("--train-size", "2000") if setup.quick else ()
         expected = 2000.0 if setup.quick else float(IMAGES)
         yield Case(
             "all of MNIST",

@@ -82,17 +82,17 @@ def _run(arguments: list[str]) -> int:
 
 def _parse(arguments: list[str]) -> Any:
     """The options of one command; read twice where --resume or --recipe decides what the others are by default."""
-    options = _read(arguments, opt.RECIPES["article"])
+    options = _read(arguments, opt.RECIPES["tutorial"])
     if isinstance(options, opt.Train):
         if options.resume is not None:
             saved = run_folder.read_config(options.resume)
             options = _read(arguments, saved)
             opt.check_resumed(options, saved)
-        elif options.recipe != "article":
+        elif options.recipe != "tutorial":
             options = _read(arguments, opt.RECIPES[options.recipe])
         opt.check(options)
     elif isinstance(options, opt.Sweep | opt.Compare):
-        if options.training.recipe != "article":
+        if options.training.recipe != "tutorial":
             options = _read(arguments, opt.RECIPES[options.training.recipe])
         (opt.check_sweep if isinstance(options, opt.Sweep) else opt.check_compare)(options)
     elif isinstance(options, opt.Plan):
@@ -107,7 +107,7 @@ def _parse(arguments: list[str]) -> Any:
 def _read(arguments: list[str], defaults: opt.Train) -> Any:
     """The options as tyro reads them, those of `train` with these defaults."""
     held = replace(defaults, hold_out=defaults.hold_out or opt.SWEPT.hold_out)
-    compared = opt.COMPARED if defaults == opt.RECIPES["article"] else held
+    compared = opt.COMPARED if defaults == opt.RECIPES["tutorial"] else held
     command = Union[  # noqa: UP007 (built at run time)
         Annotated[opt.Train, tyro.conf.subcommand("train", default=defaults)],
         Annotated[opt.Evaluate, tyro.conf.subcommand("evaluate")],

@@ -220,7 +220,9 @@ def test_a_checkpoints_learning_rate_is_that_of_its_own_schedule(data_dir, tmp_p
 
 
 def test_planted_flips_are_found_better_than_at_random(linear, mnist, tmp_path):
-    out = succeed("mislabelled", linear, "--flip", "0.2", "--scores", ALL, "--seed", "3", "--out", tmp_path / "out")
+    out = succeed(
+        "mislabelled", linear, "--label-noise", "0.2", "--scores", ALL, "--seed", "3", "--out", tmp_path / "out"
+    )
     found = table(tmp_path / "out" / "scores.csv")
     labels = part(mnist, TRAIN, TEST).train.labels
     planted, flipped = fm.attribution.label_noise(labels, 10, key=random.key(3), part=0.2)
@@ -243,7 +245,7 @@ def test_planted_flips_are_found_better_than_at_random(linear, mnist, tmp_path):
 
 
 def test_a_stopped_training_on_flipped_labels_goes_on_to_the_same_end(linear, tmp_path, monkeypatch, no_pictures):
-    command = ("mislabelled", linear, "--flip", "0.2", "--scores", "loss", "--out")
+    command = ("mislabelled", linear, "--label-noise", "0.2", "--scores", "loss", "--out")
     succeed(*command, tmp_path / "whole")
     with monkeypatch.context() as patch:
         _Stop(patch, commands.callbacks.Reporter, "__call__", 11)
@@ -271,8 +273,12 @@ def test_real_labels_are_ranked_by_the_mean_rank_of_the_scores(linear, tmp_path)
 
 def test_other_flips_in_the_same_folder_are_trained_on_anew(linear, tmp_path, no_pictures):
     command = ("mislabelled", linear, "--scores", "loss")
-    succeed(*command, "--flip", "0.1", "--out", tmp_path / "both")
-    for other in (("--flip", "0.3"), ("--flip", "0.1", "--seed", "1"), ("--flip", "0.1", "--images", "100")):
+    succeed(*command, "--label-noise", "0.1", "--out", tmp_path / "both")
+    for other in (
+        ("--label-noise", "0.3"),
+        ("--label-noise", "0.1", "--seed", "1"),
+        ("--label-noise", "0.1", "--images", "100"),
+    ):
         succeed(*command, *other, "--out", tmp_path / "both")
         fresh = tmp_path / "-".join(other)
         succeed(*command, *other, "--out", fresh)
@@ -280,7 +286,7 @@ def test_other_flips_in_the_same_folder_are_trained_on_anew(linear, tmp_path, no
 
 
 def test_the_same_flips_go_on_wherever_the_run_is_moved_to(copy, tmp_path, no_pictures):
-    command = ("--flip", "0.1", "--scores", "loss")
+    command = ("--label-noise", "0.1", "--scores", "loss")
     succeed("mislabelled", copy, *command)
     copy.rename(tmp_path / "moved")
     assert "Going on after step 16." in succeed("mislabelled", tmp_path / "moved", *command)
@@ -604,10 +610,10 @@ def test_a_run_of_another_model_is_told_in_one_line(command, copy, cnn):
         (("influence", "--test", "1", "--method", "inverse"), "--method inverse needs a --store."),
         (("store", "--features", "7"), "--features must be at least 8"),
         (("influence", "--test", "1", "--top", "0"), "--top must be from 1 to 100"),
-        (("mislabelled", "--flip", "0"), "--flip must be above 0 and below 1"),
-        (("mislabelled", "--flip", "1"), "--flip must be above 0 and below 1"),
-        (("mislabelled", "--flip", "nan"), "--flip must be above 0 and below 1"),
-        (("mislabelled", "--flip", "0.001"), "--flip must flip some of 256 labels"),
+        (("mislabelled", "--label-noise", "0"), "--label-noise must be above 0 and below 1"),
+        (("mislabelled", "--label-noise", "1"), "--label-noise must be above 0 and below 1"),
+        (("mislabelled", "--label-noise", "nan"), "--label-noise must be above 0 and below 1"),
+        (("mislabelled", "--label-noise", "0.001"), "--label-noise must flip some of 256 labels"),
         (("mislabelled", "--seed", "-1"), "--seed must be at least 0"),
         (("noise-scale", "--images", "2"), "--images must be 3 at least"),
         (("noise-scale", "--windows", "0"), "--windows must be at least 1"),

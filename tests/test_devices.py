@@ -37,17 +37,17 @@ RUNS = {
     **RECIPES,
     "mlp": Train(model="mlp"),
     "linear": Train(model="linear", loss="mse"),
-    "small cnn": Train(model="small-cnn", focal=1.0),
-    "straightened": Train(straighten=True),
+    "small cnn": Train(model="small-cnn", focal_gamma=1.0),
+    "deskewed": Train(deskew=True),
     "bfloat16": Train(precision="bfloat16"),
     "weighted": Train(class_weights="balanced", logit_adjustment=1.0),
     "weighted mse": Train(loss="mse", class_weights="1,1,1,1,1,1,1,1,1,2"),
     "smoothed": Train(label_smoothing=0.1),
     "augmented": Train(augment="shift=1,rotate=5,scale=0.1,shear=0.05,elastic=0.7,erase=0.2"),
     "mixed": Train(mixup=0.4),
-    "copies": Train(copies=2),
+    "copies": Train(augment_multiplicity=2),
     "adam": Train(optimizer="adam", schedule="cosine", max_norm=1.0),
-    "averaged": Train(optimizer="adamw", average_from=0.5, schedule="step-decay"),
+    "averaged": Train(optimizer="adamw", swa_start=0.5, schedule="step-decay"),
 }
 
 

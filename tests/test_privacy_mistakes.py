@@ -124,8 +124,8 @@ def test_mistake_15_no_number_in_a_private_checkpoint_is_of_single_examples_with
 
 
 def test_mistake_15_options_that_choose_images_by_the_images_are_refused(tmp_path, data_dir):
-    assert "--cut" in complain(2, "train", *PRIVATE, "--cut", "8=0.5")
-    out = succeed("train", "--data-dir", data_dir, *PRIVATE, "--images", "200", "--out", tmp_path / "run")
+    assert "--imbalance" in complain(2, "train", *PRIVATE, "--imbalance", "8=0.5")
+    out = succeed("train", "--data-dir", data_dir, *PRIVATE, "--train-size", "200", "--out", tmp_path / "run")
     assert "Only the chosen images are protected" in out
 
 
@@ -205,7 +205,7 @@ def test_mistake_19_no_step_takes_a_batch_of_somebody_elses_draw():
         step(state, Secret(0).roots(), batch, torch.ones(10, 3))
     with pytest.raises(TypeError, match="unexpected keyword"):
         train.fit_private(step, state, (torch.ones(10, 3),), secret=Secret(0), steps=1, order=order)
-    assert "--draw balanced" in complain(2, "train", *PRIVATE, "--draw", "balanced")
+    assert "--sampler balanced" in complain(2, "train", *PRIVATE, "--sampler", "balanced")
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.1, 1.0])

@@ -175,8 +175,11 @@ def test_a_budget_does_not_stretch_to_more_epochs(data_dir, tmp_path):
         (("--private", "--epsilon", "1", "--delta", "1"), "--delta must be"),
         (("--private", "--epsilon", "1", "--clip-norm", "inf"), "--clip-norm must be"),
         (("--private", "--epsilon", "1", "--watch", "norms"), "which --private must not"),  # mistake 12
-        (("--shift", "3"), "--shift has no effect without --copies"),
-        (("--model", "scattering", "--copies", "2"), "--copies has no effect with --model scattering"),
+        (("--max-shift", "3"), "--max-shift has no effect without --augment-multiplicity"),
+        (
+            ("--model", "scattering", "--augment-multiplicity", "2"),
+            "--augment-multiplicity has no effect with --model scattering",
+        ),
     ],
 )
 def test_options_that_mean_nothing_are_refused_in_one_line(options, word):
@@ -207,7 +210,7 @@ def test_a_missing_accountant_is_told_with_its_extra(data_dir, tmp_path, monkeyp
 @pytest.mark.parametrize("rule", ["automatic", "global", "per-layer", "quantile"])
 def test_every_rule_trains_and_its_run_can_be_evaluated(rule, data_dir, tmp_path):
     run = tmp_path / "run"
-    more = ("--average", "0.9", "--copies", "2") if rule == "quantile" else ()
+    more = ("--ema-decay", "0.9", "--augment-multiplicity", "2") if rule == "quantile" else ()
     succeed("train", "--data-dir", data_dir, *PRIVATE, "--model", "small-cnn", "--clipping", rule, *more, "--out", run)
     assert "%" in succeed("evaluate", run, "--data-dir", data_dir)
 
@@ -222,7 +225,7 @@ def test_scattering_features_train_and_evaluate_alike(data_dir, tmp_path):
 def test_an_averaged_run_is_tested_at_the_average(data_dir, tmp_path):
     run = tmp_path / "run"
     succeed(
-        "train", "--data-dir", data_dir, "--model", "linear", "--average", "0.9", "--batch-size", "32", "--out", run
+        "train", "--data-dir", data_dir, "--model", "linear", "--ema-decay", "0.9", "--batch-size", "32", "--out", run
     )
     found = commands.restore.trained(run, torch.device("cpu"))
     template = commands.build.start(

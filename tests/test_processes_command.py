@@ -106,7 +106,7 @@ AVERAGED = (
     "32",
     "--patience",
     "1",
-    "--average",
+    "--ema-decay",
     "0.9",
     "--max-norm",
     "1",
@@ -256,7 +256,8 @@ def test_analyses_divide_their_examples_and_write_the_same_files(linear, tmp_pat
 
 def test_a_sweep_divides_its_runs_and_finds_the_same(data_dir, tmp_path):
     options = ("--data-dir", data_dir, "--model", "linear", "--epochs", "2", "--batch-size", "32", "--hold-out", "32",
-               "--over", "lr=0.01,0.1,1", "--halve-every", "1", "--halve-keep", "0.3", "--lanes", "2")  # fmt: skip
+               "--over", "lr=0.01,0.1,1", "--halve-every", "1", "--halve-keep", "0.3",
+               "--vmapped-runs", "2")  # fmt: skip
     found = []
     for processes, asked in ((1, succeed), (2, command)):
         out = tmp_path / str(processes)

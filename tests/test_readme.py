@@ -81,7 +81,7 @@ def test_the_cnn_loop_has_20_lines_of_code():
 
 @pytest.mark.parametrize(("page", "command"), of_pages(lambda page: enumerate(commands(page), 1)))
 def test_a_command_of_a_page_parses(page, command, monkeypatch):
-    monkeypatch.setattr(cli.run_folder, "read_config", lambda folder: cli.opt.RECIPES["article"])
+    monkeypatch.setattr(cli.run_folder, "read_config", lambda folder: cli.opt.RECIPES["tutorial"])
     assert cli._parse(shlex.split(command))
 
 

@@ -45,11 +45,11 @@ def test_a_sweep_of_the_study_can_be_made(options):
 
 def test_the_recipe_is_the_last_candidate():
     recipe = cli._parse(["train", "--recipe", "best"])
-    assert replace(recipe, recipe="article") == cli._parse(["train", *f"{best.SHARED} {best.CANDIDATES[-1]}".split()])
+    assert replace(recipe, recipe="tutorial") == cli._parse(["train", *f"{best.SHARED} {best.CANDIDATES[-1]}".split()])
 
 
 def test_a_run_is_made_and_tells_what_train_tells():
-    job = Job("one", "--model linear --images 300 --hold-out 100", 3)
+    job = Job("one", "--model linear --train-size 300 --hold-out 100", 3)
     found = runs.made(job)
     assert (found.name, found.options, found.seed, found.threads) == (*job, 1)
     assert 0 <= found.held_out <= 100
@@ -95,7 +95,7 @@ def test_tables_are_made_from_records_alone():
 def test_the_study_of_tuning_runs(monkeypatch):
     """Quick: it must hang together, not find anything."""
     monkeypatch.setattr(tuning, "all_made", lambda jobs, progress: [runs.made(job) for job in jobs])
-    monkeypatch.setattr(tuning, "SWEEPS", {"a sweep": f"{tuning.OVER} --draws 2"})
+    monkeypatch.setattr(tuning, "SWEEPS", {"a sweep": f"{tuning.OVER} --trials 2"})
     monkeypatch.setattr(
         tuning, "COMPARED", "--seeds 2 --losses cross-entropy --optimizers sgd,adam --schedules constant"
     )

@@ -72,24 +72,24 @@ def test_a_run_with_patience_goes_on_from_any_checkpoint_to_the_same_end(data_di
 
 
 REMEDIES = {
-    "cut": ("--cut", "3=0.5,4=0.2"),
-    "images": ("--images", "100"),
-    "focal": ("--focal", "2"),
+    "cut": ("--imbalance", "3=0.5,4=0.2"),
+    "images": ("--train-size", "100"),
+    "focal": ("--focal-gamma", "2"),
     "balanced weights": ("--class-weights", "balanced"),
     "effective weights": ("--class-weights", "effective"),
     "given weights": ("--class-weights", "1,1,1,1,1,1,1,1,2,2"),
     "weights of mse": ("--loss", "mse", "--class-weights", "balanced"),
     "logit adjustment": ("--logit-adjustment", "1"),
-    "balanced draw": ("--draw", "balanced"),
+    "balanced draw": ("--sampler", "balanced"),
     "augment": ("--augment", "shift=2,rotate=10,scale=0.1,shear=0.1,elastic=1,erase=0.3"),
     "mixup": ("--mixup", "0.4"),
     "both": ("--mixup", "0.4", "--augment", "rotate=10"),
     "adam": ("--optimizer", "adam", "--lr", "0.001"),
-    "adamw": ("--optimizer", "adamw", "--square-decay", "0.99", "--weight-decay", "0.1"),
-    "weight average": ("--average-from", "0.5"),
-    "average": ("--average", "0.9"),
-    "straighten": ("--straighten",),
-    "straighten and augment": ("--straighten", "--augment", "shift=1"),
+    "adamw": ("--optimizer", "adamw", "--beta2", "0.99", "--weight-decay", "0.1"),
+    "weight average": ("--swa-start", "0.5"),
+    "average": ("--ema-decay", "0.9"),
+    "deskew": ("--deskew",),
+    "deskew and augment": ("--deskew", "--augment", "shift=1"),
 }
 
 
@@ -121,8 +121,8 @@ def test_each_remedy_changes_the_run_and_goes_on_bit_equal(name, plain, data_dir
 
 @pytest.mark.usefixtures("traced")
 def test_compiled_remedies_equal_eager_ones(data_dir, tmp_path):
-    remedies = "--mixup 0.4 --augment shift=2 --class-weights balanced --logit-adjustment 1 --focal 1"
-    shared = ("--data-dir", data_dir, *LINES, "--epochs", 1, *remedies.split(), "--average-from", "0")
+    remedies = "--mixup 0.4 --augment shift=2 --class-weights balanced --logit-adjustment 1 --focal-gamma 1"
+    shared = ("--data-dir", data_dir, *LINES, "--epochs", 1, *remedies.split(), "--swa-start", "0")
     found = []
     for compile in ("off", "on"):
         assert ask("train", *shared, "--compile", compile, "--out", tmp_path / compile).status == 0
@@ -148,41 +148,48 @@ def test_tuning_improves_a_bad_learning_rate_and_the_run_keeps_what_it_found(dat
 
 MISTAKES = {
     ("--hold-out", "256"): "--hold-out must be below the 256 training images",
-    ("--images", "300"): "--images must be at most 192",
-    ("--cut", "8=2"): "--cut takes numbers from 0 to 1",
-    ("--cut", "12=0.1"): "--cut takes each of 0, 1",
-    ("--cut", "8"): "--cut takes numbers",
-    ("--cut", ","): "must hold a NAME=NUMBER",
+    ("--train-size", "300"): "--train-size must be at most 192",
+    ("--imbalance", "8=2"): "--imbalance takes numbers from 0 to 1",
+    ("--imbalance", "12=0.1"): "--imbalance takes each of 0, 1",
+    ("--imbalance", "8"): "--imbalance takes numbers",
+    ("--imbalance", ","): "must hold a NAME=NUMBER",
     ("--class-weights", "1,2"): "a number for each of 10 classes",
     ("--class-weights", "1,1,1,1,1,1,1,1,1,x"): "takes numbers",
     ("--augment", "twist=1"): "--augment takes each of shift, rotate",
     ("--augment", "shift=1,shift=2"): "once",
     ("--augment", "shift=-1"): "from 0 to 100",
-    ("--augment", "shift=1", "--copies", "2"): "Leave one out",
+    ("--augment", "shift=1", "--augment-multiplicity", "2"): "Leave one out",
     ("--augment", "shift=1", "--model", "scattering"): "computed once",
-    ("--straighten", "--model", "scattering"): "--straighten has no effect",
+    ("--deskew", "--model", "scattering"): "--deskew has no effect",
     ("--mixup", "0.01"): "0 or from 0.05 to 100",
     ("--mixup", "0.4", "--loss", "mse"): "--loss cross-entropy",
-    ("--focal", "2", "--loss", "mse"): "--focal",
-    ("--focal", "2", "--label-smoothing", "0.1"): "no smoothed labels",
-    ("--recipe", "best", "--compile", "off", "--copies", "2"): "--copies is of shifted images. Found --augment",
+    ("--focal-gamma", "2", "--loss", "mse"): "--focal-gamma",
+    ("--focal-gamma", "2", "--label-smoothing", "0.1"): "no smoothed labels",
+    (
+        "--recipe",
+        "best",
+        "--compile",
+        "off",
+        "--augment-multiplicity",
+        "2",
+    ): "--augment-multiplicity is of shifted images. Found --augment",
     ("--tune", "momentum", "--momentum", "1"): "must be below 1",
     ("--tune", "lr", "--lr", "1e-50"): "1e-30 at least",
     ("--tune", "weight-decay", "--weight-decay", "1e-50"): "1e-30 at least",
     ("--tune", "momentum", "--momentum", "0", "--nesterov"): "nesterov needs momentum",
-    ("--watch", "noise-scale", "--images", "1"): "two training images",
-    ("--average", "0.9", "--average-from", "0.5"): "two averages",
+    ("--watch", "noise-scale", "--train-size", "1"): "two training images",
+    ("--ema-decay", "0.9", "--swa-start", "0.5"): "two averages",
     ("--nesterov", "--optimizer", "adam"): "--nesterov",
-    ("--square-decay", "0.9"): "--square-decay",
+    ("--beta2", "0.9"): "--beta2",
     ("--patience", "2", "--hold-out", "0"): "--patience needs held-out images",
     ("--tune", "lr", "--hold-out", "0"): "--tune needs held-out images",
     ("--tune", "dropout"): "--tune must be of lr, momentum, weight-decay",
     ("--tune", ","): "at least",
     ("--tune", "lr", "--lr", "0"): "1e-30 at least",
-    ("--tune", "lr", "--draw", "balanced"): "Leave one out",
+    ("--tune", "lr", "--sampler", "balanced"): "Leave one out",
     ("--tune-steps", "10"): "no effect without --tune",
     ("--private", "--epsilon", "3"): "--hold-out uses more of the images than private steps do",
-    ("--private", "--epsilon", "3", "--hold-out", "0", "--draw", "balanced"): "must not",
+    ("--private", "--epsilon", "3", "--hold-out", "0", "--sampler", "balanced"): "must not",
 }
 
 
@@ -204,7 +211,7 @@ SWEEP = ("--over", "lr=0.01,0.1", "--over", "label-smoothing=0,0.2", "--seeds", 
 def swept(data_dir, tmp_path_factory):
     """A finished sweep of eight runs, four at once."""
     folder = tmp_path_factory.mktemp("sweep") / "found"
-    out = succeed("sweep", "--data-dir", data_dir, *LINES, *SWEEP, "--lanes", 4, "--out", folder)
+    out = succeed("sweep", "--data-dir", data_dir, *LINES, *SWEEP, "--vmapped-runs", 4, "--out", folder)
     return folder, out
 
 
@@ -246,8 +253,8 @@ def test_a_run_of_a_sweep_is_that_of_train(swept, data_dir, tmp_path):
 
 
 def test_a_sweep_tests_the_average_where_one_is_kept(data_dir, tmp_path):
-    shared = ("--data-dir", data_dir, *LINES, "--average", "0.9", "--epochs", 2)
-    succeed("sweep", *shared, "--lanes", 2, "--out", tmp_path / "sweep")
+    shared = ("--data-dir", data_dir, *LINES, "--ema-decay", "0.9", "--epochs", 2)
+    succeed("sweep", *shared, "--vmapped-runs", 2, "--out", tmp_path / "sweep")
     (row,) = table(tmp_path / "sweep" / "runs.csv")
     out = succeed("train", *shared, "--epochs", row["best_epoch"], "--out", tmp_path / "run")
     assert f"{100 * float(row['test_accuracy']):.2f}%" in out.splitlines()[-1]
@@ -261,14 +268,14 @@ def test_a_sweep_that_is_finished_tells_the_same_again_and_another_is_refused(sw
     assert "Going on after epoch 3." in again
     assert again.splitlines()[-1] == out.splitlines()[-1]
     assert (folder / "runs.csv").read_bytes() == before
-    for other in (("--seed", 5), ("--halve-every", 1), ("--lanes", 2), ("--momentum", 0.5)):
+    for other in (("--seed", 5), ("--halve-every", 1), ("--vmapped-runs", 2), ("--momentum", 0.5)):
         line = complain(2, "sweep", "--data-dir", data_dir, *LINES, *SWEEP, *other, "--out", folder)
-        assert "another sweep" in line or "--lanes, which is 4" in line
+        assert "another sweep" in line or "--vmapped-runs, which is 4" in line
 
 
 def test_a_sweep_that_was_broken_off_goes_on_to_the_same_bits(swept, data_dir, tmp_path, monkeypatch):
     folder = tmp_path / "sweep"
-    command = ("sweep", "--data-dir", data_dir, *LINES, *SWEEP, "--lanes", 4, "--out", folder)
+    command = ("sweep", "--data-dir", data_dir, *LINES, *SWEEP, "--vmapped-runs", 4, "--out", folder)
     made = sweep.VmappedStep.epoch_
 
     def broken(self, *arguments, epoch):
@@ -287,7 +294,7 @@ def test_a_sweep_that_was_broken_off_goes_on_to_the_same_bits(swept, data_dir, t
 def test_failures_and_cuts_are_told_of(data_dir, tmp_path):
     out = succeed(
         "sweep", "--data-dir", data_dir, *LINES, "--over", "lr=0.00001,0.01,0.1,3e37", "--epochs", 6,
-        "--halve-every", 2, "--out", tmp_path / "sweep", "--lanes", 1,
+        "--halve-every", 2, "--out", tmp_path / "sweep", "--vmapped-runs", 1,
     )  # fmt: skip
     rows = table(tmp_path / "sweep" / "runs.csv")
     assert rows[3]["status"] == "failed"
@@ -302,7 +309,7 @@ def test_failures_and_cuts_are_told_of(data_dir, tmp_path):
 
 def test_a_setting_that_failed_after_a_good_epoch_is_not_the_best(data_dir, tmp_path):
     """Momentum makes the first epoch of one large step look fine; the second is not finite."""
-    shared = ("--data-dir", data_dir, *LINES, "--batch-size", 192, "--epochs", 6, "--lanes", 2)
+    shared = ("--data-dir", data_dir, *LINES, "--batch-size", 192, "--epochs", 6, "--vmapped-runs", 2)
     out = succeed("sweep", *shared, "--over", "lr=0.0001,5e37", "--out", tmp_path / "sweep")
     rows = table(tmp_path / "sweep" / "runs.csv")
     assert [row["status"] for row in rows] == ["finished", "failed"]
@@ -312,7 +319,7 @@ def test_a_setting_that_failed_after_a_good_epoch_is_not_the_best(data_dir, tmp_
     assert float(best.split()[0]) == 1e-4
     names = ("--losses", "cross-entropy", "--optimizers", "momentum", "--schedules", "constant")
     answer = ask(
-        "compare", *shared, *names, "--images", 192, "--seeds", 2, "--lrs", "5e37", "--out", tmp_path / "compare"
+        "compare", *shared, *names, "--train-size", 192, "--seeds", 2, "--lrs", "5e37", "--out", tmp_path / "compare"
     )
     assert (answer.status, answer.err) == (1, "")
     assert answer.out.splitlines()[-1] == "Nothing has stayed finite with all seeds."
@@ -324,14 +331,24 @@ def test_a_comparison_that_was_broken_off_tells_its_own_folder(data_dir, tmp_pat
 
     monkeypatch.setattr(sweep.VmappedStep, "epoch_", broken)
     line = complain(
-        options.INTERRUPTED, "compare", "--data-dir", data_dir, *LINES, "--images", 100, "--out", tmp_path / "my runs"
+        options.INTERRUPTED,
+        "compare",
+        "--data-dir",
+        data_dir,
+        *LINES,
+        "--train-size",
+        100,
+        "--out",
+        tmp_path / "my runs",
     )
     assert line == f"Interrupted after epoch 0 of 3. The same command with --out '{tmp_path / 'my runs'}' goes on."
 
 
 def test_a_sweep_goes_on_where_only_a_part_of_its_first_checkpoint_was_written(data_dir, tmp_path):
     (tmp_path / "sweep" / "checkpoints" / ".tmp-1").mkdir(parents=True)
-    succeed("sweep", "--data-dir", data_dir, *LINES, "--over", "lr=0.1", "--lanes", 2, "--out", tmp_path / "sweep")
+    succeed(
+        "sweep", "--data-dir", data_dir, *LINES, "--over", "lr=0.1", "--vmapped-runs", 2, "--out", tmp_path / "sweep"
+    )
 
 
 def test_tuning_is_refused_before_it_begins_where_the_folder_holds_a_run(plain, data_dir):
@@ -342,7 +359,7 @@ def test_tuning_is_refused_before_it_begins_where_the_folder_holds_a_run(plain, 
 def test_ranges_are_drawn_from_and_clipped_and_noisy_steps_swept(data_dir, tmp_path):
     out = succeed(
         "sweep", "--data-dir", data_dir, *LINES, "--over", "clip-norm=0.1:10", "--over", "noise-multiplier=0.1,2",
-        "--draws", 5, "--epochs", 1, "--lanes", 5, "--out", tmp_path / "sweep",
+        "--trials", 5, "--epochs", 1, "--vmapped-runs", 5, "--out", tmp_path / "sweep",
     )  # fmt: skip
     assert "not accounted for" in out
     rows = table(tmp_path / "sweep" / "runs.csv")
@@ -350,7 +367,8 @@ def test_ranges_are_drawn_from_and_clipped_and_noisy_steps_swept(data_dir, tmp_p
     assert all(0.1 <= float(row["clip_norm"]) <= 10 and float(row["noise_multiplier"]) in (0.1, 2) for row in rows)
     one = succeed(
         "sweep", "--data-dir", data_dir, *LINES, "--over", f"clip-norm={rows[2]['clip_norm']}", "--over",
-        f"noise-multiplier={rows[2]['noise_multiplier']}", "--epochs", 1, "--lanes", 2, "--out", tmp_path / "one",
+        f"noise-multiplier={rows[2]['noise_multiplier']}", "--epochs", 1, "--vmapped-runs", 2,
+        "--out", tmp_path / "one",
     )  # fmt: skip
     assert "1 run: 1 setting, each with a seed." in one
     alone = table(tmp_path / "one" / "runs.csv")[0]
@@ -386,27 +404,27 @@ SWEEP_MISTAKES = {
     ("--over", "lr="): "different numbers",
     ("--over", "lr=0.1,0.1"): "different numbers",
     ("--over", "lr=0.1,0.1000000001"): "different numbers of float32",
-    ("--over", "momentum=0,0.9", "--draws", "5"): "--draws draws from a range",
+    ("--over", "momentum=0,0.9", "--trials", "5"): "--trials draws from a range",
     ("--over", "momentum=0,0.9", "--nesterov"): "--nesterov needs a momentum above 0",
-    ("--over", "label-smoothing=0,0.1", "--focal", "1"): "without --focal",
+    ("--over", "label-smoothing=0,0.1", "--focal-gamma", "1"): "without --focal-gamma",
     ("--over", "label-smoothing=0", "--loss", "mse"): "needs --loss cross-entropy",
     ("--over", "lr=0.1", "--seeds", "2", "--seed", str(2**63 - 1)): "below 2**63",
-    ("--over", "lr=0.1:1"): "set --draws",
-    ("--over", "lr=0:1", "--draws", "2"): "above 0",
-    ("--over", "momentum=0.9:0.1", "--draws", "2"): "from low to high",
+    ("--over", "lr=0.1:1"): "set --trials",
+    ("--over", "lr=0:1", "--trials", "2"): "above 0",
+    ("--over", "momentum=0.9:0.1", "--trials", "2"): "from low to high",
     ("--over", "momentum=1.5", "--optimizer", "adam"): "--momentum must be below 1",
     ("--over", "dropout=0.1"): "--dropout",
     ("--over", "clip-norm=0"): "above 0",
     ("--over", "lr=0.1", "--lr", "0.2"): "leave it out",
-    ("--draws", "2"): "--draws draws from a range",
+    ("--trials", "2"): "--trials draws from a range",
     ("--halve-keep", "0.3"): "no effect without --halve-every",
     ("--halve-every", "1", "--halve-keep", "1"): "above 0 and below 1",
     ("--seeds", "0"): "from 1 to 1000",
-    ("--lanes", "many"): "--lanes must be auto",
-    ("--lanes", "0"): "--lanes must be auto",
+    ("--vmapped-runs", "many"): "--vmapped-runs must be auto",
+    ("--vmapped-runs", "0"): "--vmapped-runs must be auto",
     ("--hold-out", "0"): "held-out images",
     ("--epochs", "0"): "--epochs must be at least 1",
-    ("--draw", "balanced"): "single runs",
+    ("--sampler", "balanced"): "single runs",
     ("--tune", "lr"): "single runs",
     ("--private", "--epsilon", "1"): "single runs",
     ("--watch", "norms"): "single runs",
@@ -433,7 +451,7 @@ def test_a_folder_that_holds_something_else_is_left_as_it_is(data_dir, tmp_path)
 
 
 def test_a_comparison_tells_each_at_its_best_learning_rate(data_dir, tmp_path):
-    shared = ("--data-dir", data_dir, "--model", "linear", "--batch-size", 32, "--hold-out", 64, "--images", 128)
+    shared = ("--data-dir", data_dir, "--model", "linear", "--batch-size", 32, "--hold-out", 64, "--train-size", 128)
     command = ("compare", *shared, "--epochs", 2, "--seeds", 2, "--lrs", "0.001,0.1", "--losses", "cross-entropy,mse",
                "--optimizers", "momentum,adam", "--schedules", "constant", "--out", tmp_path / "found")  # fmt: skip
     out = succeed(*command)

@@ -25,18 +25,18 @@ CANDIDATES = (
     f"--epochs 12 --lr 0.01 --nesterov --weight-decay 5e-4 --dropout 0.1 0.5 --augment {MOVED},elastic=0.7",
     f"--epochs 12 --lr 0.02 --weight-decay 5e-4 --dropout 0.1 0.25 --label-smoothing 0.1 --augment {MOVED},elastic=0.7",
     f"--epochs 12 --lr 0.05 --batch-size 256 --weight-decay 5e-4 --dropout 0.1 0.25 --augment {MOVED},elastic=0.7",
-    f"--epochs 12 --lr 0.02 --weight-decay 5e-4 --dropout 0.1 0.25 --augment {MOVED},elastic=0.7 --average 0.999",
-    f"--epochs 12 --lr 0.02 --weight-decay 1e-3 --dropout 0 0 --augment {MOVED},elastic=0.7 --average 0.999",
-    f"--epochs 30 --lr 0.02 --weight-decay 5e-4 --dropout 0 0.25 --augment {MOVED},elastic=0.7 --average 0.999",
-    f"--epochs 30 --lr 0.02 --weight-decay 1e-3 --dropout 0 0 --augment {MOVED},elastic=0.7 --average 0.999",
+    f"--epochs 12 --lr 0.02 --weight-decay 5e-4 --dropout 0.1 0.25 --augment {MOVED},elastic=0.7 --ema-decay 0.999",
+    f"--epochs 12 --lr 0.02 --weight-decay 1e-3 --dropout 0 0 --augment {MOVED},elastic=0.7 --ema-decay 0.999",
+    f"--epochs 30 --lr 0.02 --weight-decay 5e-4 --dropout 0 0.25 --augment {MOVED},elastic=0.7 --ema-decay 0.999",
+    f"--epochs 30 --lr 0.02 --weight-decay 1e-3 --dropout 0 0 --augment {MOVED},elastic=0.7 --ema-decay 0.999",
     f"--epochs 60 --lr 0.04 --batch-size 128 --weight-decay 1e-3 --dropout 0 0.25 --augment {MOVED},elastic=1 "
-    "--average 0.999",
-    "--epochs 30 --lr 0.02 --weight-decay 5e-4 --dropout 0 0.25 --straighten "
-    "--augment shift=1,rotate=5,scale=0.1,shear=0.05,elastic=0.7 --average 0.999",
+    "--ema-decay 0.999",
+    "--epochs 30 --lr 0.02 --weight-decay 5e-4 --dropout 0 0.25 --deskew "
+    "--augment shift=1,rotate=5,scale=0.1,shear=0.05,elastic=0.7 --ema-decay 0.999",
 )
 """Options of `train`, in the order in which they were tried: the last is the recipe."""
 CHOOSING, SEEDS = 0, (0, 1, 2)
-QUICK = "--images 1000 --epochs 1"
+QUICK = "--train-size 1000 --epochs 1"
 
 
 def run(*, quick: bool, progress: Callable[[str], object]) -> dict[str, Any]:

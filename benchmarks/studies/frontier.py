@@ -60,7 +60,7 @@ class Setting(NamedTuple):
     max_norm: float = RECIPE.clip_norm
     automatic: bool = False
     momentum: float = 0.0
-    average: float = RECIPE.average
+    average: float = RECIPE.ema_decay
     """Decay of the average of the parameters; 0 for none."""
     decreasing: bool = False
     """Whether the learning rate goes down to 0, as a cosine, from twice its mean."""

@@ -12,7 +12,7 @@ QUESTION = "What helps where the digits 8 and 9 are cut to 1 %?"
 CUT = (8, 9)
 # Without a bound on the norm, weights that make up for 1 % let the first steps run away.
 PLAIN = (
-    "--cut 8=0.01,9=0.01 --dropout 0.1 0.25 --lr 0.02 --max-norm 1 --schedule one-cycle --warmup 0.2 "
+    "--imbalance 8=0.01,9=0.01 --dropout 0.1 0.25 --lr 0.02 --max-norm 1 --schedule one-cycle --warmup 0.2 "
     "--weight-decay 5e-4 --precision bfloat16 --compile on"
 )
 MOVED = "shift=2,rotate=10,scale=0.1,shear=0.1"
@@ -21,12 +21,12 @@ REMEDIES = {
     "class weights, balanced": "--class-weights balanced",
     "class weights, effective numbers": "--class-weights effective",
     "class weights, 5 for 8 and 9": "--class-weights 1,1,1,1,1,1,1,1,5,5",
-    "balanced sampling": "--draw balanced",
-    "focal loss": "--focal 2",
+    "balanced sampling": "--sampler balanced",
+    "focal loss": "--focal-gamma 2",
     "logit adjustment": "--logit-adjustment 1",
     "changed images": f"--augment {MOVED}",
     "logit adjustment and changed images": f"--logit-adjustment 1 --augment {MOVED}",
-    "balanced sampling of changed images": f"--draw balanced --augment {MOVED}",
+    "balanced sampling of changed images": f"--sampler balanced --augment {MOVED}",
 }
 """Options of `train` beside those of the plain run."""
 EPOCHS, SEEDS = 3, (0, 1, 2)
@@ -43,7 +43,7 @@ def jobs(seeds: Sequence[int], epochs: int, more: str = "") -> list[Job]:
 
 def run(*, quick: bool, progress: Callable[[str], object]) -> dict[str, Any]:
     """The record: each run's options, accuracy and recalls."""
-    made = all_made(jobs(SEEDS[:1], 1, "--images 2000") if quick else jobs(SEEDS, EPOCHS), progress)
+    made = all_made(jobs(SEEDS[:1], 1, "--train-size 2000") if quick else jobs(SEEDS, EPOCHS), progress)
     return {"runs": [result._asdict() for result in made]}
 
 

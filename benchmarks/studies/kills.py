@@ -26,7 +26,7 @@ QUESTION = "Does a run whose processes are killed at random moments end as one t
 
 PROCESSES, KILLS, TIMEOUT = 4, 30, 20
 OPTIONS = (
-    "--model", "mlp", "--hidden", "32", "--images", "4000", "--epochs", "4", "--save-every", "20", "--shards", "4",
+    "--model", "mlp", "--hidden", "32", "--train-size", "4000", "--epochs", "4", "--save-every", "20", "--shards", "4",
     "--timeout", str(TIMEOUT),
 )  # fmt: skip
 

@@ -13,7 +13,7 @@ from .runs import Job, Result, all_made, spread
 QUESTION = "What helps against overfitting on 1,000 images?"
 
 PLAIN = (
-    "--images 1000 --hold-out 2000 --dropout 0 0 --lr 0.05 --schedule one-cycle --warmup 0.2 --precision bfloat16 "
+    "--train-size 1000 --hold-out 2000 --dropout 0 0 --lr 0.05 --schedule one-cycle --warmup 0.2 --precision bfloat16 "
     "--compile on"
 )
 MOVED, MORE = "shift=2,rotate=10,scale=0.1,shear=0.1", "shift=3,rotate=15,scale=0.15,shear=0.2"
@@ -28,12 +28,12 @@ REMEDIES: dict[str, tuple[str, ...]] = {
     "elastic fields": ("--augment elastic=1", "--augment elastic=2"),
     "erasing": ("--augment erase=0.3", "--augment erase=0.6"),
     "early stopping": ("--patience 10",),
-    "moving average": ("--average 0.98",),
-    "stochastic weight averaging": ("--average-from 0.5 --schedule constant --warmup 0.3 --lr 0.02",),
+    "moving average": ("--ema-decay 0.98",),
+    "stochastic weight averaging": ("--swa-start 0.5 --schedule constant --warmup 0.3 --lr 0.02",),
     "together": (
-        f"--augment {MOVED},elastic=1 --weight-decay 0.001 --dropout 0.1 0.25 --average 0.98",
-        f"--augment {MOVED},elastic=2 --weight-decay 0.001 --dropout 0.1 0.25 --average 0.98",
-        f"--augment {MOVED},elastic=1 --weight-decay 0.001 --dropout 0.25 0.5 --label-smoothing 0.05 --average 0.98",
+        f"--augment {MOVED},elastic=1 --weight-decay 0.001 --dropout 0.1 0.25 --ema-decay 0.98",
+        f"--augment {MOVED},elastic=2 --weight-decay 0.001 --dropout 0.1 0.25 --ema-decay 0.98",
+        f"--augment {MOVED},elastic=1 --weight-decay 0.001 --dropout 0.25 0.5 --label-smoothing 0.05 --ema-decay 0.98",
     ),
 }
 """Options of `train` beside those of the plain run, to choose from; a later one counts."""

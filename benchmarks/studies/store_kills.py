@@ -23,7 +23,7 @@ from . import markdown
 QUESTION = "Does a store whose build is killed at random moments end as one that nothing stopped?"
 
 KILLS = 20
-TRAINING = ("train", "--model", "mlp", "--hidden", "32", "--images", "20000")
+TRAINING = ("train", "--model", "mlp", "--hidden", "32", "--train-size", "20000")
 STORING = ("--features", "128", "--checkpoints", "all")
 
 

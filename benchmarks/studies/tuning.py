@@ -21,18 +21,18 @@ from .runs import Job, Result, all_made, spread
 
 QUESTION = "How are hyperparameters found, and which loss and optimizer do best?"
 
-COMMON = "--model mlp --images 10000 --hold-out 5000 --epochs 5 --schedule one-cycle"
+COMMON = "--model mlp --train-size 10000 --hold-out 5000 --epochs 5 --schedule one-cycle"
 START = "--lr 0.001"
 OVER = "--over lr=0.003:1 --over weight-decay=1e-6:0.01"
 SWEEPS = {
-    "sweep, 24 settings": f"{OVER} --draws 24",
-    "sweep, 64 settings, halving": f"{OVER} --draws 64 --halve-every 1",
+    "sweep, 24 settings": f"{OVER} --trials 24",
+    "sweep, 64 settings, halving": f"{OVER} --trials 64 --halve-every 1",
 }
 TUNED = "gradients through training"
 STEPS, ROUNDS = 200, 12
 SEEDS = (0, 1, 2, 3, 4)
 COMPARED = "--epochs 3 --seeds 3"
-QUICK = "--images 500 --hold-out 500 --epochs 1"
+QUICK = "--train-size 500 --hold-out 500 --epochs 1"
 
 
 def run(*, quick: bool, progress: Callable[[str], object]) -> dict[str, Any]:

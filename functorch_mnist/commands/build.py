@@ -154,7 +154,7 @@ def _fixed(options: Train) -> Callable[[Tensor], Tensor]:
             return models.discriminated(_scattering(images[..., 0, :, :].float() / 255), own)
 
         return features
-    return (lambda images: data.deskewed(images.float())) if options.straighten else _same
+    return (lambda images: data.deskewed(images.float())) if options.deskew else _same
 
 
 def _scattering(images: Tensor) -> Tensor:
@@ -198,8 +198,8 @@ def _training_loss(begun: Origin) -> Callable[[Tensor, Tensor], Tensor]:
             priors = log_priors.to(outputs.device)
             outputs = losses_of.logit_adjusted(outputs, priors, strength=options.logit_adjustment)
         of_class = None if weights is None else weights.to(outputs.device)
-        if options.focal:
-            return losses_of.focal(outputs, labels, gamma=options.focal, class_weights=of_class)
+        if options.focal_gamma:
+            return losses_of.focal(outputs, labels, gamma=options.focal_gamma, class_weights=of_class)
         return losses_of.cross_entropy(outputs, labels, class_weights=of_class, label_smoothing=options.label_smoothing)
 
     return loss
@@ -278,20 +278,20 @@ def optimizer(options: Train, steps_per_epoch: int) -> optim.Optimizer:
             )
         else:
             made = optim.adam if options.optimizer == "adam" else optim.adamw
-            chosen = made(lr, b1=options.momentum, b2=options.square_decay, weight_decay=decay)
+            chosen = made(lr, b1=options.momentum, b2=options.beta2, weight_decay=decay)
     if options.max_norm is not None:
         chosen = optim.clip_by_global_norm(chosen, max_norm=options.max_norm)
-    if options.average:
-        return optim.exponential_moving_average(chosen, decay=options.average)
-    if options.average_from is not None:
-        first = max(1, math.ceil(options.average_from * options.epochs)) * steps_per_epoch
+    if options.ema_decay:
+        return optim.exponential_moving_average(chosen, decay=options.ema_decay)
+    if options.swa_start is not None:
+        first = max(1, math.ceil(options.swa_start * options.epochs)) * steps_per_epoch
         return optim.stochastic_weight_averaging(chosen, start=first, every=steps_per_epoch)
     return chosen
 
 
 def averages(options: Train) -> bool:
     """Whether an average of the parameters is kept."""
-    return bool(options.average) or options.average_from is not None
+    return bool(options.ema_decay) or options.swa_start is not None
 
 
 def current(options: Train, state: train.State) -> Params:
@@ -345,11 +345,11 @@ def losses(made: Classifier, options: Train, others: Partners | None = None) -> 
         if options.augment is not None:
             change_key, keys = random.split(keys).unbind(-2)
             return made.loss(made.outputs(params, changed(images, change_key), keys), labels)
-        if not options.copies:
+        if not options.augment_multiplicity:
             return made.loss(made.outputs(params, images, keys), labels)
-        shift_keys, keys = random.split(random.split(keys, options.copies)).unbind(-2)  # (..., copies, 2)
+        shift_keys, keys = random.split(random.split(keys, options.augment_multiplicity)).unbind(-2)  # (..., copies, 2)
         copies = images.unsqueeze(-4).expand(*keys.shape[:-1], *images.shape[-3:])
-        outputs = made.outputs(params, data.shifted(copies, shift_keys, pixels=options.shift), keys)
+        outputs = made.outputs(params, data.shifted(copies, shift_keys, pixels=options.max_shift), keys)
         return made.loss(outputs, labels.unsqueeze(-1).expand(keys.shape[:-1])).mean(-1)
 
     return losses_fn
@@ -369,7 +369,7 @@ def fastest(
 
 def order(options: Train, labels: Tensor) -> train.Order | None:
     """Which images an epoch sees; none for each once."""
-    if options.draw == "shuffled":
+    if options.sampler == "shuffled":
         return None
     return lambda key, epoch: data.balanced_order(labels, key=key, epoch=epoch)
 

@@ -35,7 +35,7 @@ def _compare(options: Compare, world: World) -> int:
         name = f"{loss}, {optimizer}, {schedule}"
         print(f"{name}: {len(runs[sweeps.SEED])} runs", flush=True)
         own = folder / "-".join((loss, optimizer, schedule))
-        done = swept(given, parts, runs, own, lanes=options.lanes, told=False, again=again, world=world)
+        done = swept(given, parts, runs, own, vmapped_runs=options.vmapped_runs, told=False, again=again, world=world)
         held_out, tested = spread(runs, done.held_out), spread(runs, done.tested)
         points = []
         for place, first in enumerate(held_out.rows.tolist()):

@@ -36,14 +36,19 @@ def _mislabelled(options: Mislabelled, world: World) -> int:
     names = listed("--scores", options.scores, SCORES)
     dataset = restore.training_images(run, options.data_dir, where)
     images, labels = (part[: options.images] for part in dataset.train)
-    if options.flip is None:
+    if options.label_noise is None:
         return _real(options, run, names, images, labels, world)
     planted, flipped = attribution.label_noise(
-        labels, dataset.classes, key=random.key(options.seed, device=where), part=options.flip
+        labels, dataset.classes, key=random.key(options.seed, device=where), part=options.label_noise
     )
     if not flipped.any() or flipped.all():
-        raise UsageError(f"--flip must flip some of {len(labels)} labels and not all. Found {options.flip}.")
-    folder = options.out or options.run / "mislabelled" / f"flip-{options.flip:g}-of-{len(labels)}-seed-{options.seed}"
+        raise UsageError(
+            f"--label-noise must flip some of {len(labels)} labels and not all. Found {options.label_noise}."
+        )
+    folder = (
+        options.out
+        or options.run / "mislabelled" / f"flip-{options.label_noise:g}-of-{len(labels)}-seed-{options.seed}"
+    )
     changed = Parts(data.Split(images, planted), None, dataset.test, dataset.classes)
     wanted = _options(run.options, changed, options)
     # Named after all that it hangs on, so that no training on other labels is taken for it.
@@ -78,10 +83,10 @@ def _options(trained: Train, dataset: Parts, options: Mislabelled) -> Train:
         shards=None,
         watch=None,
         watch_every=1,
-        images=None,
+        train_size=None,
         hold_out=0,
         patience=None,
-        cut=None,
+        imbalance=None,
         tune=None,
     )
 
@@ -102,7 +107,7 @@ def _planted(
     points = [  # not those that Ctrl-C has left
         point for point in restore.points(training, run, images.device) if point.step % per_epoch == 0
     ]
-    config = restore.to_config(run.begun) | {"flip": options.flip, "seed": options.seed}
+    config = restore.to_config(run.begun) | {"flip": options.label_noise, "seed": options.seed}
     kept = folder / ".partial"
     print(f"Scoring {len(images):,} training images at {len(points)} checkpoint{'s'[: len(points) > 1]}.", flush=True)
     found = scored(

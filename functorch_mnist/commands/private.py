@@ -186,7 +186,7 @@ class Private:
             lines.append(
                 f"Counted part by part, each with a secret of its own: {spans(replace(self.entry, steps=steps))}."
             )
-        if self.options.images is not None:
+        if self.options.train_size is not None:
             lines.append("Only the chosen images are protected: one more in the data set may change which are chosen.")
         if self.bound is not None:
             lines.append(self._audit())

@@ -70,12 +70,14 @@ def divided(options: Train, dataset: data.Dataset) -> Parts:
     if cut:
         with refusing(ValueError):
             train = data.imbalanced(train, cut, key=cut_key)
-    if options.images is not None:
-        if options.images > len(train.labels):
-            raise UsageError(f"--images must be at most {len(train.labels)}, all there are. Found {options.images}.")
-        train = _of(train, random.permutation(draw_key, len(train.labels))[: options.images].sort().values)
+    if options.train_size is not None:
+        if options.train_size > len(train.labels):
+            raise UsageError(
+                f"--train-size must be at most {len(train.labels)}, all there are. Found {options.train_size}."
+            )
+        train = _of(train, random.permutation(draw_key, len(train.labels))[: options.train_size].sort().values)
     if not len(train.labels):
-        raise UsageError("There must be a training image. Found none after --cut.")
+        raise UsageError("There must be a training image. Found none after --imbalance.")
     return Parts(train, held_out, dataset.test, dataset.classes)
 
 

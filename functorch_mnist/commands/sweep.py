@@ -41,7 +41,7 @@ def _sweep(options: Sweep, world: World) -> int:
     if PRIVATE_OVER & runs.keys():
         print("Steps are clipped and noisy as private ones, of fixed batches; what they spend is not accounted for.")
     halving = None if options.halve_every is None else sweeps.Halving(options.halve_every, options.halve_keep)
-    done = swept(one, parts, runs, folder, lanes=options.lanes, halving=halving, world=world)
+    done = swept(one, parts, runs, folder, vmapped_runs=options.vmapped_runs, halving=halving, world=world)
     if world.rank:
         return int(bool(done.held_out.isnan().all()))
     held_out = spread(runs, done.held_out)
@@ -86,10 +86,10 @@ def table(options: Sweep) -> sweeps.Runs:
     seed = options.training.seed
     seeds = range(seed, seed + options.seeds)
     found = axes(options)
-    if options.draws is None:
+    if options.trials is None:
         return sweeps.grid(seeds=seeds, **{axis.field: axis.values for axis in found})
     key = random.fold_in(random.key(seed), DRAWS)
-    return sweeps.random_search(key, options.draws, seeds=seeds, **{axis.field: _range(axis) for axis in found})
+    return sweeps.random_search(key, options.trials, seeds=seeds, **{axis.field: _range(axis) for axis in found})
 
 
 def rows(done: Swept) -> str:

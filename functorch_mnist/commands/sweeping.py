@@ -109,7 +109,7 @@ def swept(
     runs: sweep.Runs,
     folder: Path,
     *,
-    lanes: str,
+    vmapped_runs: str,
     halving: sweep.Halving | None = None,
     told: bool = True,
     again: str | None = None,
@@ -122,7 +122,7 @@ def swept(
         parts: the images.
         runs: what they differ in.
         folder: where the sweep is kept, after each epoch.
-        lanes: a number of runs at once, or `auto`.
+        vmapped_runs: a number of runs at once, or `auto`.
         halving: whether only the better settings go on.
         told: print how far it is.
         again: what goes on after Ctrl-C; by default the same command with the folder.
@@ -154,9 +154,9 @@ def swept(
     check_data(world, (runs, parts.train, parts.held_out, parts.test))
     found, width = begun, 0
     if world.rank == 0:
-        found, width = _kept(folder, begun, config, lanes)
+        found, width = _kept(folder, begun, config, vmapped_runs)
     found, kept_width = broadcast(world, (found, torch.tensor([width], device=where)))
-    width = int(kept_width) or _chosen(several, runs, begun, lanes, told=told)
+    width = int(kept_width) or _chosen(several, runs, begun, vmapped_runs, told=told)
     width = int(broadcast(world, torch.tensor([width], device=where)))
     config["width"] = width
     total, saved = len(runs[sweep.SEED]), int(found.epoch)
@@ -240,7 +240,7 @@ def _outputs(made: Classifier, params: Params, which: Tensor, images: Tensor, wi
     return torch.cat(found)
 
 
-def _kept(folder: Path, begun: sweep.Sweep, config: Mapping[str, Any], lanes: str) -> tuple[sweep.Sweep, int]:
+def _kept(folder: Path, begun: sweep.Sweep, config: Mapping[str, Any], vmapped_runs: str) -> tuple[sweep.Sweep, int]:
     """Where a sweep stands in its folder, and how many runs it makes at once, 0 where that is not settled."""
     good, faults = None, list[checkpoint.CheckpointError]()
     for path in reversed(checkpoint.steps(folder / CHECKPOINTS)):
@@ -248,8 +248,10 @@ def _kept(folder: Path, begun: sweep.Sweep, config: Mapping[str, Any], lanes: st
             before = checkpoint.read_manifest(path)["config"]
             if {name: before.get(name) for name in config} != config:
                 raise UsageError(f"{folder} holds another sweep. Choose another --out.")
-            if lanes not in ("auto", str(before["width"])):
-                raise UsageError(f"A sweep goes on with its --lanes, which is {before['width']}. Found {lanes}.")
+            if vmapped_runs not in ("auto", str(before["width"])):
+                raise UsageError(
+                    f"A sweep goes on with its --vmapped-runs, which is {before['width']}. Found {vmapped_runs}."
+                )
             good = checkpoint.load(path, begun)
             break
         except checkpoint.CheckpointError as error:
@@ -266,11 +268,11 @@ def _kept(folder: Path, begun: sweep.Sweep, config: Mapping[str, Any], lanes: st
     return state, int(str(good.config["width"]))
 
 
-def _chosen(several: sweep.VmappedStep, runs: sweep.Runs, begun: sweep.Sweep, lanes: str, *, told: bool) -> int:
+def _chosen(several: sweep.VmappedStep, runs: sweep.Runs, begun: sweep.Sweep, vmapped_runs: str, *, told: bool) -> int:
     """How many runs are made at once."""
     total = len(runs[sweep.SEED])
-    if lanes != "auto":
-        return int(lanes)
+    if vmapped_runs != "auto":
+        return int(vmapped_runs)
     widths = sorted({min(width, total) for width in _WIDTHS})
     if len(widths) == 1:
         return widths[0]

@@ -26,7 +26,7 @@ class Tuning:
     """A short training with a run's options, of which hyperparameters are left open."""
 
     def __init__(self, options: Train, parts: Parts) -> None:
-        self.options, self.parts = replace(options, epochs=1, average_from=None, average=0.0), parts
+        self.options, self.parts = replace(options, epochs=1, swa_start=None, ema_decay=0.0), parts
         self.steps = options.tune_steps
         self.made = build.classifier(build.origin(options, parts))
         self.batch_size = min(options.batch_size, len(parts.train.labels))

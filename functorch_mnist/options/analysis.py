@@ -81,9 +81,9 @@ class Scores(Analysis):
 
 @dataclass(frozen=True, kw_only=True)
 class Mislabelled(Analysis):
-    """Rank the training images by how likely their label is wrong; with --flip, plant wrong labels and find them."""
+    """Rank the training images by how likely their label is wrong; with --label-noise, flip some and find them."""
 
-    flip: float | None = None
+    label_noise: float | None = None
     """Train anew with this part of the labels flipped, and say how many of the flips each score finds."""
     seed: int = 0
     """Names which labels are flipped."""
@@ -191,7 +191,7 @@ _RULES: tuple[Rule, ...] = (
     ("from 1 to 100", lambda v: 1 <= v <= 100, ("top",)),
     ("at least 8", lambda v: v >= 8, ("features",)),
     ("at least 0 and below 2**63", lambda v: 0 <= v < 2**63, ("seed",)),
-    ("above 0 and below 1", lambda v: 0 < v < 1, ("flip",)),
+    ("above 0 and below 1", lambda v: 0 < v < 1, ("label_noise",)),
     ("from 1 to 1024", lambda v: 1 <= v <= 1024, ("threads", "processes")),
     ("from 1 to 86400", lambda v: 1 <= v <= 86400, ("timeout",)),
 )

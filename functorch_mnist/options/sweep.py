@@ -14,7 +14,7 @@ from .words import Rule, UsageError, check_ranges, flag, listed, number_of
 
 SWEPT = Train(hold_out=5000)
 """The defaults of a sweep's runs."""
-COMPARED = Train(model="mlp", images=10_000, hold_out=5000, epochs=3)
+COMPARED = Train(model="mlp", train_size=10_000, hold_out=5000, epochs=3)
 """The defaults of what is compared."""
 
 OVER = ("lr", "momentum", "weight-decay", "label-smoothing", "dropout", "max-norm", "clip-norm", "noise-multiplier")
@@ -42,16 +42,16 @@ SCHEDULES = ("constant", "cosine", "one-cycle", "step-decay")
 class Sweep:
     """Train many runs at once, and tell which did best on held-out images; the same command goes on after a stop.
 
-    All runs have the images that --seed draws for --images and --cut."""
+    All runs have the images that --seed draws for --train-size and --imbalance."""
 
     over: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """What the runs differ in, as NAME=VALUE,VALUE or NAME=LOW:HIGH; may be given again. NAME is lr, momentum,
     weight-decay, label-smoothing, dropout, max-norm, or for clipped and noisy steps clip-norm, noise-multiplier."""
-    draws: int | None = None
+    trials: int | None = None
     """Draw so many settings at random; without, all combinations of values are made."""
     seeds: int = 1
     """Make each setting with so many seeds, from --seed on: error bars are over them."""
-    lanes: str = "auto"
+    vmapped_runs: str = "auto"
     """How many runs are trained in one call: a number, or auto to measure what is fastest."""
     halve_every: int | None = None
     """After each so many epochs, only the better settings go on."""
@@ -74,7 +74,7 @@ class Compare:
     """The learning rates of which each takes its best."""
     seeds: int = 3
     """Make each run with so many seeds, from --seed on: error bars are over them."""
-    lanes: str = "auto"
+    vmapped_runs: str = "auto"
     """How many runs are trained in one call: a number, or auto to measure what is fastest."""
     training: tyro.conf.OmitArgPrefixes[Train] = COMPARED
 
@@ -94,7 +94,7 @@ class Axis(NamedTuple):
 
 
 _RULES: tuple[Rule, ...] = (
-    ("from 1 to 1000", lambda v: 1 <= v <= 1000, ("seeds", "draws", "halve_every")),
+    ("from 1 to 1000", lambda v: 1 <= v <= 1000, ("seeds", "trials", "halve_every")),
     ("above 0 and below 1", lambda v: 0 < v < 1, ("halve_keep",)),
 )
 _UNUSED = (
@@ -138,19 +138,21 @@ def check_sweep(options: Sweep) -> None:
         UsageError: with what to change.
     """
     check_ranges(options, _RULES)
-    _check_many(options.training, options.lanes, options.seeds)
+    _check_many(options.training, options.vmapped_runs, options.seeds)
     found = axes(options)
-    if any(axis.ranged for axis in found) and options.draws is None:
-        raise UsageError("A range is drawn from: set --draws, such as 20. Found a range without it.")
-    if options.draws is not None and not any(axis.ranged for axis in found):
-        raise UsageError("--draws draws from a range, as in --over lr=0.01:1. Found none.")
+    if any(axis.ranged for axis in found) and options.trials is None:
+        raise UsageError("A range is drawn from: set --trials, such as 20. Found a range without it.")
+    if options.trials is not None and not any(axis.ranged for axis in found):
+        raise UsageError("--trials draws from a range, as in --over lr=0.01:1. Found none.")
     if options.halve_every is None and options.halve_keep != Sweep.halve_keep:
         raise UsageError("--halve-keep has no effect without --halve-every.")
     for axis in found:
         if chosen_of(options.training, axis.field):
             raise UsageError(f"--{axis.name} differs between the runs. Found {flag(axis.field)} as well: leave it out.")
-        if axis.name == "label-smoothing" and (options.training.loss != "cross-entropy" or options.training.focal):
-            raise UsageError("--over label-smoothing needs --loss cross-entropy without --focal.")
+        if axis.name == "label-smoothing" and (
+            options.training.loss != "cross-entropy" or options.training.focal_gamma
+        ):
+            raise UsageError("--over label-smoothing needs --loss cross-entropy without --focal-gamma.")
         if axis.name == "momentum" and options.training.nesterov and 0 in axis.values:
             raise UsageError("--nesterov needs a momentum above 0. Found 0 in --over momentum.")
         for value in axis.values:
@@ -200,7 +202,7 @@ def check_compare(options: Compare) -> None:
         UsageError: with what to change.
     """
     check_ranges(options, _RULES)
-    _check_many(options.training, options.lanes, options.seeds)
+    _check_many(options.training, options.vmapped_runs, options.seeds)
     for name in ("loss", "optimizer", "schedule", "lr", "momentum", "nesterov", "dampening", "warmup"):
         if chosen_of(options.training, name):
             raise UsageError(f"{flag(name)} is what is compared. Leave it out.")
@@ -222,7 +224,7 @@ def _rounded(value: float) -> float:
     return rounded
 
 
-def _check_many(training: Train, lanes: str, seeds: int) -> None:
+def _check_many(training: Train, vmapped_runs: str, seeds: int) -> None:
     """What sweeps and comparisons ask of the options of their runs."""
     for name in _UNUSED:
         if chosen_of(training, name) or (name == "private" and training.private):
@@ -230,11 +232,11 @@ def _check_many(training: Train, lanes: str, seeds: int) -> None:
     check(training)
     if not training.hold_out:
         raise UsageError("Runs are told apart by held-out images. Found none. Set --hold-out, such as 5000.")
-    if training.draw == "balanced":
-        raise UsageError("--draw balanced is for single runs. Leave it out.")
+    if training.sampler == "balanced":
+        raise UsageError("--sampler balanced is for single runs. Leave it out.")
     if training.seed + seeds > 2**63:
         raise UsageError(f"--seed and --seeds must end below 2**63. Found {training.seed} and {seeds}.")
     if not training.epochs:
         raise UsageError("--epochs must be at least 1. Found 0.")
-    if lanes != "auto" and not (lanes.isdecimal() and 1 <= int(lanes) <= 1024):
-        raise UsageError(f"--lanes must be auto or a number from 1 to 1024. Found {lanes!r:.80}.")
+    if vmapped_runs != "auto" and not (vmapped_runs.isdecimal() and 1 <= int(vmapped_runs) <= 1024):
+        raise UsageError(f"--vmapped-runs must be auto or a number from 1 to 1024. Found {vmapped_runs!r:.80}.")

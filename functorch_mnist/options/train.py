@@ -23,23 +23,23 @@ WATCHES = ("noise-scale", "norms", "value")
 class Train:
     """Train a classifier, and print its accuracy on the test images."""
 
-    recipe: Literal["article", "fast", "best", "private"] = "article"
-    """Named defaults of all other options: the article's, those that reach 99 % soonest, the most accurate, or the best
+    recipe: Literal["tutorial", "fast", "best", "private"] = "tutorial"
+    """Defaults of all other options: the tutorial's, those that reach 99 % soonest, the most accurate, or the best
     private ones."""
     dataset: Literal["mnist", "fashion-mnist", "kmnist", "qmnist", "emnist-digits"] = "mnist"
     """Which data set; all but mnist are downloaded once."""
     data_dir: Path | None = None
     """Read the data set's four IDX files from this folder instead."""
-    images: int | None = None
+    train_size: int | None = None
     """Train on so many training images only, drawn by the seed."""
     hold_out: int = 0
     """Keep so many training images apart, the same for all seeds; their accuracy is printed after each epoch."""
-    cut: str | None = None
+    imbalance: str | None = None
     """Keep only a part of a class's training images, as CLASS=PART with commas, such as 8=0.01,9=0.01."""
-    straighten: bool = False
-    """First straighten each image by its own ink, as --model scattering always does."""
+    deskew: bool = False
+    """First deskew each image by its own moments, as --model scattering always does."""
     model: Literal["cnn", "mlp", "linear", "small-cnn", "scattering"] = "cnn"
-    """Which model; scattering is a linear map of fixed features: of wavelets over the straightened image, what tells
+    """Which model; scattering is a linear map of fixed features: of wavelets over the deskewed image, what tells
     random glyphs apart."""
     hidden: tuple[int, ...] = (128,)
     """Widths of the mlp's hidden layers."""
@@ -51,13 +51,13 @@ class Train:
     """Cross-entropy, or the squared error of the probabilities."""
     label_smoothing: float = 0.0
     """Part of the cross-entropy's target that is spread over all classes."""
-    focal: float = 0.0
+    focal_gamma: float = 0.0
     """Focal loss: weigh an image's cross-entropy by (1 - its class's probability) to this power."""
     class_weights: str | None = None
     """Weigh the loss of each class: balanced, effective (by its effective number of images), or numbers with commas."""
     logit_adjustment: float = 0.0
     """Train on outputs to which so many times the logarithm of each class's share of the images is added."""
-    draw: Literal["shuffled", "balanced"] = "shuffled"
+    sampler: Literal["shuffled", "balanced"] = "shuffled"
     """Each image once in an epoch, or each class as often as the others."""
     augment: str | None = None
     """Change images at random, each time anew, as NAME=STRENGTH with commas: shift (pixels), rotate (degrees), scale
@@ -78,7 +78,7 @@ class Train:
     """What makes steps of gradients."""
     momentum: float = 0.9
     """Momentum of SGD, or the decay of Adam's mean."""
-    square_decay: float = 0.999
+    beta2: float = 0.999
     """Decay of Adam's mean square."""
     dampening: float = 0.0
     """Dampening of SGD's momentum."""
@@ -88,9 +88,9 @@ class Train:
     """Nesterov's form of momentum."""
     max_norm: float | None = None
     """Scale the mean gradient down to this norm where it is larger."""
-    average: float = 0.0
+    ema_decay: float = 0.0
     """Keep a moving average of the parameters with this decay, and test that; 0 keeps none."""
-    average_from: float | None = None
+    swa_start: float | None = None
     """Instead, average the parameters of the epochs' ends from this part of the training on (stochastic weight
     averaging)."""
     patience: int | None = None
@@ -102,9 +102,9 @@ class Train:
     """Steps of the training that is differentiated."""
     tune_rounds: int = 15
     """How often it is made."""
-    copies: int = 0
+    augment_multiplicity: int = 0
     """Average each image's loss over so many randomly shifted copies; 0 takes the image as it is."""
-    shift: int = 2
+    max_shift: int = 2
     """Most pixels that a copy is shifted by."""
     private: bool = False
     """Train with differential privacy: clipped gradients of single images, with noise."""
@@ -161,10 +161,10 @@ class Train:
 
 RECIPES: Mapping[str, Train] = MappingProxyType(
     {
-        "article": Train(),
+        "tutorial": Train(),
         "fast": Train(
             recipe="fast",
-            straighten=True,
+            deskew=True,
             dropout=(0.0, 0.1),
             batch_size=128,
             lr=0.1,
@@ -175,14 +175,14 @@ RECIPES: Mapping[str, Train] = MappingProxyType(
         "best": Train(
             recipe="best",
             dropout=(0.0, 0.25),
-            straighten=True,
+            deskew=True,
             augment="shift=1,rotate=5,scale=0.1,shear=0.05,elastic=0.7",
             epochs=30,
             lr=0.02,
             schedule="one-cycle",
             warmup=0.2,
             weight_decay=5e-4,
-            average=0.999,
+            ema_decay=0.999,
             precision="bfloat16",
             compile="on",
         ),
@@ -195,7 +195,7 @@ RECIPES: Mapping[str, Train] = MappingProxyType(
             batch_size=7500,
             lr=29300.0,
             momentum=0.0,
-            average=0.9,
+            ema_decay=0.9,
             clip_norm=0.01,
         ),
     }
@@ -228,16 +228,16 @@ _RULES: tuple[Rule, ...] = (
     ("a power of two up to 1024", lambda v: v in _POWERS, ("shards",)),
     ("from 1 to 86400", lambda v: 1 <= v <= 86400, ("timeout",)),
     ("at least 0 and below 2**63", lambda v: 0 <= v < 2**63, ("noise_seed",)),
-    ("from 0 to 64", lambda v: 0 <= v <= 64, ("copies",)),
+    ("from 0 to 64", lambda v: 0 <= v <= 64, ("augment_multiplicity",)),
     ("0, or from 20 to 100000", lambda v: v == 0 or 20 <= v <= 100_000, ("audit",)),
-    ("from 1 to 27", lambda v: 1 <= v <= 27, ("shift",)),
-    ("at least 1", lambda v: v >= 1, ("images", "patience")),
+    ("from 1 to 27", lambda v: 1 <= v <= 27, ("max_shift",)),
+    ("at least 1", lambda v: v >= 1, ("train_size", "patience")),
     ("at least 0", lambda v: v >= 0, ("hold_out",)),
     ("from 1 to 100000", lambda v: 1 <= v <= 100_000, ("tune_steps", "tune_rounds")),
-    ("from 0 to 10", lambda v: 0 <= v <= 10, ("focal", "logit_adjustment")),
+    ("from 0 to 10", lambda v: 0 <= v <= 10, ("focal_gamma", "logit_adjustment")),
     ("0 or from 0.05 to 100", lambda v: v == 0 or 0.05 <= v <= 100, ("mixup",)),
     ("from 0 to 1", lambda v: 0 <= v <= 1, ("label_smoothing", "dampening")),
-    ("at least 0 and below 1", lambda v: 0 <= v < 1, ("dropout", "average", "average_from", "square_decay")),
+    ("at least 0 and below 1", lambda v: 0 <= v < 1, ("dropout", "ema_decay", "swa_start", "beta2")),
     ("above 0 and below 1", lambda v: 0 < v < 1, ("warmup", "delta")),
     ("above 0 and below 1e4", lambda v: 0 < v < 1e4, ("epsilon", "noise_multiplier")),
     ("above 0 and below 1e38", lambda v: 0 < v < 1e38, ("max_norm", "clip_norm")),  # float32 ends at 3.4e38
@@ -248,13 +248,13 @@ _ONLY_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
         "hidden": ("model", ("mlp",)),
         "activation": ("model", ("cnn", "mlp", "small-cnn")),
         "dropout": ("model", ("cnn",)),
-        "straighten": ("model", ("cnn", "mlp", "linear", "small-cnn")),
+        "deskew": ("model", ("cnn", "mlp", "linear", "small-cnn")),
         "label_smoothing": ("loss", ("cross-entropy",)),
-        "focal": ("loss", ("cross-entropy",)),
+        "focal_gamma": ("loss", ("cross-entropy",)),
         "logit_adjustment": ("loss", ("cross-entropy",)),
         "dampening": ("optimizer", ("sgd",)),
         "nesterov": ("optimizer", ("sgd",)),
-        "square_decay": ("optimizer", ("adam", "adamw")),
+        "beta2": ("optimizer", ("adam", "adamw")),
         "warmup": ("schedule", ("one-cycle",)),
     }
 )
@@ -271,10 +271,12 @@ def check(options: Train) -> None:
         if chosen_of(options, name) and getattr(options, other) not in values:
             raise UsageError(f"{flag(name)} has no effect with {flag(other)} {getattr(options, other)}.")
 
-    if options.copies and options.model == "scattering":
-        raise UsageError("--copies has no effect with --model scattering, whose features are computed once.")
-    if not options.copies and chosen_of(options, "shift"):
-        raise UsageError("--shift has no effect without --copies.")
+    if options.augment_multiplicity and options.model == "scattering":
+        raise UsageError(
+            "--augment-multiplicity has no effect with --model scattering, whose features are computed once."
+        )
+    if not options.augment_multiplicity and chosen_of(options, "max_shift"):
+        raise UsageError("--max-shift has no effect without --augment-multiplicity.")
     if options.shards is not None and options.shards % options.processes:
         raise UsageError(f"--processes must divide --shards {options.shards}. Found {options.processes}.")
     if options.optimizer != "sgd" and options.momentum >= 1:
@@ -307,8 +309,8 @@ def augmentation(options: Train) -> dict[str, float]:
 
 
 def cut_classes(options: Train) -> dict[int, float]:
-    """The parts of classes that `--cut` names."""
-    parts = {} if options.cut is None else named("--cut", options.cut, most=1.0)
+    """The parts of classes that `--imbalance` names."""
+    parts = {} if options.imbalance is None else named("--imbalance", options.imbalance, most=1.0)
     return {int(name): part for name, part in parts.items()}
 
 
@@ -330,18 +332,20 @@ def _check_parts(options: Train) -> None:
     cut_classes(options)
     given_weights(options)
     changed = [flag(name) for name in ("augment", "mixup") if getattr(options, name)]
-    if options.focal and options.label_smoothing:
-        raise UsageError("--focal has no smoothed labels. Found --label-smoothing as well. Leave one out.")
+    if options.focal_gamma and options.label_smoothing:
+        raise UsageError("--focal-gamma has no smoothed labels. Found --label-smoothing as well. Leave one out.")
     if augmentation(options) and options.model == "scattering":
         raise UsageError("--augment has no effect with --model scattering, whose features are computed once.")
     if options.mixup and options.model == "scattering":
         raise UsageError("--mixup has no effect with --model scattering, whose features are computed once.")
-    if options.copies and changed:
-        raise UsageError(f"--copies is of shifted images. Found {' and '.join(changed)} as well. Leave one out.")
+    if options.augment_multiplicity and changed:
+        raise UsageError(
+            f"--augment-multiplicity is of shifted images. Found {' and '.join(changed)} as well. Leave one out."
+        )
     if options.mixup and options.loss != "cross-entropy":
         raise UsageError("--mixup mixes losses of labels: it needs --loss cross-entropy.")
-    if options.average and options.average_from is not None:
-        raise UsageError("--average and --average-from are two averages. Found both. Leave one out.")
+    if options.ema_decay and options.swa_start is not None:
+        raise UsageError("--ema-decay and --swa-start are two averages. Found both. Leave one out.")
 
 
 def _check_tuning(options: Train) -> None:
@@ -365,8 +369,8 @@ def _check_tuning(options: Train) -> None:
         )
     if "momentum" in names and options.momentum >= 1:
         raise UsageError(f"--tune momentum begins at --momentum, which must be below 1. Found {options.momentum}.")
-    if options.draw == "balanced":
-        raise UsageError("--tune differentiates shuffled batches. Found --draw balanced. Leave one out.")
+    if options.sampler == "balanced":
+        raise UsageError("--tune differentiates shuffled batches. Found --sampler balanced. Leave one out.")
 
 
 def check_noise(noise: str, sampling: str) -> None:
@@ -405,9 +409,9 @@ def noise_of(noise: str) -> tuple[str, float]:
 
 
 def chosen_of(options: Train, name: str) -> bool:
-    """Whether an option is neither the article's nor its recipe's."""
+    """Whether an option is neither the tutorial's nor its recipe's."""
     value = getattr(options, name)
-    return all(value != getattr(one, name) for one in (RECIPES["article"], RECIPES[options.recipe]))
+    return all(value != getattr(one, name) for one in (RECIPES["tutorial"], RECIPES[options.recipe]))
 
 
 def _check_private(options: Train) -> None:
@@ -416,11 +420,11 @@ def _check_private(options: Train) -> None:
         raise UsageError(f"--private needs one of --epsilon and --noise-multiplier. Found {found}.")
     if options.watch is not None:
         raise UsageError("--watch records single gradients without noise, which --private must not. Leave one out.")
-    for name in ("hold_out", "cut", "class_weights", "logit_adjustment", "mixup", "tune"):
+    for name in ("hold_out", "imbalance", "class_weights", "logit_adjustment", "mixup", "tune"):
         if chosen_of(options, name):
             raise UsageError(f"{flag(name)} uses more of the images than private steps do. Leave it or --private out.")
-    if options.draw == "balanced":
-        raise UsageError("--draw balanced uses the classes' counts, which --private must not. Leave one out.")
+    if options.sampler == "balanced":
+        raise UsageError("--sampler balanced uses the classes' counts, which --private must not. Leave one out.")
     check_noise(options.noise, options.sampling)
     if options.sampling == "shuffled" and chosen_of(options, "accountant"):
         raise UsageError("--accountant has no effect with --sampling shuffled, whose account is exact.")
