@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import warnings
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,7 @@ def blocks(page):
 def test_a_python_block_runs_alone(page, block, monkeypatch, capsys, tmp_path):
     for peer in PEERS:
         if re.search(rf"^(?:import|from) {peer}\b", block, re.MULTILINE):
+            warnings.simplefilter("ignore")  # theirs; pytest restores the filters
             pytest.importorskip(peer)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(measured, "default_file", lambda: tmp_path / "ways.json")
