@@ -5,42 +5,65 @@
     model = fm.models.cnn()
     params = model.init(fm.random.key(0))
 
-The namespaces below are the public surface. Each is imported when it is first used, so that the command line can answer
-`--help` before torch is loaded.
+The public surface is these namespaces; `help(fm.per_sample)` lists what one holds.
+
+| namespace | what it holds |
+|---|---|
+| `per_sample` | per-sample gradients in factored form: norms, clipped sums, inner products, second moments |
+| `models` | ready-made networks, and `from_module` for any `nn.Module` |
+| `losses` | losses of one example or of each example of a batch, and accuracy |
+| `optim` | optimizers as pairs of pure functions, learning-rate schedules, EMA and SWA |
+| `train` | training steps, `fit`, private training, evaluation, compilation |
+| `privacy` | differential privacy: clipping, sampling, noise, accounting, auditing |
+| `statistics` | statistics of per-sample gradients over a data set: moments, the noise scale, the Fisher information |
+| `attribution` | scores of training examples, influence functions, TracIn, TRAK, and their ground truth |
+| `sweep` | many training runs vmapped in one step, and hypergradients |
+| `ensemble` | predictions of several models, and their disagreement |
+| `calibration` | reliability, temperature scaling, the Brier score |
+| `data` | MNIST and sets of its format as tensors, batches, augmentation |
+| `layers` | pure layers and activations |
+| `random` | the stateless keys and random numbers of JAX |
+| `tree` | functions on pytrees of tensors |
+| `distributed` | many processes with the result of one |
+| `checkpoint` | checkpoints that a crash cannot leave half-written |
+
+A namespace is imported when it is first used, so that the command line can answer `--help` before torch is loaded.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import attribution as attribution
-    from . import calibration as calibration
-    from . import checkpoint as checkpoint
-    from . import data as data
-    from . import distributed as distributed
-    from . import ensemble as ensemble
-    from . import layers as layers
-    from . import losses as losses
-    from . import models as models
-    from . import optim as optim
-    from . import per_sample as per_sample
-    from . import privacy as privacy
-    from . import random as random
-    from . import statistics as statistics
-    from . import sweep as sweep
-    from . import train as train
-    from . import tree as tree
+    from . import (
+        attribution,
+        calibration,
+        checkpoint,
+        data,
+        distributed,
+        ensemble,
+        layers,
+        losses,
+        models,
+        optim,
+        per_sample,
+        privacy,
+        random,
+        statistics,
+        sweep,
+        train,
+        tree,
+    )
 
     __version__: str
 
-_NAMESPACES = (
+__all__ = [
     "attribution", "calibration", "checkpoint", "data", "distributed", "ensemble", "layers", "losses", "models",
     "optim", "per_sample", "privacy", "random", "statistics", "sweep", "train", "tree",
-)  # fmt: skip
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name in _NAMESPACES:
+    if name in __all__:
         return import_module(f".{name}", __name__)
     if name == "__version__":
         return import_module("importlib.metadata").version("functorch-mnist")
@@ -48,4 +71,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*_NAMESPACES, "__version__"]
+    return [*__all__, "__version__"]

@@ -16,7 +16,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .losses import check_labels, one_hot
+from .losses import one_hot
+from .losses.labels import check_labels
+
+__all__ = ["Reliability", "brier", "reliability", "temperature"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 _MOST = 100.0
 """The highest temperature, and the inverse of the lowest."""

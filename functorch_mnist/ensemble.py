@@ -21,6 +21,12 @@ from torch import Tensor
 from . import tree
 from .losses import one_hot
 
+__all__ = ["disagreement", "mean", "mutual_information", "vote"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 def mean(outputs: Tensor) -> Tensor:
     """The logarithm of the mean of the models' probabilities: outputs again, for a loss or an evaluation.

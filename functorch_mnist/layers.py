@@ -26,6 +26,28 @@ from . import products, random
 from .compiler import stored
 from .decompositions import fastest
 
+__all__ = [
+    "ACTIVATIONS",
+    "channel_dropout",
+    "channels_last",
+    "conv2d",
+    "dropout",
+    "flatten",
+    "group_norm",
+    "image_linear",
+    "linear",
+    "log_softmax",
+    "max_pool2d",
+    "relu",
+    "sigmoid",
+    "tanh",
+    "tempered_sigmoid",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x Wᵀ + b`.

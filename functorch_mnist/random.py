@@ -34,6 +34,25 @@ from torch import Tensor
 
 from .compiler import stored
 
+__all__ = [
+    "bernoulli",
+    "bits",
+    "box_muller",
+    "box_muller_sum",
+    "fold_in",
+    "key",
+    "normal",
+    "permutation",
+    "randint",
+    "split",
+    "uniform",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 _PARITY = 0x1BD11BDA
 _ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
 _SIGN = -(2**31)

@@ -16,6 +16,13 @@ from torch.utils import _pytree as pytree
 
 from . import native
 
+__all__ = ["Tree", "dot", "leaves", "map", "norm", "paths", "ravel", "unflatten", "unravel", "zeros_like"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 Tree: TypeAlias = Any
 """A pytree of tensors. Python's types cannot say "nested to any depth, structure kept", hence `Any`."""
 

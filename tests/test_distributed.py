@@ -11,7 +11,9 @@ import worlds
 
 from functorch_mnist import distributed, optim, train, tree
 from functorch_mnist.data import Batch
-from functorch_mnist.distributed import SINGLE_PROCESS, World, rows_of, split_rows
+from functorch_mnist.distributed import SINGLE_PROCESS, World, rows_of
+from functorch_mnist.distributed.attendance import is_collective_error
+from functorch_mnist.distributed.rows import split_rows
 
 SECONDS = 240
 """No world takes longer."""
@@ -304,7 +306,7 @@ def test_an_environment_that_is_not_whole_is_refused():
 def test_an_error_that_is_not_of_a_sum_is_not_taken_for_a_lost_process():
     with pytest.raises(RuntimeError) as caught:
         torch.zeros(2) @ torch.zeros(3)
-    assert not distributed.is_collective_error(caught.value)
+    assert not is_collective_error(caught.value)
 
 
 def test_aux_that_is_neither_a_sum_nor_rows_is_refused_of_several_parts_and_left_as_it_is_of_one():

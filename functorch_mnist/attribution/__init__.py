@@ -16,40 +16,56 @@ example, and has one sign everywhere: above zero, training on it lowers the test
     datamodeling.py   the linear datamodeling score: retraining on parts of the data
 """
 
-from . import store as store
-from .datamodeling import Interval as Interval
-from .datamodeling import datamodeling_interval as datamodeling_interval
-from .datamodeling import linear_datamodeling_score as linear_datamodeling_score
-from .datamodeling import subsets as subsets
-from .grading import auc as auc
-from .grading import label_noise as label_noise
-from .grading import rank_correlation as rank_correlation
-from .grading import ranks as ranks
-from .grading import recall_at as recall_at
-from .influence import gradient_cosine as gradient_cosine
-from .influence import group_sums as group_sums
-from .influence import tracin as tracin
-from .kernel import kernel_regression as kernel_regression
-from .kernel import tangent_kernel as tangent_kernel
-from .kronecker import Curvature as Curvature
-from .kronecker import corrected_curvature as corrected_curvature
-from .kronecker import curvature as curvature
-from .kronecker import fisher_curvature as fisher_curvature
-from .kronecker import fisher_influence as fisher_influence
-from .projections import Projection as Projection
-from .projections import features as features
-from .projections import log_odds as log_odds
-from .projections import principal_projection as principal_projection
-from .projections import projection as projection
-from .projections import trak as trak
-from .scoring import OutputScores as OutputScores
-from .scoring import Scores as Scores
-from .scoring import forgetting_events as forgetting_events
-from .scoring import output_scores as output_scores
-from .scoring import scores as scores
-from .scoring import self_influence as self_influence
-from .truth import Run as Run
-from .truth import leave_one_out as leave_one_out
-from .truth import retrained as retrained
-from .truth import trained as trained
-from .truth import unrolled as unrolled
+from . import store
+from .datamodeling import Interval, datamodeling_interval, linear_datamodeling_score, subsets
+from .grading import auc, label_noise, rank_correlation, ranks, recall_at
+from .influence import gradient_cosine, group_sums, tracin
+from .kernel import kernel_regression, tangent_kernel
+from .kronecker import Curvature, corrected_curvature, curvature, fisher_curvature, fisher_influence
+from .projections import Projection, features, log_odds, principal_projection, projection, trak
+from .scoring import OutputScores, Scores, forgetting_events, output_scores, scores, self_influence
+from .truth import Run, leave_one_out, retrained, trained, unrolled
+
+__all__ = [
+    "Curvature",
+    "Interval",
+    "OutputScores",
+    "Projection",
+    "Run",
+    "Scores",
+    "auc",
+    "corrected_curvature",
+    "curvature",
+    "datamodeling_interval",
+    "features",
+    "fisher_curvature",
+    "fisher_influence",
+    "forgetting_events",
+    "gradient_cosine",
+    "group_sums",
+    "kernel_regression",
+    "label_noise",
+    "leave_one_out",
+    "linear_datamodeling_score",
+    "log_odds",
+    "output_scores",
+    "principal_projection",
+    "projection",
+    "rank_correlation",
+    "ranks",
+    "recall_at",
+    "retrained",
+    "scores",
+    "self_influence",
+    "store",
+    "subsets",
+    "tangent_kernel",
+    "tracin",
+    "trained",
+    "trak",
+    "unrolled",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -25,8 +25,7 @@ from torch import Tensor
 from .. import batch as batches
 from .. import random, tree
 from ..distributed import SINGLE_PROCESS, World, map_rows
-from ..losses import check_labels
-from ..losses.labels import own
+from ..losses.labels import check_labels, own
 from ..per_sample import Plan, factored
 from ..per_sample.eigen import leading_eigenvectors
 from ..tree import Tree

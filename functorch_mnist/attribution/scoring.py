@@ -22,8 +22,8 @@ from torch import Tensor
 from .. import batch as batches
 from .. import tree
 from ..distributed import SINGLE_PROCESS, World, map_rows
-from ..losses import check_labels, cross_entropy
-from ..losses.labels import own
+from ..losses import cross_entropy
+from ..losses.labels import check_labels, own
 from ..per_sample import Plan, factored
 from ..tree import Tree
 

@@ -22,13 +22,26 @@ caller to have one writer at a time.
 | `writing.py`, `reading.py` | the verbs |
 """
 
-from .files import CheckpointError as CheckpointError
-from .folders import steps as steps
-from .leaves import Leaf as Leaf
-from .manifest import JSON as JSON
-from .manifest import Manifest as Manifest
-from .reading import Checkpoint as Checkpoint
-from .reading import latest as latest
-from .reading import load as load
-from .reading import read_manifest as read_manifest
-from .writing import save as save
+from .files import CheckpointError
+from .folders import steps
+from .leaves import Leaf
+from .manifest import JSON, Manifest
+from .reading import Checkpoint, latest, load, read_manifest
+from .writing import save
+
+__all__ = [
+    "JSON",
+    "Checkpoint",
+    "CheckpointError",
+    "Leaf",
+    "Manifest",
+    "latest",
+    "load",
+    "read_manifest",
+    "save",
+    "steps",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

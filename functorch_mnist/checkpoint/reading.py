@@ -2,8 +2,9 @@
 
 import hashlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 import torch
 from safetensors.torch import load as parse
@@ -19,7 +20,8 @@ _HEADER_LIMIT: Final = 2**22
 """The longest header of a safetensors file, in bytes; leaves that fit into a manifest need no longer one."""
 
 
-class Checkpoint(NamedTuple):
+@dataclass(frozen=True)
+class Checkpoint:
     """A state that was loaded, the step and the config it was saved with, and its folder."""
 
     state: Tree

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from .. import checkpoint, tree
 from ..checkpoint import JSON
-from ..distributed import World, all_gather, broadcast, check_agreed, deferred_signals, digest
+from ..distributed import World, all_gather, broadcast, check_agreed, digest
+from ..distributed.attendance import deferred_signals
 from ..tree import Tree
 from .processes import SAME
 

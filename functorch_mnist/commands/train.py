@@ -11,7 +11,8 @@ import torch
 
 from .. import checkpoint, data, per_sample, random, run_folder
 from .. import train as training
-from ..distributed import World, broadcast, deferred_signals, is_collective_error
+from ..distributed import World, broadcast
+from ..distributed.attendance import deferred_signals, is_collective_error
 from ..options import WATCHES, Train, UsageError, check_resumed, listed
 from . import build, restore, sources
 from .build import Best, Origin, Saved, Values

@@ -16,23 +16,40 @@
 | `mnist/` | the four files of MNIST, shipped with the package, and their licence |
 """
 
-from .augment import Augmentation as Augmentation
-from .augment import augmented as augmented
-from .batching import Batch as Batch
-from .batching import batches as batches
-from .batching import epoch_order as epoch_order
-from .batching import steps_per_epoch as steps_per_epoch
-from .deskewing import deskewed as deskewed
-from .idx import DataError as DataError
-from .idx import read_idx as read_idx
-from .imbalance import balanced_order as balanced_order
-from .imbalance import imbalanced as imbalanced
-from .mixup import mixup_weights as mixup_weights
-from .pixels import normalization as normalization
-from .pixels import normalize as normalize
-from .sets import NAMES as NAMES
-from .sets import Dataset as Dataset
-from .sets import Split as Split
-from .sets import load as load
-from .shifting import shifted as shifted
-from .strokes import glyphs as glyphs
+from .augment import Augmentation, augmented
+from .batching import Batch, batches, epoch_order, steps_per_epoch
+from .deskewing import deskewed
+from .idx import DataError, read_idx
+from .imbalance import balanced_order, imbalanced
+from .mixup import mixup_weights
+from .pixels import normalization, normalize
+from .sets import NAMES, Dataset, Split, load
+from .shifting import shifted
+from .strokes import glyphs
+
+__all__ = [
+    "NAMES",
+    "Augmentation",
+    "Batch",
+    "DataError",
+    "Dataset",
+    "Split",
+    "augmented",
+    "balanced_order",
+    "batches",
+    "deskewed",
+    "epoch_order",
+    "glyphs",
+    "imbalanced",
+    "load",
+    "mixup_weights",
+    "normalization",
+    "normalize",
+    "read_idx",
+    "shifted",
+    "steps_per_epoch",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -10,30 +10,41 @@ The files, in the order of reading: `world`, `sums`, `rows`, `shards`, `agreemen
 `attendance`, `joined`, `launch`.
 """
 
-from .agreement import DisagreementError as DisagreementError
-from .agreement import check_agreed as check_agreed
-from .agreement import digest as digest
-from .attendance import Ended as Ended
-from .attendance import EndedError as EndedError
-from .attendance import LostError as LostError
-from .attendance import deferred_signals as deferred_signals
-from .attendance import is_collective_error as is_collective_error
-from .cores import bind_cores as bind_cores
-from .joining import JoinError as JoinError
-from .joining import joined as joined
-from .launching import LaunchError as LaunchError
-from .launching import launch as launch
-from .rows import map_rows as map_rows
-from .rows import parts_of as parts_of
-from .rows import rows_of as rows_of
-from .rows import split_rows as split_rows
-from .shards import Shard as Shard
-from .shards import Sharded as Sharded
-from .shards import sharded as sharded
-from .sums import all_gather as all_gather
-from .sums import all_reduce as all_reduce
-from .sums import broadcast as broadcast
-from .sums import pairwise_sum as pairwise_sum
-from .sums import reduce_scatter as reduce_scatter
-from .world import SINGLE_PROCESS as SINGLE_PROCESS
-from .world import World as World
+from .agreement import DisagreementError, check_agreed, digest
+from .attendance import Ended, EndedError, LostError
+from .cores import bind_cores
+from .joining import JoinError, joined
+from .launching import LaunchError, launch
+from .rows import map_rows, rows_of
+from .shards import Shard, Sharded, sharded
+from .sums import all_gather, all_reduce, broadcast, reduce_scatter
+from .world import SINGLE_PROCESS, World
+
+__all__ = [
+    "SINGLE_PROCESS",
+    "DisagreementError",
+    "Ended",
+    "EndedError",
+    "JoinError",
+    "LaunchError",
+    "LostError",
+    "Shard",
+    "Sharded",
+    "World",
+    "all_gather",
+    "all_reduce",
+    "bind_cores",
+    "broadcast",
+    "check_agreed",
+    "digest",
+    "joined",
+    "launch",
+    "map_rows",
+    "reduce_scatter",
+    "rows_of",
+    "sharded",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -13,13 +13,23 @@ hyperparameter is a number, which is checked, or a 0-d tensor, whose value is ne
 it with `vmap`, differentiated by it, and compiled once for all its values.
 """
 
-from .classification import accuracy as accuracy
-from .classification import cross_entropy as cross_entropy
-from .classification import focal as focal
-from .classification import one_hot as one_hot
-from .imbalance import balanced_weights as balanced_weights
-from .imbalance import effective_number_weights as effective_number_weights
-from .imbalance import logit_adjusted as logit_adjusted
-from .labels import check_labels as check_labels
-from .regression import mse as mse
-from .vocabulary import chunked_cross_entropy as chunked_cross_entropy
+from .classification import accuracy, cross_entropy, focal, one_hot
+from .imbalance import balanced_weights, effective_number_weights, logit_adjusted
+from .regression import mse
+from .vocabulary import chunked_cross_entropy
+
+__all__ = [
+    "accuracy",
+    "balanced_weights",
+    "chunked_cross_entropy",
+    "cross_entropy",
+    "effective_number_weights",
+    "focal",
+    "logit_adjusted",
+    "mse",
+    "one_hot",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -6,18 +6,30 @@
 features tells classes apart, for a model to start from.
 """
 
-from .discriminant import Discriminants as Discriminants
-from .discriminant import discriminants as discriminants
-from .discriminant import discriminated as discriminated
-from .model import Apply as Apply
-from .model import Model as Model
-from .model import Params as Params
-from .module import from_module as from_module
-from .module import load_into as load_into
-from .ready import cnn as cnn
-from .ready import linear as linear
-from .ready import mlp as mlp
-from .ready import small_cnn as small_cnn
-from .wavelets import Filters as Filters
-from .wavelets import scattering as scattering
-from .wavelets import scattering_filters as scattering_filters
+from .discriminant import Discriminants, discriminants, discriminated
+from .model import Apply, Model, Params
+from .module import from_module, load_into
+from .ready import cnn, linear, mlp, small_cnn
+from .wavelets import Filters, scattering, scattering_filters
+
+__all__ = [
+    "Apply",
+    "Discriminants",
+    "Filters",
+    "Model",
+    "Params",
+    "cnn",
+    "discriminants",
+    "discriminated",
+    "from_module",
+    "linear",
+    "load_into",
+    "mlp",
+    "scattering",
+    "scattering_filters",
+    "small_cnn",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -5,18 +5,31 @@ hyperparameters are numbers or 0-d tensors. All of it is differentiable: `torch.
 updates, also by the tensors, and `torch.func.vmap` makes many runs that differ in them.
 """
 
-from .adaptive import AdamState as AdamState
-from .adaptive import adam as adam
-from .adaptive import adamw as adamw
-from .averaging import Averaged as Averaged
-from .averaging import exponential_moving_average as exponential_moving_average
-from .averaging import stochastic_weight_averaging as stochastic_weight_averaging
-from .clipping import clip_by_global_norm as clip_by_global_norm
-from .momentum import SGDState as SGDState
-from .momentum import sgd as sgd
-from .optimizer import Optimizer as Optimizer
-from .schedules import Schedule as Schedule
-from .schedules import constant as constant
-from .schedules import cosine as cosine
-from .schedules import one_cycle as one_cycle
-from .schedules import step_decay as step_decay
+from .adaptive import AdamState, adam, adamw
+from .averaging import Averaged, exponential_moving_average, stochastic_weight_averaging
+from .clipping import clip_by_global_norm
+from .momentum import SGDState, sgd
+from .optimizer import Optimizer
+from .schedules import Schedule, constant, cosine, one_cycle, step_decay
+
+__all__ = [
+    "AdamState",
+    "Averaged",
+    "Optimizer",
+    "SGDState",
+    "Schedule",
+    "adam",
+    "adamw",
+    "clip_by_global_norm",
+    "constant",
+    "cosine",
+    "exponential_moving_average",
+    "one_cycle",
+    "sgd",
+    "step_decay",
+    "stochastic_weight_averaging",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -32,32 +32,62 @@ the cotangent of its output. Nearly everything one wants of it follows from the 
     quantities.py    what users call: norms, clipped sums, products, moments; masks and chunks
 """
 
-from . import vocabulary as vocabulary
-from .algebra import Factored as Factored
-from .eigen import Eigenbasis as Eigenbasis
-from .eigen import eigenbasis as eigenbasis
-from .planning import Plan as Plan
-from .planning import plan as plan
-from .prepared import Prepared as Prepared
-from .prepared import prepare as prepare
-from .quantities import ClippedSum as ClippedSum
-from .quantities import GradAndDot as GradAndDot
-from .quantities import GradAndNorms as GradAndNorms
-from .quantities import clipped_sum as clipped_sum
-from .quantities import dot as dot
-from .quantities import factored as factored
-from .quantities import grad_and_dot as grad_and_dot
-from .quantities import grad_and_norms as grad_and_norms
-from .quantities import grads as grads
-from .quantities import gram as gram
-from .quantities import kronecker as kronecker
-from .quantities import leaf_norms as leaf_norms
-from .quantities import norms as norms
-from .quantities import second_moment as second_moment
-from .quantities import weighted_sum as weighted_sum
-from .rules import Entry as Entry
-from .rules import matrix as matrix
-from .rules import rule as rule
-from .rules import shift as shift
-from .terms import Kronecker as Kronecker
-from .tuning import tune as tune
+from .algebra import Factored
+from .eigen import Eigenbasis, eigenbasis
+from .planning import Plan, plan
+from .prepared import Prepared, prepare
+from .quantities import (
+    ClippedSum,
+    GradAndDot,
+    GradAndNorms,
+    clipped_sum,
+    dot,
+    factored,
+    grad_and_dot,
+    grad_and_norms,
+    grads,
+    gram,
+    kronecker,
+    leaf_norms,
+    norms,
+    second_moment,
+    weighted_sum,
+)
+from .rules import Entry, matrix, rule, shift
+from .terms import Kronecker
+from .tuning import tune
+
+__all__ = [
+    "ClippedSum",
+    "Eigenbasis",
+    "Entry",
+    "Factored",
+    "GradAndDot",
+    "GradAndNorms",
+    "Kronecker",
+    "Plan",
+    "Prepared",
+    "clipped_sum",
+    "dot",
+    "eigenbasis",
+    "factored",
+    "grad_and_dot",
+    "grad_and_norms",
+    "grads",
+    "gram",
+    "kronecker",
+    "leaf_norms",
+    "matrix",
+    "norms",
+    "plan",
+    "prepare",
+    "rule",
+    "second_moment",
+    "shift",
+    "tune",
+    "weighted_sum",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

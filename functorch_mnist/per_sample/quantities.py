@@ -26,8 +26,6 @@ once. A masked example is of no group: it adds nothing, and its row is zero. Whe
 with more than `chunk_size` rows is refused, and compiled, where sizes are not known, so is a `chunk_size` below B.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 

@@ -5,8 +5,6 @@ each weight whose sample gradients it knows. For the others the op's own vector-
 only make things faster: what it leaves out is exact all the same.
 """
 
-from __future__ import annotations
-
 import math
 import string
 from collections.abc import Callable, Iterable, Sequence

@@ -6,52 +6,71 @@ The files, in the order of reading: `clipping`, `mechanism`, `sampling`, `users`
 and its ledger.
 """
 
-from .account import MAX_STEPS as MAX_STEPS
-from .account import Accountant as Accountant
-from .account import calibrated as calibrated
-from .account import composed as composed
-from .account import epsilon as epsilon
-from .account import epsilon_curve as epsilon_curve
-from .account import max_steps as max_steps
-from .account import user_epsilon as user_epsilon
-from .clipping import Automatic as Automatic
-from .clipping import Clipping as Clipping
-from .clipping import Flat as Flat
-from .clipping import Global as Global
-from .clipping import PerGroup as PerGroup
-from .clipping import PerLayer as PerLayer
-from .clipping import Quantile as Quantile
-from .correlation import BlockDiagonal as BlockDiagonal
-from .correlation import Strategy as Strategy
-from .correlation import Toeplitz as Toeplitz
-from .correlation import noise_draws as noise_draws
-from .ledger import Entry as Entry
-from .ledger import Ledger as Ledger
-from .mechanism import BandMF as BandMF
-from .mechanism import Event as Event
-from .mechanism import FixedOrder as FixedOrder
-from .mechanism import Mechanism as Mechanism
-from .mechanism import Poisson as Poisson
-from .mechanism import Shuffled as Shuffled
-from .mechanism import Unit as Unit
-from .one_run import LowerBound as LowerBound
-from .one_run import lower_bound as lower_bound
-from .release import Sums as Sums
-from .release import clipped_sums as clipped_sums
-from .release import noisy_mean as noisy_mean
-from .release import zero_sums as zero_sums
-from .sampling import Draw as Draw
-from .sampling import chunk_sizes as chunk_sizes
-from .sampling import chunks as chunks
-from .sampling import draw as draw
-from .sampling import poisson_mask as poisson_mask
-from .secret import Secret as Secret
-from .step_audit import Audit as Audit
-from .step_audit import Release as Release
-from .step_audit import audit as audit
-from .step_audit import pipeline as pipeline
-from .strategies import banded as banded
-from .strategies import banded_toeplitz as banded_toeplitz
-from .strategies import bisr as bisr
-from .strategies import lambda_cgd as lambda_cgd
-from .users import Users as Users
+from .account import MAX_STEPS, Accountant, calibrated, composed, epsilon, epsilon_curve, max_steps, user_epsilon
+from .clipping import Automatic, Clipping, Flat, Global, PerGroup, PerLayer, Quantile
+from .correlation import BlockDiagonal, Strategy, Toeplitz, noise_draws
+from .ledger import Entry, Ledger
+from .mechanism import BandMF, Event, FixedOrder, Mechanism, Poisson, Shuffled, Unit
+from .one_run import LowerBound, lower_bound
+from .release import Sums, clipped_sums, noisy_mean, zero_sums
+from .sampling import Draw, chunk_sizes, chunks, draw, poisson_mask
+from .secret import Secret
+from .step_audit import Audit, Release, audit, pipeline
+from .strategies import banded, banded_toeplitz, bisr, lambda_cgd
+from .users import Users
+
+__all__ = [
+    "MAX_STEPS",
+    "Accountant",
+    "Audit",
+    "Automatic",
+    "BandMF",
+    "BlockDiagonal",
+    "Clipping",
+    "Draw",
+    "Entry",
+    "Event",
+    "FixedOrder",
+    "Flat",
+    "Global",
+    "Ledger",
+    "LowerBound",
+    "Mechanism",
+    "PerGroup",
+    "PerLayer",
+    "Poisson",
+    "Quantile",
+    "Release",
+    "Secret",
+    "Shuffled",
+    "Strategy",
+    "Sums",
+    "Toeplitz",
+    "Unit",
+    "Users",
+    "audit",
+    "banded",
+    "banded_toeplitz",
+    "bisr",
+    "calibrated",
+    "chunk_sizes",
+    "chunks",
+    "clipped_sums",
+    "composed",
+    "draw",
+    "epsilon",
+    "epsilon_curve",
+    "lambda_cgd",
+    "lower_bound",
+    "max_steps",
+    "noise_draws",
+    "noisy_mean",
+    "pipeline",
+    "poisson_mask",
+    "user_epsilon",
+    "zero_sums",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

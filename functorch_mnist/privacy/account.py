@@ -23,6 +23,8 @@ from .pld import LEAST_NOISE, mixture_epsilon, pld_epsilon
 from .rdp import ORDERS, converted, rdp
 
 Accountant: TypeAlias = Literal["pld", "rdp", "rdp-old", "gaussian"]
+"""An accountant: the privacy loss distribution, Rényi divergences with the improved or the old conversion to ε, or the
+exact ε of Gaussian steps without sampling."""
 
 MAX_STEPS = 10**8
 """The most that are accounted for."""

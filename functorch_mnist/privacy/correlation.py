@@ -193,6 +193,7 @@ class BlockDiagonal:
 
 
 Strategy: TypeAlias = Toeplitz | BlockDiagonal
+"""The strategy matrix of correlated noise."""
 
 _EXACT = 1e-12
 """What the inverse of a series is surely exact to, relative to its first coefficient."""

@@ -247,6 +247,7 @@ class FixedOrder(_EachOnce):
 
 
 Mechanism: TypeAlias = Poisson | Shuffled | BandMF | FixedOrder
+"""How batches are sampled and noise is added, as an accountant sees it."""
 
 _MOST_CORRELATED = 10**6
 """The sensitivity of so many steps takes a second, and memory for as many numbers."""

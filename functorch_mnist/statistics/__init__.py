@@ -15,25 +15,46 @@ What goes over data takes `loss_fn`, `params` and `*batch` as `per_sample` does,
 Sums are in float64 and cannot be differentiated.
 """
 
-from .distribution import Distribution as Distribution
-from .fisher import fisher_diagonal as fisher_diagonal
-from .fisher import fisher_eigenvalues as fisher_eigenvalues
-from .fisher import fisher_kronecker as fisher_kronecker
-from .folds import Gradients as Gradients
-from .folds import Sums as Sums
-from .folds import fold as fold
-from .folds import merge as merge
-from .gradients import Alignment as Alignment
-from .gradients import Eigenvalues as Eigenvalues
-from .gradients import KroneckerFactors as KroneckerFactors
-from .gradients import Moments as Moments
-from .gradients import Norms as Norms
-from .gradients import cosines as cosines
-from .noise import Efficiency as Efficiency
-from .noise import Noise as Noise
-from .noise import NoiseScale as NoiseScale
-from .noise import batch_noise as batch_noise
-from .noise import efficiency as efficiency
-from .noise import mean_noise_scale as mean_noise_scale
-from .noise import noise_scale as noise_scale
-from .noise import two_batch_sizes as two_batch_sizes
+from .distribution import Distribution
+from .fisher import fisher_diagonal, fisher_eigenvalues, fisher_kronecker
+from .folds import Gradients, Sums, fold, merge
+from .gradients import Alignment, Eigenvalues, KroneckerFactors, Moments, Norms, cosines
+from .noise import (
+    Efficiency,
+    Noise,
+    NoiseScale,
+    batch_noise,
+    efficiency,
+    mean_noise_scale,
+    noise_scale,
+    two_batch_sizes,
+)
+
+__all__ = [
+    "Alignment",
+    "Distribution",
+    "Efficiency",
+    "Eigenvalues",
+    "Gradients",
+    "KroneckerFactors",
+    "Moments",
+    "Noise",
+    "NoiseScale",
+    "Norms",
+    "Sums",
+    "batch_noise",
+    "cosines",
+    "efficiency",
+    "fisher_diagonal",
+    "fisher_eigenvalues",
+    "fisher_kronecker",
+    "fold",
+    "mean_noise_scale",
+    "merge",
+    "noise_scale",
+    "two_batch_sizes",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

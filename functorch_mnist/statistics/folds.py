@@ -11,7 +11,9 @@ from torch import Tensor
 
 from .. import batch as batches
 from .. import tree
-from ..distributed import SINGLE_PROCESS, World, all_gather, pairwise_sum, split_rows
+from ..distributed import SINGLE_PROCESS, World, all_gather
+from ..distributed.rows import split_rows
+from ..distributed.sums import pairwise_sum
 from ..per_sample import Factored, Plan, factored
 from ..tree import Tree
 

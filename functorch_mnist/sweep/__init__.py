@@ -14,36 +14,52 @@
 | `descent.py` | descent on hyperparameters by that gradient |
 """
 
-from .descent import LOG as LOG
-from .descent import LOG_FROM_ONE as LOG_FROM_ONE
-from .descent import Scale as Scale
-from .descent import Trial as Trial
-from .descent import Tuned as Tuned
-from .descent import tune as tune
-from .fitting import FAILED as FAILED
-from .fitting import RUNNING as RUNNING
-from .fitting import STATUSES as STATUSES
-from .fitting import Halving as Halving
-from .fitting import Sweep as Sweep
-from .fitting import fit as fit
-from .fitting import init_sweep as init_sweep
-from .runs import SEED as SEED
-from .runs import LogUniform as LogUniform
-from .runs import OneOf as OneOf
-from .runs import Runs as Runs
-from .runs import Uniform as Uniform
-from .runs import grid as grid
-from .runs import random_search as random_search
-from .runs import settings as settings
-from .runs import with_seeds as with_seeds
-from .subsets import SUBSET as SUBSET
-from .subsets import on_subsets as on_subsets
-from .unrolling import Hypergradient as Hypergradient
-from .unrolling import Unrolled as Unrolled
-from .unrolling import hypergradient as hypergradient
-from .vmapped import Program as Program
-from .vmapped import Throughput as Throughput
-from .vmapped import Values as Values
-from .vmapped import VmappedStep as VmappedStep
-from .vmapped import measure_throughput as measure_throughput
-from .vmapped import stacked as stacked
+from .descent import LOG, LOG_FROM_ONE, Scale, Trial, Tuned, tune
+from .fitting import CUT, FAILED, FINISHED, RUNNING, STATUSES, STOPPED, Halving, Sweep, fit, init_sweep
+from .runs import SEED, LogUniform, OneOf, Runs, Uniform, grid, random_search, settings, with_seeds
+from .subsets import SUBSET, on_subsets
+from .unrolling import Hypergradient, Unrolled, hypergradient
+from .vmapped import Program, Throughput, Values, VmappedStep, measure_throughput, stacked
+
+__all__ = [
+    "CUT",
+    "FAILED",
+    "FINISHED",
+    "LOG",
+    "LOG_FROM_ONE",
+    "RUNNING",
+    "SEED",
+    "STATUSES",
+    "STOPPED",
+    "SUBSET",
+    "Halving",
+    "Hypergradient",
+    "LogUniform",
+    "OneOf",
+    "Program",
+    "Runs",
+    "Scale",
+    "Sweep",
+    "Throughput",
+    "Trial",
+    "Tuned",
+    "Uniform",
+    "Unrolled",
+    "Values",
+    "VmappedStep",
+    "fit",
+    "grid",
+    "hypergradient",
+    "init_sweep",
+    "measure_throughput",
+    "on_subsets",
+    "random_search",
+    "settings",
+    "stacked",
+    "tune",
+    "with_seeds",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

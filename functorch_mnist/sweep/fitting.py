@@ -20,7 +20,7 @@ from .runs import Runs, count, settings
 from .vmapped import Program, VmappedStep, init, judged, put_, take
 
 RUNNING, FINISHED, CUT, STOPPED, FAILED = range(5)
-"""Why a run has ended, in `Sweep.ended`."""
+"""The state of a run, in `Sweep.ended`: still running, or why it ended."""
 STATUSES = ("running", "finished", "cut", "stopped", "failed")
 """The same in words."""
 

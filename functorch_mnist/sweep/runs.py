@@ -17,6 +17,7 @@ Runs: TypeAlias = dict[str, Tensor]
 """Hyperparameters by name, (K,) each: float32 numbers, and `seed` int64."""
 
 SEED = "seed"
+"""The column of a table of runs that holds each run's seed."""
 
 
 class Uniform(NamedTuple):

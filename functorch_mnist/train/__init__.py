@@ -8,33 +8,49 @@ The files, in the order of reading: `step`, `watch`, `value`, `draws`, `fit`, `p
 (precision and compilation).
 """
 
-from .canaries import CanaryParams as CanaryParams
-from .canaries import CanaryRun as CanaryRun
-from .canaries import CanaryState as CanaryState
-from .canaries import plant_canaries as plant_canaries
-from .draws import Draws as Draws
-from .draws import Order as Order
-from .draws import epoch_draws as epoch_draws
-from .evaluation import Evaluation as Evaluation
-from .evaluation import evaluate as evaluate
-from .evaluation import predictions as predictions
-from .fitting import Progress as Progress
-from .fitting import Watch as Watch
-from .fitting import fit as fit
-from .forms import compiled as compiled
-from .forms import in_precision as in_precision
-from .private import PrivateStep as PrivateStep
-from .private import fit_private as fit_private
-from .private import init_private_state as init_private_state
-from .private import make_private_step as make_private_step
-from .step import Estimator as Estimator
-from .step import Shared as Shared
-from .step import State as State
-from .step import Step as Step
-from .step import batch_gradient as batch_gradient
-from .step import gradient as gradient
-from .step import init_state as init_state
-from .step import make_step as make_step
-from .value import data_values as data_values
-from .value import gradient_with_data_values as gradient_with_data_values
-from .watch import gradient_with_noise as gradient_with_noise
+from .canaries import CanaryParams, CanaryRun, CanaryState, plant_canaries
+from .draws import Draws, Order, epoch_draws
+from .evaluation import Evaluation, evaluate, predictions
+from .fitting import Progress, Watch, fit
+from .forms import compiled, in_precision
+from .private import PrivateStep, fit_private, init_private_state, make_private_step
+from .step import Estimator, Shared, State, Step, batch_gradient, gradient, init_state, make_step
+from .value import data_values, gradient_with_data_values
+from .watch import gradient_with_noise
+
+__all__ = [
+    "CanaryParams",
+    "CanaryRun",
+    "CanaryState",
+    "Draws",
+    "Estimator",
+    "Evaluation",
+    "Order",
+    "PrivateStep",
+    "Progress",
+    "Shared",
+    "State",
+    "Step",
+    "Watch",
+    "batch_gradient",
+    "compiled",
+    "data_values",
+    "epoch_draws",
+    "evaluate",
+    "fit",
+    "fit_private",
+    "gradient",
+    "gradient_with_data_values",
+    "gradient_with_noise",
+    "in_precision",
+    "init_private_state",
+    "init_state",
+    "make_private_step",
+    "make_step",
+    "plant_canaries",
+    "predictions",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

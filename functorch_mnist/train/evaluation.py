@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..batch import check
 from ..distributed import SINGLE_PROCESS, World, map_rows
-from ..losses import check_labels
+from ..losses.labels import check_labels
 from ..tree import Tree
 
 

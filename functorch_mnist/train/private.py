@@ -17,7 +17,9 @@ from torch import Tensor
 
 from .. import privacy, random, tree
 from ..data import Batch
-from ..distributed import SINGLE_PROCESS, World, all_reduce, broadcast, pairwise_sum, parts_of, rows_of
+from ..distributed import SINGLE_PROCESS, World, all_reduce, broadcast, rows_of
+from ..distributed.rows import parts_of
+from ..distributed.sums import pairwise_sum
 from ..optim import Optimizer
 from ..privacy import Clipping, Mechanism, Secret, Sums, Users, clipped_sums, noise_draws, noisy_mean
 from ..privacy.mechanism import column

@@ -17,7 +17,8 @@ from torch.func import grad, vmap
 
 from .. import random, tree
 from ..batch import blanked, check
-from ..distributed import SINGLE_PROCESS, Sharded, World, all_gather, all_reduce, pairwise_sum
+from ..distributed import SINGLE_PROCESS, Sharded, World, all_gather, all_reduce
+from ..distributed.sums import pairwise_sum
 from ..optim import Optimizer
 from ..tree import Tree
 

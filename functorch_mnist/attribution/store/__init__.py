@@ -15,14 +15,25 @@ A store is a folder:
 NumPy alone reads it: `rows = numpy.load("0/00000.npy", mmap_mode="r")`, then `rows["scale"][:, None] * rows["values"]`.
 """
 
-from .approximate import Index as Index
-from .approximate import index as index
-from .building import Compile as Compile
-from .building import append as append
-from .building import begun_projection as begun_projection
-from .building import build as build
-from .manifest import StoreError as StoreError
-from .queries import Queries as Queries
-from .queries import Store as Store
-from .queries import Top as Top
-from .queries import load as load
+from .approximate import Index, index
+from .building import Compile, append, begun_projection, build
+from .manifest import StoreError
+from .queries import Queries, Store, Top, load
+
+__all__ = [
+    "Compile",
+    "Index",
+    "Queries",
+    "Store",
+    "StoreError",
+    "Top",
+    "append",
+    "begun_projection",
+    "build",
+    "index",
+    "load",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -9,8 +9,6 @@ With φ_i the features of a stored and q_j those of a test example, at checkpoin
 Above zero, training on the stored example lowers the test example's loss.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -255,7 +253,7 @@ class Store:
             raise ValueError(f"store: paths must be of its parameters, {list(self.blocks)}. Found {paths}.")
         return [block for block in self.plan.blocks if paths is None or block.path in paths]
 
-    def _tests(self, queries: Queries, by: By, damping: float | None, paths: Sequence[str] | None) -> list[_Test]:
+    def _tests(self, queries: Queries, by: By, damping: float | None, paths: Sequence[str] | None) -> list["_Test"]:
         """The test examples, ready to be compared, some at a time."""
         chosen = self._chosen(paths)
         shapes = [tuple(rows.shape[1:]) for rows in queries.rows]
