@@ -33,7 +33,7 @@ def confusion(counts: Tensor, *, kind: str) -> bytes:
     """The picture of a confusion matrix.
 
     Args:
-        counts: (K, K) int64, rows the true classes.
+        counts: (K, K) int64, rows the true labels, columns the predicted ones.
         kind: the file's format, such as `"png"` or `"pdf"`.
 
     Raises:
@@ -46,7 +46,7 @@ def confusion(counts: Tensor, *, kind: str) -> bytes:
         for column in range(len(counts)):
             color = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(int(counts[row, column])), ha="center", va="center", fontsize=8, color=color)
-    axes.set(xlabel="given class", ylabel="true class", title="Confusion matrix")
+    axes.set(xlabel="predicted label", ylabel="true label", title="Confusion matrix")
     axes.set(xticks=range(len(counts)), yticks=range(len(counts)))
     return _picture(figure, kind)
 
@@ -79,7 +79,7 @@ def gallery(rows: Sequence[Row]) -> bytes:
     return _picture(figure)
 
 
-def found(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> bytes:
+def detection(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> bytes:
     """The share of planted flips found against the share of examples checked, for each score: a PNG."""
     figure, axes = _subplots(figsize=(6, 4.5))
     for name, (checked, shares) in curves.items():
@@ -163,15 +163,11 @@ def spent(curves: Mapping[str, Sequence[float]], *, epochs: Sequence[float], tit
 
 
 def _subplots(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-    try:
-        import matplotlib
+    import matplotlib
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise UsageError(
-            f"Pictures need matplotlib. Found: {error}. Install it: pip install 'functorch-mnist[plot]'."
-        ) from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
     figure, axes = pyplot.subplots(*args, layout="constrained", **kwargs)
     return figure, axes
 

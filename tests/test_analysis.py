@@ -8,6 +8,7 @@ import signal
 from functools import partial
 from importlib import import_module
 
+import numpy
 import pytest
 import torch
 from shell import BATCH, LINEAR, TEST, TRAIN, ask, complain, part, succeed, write_idx
@@ -71,8 +72,8 @@ def test_scores_writes_every_score_of_every_image(linear, mnist, tmp_path):
     right = outputs.argmax(-1) == labels
     assert len(run.points) == 3
     assert torch.equal(found["index"], torch.arange(TRAIN).float())
-    assert torch.equal(found["label"].long(), labels)
-    assert torch.equal(found["prediction"].long(), outputs[-1].argmax(-1))
+    assert torch.equal(found["given_label"].long(), labels)
+    assert torch.equal(found["predicted"].long(), outputs[-1].argmax(-1))
     torch.testing.assert_close(found["loss"], losses.mean(0), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["grand"], norms.mean(0), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["self-influence"], 0.01 * norms.square().sum(0), rtol=1e-4, atol=1e-5)
@@ -89,7 +90,7 @@ def test_scores_are_those_of_the_newest_checkpoint_by_default_and_go_into_the_ru
     run, (images, labels) = Run(linear), part(mnist, TRAIN, TEST).train
     expected = nn.functional.cross_entropy(run.outputs(run.points[-1], images), labels, reduction="none")
     torch.testing.assert_close(found["loss"], expected, rtol=1e-4, atol=1e-5)
-    assert list(found) == ["index", "label", "prediction", "loss"]
+    assert list(found) == ["index", "given_label", "predicted", "loss"]
     shutil.rmtree(linear / "scores")
 
 
@@ -103,10 +104,68 @@ def test_compiled_scores_are_the_same(linear, tmp_path, no_pictures):
         torch.testing.assert_close(fast[name], column, rtol=1e-4, atol=1e-5)  # of float32
 
 
-def test_pictures_without_matplotlib_are_left_out_in_words(linear, tmp_path, no_pictures):
-    out = succeed("scores", linear, "--scores", "loss", "--out", tmp_path / "out")
-    assert "No gallery.png: Pictures need matplotlib." in out
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["scores.csv"]
+def test_self_influence_at_one_checkpoint_is_left_out_next_to_grand_and_said_to_be(linear, tmp_path, no_pictures):
+    names = ("--scores", "self-influence,grand,loss")
+    out = succeed("scores", linear, *names, "--out", tmp_path / "one")
+    assert out.count("the same ranking: left out") == 1
+    assert list(table(tmp_path / "one" / "scores.csv"))[3:] == ["grand", "loss"]
+    out = succeed("scores", linear, *names, "--checkpoints", "all", "--out", tmp_path / "all")
+    assert "left out" not in out
+    assert list(table(tmp_path / "all" / "scores.csv"))[3:] == ["self-influence", "grand", "loss"]
+
+
+# ---- the data set's own indices
+
+
+@pytest.fixture(scope="module")
+def drawn(data_dir, tmp_path_factory):
+    """A run on 90 images that are drawn from what --hold-out and --imbalance leave of 256."""
+    run = tmp_path_factory.mktemp("drawn") / "run"
+    parts = ("--hold-out", "40", "--imbalance", "3=0.5", "--train-size", "90", "--epochs", "1")
+    succeed("train", "--data-dir", data_dir, *LINEAR, *parts, "--out", run)
+    return run
+
+
+def test_indices_of_a_drawn_subset_are_those_of_the_data_set(drawn, mnist, tmp_path, no_pictures):
+    train, run = part(mnist, TRAIN, TEST).train, Run(drawn)
+    succeed("scores", drawn, "--scores", "loss", "--out", tmp_path)
+    found = table(tmp_path / "scores.csv")
+    index = found["index"].long()
+    assert len(index.unique()) == 90 and (index.diff() > 0).all() and int(index[-1]) >= 90
+    images, labels = train.images[index], train.labels[index]
+    assert torch.equal(found["given_label"].long(), labels)
+    loss = nn.functional.cross_entropy(run.outputs(run.points[-1], images), labels, reduction="none")
+    torch.testing.assert_close(found["loss"], loss, rtol=1e-4, atol=1e-5)
+    out = succeed("mislabelled", drawn, "--scores", "loss", "--top", "3", "--out", tmp_path)
+    assert torch.equal(table(tmp_path / "suspicious.csv")["index"].long(), index[loss.argsort(descending=True)])
+    assert [int(line.split()[0]) for line in out.splitlines() if line[:8].strip().isdigit()] == index[
+        loss.argsort(descending=True)[:3]
+    ].tolist()
+
+
+def test_influence_and_a_store_name_images_by_their_indices_in_the_data_set(drawn, mnist, tmp_path, no_pictures):
+    (images, labels), test = part(mnist, TRAIN, TEST).train, part(mnist, TRAIN, TEST).test
+    run, ask_for = Run(drawn), ("--test", "7", "--method", "dot", "--top", "3")
+    (query,) = run.sample_grads(run.points[-1], test.images[7:8], test.labels[7:8])
+    succeed("influence", drawn, *ask_for, "--images", "50", "--out", tmp_path / "exact")
+    found = table(tmp_path / "exact" / "influence.csv")
+    index = found["index"].long()
+    expected = run.sample_grads(run.points[-1], images[index], labels[index]) @ query
+    torch.testing.assert_close(found["influence"], expected, rtol=1e-3, atol=1e-5)
+    assert torch.equal(found["given_label"].long(), labels[index])
+    store = tmp_path / "store"
+    succeed("store", drawn, "--images", "50", "--features", "8000", "--precision", "float32", "--out", store)
+    assert torch.equal(torch.from_numpy(numpy.load(store / "index.npy")), index)
+    out = succeed("influence", drawn, "--store", store, *ask_for, "--out", tmp_path / "stored")
+    order = expected.argsort(descending=True)
+    assert table(tmp_path / "stored" / "influence.csv")["index"][:3].tolist() == index[order[:3]].tolist()
+    assert f"most helpful: {index[order[0]]} (a {labels[index[order[0]]]}" in out
+    (store / "index.npy").unlink()
+    again = succeed("influence", drawn, "--store", store, *ask_for, "--out", tmp_path / "stored")
+    assert "does not hold the indices of its images in the data set" in again
+    numpy.save(store / "index.npy", index.numpy() + 1)
+    said = complain(1, "influence", drawn, "--store", store, *ask_for, "--out", tmp_path / "stored")
+    assert "must hold the indices of the run's training images" in said
 
 
 # ---- going on
@@ -226,7 +285,8 @@ def test_planted_flips_are_found_better_than_at_random(linear, mnist, tmp_path):
     found = table(tmp_path / "out" / "scores.csv")
     labels = part(mnist, TRAIN, TEST).train.labels
     planted, flipped = fm.attribution.label_noise(labels, 10, key=random.key(3), part=0.2)
-    assert torch.equal(found["label"].long(), planted)
+    assert torch.equal(found["given_label"].long(), labels)
+    assert torch.equal(found["noisy_label"].long(), planted)
     assert torch.equal(found["flipped"].bool(), flipped)
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line.count("%") == 3}
     for name in ("loss", "el2n", "margin"):
@@ -238,7 +298,7 @@ def test_planted_flips_are_found_better_than_at_random(linear, mnist, tmp_path):
             assert math.isclose(
                 float(share.strip("%")) / 100, fm.attribution.recall_at(score, flipped, checked), abs_tol=0.02
             )
-    assert png(tmp_path / "out" / "found.png")
+    assert png(tmp_path / "out" / "detection.png")
     (training,) = (tmp_path / "out").glob("training-*")
     assert len(Run(training).points) == 2  # one for each epoch
     assert not litter(tmp_path / "out")
@@ -318,18 +378,18 @@ def test_influence_is_that_of_the_dense_gradients(method, linear, mnist, tmp_pat
         expected += products * (0.01 if method == "tracin" else 1)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
     best = ", ".join(str(i) for i in expected.argsort(descending=True)[:3].tolist())
-    helped = next(line for line in out.splitlines() if line.startswith("Helped most"))
-    assert ", ".join(part.split(" ")[-1] for part in helped.split(" (a")[:3]) == best
+    helpful = out.partition("most helpful: ")[2].partition(";")[0]
+    assert ", ".join(part.split(" ")[-1] for part in helpful.split(" (a")[:3]) == best
     assert png(tmp_path / "influence.png")
 
 
-def test_only_what_helped_is_told_to_have_helped(linear, tmp_path, no_pictures):
+def test_only_images_of_positive_influence_are_helpful_and_only_of_negative_harmful(linear, tmp_path, no_pictures):
     out = succeed("influence", linear, "--test", "7", "--images", "6", "--top", "6", "--out", tmp_path)
     found = table(tmp_path / "influence.csv")["influence"]
-    for line, good in (("Helped most", found > 0), ("Hurt most", found < 0)):
-        told = next(x for x in out.splitlines() if x.startswith(line))
-        assert told.count("(a ") == int(good.sum())
-        assert ("none" in told) == (not good.any())
+    for title, good in (("helpful", found > 0), ("harmful", found < 0)):
+        listed = out.partition(f"most {title}: ")[2].partition(";")[0].partition("\n")[0]
+        assert listed.count("(a ") == int(good.sum())
+        assert ("none" in listed) == (not good.any())
 
 
 # ---- the noise scale, and training that watches it
@@ -453,12 +513,14 @@ def valued(data_dir, tmp_path_factory):
 def test_values_are_sums_over_the_watched_steps_and_written_with_a_picture(valued, mnist):
     run, out = valued
     found = table(run / "values.csv")
+    train, index = part(mnist, TRAIN, TEST).train, found["index"].long()
     parts = commands.sources.divided(Run(run).found.options, part(mnist, TRAIN, TEST))
-    assert torch.equal(found["label"].long(), parts.train.labels)
+    assert torch.equal(train.images[index], parts.train.images)
+    assert torch.equal(found["given_label"].long(), train.labels[index])
     assert (found["times"] == 2).all() and found["value"].all()
     assert png(run / "values.png")
     order = found["value"].argsort(stable=True)
-    assert f"lowest{int(order[0]):>8}" in out and f"highest{int(order[-1]):>8}" in out
+    assert f"lowest{int(index[order[0]]):>8}" in out and f"highest{int(index[order[-1]]):>8}" in out
     assert not litter(run)
 
 

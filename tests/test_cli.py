@@ -922,10 +922,6 @@ def test_a_picture_on_a_full_disk_leaves_the_old_one(linear, tmp_path):
     assert (tmp_path / "matrix.png").read_bytes() == b"old"
 
 
-def test_a_picture_without_matplotlib_is_told_in_one_line(linear, tmp_path, no_pictures):
-    assert "pip install 'functorch-mnist[plot]'" in complain(2, "evaluate", linear, "--png", tmp_path / "matrix.png")
-
-
 # ---- predict
 
 SHOWN = 40

@@ -39,9 +39,9 @@ def test_influences_of_a_store_are_those_of_dense_gradients(linear, stored, mnis
         expected += 0.01 * rows @ run.sample_grads(point, *[x[5:17] for x in data.test]).T
     found = read(tmp_path / "influence.csv")
     for test in range(5, 17):
-        mine = [row for row in found if int(row["test"]) == test]
-        helped = [int(row["index"]) for row in mine if int(row["place"]) > 0]
-        hurt = [int(row["index"]) for row in mine if int(row["place"]) < 0]
+        mine = [row for row in found if int(row["test_index"]) == test]
+        helped = [int(row["index"]) for row in mine if float(row["influence"]) > 0]
+        hurt = [int(row["index"]) for row in mine if float(row["influence"]) < 0]
         order = expected[:, test - 5].argsort(descending=True)
         assert helped == order[:4].tolist() and hurt == order.flip(0)[:4].tolist()
         values = torch.tensor([float(row["influence"]) for row in mine])

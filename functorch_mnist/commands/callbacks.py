@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .. import checkpoint, data, optim, plots, run_folder, statistics
+from .. import checkpoint, data, files, optim, plots, run_folder, statistics
 from ..distributed import World
 from ..options import Train
 from ..train import Progress, data_values, evaluate
 from ..train.agreement import check_state
-from . import build, scoring
+from . import build, outputs
 from .build import Best, Classifier, Saved, Values
 from .faults import check_finite
 from .passes import bar
 from .private import Private
+from .sources import Parts
 
 
 class Saver:
@@ -216,16 +217,16 @@ class Valuer:
     SHOWN = 5
     """Lines printed of each end."""
 
-    def __init__(self, run: Path, values: Values, training: data.Split, rate: optim.Schedule) -> None:
+    def __init__(self, run: Path, values: Values, dataset: Parts, rate: optim.Schedule) -> None:
         """A valuer.
 
         Args:
             run: the run's folder.
             values: those of the steps made so far.
-            training: the training images.
+            dataset: the training images, and their indices in the data set.
             rate: the learning rate of a step, from 0.
         """
-        self.run, self.values, self.training, self.rate = run, values, training, rate
+        self.run, self.values, self.dataset, self.rate = run, values, dataset, rate
 
     def __call__(self, progress: Progress) -> None:
         if progress.drawn is None or "gradient_dot" not in progress.aux:
@@ -240,8 +241,9 @@ class Valuer:
 
     def write(self, values: Values) -> None:
         """Writes the table, whole or not at all."""
-        columns = {"index": torch.arange(len(values.total)), "label": self.training.labels.cpu()}
-        scoring.write_table(self.run / "values.csv", columns | {"value": values.total, "times": values.times})
+        columns = {"index": self.dataset.indices, "given_label": self.dataset.train.labels}
+        columns |= {"value": values.total, "times": values.times}
+        files.write(self.run / "values.csv", outputs.csv(columns))
 
     def show(self, values: Values) -> None:
         """Writes the table and a picture, and prints both ends."""
@@ -250,15 +252,16 @@ class Valuer:
         order = order[values.times[order] > 0]
         ends = {"lowest": order, "highest": order.flip(0)}
         print(f"Values of {len(order):,} training images to the loss on the held-out images, in all watched steps:")
-        print(f"{'':>9}{'index':>8}{'label':>7}{'value':>12}{'times':>7}")
+        (images, labels), index = self.dataset.train, self.dataset.indices
+        print(f"{'':>9}{'index':>8}{'given label':>13}{'value':>12}{'times':>7}")
         for name, chosen in ends.items():
             for i in chosen[: self.SHOWN].tolist():
-                label, times = int(self.training.labels[i]), int(values.times[i])
-                print(f"{name:>9}{i:>8}{label:>7}{values.total[i].item():>12.4g}{times:>7}")
+                value, times = values.total[i].item(), int(values.times[i])
+                print(f"{name:>9}{index[i]:>8}{labels[i]:>13}{value:>12.4g}{times:>7}")
         pictures = []
         for name, chosen in ends.items():
-            some = chosen[: scoring.WIDTH].tolist()
-            captions = [f"{i}: {int(self.training.labels[i])}\n{values.total[i].item():.3g}" for i in some]
-            pictures += scoring.rows(f"{name} value (index: label, value)", some, self.training.images, captions)
+            some = chosen[: outputs.WIDTH].tolist()
+            captions = [f"{index[i]}: {labels[i]}\n{values.total[i].item():.3g}" for i in some]
+            pictures += outputs.rows(f"{name} value (index: given label, value)", images[some], captions)
         print(f"Written: {self.run / 'values.csv'}")
-        scoring.write_picture(self.run / "values.png", lambda: plots.gallery(pictures))
+        outputs.write_picture(self.run / "values.png", lambda: plots.gallery(pictures))

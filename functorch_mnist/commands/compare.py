@@ -8,9 +8,8 @@ from .. import plots
 from .. import sweep as sweeps
 from ..distributed import World
 from ..options import Compare, combinations, lrs
-from . import sources
+from . import outputs, sources
 from .processes import load, processes
-from .scoring import write, write_picture
 from .sweep import percent, typed
 from .sweeping import spread, swept
 
@@ -53,7 +52,7 @@ def _compare(options: Compare, world: World) -> int:
             print(f"{name}: no learning rate has stayed finite with all seeds.")
     if world.rank:
         return int(not best)
-    write(folder / "compared.csv", ("\n".join(lines) + "\n").encode())
+    outputs.write(folder / "compared.csv", ("\n".join(lines) + "\n").encode())
     if not best:
         print("Nothing has stayed finite with all seeds.")
         return 1
@@ -65,7 +64,7 @@ def _compare(options: Compare, world: World) -> int:
         print(f"{name:<36}{lr:>10.4g}" + "".join(f"{column:>18}" for column in columns))
     print()
     height = "accuracy on held-out images, %"
-    write_picture(
+    outputs.write_picture(
         folder / "compared.png",
         lambda: plots.scores(panels, across="learning rate", logarithmic=True, height=height),
     )

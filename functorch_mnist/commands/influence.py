@@ -1,45 +1,93 @@
-"""`influence`: the training images that helped and hurt most on one test image."""
+"""`influence`: the most helpful and the most harmful training images of test images, by their gradients.
+
+One test image is compared with the gradients of all training images, computed for it; many with those of a store.
+"""
 
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.func import grad
 
-from .. import per_sample, plots, statistics
+from .. import data, per_sample, plots, statistics
 from .. import train as training
-from ..distributed import World
+from ..attribution.store import StoreError, Top, load
+from ..attribution.store.queries import By
+from ..distributed import World, digest
 from ..models import Params
 from ..options import Influence, UsageError
 from ..tree import Tree
-from . import restore, stored
+from . import outputs, restore
 from .faults import check_finite
 from .passes import forget, passes
 from .processes import processes
-from .restore import Point
-from .scoring import rows, write_csv, write_picture
+from .restore import Trained
+from .scores import PARTIAL
+from .sources import Parts, first_images
+from .store import INDEX
+
+_PAGE = 10
+"""Test images in a picture."""
+
+
+class _Found(NamedTuple):
+    """The ends of the ranking of the training images for each of M test images."""
+
+    helpful: Top
+    """(M, k): from the largest influence."""
+    harmful: Top
+    """(M, k): from the smallest."""
+
+    def end(self, i: int, sign: int, most: int | None = None) -> list[tuple[int, float]]:
+        """The places and influences of the training images of one sign, for test image i, the strongest first."""
+        top = self.helpful if sign > 0 else self.harmful
+        pairs = zip(top.indices[i, :most].tolist(), top.scores[i, :most].tolist(), strict=True)
+        return [(place, score) for place, score in pairs if sign * score > 0]
 
 
 def influence(options: Influence) -> int:
-    """Writes influence.csv and pictures, and prints both ends."""
+    """Writes influence.csv and pictures, and prints both ends of the ranking."""
     with processes(options) as world:
-        if options.store is not None:
-            return stored.influence(options, options.store, world)
         return _influence(options, world)
 
 
 def _influence(options: Influence, world: World) -> int:
-    where = world.device
-    run = restore.trained(options.run, where)
-    dataset = restore.training_images(run, options.data_dir, where)
+    if options.store is not None and world.size > 1:
+        raise UsageError("influence --store computes in one process. Leave out --processes.")
+    run = restore.trained(options.run, world.device)
+    dataset = first_images(restore.training_images(run, options.data_dir, world.device), options.images)
+    start, stop = options.tests
+    if stop > len(dataset.test.images):
+        raise UsageError(f"--test must be below {len(dataset.test.images)}. Found {options.test}.")
+    tests = data.Split(*[rows[start:stop] for rows in dataset.test])
+    if options.store is None:
+        folder, found = _computed(options, run, dataset, tests, world)
+    else:
+        folder, dataset, found = _asked(options, options.store, run, dataset, tests)
+    if world.rank:
+        return 0
+    _print(options, start, tests, dataset, found)
+    pages = range(0, len(tests.labels), _PAGE)
+    for first in pages:
+        page = range(first, min(first + _PAGE, len(tests.labels)))
+        pictures = _pictures(page, start, tests, dataset, found)
+        name = f"influence-{start + first:05d}.png" if len(pages) > 1 or stop - start > 1 else "influence.png"
+        outputs.write_picture(folder / name, partial(plots.gallery, pictures))
+    forget(folder / PARTIAL)
+    return 0
+
+
+def _computed(options: Influence, run: Trained, dataset: Parts, tests: data.Split, world: World) -> tuple[Path, _Found]:
+    """The influence of each training image on one test image, written as a table."""
     test, method = options.tests[0], options.method or "tracin"
-    if test >= len(dataset.test.images):
-        raise UsageError(f"--test must be below {len(dataset.test.images)}. Found {test}.")
-    points: Sequence[Point] = restore.points(options.run, run, where)
+    points = restore.points(options.run, run, world.device)
     if method != "tracin":
         points = points[-1:]
-    images, labels = (part[: options.images] for part in dataset.train)
-    image, label = (part[test] for part in dataset.test)
+    (images, labels), (image, label) = dataset.train, (rows[0] for rows in tests)
     loss_fn = restore.loss_of(run)
 
     def one_pass(params: Params, direction: Tree, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -47,43 +95,130 @@ def _influence(options: Influence, world: World) -> int:
         return {"influence": quantity(loss_fn, params, images, labels, direction=direction)}
 
     call = training.compiled(one_pass) if options.compile == "on" else one_pass
-    directions = [grad(loss_fn)(point.params, image, label) for point in points]
     folder = options.out or options.run / "influence" / f"test-{test}-{method}"
-    kept = folder / ".partial"
-    config = restore.to_config(run.begun) | {
-        "images": len(images), "test": test, "steps": [point.step for point in points],
-        "method": method, "compile": options.compile,
-    }  # fmt: skip
+    if world.rank == 0:
+        outputs.check_writable(folder)
     print(
         f"Influence of {len(images):,} training images on test image {test}, a {int(label)}, "
-        f"by {method} over {len(points)} checkpoint{'s'[: len(points) > 1]}.",
+        f"by {method} at {outputs.plural(len(points), 'checkpoint')}.",
         flush=True,
     )
+    directions = [grad(loss_fn)(point.params, image, label) for point in points]
     columns = passes(
         lambda number, *part: call(points[number].params, directions[number], *part),
         (images, labels),
         {"influence": torch.float32},
         count=len(points),
         given=([point.params for point in points], directions),
-        folder=kept,
-        config=config,
+        folder=folder / PARTIAL,
+        config=restore.to_config(run.begun)
+        | {
+            "images": len(images),
+            "test": test,
+            "steps": [point.step for point in points],
+            "method": method,
+            "compile": options.compile,
+        },
         world=world,
     )
-    if world.rank:
-        return 0
     check_finite(columns, "The influences", "Has the run diverged?")
     lrs = torch.tensor([point.lr for point in points]) if method == "tracin" else torch.ones(1)
-    found, labels = lrs @ columns["influence"], labels.cpu()
-    write_csv(folder / "influence.csv", {"index": torch.arange(len(found)), "label": labels, "influence": found})
-    order = found.argsort(descending=True, stable=True)
-    helped = [i for i in order[: options.top].tolist() if found[i] > 0]
-    hurt = [i for i in order.flip(0)[: options.top].tolist() if found[i] < 0]
-    pictures = [plots.Row(f"test image {test}", image, [f"a {int(label)}"])]
-    for title, chosen in (("Helped", helped), ("Hurt", hurt)):
-        told = ", ".join(f"{i} (a {labels[i]}, {found[i]:.3g})" for i in chosen) or "none"
-        print(f"{title} most: {told}")
-        captions = [f"{i}: {labels[i]}\n{found[i]:.3g}" for i in chosen]
-        pictures += rows(f"{title.lower()} most (index: label, influence)", chosen, images, captions)
-    write_picture(folder / "influence.png", lambda: plots.gallery(pictures))
-    forget(kept)
-    return 0
+    influences = lrs @ columns["influence"]
+    if world.rank == 0:
+        table = {"index": dataset.indices, "given_label": labels.cpu(), "influence": influences}
+        outputs.write_csv(folder / "influence.csv", table)
+    order = influences.argsort(descending=True, stable=True)
+    ends = (ends[: options.top] for ends in (order, order.flip(0)))
+    return folder, _Found(*[Top(influences[end][None], end[None]) for end in ends])
+
+
+def _asked(options: Influence, at: Path, run: Trained, dataset: Parts, tests: data.Split) -> tuple[Path, Parts, _Found]:
+    """The ends of a store's ranking for each test image, written as a table."""
+    store = load(at)
+    dataset = first_images(dataset, len(store))
+    if [one.digest for one in store.plan.examples] != [digest(list(dataset.train))]:
+        raise StoreError(f"{at} must be of the run's {len(dataset.indices):,} training images. Found others.")
+    _check_index(at, dataset.indices)
+    several = len(store.plan.checkpoints) > 1
+    points = restore.points(options.run, run, tests.images.device)
+    points = points if several else points[-1:]
+    method = options.method or ("tracin" if several else "dot")
+    if method == "tracin" and not several:
+        raise UsageError(
+            f"TracIn needs the gradients of several checkpoints. Found one in {at}. "
+            f"Build with: functorch-mnist store {options.run} --checkpoints all --out {at}-all"
+        )
+    start, stop = options.tests
+    name = f"test-{start}" if stop == start + 1 else f"test-{start}-to-{stop - 1}"
+    folder = options.out or options.run / "influence" / f"{name}-{method}-stored"
+    outputs.check_writable(folder)
+    print(
+        f"Influence of {len(store):,} training images on {outputs.plural(len(tests.labels), 'test image')}, "
+        f"by {method} of {store.plan.width:,} features at {outputs.plural(len(points), 'checkpoint')}.",
+        flush=True,
+    )
+    queries = store.features(restore.loss_of(run), [point.params for point in points], *tests)
+    by: By = "dot" if method == "tracin" else method
+    count = min(options.top, len(store))
+    found = _Found(*[store.top(queries, count, by=by, lowest=lowest) for lowest in (False, True)])
+    outputs.write_csv(folder / "influence.csv", _table(start, tests, dataset, found))
+    return folder, dataset, found
+
+
+def _check_index(at: Path, index: Tensor) -> None:
+    """Refuses a store whose rows are of other images of the data set; says so where a store does not name them.
+
+    Raises:
+        StoreError: it is of others.
+    """
+    path = at / INDEX
+    if not path.exists():
+        print(f"{at} does not hold the indices of its images in the data set (no {INDEX}); those of the run are used.")
+        return
+    try:
+        kept = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} must be a file of NumPy's. Found: {error}.") from error
+    if not np.array_equal(kept, index.numpy()):
+        raise StoreError(f"{path} must hold the indices of the run's training images. Found others.")
+
+
+def _table(start: int, tests: data.Split, dataset: Parts, found: _Found) -> dict[str, Tensor]:
+    """A row for each test image and training image: the helpful ones, then the harmful, each from the strongest."""
+    labels = dataset.train.labels.tolist()
+    lines = [
+        (start + i, int(label), rank, int(dataset.indices[place]), labels[place], influence)
+        for i, label in enumerate(tests.labels.tolist())
+        for sign in (1, -1)
+        for rank, (place, influence) in enumerate(found.end(i, sign), 1)
+    ]
+    columns = zip(*lines, strict=True) if lines else [()] * 6
+    names = ("test_index", "test_label", "rank", "index", "given_label", "influence")
+    return {name: torch.tensor(column) for name, column in zip(names, columns, strict=True)}
+
+
+def _print(options: Influence, start: int, tests: data.Split, dataset: Parts, found: _Found) -> None:
+    """The strongest training images of each sign: all of one test image, one each of several."""
+    labels, shown = dataset.train.labels, min(len(tests.labels), _PAGE)
+    most = options.top if len(tests.labels) == 1 else 1
+    for i in range(shown):
+        ends = []
+        for title, sign in (("helpful", 1), ("harmful", -1)):
+            some = [f"{dataset.indices[j]} (a {labels[j]}, {score:.3g})" for j, score in found.end(i, sign, most)]
+            ends.append(f"most {title}: {', '.join(some) or 'none'}")
+        print(f"Test image {start + i}, a {int(tests.labels[i])}: {'; '.join(ends)}")
+    if shown < len(tests.labels):
+        print(f"… and {len(tests.labels) - shown:,} more in influence.csv")
+
+
+def _pictures(page: Sequence[int], start: int, tests: data.Split, dataset: Parts, found: _Found) -> list[plots.Row]:
+    """For each test image a row of it and the most helpful training images, and a row of the most harmful."""
+    (images, labels), index, rows = dataset.train, dataset.indices, list[plots.Row]()
+    for i in page:
+        for title, sign in (("helpful", 1), ("harmful", -1)):
+            chosen = found.end(i, sign, outputs.WIDTH - 1)
+            shown = torch.cat([tests.images[i : i + 1], images[[place for place, _ in chosen]]])
+            captions = [f"{index[j]}: {labels[j]}\n{score:.3g}" for j, score in chosen]
+            heading = f"most {title} (index: given label, influence)" if i == page[0] else ""
+            rows += outputs.rows(heading, shown, [f"test {start + i}: {int(tests.labels[i])}\nmost {title}", *captions])
+    return rows

@@ -13,12 +13,12 @@ from .. import files, plots, random, run_folder, statistics
 from ..distributed import World, broadcast, check_agreed, digest
 from ..models import Params
 from ..options import NoiseScale, UsageError
-from . import restore
+from . import outputs, restore
 from .faults import check_finite
 from .passes import CHUNK, bar
 from .processes import SAME, processes
 from .restore import Point, Trained
-from .scoring import write, write_picture
+from .sources import first_images
 
 _KEPT = ".partial.json"
 
@@ -61,9 +61,11 @@ def _noise_scale(options: NoiseScale, world: World) -> int:
     if whole:
         print(f"Noise scale of the watched steps together: {whole[0].found}")
     print(_advice((whole or estimates["checkpoint"])[-1].found, run.begun.options.batch_size))
-    write(folder / "noise-scale.csv", ("\n".join(lines) + "\n").encode())
+    outputs.write(folder / "noise-scale.csv", ("\n".join(lines) + "\n").encode())
     bands = [_band(source, measured) for source, measured in estimates.items() if measured]
-    write_picture(folder / "noise-scale.png", lambda: plots.noise_scale(bands, batch_size=run.begun.options.batch_size))
+    outputs.write_picture(
+        folder / "noise-scale.png", lambda: plots.noise_scale(bands, batch_size=run.begun.options.batch_size)
+    )
     (folder / _KEPT).unlink(missing_ok=True)
     return 0
 
@@ -87,8 +89,7 @@ def _watched(records: Sequence[Mapping[str, Any]], windows: int) -> list[Measure
 
 def _at_checkpoints(options: NoiseScale, run: Trained, folder: Path, world: World) -> list[Measured]:
     """The noise scale at each checkpoint, from single examples, dropout as in training; goes on where it stopped."""
-    dataset = restore.training_images(run, options.data_dir, world.device)
-    images, labels = (rows[: options.images] for rows in dataset.train)
+    images, labels = first_images(restore.training_images(run, options.data_dir, world.device), options.images).train
     if len(images) < 3:
         raise UsageError(f"--images must be 3 at least for an error bar. Found {len(images)}.")
     points = restore.points(options.run, run, world.device)

@@ -11,7 +11,7 @@ from ..options import Train, UsageError, cut_classes
 from .faults import refusing
 
 HELD_OUT = 2024
-"""The seed of the choice of held-out images: one for all runs, so that they can be compared."""
+"""The seed of the draw of held-out images: one for all runs, so that they can be compared."""
 
 
 class Parts(NamedTuple):
@@ -21,10 +21,12 @@ class Parts(NamedTuple):
     held_out: data.Split | None
     test: data.Split
     classes: int
+    indices: Tensor
+    """(N,) int64 on the CPU: the place of each image of `train` among the data set's own training images."""
 
     @property
     def judging(self) -> data.Split:
-        """The held-out images, for what cannot do without."""
+        """The held-out images, where they are required."""
         if self.held_out is None:
             raise UsageError("There must be held-out images. Found none. Set --hold-out, such as 5000.")
         return self.held_out
@@ -52,34 +54,37 @@ def load(name: str, folder: Path | None, where: torch.device) -> data.Dataset:
 
 
 def divided(options: Train, dataset: data.Dataset) -> Parts:
-    """The data set as a run uses it: some images held out, some cut away, some drawn.
+    """The data set as a run uses it: some images held out, some classes thinned out, some images drawn.
 
     Raises:
         UsageError: there are not as many images as asked for.
     """
-    train, held_out = dataset.train, None
-    where, total = train.images.device, len(train.labels)
+    where, total = dataset.train.images.device, len(dataset.train.labels)
+    index, held_out = torch.arange(total, device=where), None
     if options.hold_out:
         if options.hold_out >= total:
             raise UsageError(f"--hold-out must be below the {total} training images. Found {options.hold_out}.")
         order = random.permutation(random.key(HELD_OUT, device=where), total)
-        held_out = _of(train, order[: options.hold_out].sort().values)
-        train = _of(train, order[options.hold_out :].sort().values)
-    cut_key, draw_key = random.split(random.fold_in(random.key(options.seed, device=where), HELD_OUT)).unbind(0)
-    cut = cut_classes(options)
-    if cut:
+        held_out = _of(dataset.train, order[: options.hold_out].sort().values)
+        index = order[options.hold_out :].sort().values
+    imbalance_key, draw_key = random.split(random.fold_in(random.key(options.seed, device=where), HELD_OUT)).unbind(0)
+    if fractions := cut_classes(options):
         with refusing(ValueError):
-            train = data.imbalanced(train, cut, key=cut_key)
+            index, _ = data.imbalanced(data.Split(index, dataset.train.labels[index]), fractions, key=imbalance_key)
     if options.train_size is not None:
-        if options.train_size > len(train.labels):
-            raise UsageError(
-                f"--train-size must be at most {len(train.labels)}, all there are. Found {options.train_size}."
-            )
-        train = _of(train, random.permutation(draw_key, len(train.labels))[: options.train_size].sort().values)
-    if not len(train.labels):
+        if options.train_size > len(index):
+            raise UsageError(f"--train-size must be at most {len(index)}, all there are. Found {options.train_size}.")
+        index = index[random.permutation(draw_key, len(index))[: options.train_size].sort().values]
+    if not len(index):
         raise UsageError("There must be a training image. Found none after --imbalance.")
-    return Parts(train, held_out, dataset.test, dataset.classes)
+    return Parts(_of(dataset.train, index), held_out, dataset.test, dataset.classes, index.cpu())
 
 
-def _of(split: data.Split, which: Tensor) -> data.Split:
-    return data.Split(split.images[which], split.labels[which])
+def first_images(parts: Parts, count: int | None) -> Parts:
+    """The data set with the first so many training images only, or with all."""
+    train = data.Split(parts.train.images[:count], parts.train.labels[:count])
+    return parts._replace(train=train, indices=parts.indices[:count])
+
+
+def _of(split: data.Split, index: Tensor) -> data.Split:
+    return data.Split(split.images[index], split.labels[index])

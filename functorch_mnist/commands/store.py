@@ -1,28 +1,33 @@
-"""`store`: the projected gradients of all training images, on disk."""
+"""`store`: the projected gradients of the training images on disk, with the images' indices in the data set."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .. import attribution, random
+from .. import attribution, files, random
 from .. import train as training
 from ..attribution.store import begun_projection, build
 from ..distributed import World, broadcast, check_agreed, digest
 from ..models import Params
 from ..options import Store
-from . import restore
+from . import outputs, restore
 from .passes import bar
 from .processes import SAME, processes
+from .sources import first_images
 
 _DIRECTIONS = 2048
 """Training images, evenly spaced, whose gradients the principal directions are of."""
 _CHUNK = 256
+INDEX = "index.npy"
+"""The file in a store's folder of the index in the data set of each row's image: (N,) int64."""
 
 
 def store(options: Store) -> int:
-    """Builds the store, or goes on with it, and says what it holds."""
+    """Builds the store, or resumes the build, and prints what it holds."""
     with processes(options) as world:
         return _store(options, world)
 
@@ -32,21 +37,20 @@ def _store(options: Store, world: World) -> int:
     points = restore.points(options.run, run, world.device)
     if options.checkpoints == "newest":
         points = points[-1:]
-    train = restore.training_images(run, options.data_dir, world.device).train
-    images, labels = (part[: options.images] for part in train)
+    dataset = first_images(restore.training_images(run, options.data_dir, world.device), options.images)
+    images, labels = dataset.train
     check_agreed(world, "Starting", SAME, data=digest(([point.params for point in points], images, labels)))
     loss_fn = restore.loss_of(run)
     folder = options.out or options.run / "store"
     if world.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)  # told before the work, if it cannot be
+        outputs.check_writable(folder)
     maps = broadcast(world, _projection(options, folder, loss_fn, points[-1].params, images, labels))
-    print(
-        f"Gradients of {len(images):,} training images at {len(points)} checkpoint{'s'[: len(points) > 1]}.", flush=True
-    )
+    checkpoints = outputs.plural(len(points), "checkpoint")
+    print(f"Gradients of {len(images):,} training images at {checkpoints}.", flush=True)
     total = len(points) * len(images)
     with bar(total=total, unit=" gradients", silent=world.rank > 0) as progress:
         try:
-            found = build(
+            built = build(
                 folder,
                 loss_fn,
                 [point.params for point in points],
@@ -62,10 +66,14 @@ def _store(options: Store, world: World) -> int:
                 world=world,
             )
         except KeyboardInterrupt:
-            raise KeyboardInterrupt("Interrupted. The same command goes on after the parts that are there.") from None
+            raise KeyboardInterrupt("Interrupted. The same command resumes after the parts that are there.") from None
+    if world.rank == 0:
+        array = io.BytesIO()
+        np.save(array, dataset.indices.numpy(), allow_pickle=False)
+        files.write(folder / INDEX, array.getvalue())
     print(
-        f"{len(found):,} images, {found.plan.width:,} numbers each, {found.bytes / 1e6:,.1f} MB in {folder}. "
-        f"Now: functorch-mnist influence {options.run} --store {folder} --test 0:10"
+        f"{len(built):,} images, {built.plan.width:,} features each, {built.bytes / 1e6:,.1f} MB in {folder}. "
+        f"Try: functorch-mnist influence {options.run} --store {folder} --test 0:10"
     )
     return 0
 
@@ -74,9 +82,9 @@ def _projection(
     options: Store, folder: Path, loss_fn: Callable[..., Tensor], params: Params, images: Tensor, labels: Tensor
 ) -> attribution.Projection:
     """That of the folder, where a store is there or was begun; else a new one."""
-    there = begun_projection(folder)
-    if there is not None:
-        return there
+    begun = begun_projection(folder)
+    if begun is not None:
+        return begun
     if options.projection == "random":
         return _random(options, params)
     step = max(1, len(images) // _DIRECTIONS)

@@ -10,9 +10,8 @@ from .. import calibration, ensemble, plots, random
 from .. import sweep as sweeps
 from ..distributed import World
 from ..options import LOGARITHMIC, PRIVATE_OVER, Axis, Sweep, axes, flag
-from . import sources
+from . import outputs, sources
 from .processes import load, processes
-from .scoring import write, write_picture
 from .sources import Parts
 from .sweeping import Swept, outputs_of, spread, swept, words
 
@@ -46,7 +45,7 @@ def _sweep(options: Sweep, world: World) -> int:
         return int(bool(done.held_out.isnan().all()))
     held_out = spread(runs, done.held_out)
     print(f"\n{_ended(done)}")
-    write(folder / "runs.csv", rows(done).encode())
+    outputs.write(folder / "runs.csv", rows(done).encode())
     if held_out.mean.isnan().all():
         print("No setting has made an epoch with all its seeds.")
         return 1
@@ -75,7 +74,7 @@ def _sweep(options: Sweep, world: World) -> int:
     _together(done, parts, best, folder)
     panels = {axis.field: axis for axis in axes(options)}
     for name, axis in panels.items():
-        write_picture(folder / f"{axis.name}.png", lambda n=name, a=axis: _picture(done, n, a))  # type: ignore[misc]
+        outputs.write_picture(folder / f"{axis.name}.png", lambda n=name, a=axis: _picture(done, n, a))  # type: ignore[misc]
     if not PRIVATE_OVER & runs.keys():
         print(f"One run of the best, by train with this sweep's other options: {command(runs, int(best[0]))}")
     return 0
@@ -162,13 +161,13 @@ def _ended(done: Swept) -> str:
 def _together(done: Swept, parts: Parts, best: Tensor, folder: Path) -> None:
     """What the models of the best setting say together, and how sure they are."""
     held_out = parts.judging
-    outputs = outputs_of(done, best, parts.test.images)
+    logits = outputs_of(done, best, parts.test.images)
     labels = parts.test.labels
-    single = (outputs.argmax(-1) == labels).double().mean(-1)
-    mean = ensemble.mean(outputs)
+    single = (logits.argmax(-1) == labels).double().mean(-1)
+    mean = ensemble.mean(logits)
     if len(best) > 1:
-        averaged, voted = (_accuracy(given, labels) for given in (mean, ensemble.vote(outputs)))
-        apart, informed = ensemble.disagreement(outputs).mean(), ensemble.mutual_information(outputs).mean()
+        averaged, voted = (_accuracy(given, labels) for given in (mean, ensemble.vote(logits)))
+        apart, informed = ensemble.disagreement(logits).mean(), ensemble.mutual_information(logits).mean()
         print(
             f"The {len(best)} models of the best setting together, on the test images: {averaged} by their mean, "
             f"{voted} by vote; one alone {100 * single.mean().item():.2f}%. Two of them differ on "
@@ -180,7 +179,7 @@ def _together(done: Swept, parts: Parts, best: Tensor, folder: Path) -> None:
         curves[name] = calibration.reliability(given.softmax(-1), labels)
         error, brier = curves[name].expected_error.item(), calibration.brier(given.softmax(-1), labels).item()
         print(f"Expected calibration error, {name}: {100 * error:.2f}%; Brier score {brier:.4f}")
-    write_picture(folder / "reliability.png", lambda: plots.reliability(curves))
+    outputs.write_picture(folder / "reliability.png", lambda: plots.reliability(curves))
 
 
 def _accuracy(outputs: Tensor, labels: Tensor) -> str:

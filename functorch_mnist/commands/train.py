@@ -110,7 +110,7 @@ def run(options: Train, parts: Parts, folder: Path, *, again: str, world: World)
     done = int(saved.state.step)
     valuer = None
     if isinstance(saved.values, Values):
-        valuer = Valuer(folder, saved.values, parts.train, build.schedule(options, per_epoch))
+        valuer = Valuer(folder, saved.values, parts, build.schedule(options, per_epoch))
     judge = Judge(folder, options, made, parts.held_out, saved.best, world)
     saver = Saver(
         folder, saved, judge, saved_step=saved_step, every=options.save_every, keep=options.keep, config=config,
