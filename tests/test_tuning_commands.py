@@ -378,7 +378,9 @@ def test_ranges_are_drawn_from_and_clipped_and_noisy_steps_swept(data_dir, tmp_p
 def test_a_clipped_run_of_a_sweep_clips_and_adds_noise_as_it_says(mnist):
     given = options.Train(model="linear", hold_out=64, batch_size=8, lr=1.0, momentum=0.0)
     images, labels = (part[:200] for part in mnist.train)
-    parts = sources.Parts(fm.data.Split(images, labels), fm.data.Split(images[:64], labels[:64]), mnist.test, 10)
+    parts = sources.Parts(
+        fm.data.Split(images, labels), fm.data.Split(images[:64], labels[:64]), mnist.test, 10, torch.arange(200)
+    )
     program = sweeping.program(build.origin(given, parts), parts)
 
     def moved(noise, key):
