@@ -84,7 +84,12 @@ def test_the_cnn_loop_has_20_lines_of_code():
 @pytest.mark.parametrize(("page", "command"), of_pages(lambda page: enumerate(commands(page), 1)))
 def test_a_command_of_a_page_parses(page, command, monkeypatch):
     monkeypatch.setattr(cli.run_folder, "read_config", lambda folder: cli.opt.RECIPES["tutorial"])
-    assert cli._parse(shlex.split(command))
+    if command.startswith("--"):  # help or the version, after which Python exits
+        with pytest.raises(SystemExit) as done:
+            cli._parse([command])
+        assert not done.value.code
+    else:
+        assert cli._parse(shlex.split(command))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -98,6 +103,16 @@ def test_links_within_the_repository_lead_somewhere(page):
         assert there.exists(), target
         if anchor:
             assert anchor in anchors(there / "README.md" if there.is_dir() else there), target
+
+
+def test_tests_that_a_page_names_exist():
+    named = {file for page in PAGES for file in re.findall(r"\btest_\w+\.py\b", prose(page))}
+    assert named
+    assert all((ROOT / "tests" / file).is_file() for file in named)
+
+
+def test_the_readme_is_a_page():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 200
 
 
 def test_the_readme_shows_code_and_commands():
