@@ -127,7 +127,9 @@ def test_the_studys_closed_form_is_the_librarys_step(monkeypatch):
     seen = []
     averaging = optim.exponential_moving_average
     monkeypatch.setattr(
-        frontier.optim, "averaging", lambda inner, decay: recording(averaging(inner, decay=decay), seen)
+        frontier.optim,
+        "exponential_moving_average",
+        lambda inner, decay: recording(averaging(inner, decay=decay), seen),
     )
     x = models.discriminated(FEATURES, found()).float().flatten(0, 1)
     y = torch.arange(20).repeat_interleave(3) % 10
