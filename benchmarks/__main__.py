@@ -78,7 +78,7 @@ def _answer(
 
         try:
             comparison = measure.compare(case, setup, progress=progress)
-        except RuntimeError as error:  # nothing to compare with; the other cases go on
+        except RuntimeError as error:  # nothing to compare with; the other cases continue
             print(f"{question.name}, {error}", file=sys.stderr)
             return 1
     if case.memory and not setup.quick:
@@ -110,7 +110,7 @@ def _with_memory(
 
 
 def _conclude(question: measure.Question, comparisons: list[measure.Comparison], path: Path) -> None:
-    """Says what all cases of a question show together, and where it was written."""
+    """Prints what all cases of a question show together, and where it was written."""
     for table in (report.exponent_table(comparisons), question.conclude(comparisons)):
         if table:
             print(f"\n{table}")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.article ROOT SEED EPOCHS LEAST DEVICE THREADS
 
-ROOT is a folder with MNIST as torchvision lays it out. It ends after so many epochs, or after the first whose accuracy
+ROOT is a folder with MNIST as torchvision lays it out. It ends after EPOCHS epochs, or after the first whose accuracy
 is at least LEAST percent. Nothing of this repository is imported, so start-up is its own.
 """
 

@@ -43,7 +43,7 @@ class Factors(NamedTuple):
 
 
 def parts(batch: Batch, count: int) -> tuple[Batch, Batch]:
-    """The first examples, so many, and the others."""
+    """The first `count` examples, and the others."""
     x, labels = batch
     return (x[:count], labels[:count]), (x[count:], labels[count:])
 
@@ -223,7 +223,7 @@ def _probabilities(problem: Problem, params: models.Params, stored: Tensor, labe
 def _ours(
     problem: Problem, fn: Callable[..., Any], outputs: Callable[[Any], Any] = lambda x: x, *, compile: bool
 ) -> Work:
-    """A function of this library on a problem, computed anew by each call."""
+    """A function of this library on a problem, computed by each call."""
     run, found = train.compiled(fn) if compile else fn, list[Any]()
 
     def call() -> None:
@@ -234,7 +234,7 @@ def _ours(
 
 
 def _plain(net: nn.Module, problem: Problem, fn: Callable[..., Tensor]) -> Work:
-    """A function of the module's, computed anew by each call."""
+    """A function of the module's, computed by each call."""
     batch, found = (problem.x, problem.labels), list[Tensor]()
 
     def call() -> None:

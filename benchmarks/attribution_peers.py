@@ -2,7 +2,7 @@
 
 Each function gives a `Work`, or raises ImportError where its package is missing (`pip install -e '.[bench]'`). All
 start from the same weights and take the same normalised batch, of which the first examples are trained on. Each package
-is given the batches that take it the least time, and nothing of it is timed that only shows progress or writes files.
+gets the batches that take it the least time, and nothing of it is timed that only shows progress or writes files.
 """
 
 import warnings
@@ -38,7 +38,7 @@ def dattri_tracin(problem: Problem, count: int, *, batch_size: int) -> Work:
 
     Args:
         problem: a loss's.
-        count: how many examples are trained on. They are one batch: it takes all test gradients anew for each.
+        count: how many examples are trained on. They are one batch: it computes all test gradients again for each.
         batch_size: of the tests.
     """
     module: Any = import_module("dattri.algorithm.tracin")
@@ -57,7 +57,7 @@ def dattri_trak(
 
     Args:
         problem: of the log-odds.
-        count: how many examples are trained on. They are one batch: it draws the projection anew for each.
+        count: how many examples are trained on. They are one batch: it samples the projection again for each.
         size: of the projection, by independent normal numbers; None for none.
         batch_size: of the tests.
         only: the parameters that count, all by default.

@@ -8,7 +8,7 @@ from .measure import Setup
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose help shows a module's docstring as it is, and that tells a mistake in one line."""
+    """A parser whose help shows a module's docstring as it is, and that reports a mistake in one line."""
 
     def __init__(self, prog: str, description: str | None) -> None:
         super().__init__(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

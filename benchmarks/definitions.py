@@ -79,7 +79,7 @@ def difference(found: Any, expected: Any) -> float:
 
     Of a Gram matrix it is the root mean square of its entries' errors in units of |∇_i| |∇_j|, so of the cosines: an
     entry's rounding is in proportion to the two norms, not to the entry, which may be near zero; and errors between
-    small gradients do not vanish beside large ones.
+    small gradients do not vanish next to large ones.
     """
     if isinstance(expected, Tensor) and expected.ndim == 2:
         norms = expected.diagonal().sqrt()

@@ -25,7 +25,7 @@ TOLERANCE = 0.25
 
 
 def article(root: str, least: float, setup: Setup) -> Program:
-    """The article's program, which goes on until an accuracy."""
+    """The article's program, which continues until an accuracy."""
     options = (root, "{seed}", str(MOST_EPOCHS), str(least), setup.device, str(setup.threads))
     return Program("-m", "benchmarks.article", *options)
 
@@ -87,7 +87,7 @@ def _case(name: str, least: float, programs: Mapping[str, Program], *, rounds: i
 
 def conclude(comparisons: Sequence[Comparison]) -> str:
     """The accuracies of all runs."""
-    lines = ["| case | program | mean accuracy, % | least | most | seeds |", "|---|---|---:|---:|---:|---:|"]
+    lines = ["| case | program | mean accuracy, % | minimum | maximum | seeds |", "|---|---|---:|---:|---:|---:|"]
     for comparison in comparisons:
         for name, found in comparison.settings["accuracies"].items():
             if found:

@@ -52,14 +52,14 @@ ROUNDS = 3
 
 def cases(setup: Setup) -> Iterator[Case]:
     """All pairs of some examples, TracIn, TRAK, and Kronecker factors."""
-    share = 10 if setup.quick else 1
-    examples = EXAMPLES // share
+    divisor = 10 if setup.quick else 1
+    examples = EXAMPLES // divisor
     chunk = examples // (EXAMPLES // CHUNK)
     yield gram_case(cnn(examples, setup.device), chunk)
     for count, tests, make in ((*TRACIN, tracin_case), (*TRAK, trak_case)):
-        count, tests = max(20, count // share), max(20, tests // share)
+        count, tests = max(20, count // divisor), max(20, tests // divisor)
         yield make(cnn(count + tests, setup.device), count, min(chunk, count))
-    yield kronecker_case(cnn(KRONECKER // share, setup.device), chunk)
+    yield kronecker_case(cnn(KRONECKER // divisor, setup.device), chunk)
 
 
 def gram_case(problem: Problem, chunk: int) -> Case:

@@ -26,7 +26,7 @@ HYPER = {"lr": 0.02, "momentum": 0.9, "weight_decay": 1e-3}
 
 
 class Run:
-    """A training run of so many steps."""
+    """A training run of N steps."""
 
     def __init__(self, steps: int, device: str) -> None:
         self.steps, self.problem = steps, problems.mlp(BATCH_SIZE, device, hidden=(128,))

@@ -93,8 +93,8 @@ def cases(setup: Setup) -> Iterator[Case]:
             positions = subject.sizes.positions
             axis = Axis("T", positions) if batch == 1 else None
             name = f"T={positions}, B={batch}"
-            beside = ("clipped, prepared", *OPACUS)
-            yield bench.case(name, subject, setup, beside, axis=axis, memory=True)
+            compared = ("clipped, prepared", *OPACUS)
+            yield bench.case(name, subject, setup, compared, axis=axis, memory=True)
 
 
 def conclude(comparisons: Sequence[Comparison]) -> str:

@@ -1,10 +1,11 @@
 """The harness: arms that agree, timed in interleaved rounds.
 
-Each arm is made, and called once: that call's time, compilation and all, is kept apart. What it starts from must be
-what the first arm starts from, and its outputs must be those expected; an arm that disagrees is refused by name and not
-timed. Then come rounds in which every arm is timed once, in an order that is shuffled anew, so that a machine whose
-speed drifts drifts for all of them. A call that is timed follows one of the same arm, as a step does in training, and
-not what another arm has left in the caches. What the compiler makes anew after an arm's first call is counted.
+Each arm is made, and called once; the time of that call, which includes compilation, is kept apart. Every arm must
+start from the weights and the batch of the first one, and its outputs must be those expected; an arm that disagrees is
+refused by name and not timed. Then come rounds in which every arm is timed once, in an order shuffled for each round,
+so that a drift of the machine's speed affects all arms alike. A call that is timed follows one of the same arm, as a
+step does in training, and not what another arm has left in the caches. Recompilations after an arm's first call are
+counted.
 """
 
 import gc
@@ -140,7 +141,7 @@ class Timing:
     tolerance: float
     baseline: bool
     compilations: int = 0
-    """Graphs compiled after the first call: a step that is compiled anew does not have a steady time."""
+    """Graphs compiled after the first call: a step that is recompiled does not have a steady time."""
     memory: int | None = None
     """Bytes taken by calls at their peak beyond what the process holds between them."""
 
@@ -165,7 +166,7 @@ class Missing(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a case has given."""
+    """The result of a case."""
 
     case: str
     timings: list[Timing]
@@ -311,7 +312,7 @@ def _begin(arm: Arm, case: Case, reference: _Ready | None, setup: Setup) -> _Rea
         difference = case.difference(outputs, expected)
     except ImportError as error:
         return Missing(arm.name, f"not installed: {_line(error)}", False)
-    except Exception as error:  # others' code: whatever it raises, the other arms go on
+    except Exception as error:  # others' code: whatever it raises, the other arms continue
         return Missing(arm.name, _failed(error), True)
     if not difference <= arm.tolerance:
         return Missing(

@@ -1,7 +1,7 @@
 """What memory per-sample quantities take: the clipped step against the size of its chunks, and the ways without chunks.
 
 Tutorial CNN without dropout; this library's arms are compiled, in float32. The reference is the ordinary step of the
-compiled `nn.Module`. Peaks are taken as in `benchmarks.peak`; the times beside them say what smaller chunks cost.
+compiled `nn.Module`. Peaks are taken as in `benchmarks.peak`; the times next to them show what smaller chunks cost.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What a step costs on other networks: a linear stack, a residual network and a vision transformer beside the CNN.
+"""What a step costs on other networks: a linear stack, a residual network and a vision transformer besides the CNN.
 
 For each network ordinary steps, as a module and functional, clipped ones, and the norms of the sample gradients. The
 clipped updates and the norms are compared with their definitions, a loop over examples. The clipping norm lies among

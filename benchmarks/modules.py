@@ -1,7 +1,7 @@
 """What clipping costs on modules as they are: the clipped sum over the module's own forward and backward pass.
 
 A BERT and a GPT-2 of transformers and an LSTM go through `models.from_module` unchanged. The reference is the gradient
-of the mean loss of the batch, by the module's own kernels; the LSTM stands beside the same network as a loop over
+of the mean loss of the batch, by the module's own kernels; the LSTM is compared with the same network as a loop over
 positions too. Clipped sums are compared with their definition, a loop over examples in float64, ordinary gradients with
 the eager module's. Opacus clips the same module where it can.
 """

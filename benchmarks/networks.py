@@ -73,7 +73,7 @@ class ResNet18(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer's block, norms first: attention and two linear layers, each added to what it is given."""
+    """A transformer's block, norms first: attention and two linear layers, each added to its input."""
 
     def __init__(self, width: int, heads: int, *, causal: bool) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ def vit(*, size: int = 32, patch: int = 4, width: int = 192, depth: int = 6, hea
 
 
 def sequence(length: int, *, tokens: int = 256, width: int = 128, depth: int = 2, heads: int = 4) -> Transformer:
-    """A causal transformer of sequences of so many tokens, which it puts into classes."""
+    """A causal transformer that classifies sequences of `length` tokens."""
     embed = nn.Embedding(tokens, width)
     return Transformer(embed, length, width=width, depth=depth, heads=heads, causal=True)
 

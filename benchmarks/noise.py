@@ -1,4 +1,4 @@
-"""What correlated noise adds to a private step: past draws made anew from their keys.
+"""What correlated noise adds to a private step: past noise generated again from its keys.
 
 Tutorial CNN without dropout, float32, compiled. All arms take the same batches, in a fixed order, from 60,000 images,
 clip and add noise; they differ in the number of draws that a step's noise is the sum of. As in `private`, the same step

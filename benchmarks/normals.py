@@ -16,7 +16,7 @@ from .measure import Arm, Case, Question, Setup, Work
 
 COUNT = 1_200_000
 TOLERANCE = 0.01
-"""Eleven standard deviations of the mean of so many."""
+"""Eleven standard deviations of the mean."""
 
 
 def drawn(draw: Callable[[], Tensor]) -> Work:

@@ -48,7 +48,7 @@ def of(work: measure.Work, device: str) -> int:
 def _resident() -> tuple[int, Callable[[], int]]:
     """What the process holds now, and a function of what it will have held at most."""
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # from here on the peak counts anew
+    Path("/proc/self/clear_refs").write_text("5")  # from here on the peak is counted again
     return _status("VmRSS"), lambda: _status("VmHWM")
 
 

@@ -1,7 +1,7 @@
 """What per-sample quantities cost: clipped noisy SGD steps, norms, Gram matrices and second moments.
 
 Tutorial CNN without dropout. The reference is the ordinary training step of the compiled `nn.Module`. This library's
-factored way stands beside `vmap(grad)` of the module and beside other packages. Every quantity is compared with its
+factored way is compared with `vmap(grad)` of the module and with other packages. Every quantity is compared with its
 definition, a loop over examples; a clipped step without noise, with which it is then timed.
 """
 

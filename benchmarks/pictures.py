@@ -225,7 +225,7 @@ def _draw_memory(numbers: Numbers) -> Figure:
 SCORES = {
     "EL2N, mean over epochs": {"color": HERE, "marker": "o"},
     "loss, end": {"color": "#c98a1b", "marker": "s"},
-    "value, clean validation, first order": {"color": "#b3446c", "marker": "v"},
+    "data value, clean validation, first order": {"color": "#b3446c", "marker": "v"},
     "forgetting events": {"color": "#7a5195", "marker": "^"},
     "random": {"color": REFERENCE, "marker": ".", "linestyle": "--"},
 }
@@ -238,7 +238,7 @@ def _labels_numbers(folder: Path) -> Numbers:
         seeds = record[scale]["seeds"]
         title = f"{record[scale]['settings']['images']:,} images, {model}, {_counted(len(seeds), 'seed')}"
         panels[title] = {
-            name: [_moments([100 * seed["scores"][name]["found"][place] for seed in seeds]) for place in range(3)]
+            name: [_moments([100 * seed["scores"][name]["detected"][place] for seed in seeds]) for place in range(3)]
             for name in SCORES
         }
     return {"flipped": 100 * record["thousand"]["settings"]["flipped"], "inspected": [10, 20, 30], "panels": panels}

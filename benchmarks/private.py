@@ -44,7 +44,7 @@ class Count:
 
 
 def repeated(make: Callable[[], Work], count: Count) -> Work:
-    """Work of so many steps."""
+    """Work of N steps."""
     one = make()
 
     def call() -> None:
@@ -55,11 +55,11 @@ def repeated(make: Callable[[], Work], count: Count) -> Work:
 
 
 Made = Callable[[int, int], privacy.Mechanism]
-"""`made(batch_size, examples)`: the mechanism of so many expected examples of so many."""
+"""`made(batch_size, examples)`: the mechanism with this expected batch size."""
 
 
 def poisson(batch_size: int, examples: int) -> privacy.Mechanism:
-    """Each example by its own coin."""
+    """Poisson sampling: each example independently."""
     return privacy.Poisson(batch_size / examples, NOISE)
 
 

@@ -47,7 +47,7 @@ class Problem:
         """How far rounding takes the gradient of the mean loss, relative to its norm: the most of some draws.
 
         In float64, with each weight changed in the 21st binary digit, as float32 does to what comes of many sums. A
-        ReLU whose input is zero up to that goes on or off, and takes its path's gradient along.
+        ReLU whose input is zero up to that switches on or off, and takes its path's gradient along.
         """
         found = []
         for draw in range(draws + 1):
@@ -62,7 +62,7 @@ class Problem:
 
 
 def start(weights: Iterable[Tensor], batch: Iterable[Tensor], dtype: torch.dtype) -> Start:
-    """What an arm starts from, given the tensors that it holds."""
+    """What an arm starts from, from the tensors that it holds."""
     threads = torch.get_num_threads()
     return Start(_digest(weights), _digest(batch), precision(dtype), threads)
 

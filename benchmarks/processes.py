@@ -1,8 +1,8 @@
 """What several processes cost and gain on one machine: ordinary and clipped steps, the bytes that they send, a model.
 
-A step of P processes of T threads each takes the same batch as one of P T threads; DDP and Opacus' DPDDP stand beside.
-Then what a sum over processes takes, of one number and of as many as the CNN has, and ordinary steps of 1 to 4
-processes of one thread: a model of them, in two constants, is held against those steps.
+A step of P processes of T threads each takes the same batch as one of P T threads; DDP and Opacus' DPDDP are timed as
+well. Then sums over processes, of one number and of the CNN's size, and ordinary steps of 1 to 4 processes of one
+thread: a model with two constants is fitted to the sums and compared with the steps.
 
     seconds(P) = compute(P) + log2(P) latency + 2 (P - 1) / P · bytes / bandwidth
 

@@ -16,7 +16,7 @@ def run(*arguments: str, variables: Mapping[str, str] | None = None) -> subproce
 
     Args:
         arguments: its command line.
-        variables: set in its environment, beside those of this process.
+        variables: set in its environment, besides those of this process.
 
     Raises:
         RuntimeError: it ended with another status than 0.

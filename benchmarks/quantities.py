@@ -134,19 +134,19 @@ def dense(problem: Problem, *, max_norm: float = MAX_NORM) -> Way:
 
 
 def norms_of(rows: Iterable[Tensor]) -> Tensor:
-    """(B,): the norms of sample gradients, given each parameter's (B, …)."""
+    """(B,): the norms of sample gradients, from each parameter's (B, …)."""
     parts = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in rows])
     found: Tensor = torch.linalg.vector_norm(parts, dim=0)
     return found
 
 
 def gram_of(rows: Iterable[Tensor]) -> Tensor:
-    """(B, B): the inner products of sample gradients, given each parameter's (B, …)."""
+    """(B, B): the inner products of sample gradients, from each parameter's (B, …)."""
     return torch.stack([g.flatten(1) @ g.flatten(1).T for g in rows]).sum(0)
 
 
 def quantity(make: Callable[[], Way], name: Name, *, compile: bool) -> Work:
-    """A quantity, computed anew from the first weights by each call."""
+    """A quantity, computed from the initial weights by each call."""
     way = make()
     fn: Quantity = getattr(way, name)
     run = train.compiled(fn) if compile else fn

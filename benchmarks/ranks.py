@@ -1,4 +1,4 @@
-"""Arms of several processes: each process runs this program, and steps when it is told to.
+"""Arms of several processes: each process runs this program, and steps on request.
 
     python -m benchmarks.ranks ARM ROWS          with the environment that a launcher sets
 
@@ -119,7 +119,7 @@ def _rows(problem: Problem, world: World) -> tuple[Tensor, Tensor]:
 
 
 def summed(problem: Problem, world: World, *, numbers: int | None = None) -> Work:
-    """The sum of a tree over processes, of so many numbers or of the parameters."""
+    """The sum of a tree over processes, of `numbers` numbers or of the parameters."""
     values = problem.params if numbers is None else {"": torch.zeros(numbers)}
     found: list[Any] = []
 

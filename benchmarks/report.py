@@ -48,7 +48,7 @@ def _cells(comparison: Comparison, rates: Rates | None) -> tuple[list[str], list
     reference = comparison.reference
     scale, unit = next(one for one in UNITS if reference.median * one[0] >= 1 or one is UNITS[-1])
     heads = ["arm", "first call, s", f"median, {unit}", f"quartiles, {unit}", "ratio (95 %)", "time"]
-    heads += ["peak, MB", "of the limit", "graphs compiled anew"]
+    heads += ["peak, MB", "of the limit", "recompilations"]
     body = []
     for timing in comparison.timings:
         low, high = timing.quartiles

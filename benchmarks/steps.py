@@ -70,7 +70,7 @@ def functional_step(problem: Problem, *, compile: bool, dtype: torch.dtype = tor
 
 
 def watched_steps(problem: Problem, *, compile: bool, count: int, watched: int) -> Work:
-    """So many steps of this library, of which the first ones also say what sample gradients are like.
+    """`count` steps of this library, of which the first ones also say what sample gradients are like.
 
     Args:
         problem: what is trained.

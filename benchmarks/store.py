@@ -39,7 +39,7 @@ MODEL = models.cnn(dropout=(0, 0))
 
 @dataclass(eq=False)
 class Stores:
-    """What the arms share: the network, the images, the folder and the projections."""
+    """What all arms use: the network, the images, the folder and the projections."""
 
     train: data.Split
     test: data.Split
@@ -56,7 +56,7 @@ class Stores:
         return attribution.principal_projection(loss_fn, self.params, *some, size=COMPACT, chunk_size=256)
 
     def build(self, name: str, folder: Path, call: store.Compile) -> store.Store:
-        """The store of all training images, anew: its directions, too."""
+        """The store of all training images, built from scratch with its directions."""
         shutil.rmtree(folder, ignore_errors=True)
         maps = self.projection(name)
         return store.build(folder, loss_fn, [self.params], *self.train, projection=maps, chunk_size=CHUNK, compile=call)

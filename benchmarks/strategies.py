@@ -113,12 +113,16 @@ def conclude(comparisons: Sequence[Comparison]) -> str:
     rows = [_judged(comparison) for comparison in comparisons]
     right = [row for row in rows if row.fastest]
     lines = [
-        f"The plan picks the fastest way, or one that cannot be told from it, in {len(right)} of {len(rows)} cases; "
-        f"the one of least median in {sum(row.loss == 0 for row in rows)}.",
+        f"The plan picks the fastest way, or one within its 95 % interval, in {len(right)} of {len(rows)} cases; "
+        f"the one with the least median in {sum(row.loss == 0 for row in rows)}.",
     ]
     wrong = sorted((row for row in rows if not row.fastest), key=lambda row: -row.loss)
     if wrong:
-        lines += ["", "| layer | picked | fastest | loss | less arithmetic by |", "|---|---|---|---:|---:|"]
+        lines += [
+            "",
+            "| layer | picked | fastest | slower by | arithmetic of the next, over it |",
+            "|---|---|---|---:|---:|",
+        ]
         lines += [f"| {r.case} | {r.picked} | {r.best} | {100 * r.loss:.0f} % | {r.margin:.2f} |" for r in wrong]
     return "\n".join(lines)
 

@@ -54,7 +54,7 @@ class Subject:
     def work(
         self, call: Callable[[], Any], weights: Sequence[Tensor], read: Callable[[Any], Any] | None = None
     ) -> Work:
-        """What starts from these weights and is computed anew by each call; `read` gives the outputs of a call."""
+        """What starts from these weights and is computed again by each call; `read` gives the outputs of a call."""
         inputs, targets = self.batch
         found: list[Any] = []
 

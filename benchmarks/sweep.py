@@ -27,7 +27,7 @@ TOLERANCE = 1e-4
 
 
 class Many(NamedTuple):
-    """So many runs of one kind."""
+    """Runs of one kind."""
 
     problem: Callable[[int, str], Problem]
     runs: int
@@ -127,8 +127,8 @@ def _loss(net: torch.nn.Module, x: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(net(x), labels)
 
 
-def lanes(group: Group, *, width: int, compile: bool) -> Work:
-    """Steps of so many runs in one call."""
+def vmapped(group: Group, *, width: int, compile: bool) -> Work:
+    """A step of all runs in one call."""
     program = group.program()
     made = sweep.VmappedStep(program, (group.images, group.labels), batch_size=BATCH_SIZE, compile=compile)
     runs = sweep.with_seeds({"lr": torch.tensor(group.lrs)}, [0], settings=group.count)
@@ -157,19 +157,19 @@ def lanes(group: Group, *, width: int, compile: bool) -> Work:
 
 
 def arms(group: Group, many: Many) -> list[Arm]:
-    """Loops, then lanes."""
+    """Loops, then vmapped runs."""
     convolutional = group.problem.module is networks.Net
     found: list[Arm] = []
     for compile, ready, fused in product((False, True), (False, True), (False, True)):
         if compile and group.count > 8:
-            continue  # a compiler that is given more modules than eight gives up
+            continue  # the compiler gives up after eight modules
         name = f"loop of {'compiled' if compile else 'eager'} nn.Modules{', fused SGD' if fused else ''}"
         name += ", examples ready" if ready else ""
         make = partial(modules, group, compile=compile, fused=fused, channels_last=convolutional, ready=ready)
         found.append(Arm(name, make, TOLERANCE, baseline=not compile and not ready))
     for width in many.widths:
-        name = "loop over one compiled step" if width == 1 else f"lanes, {width} at once"
-        found.append(Arm(name, partial(lanes, group, width=width, compile=True), TOLERANCE))
+        name = "loop over one compiled step" if width == 1 else f"vmapped runs, {width} at once"
+        found.append(Arm(name, partial(vmapped, group, width=width, compile=True), TOLERANCE))
     return found
 
 
@@ -197,10 +197,10 @@ def cases(setup: Setup) -> Iterator[Case]:
 
 
 def conclude(comparisons: Sequence[Comparison]) -> str:
-    """How many times faster the best lanes are than each loop."""
+    """How many times faster the best vmapped runs are than each loop."""
     columns = {}
     for comparison in comparisons:
-        best = min(t.median for t in comparison.timings if t.name.startswith(("lanes", "loop over one")))
+        best = min(t.median for t in comparison.timings if t.name.startswith(("vmapped runs", "loop over one")))
         columns[comparison.case] = {t.name: t.median / best for t in comparison.timings}
     return report.across("times as long as the sweep's choice", columns, 2)
 

@@ -134,7 +134,7 @@ def test_the_studys_closed_form_is_the_librarys_step(monkeypatch):
     x = models.discriminated(FEATURES, found()).float().flatten(0, 1)
     y = torch.arange(20).repeat_interleave(3) % 10
     split = data.Split(x, y)
-    setting = frontier.Setting(batch_size=frontier.EXAMPLES, epochs=5, reach=0.5, max_norm=0.1)
+    setting = frontier.Setting(batch_size=frontier.EXAMPLES, epochs=5, path_length=0.5, max_norm=0.1)
     frontier._closed_form(setting, split, split, seed=0)
     model, clipping = models.linear(12, 10, bias=False), privacy.Flat(0.1)
     optimizer = averaging(optim.sgd(0.5 / 5 / 0.1), decay=0.9)

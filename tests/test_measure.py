@@ -150,7 +150,7 @@ def test_a_first_arm_that_fails_is_an_error():
     def fail():
         raise ValueError("planted")
 
-    with pytest.raises(RuntimeError, match=r"label_noise: the first arm, broken, must run\. Found: failed: ValueError"):
+    with pytest.raises(RuntimeError, match=r"planted: the first arm, broken, must run\. Found: failed: ValueError"):
         compare(arm("broken", fail), arm("other"))
 
 
@@ -175,13 +175,13 @@ def test_a_planted_recompilation_is_reported_and_a_steady_compiled_arm_reports_n
     )
     assert [one.compilations for one in result.timings] == [0, 1, 0]
     heads = report.markdown(result, RATES).splitlines()[0]
-    assert heads.endswith("| graphs compiled anew |")
+    assert heads.endswith("| recompilations |")
     assert row(result, "growing").endswith("| 1 |")
     assert row(result, "steady").endswith("|  |")
 
 
 def test_where_nothing_is_compiled_anew_the_table_has_no_column_of_it():
-    assert "compiled anew" not in report.markdown(compare(arm("reference")), RATES)
+    assert "recompilations" not in report.markdown(compare(arm("reference")), RATES)
 
 
 def test_more_than_eight_compiled_forms_over_several_cases_stay_compiled():
@@ -216,11 +216,11 @@ def test_rounds_are_shuffled_and_each_arm_is_timed_once_in_each():
 
 
 def test_progress_is_told_of_every_call():
-    arms, told = [arm("a"), arm("b"), arm("c", output=9.0)], []
+    arms, reported = [arm("a"), arm("b"), arm("c", output=9.0)], []
     planted = case(*arms, rounds=3, warmups=2)
-    measure.compare(planted, SETUP, progress=told.append)
+    measure.compare(planted, SETUP, progress=reported.append)
     assert measure.calls(planted) == 18
-    assert len(told) == 18 - 5  # "c" is refused at its first call
+    assert len(reported) == 18 - 5  # "c" is refused at its first call
 
 
 def test_what_a_case_asks_for_is_called_after_the_first_calls_and_before_the_rounds():

@@ -29,7 +29,7 @@ def tiny(monkeypatch):
 
 @pytest.fixture(scope="module")
 def records():
-    """The records of tiny runs, as they come back from JSON, and what they told of their progress."""
+    """The records of tiny runs, as they come back from JSON, and the progress they reported."""
     with pytest.MonkeyPatch.context() as patch:
         tiny(patch)
         found = {}
@@ -54,7 +54,7 @@ def run(monkeypatch, *options):
 
 
 class Planted:
-    """A study that does nothing but what it is told."""
+    """A study that returns a planted record."""
 
     QUESTION = "Is it planted?"
 
@@ -85,13 +85,13 @@ def test_a_record_is_json_and_its_tables_come_from_it_alone(name, records):
     assert lines and all(isinstance(line, str) for line in lines)
 
 
-def test_planted_noise_is_found_better_than_by_chance(records):
+def test_label_noise_is_detected_better_than_by_chance(records):
     record, _, _ = records["mislabelled"]
     for seed in record["thousand"]["seeds"]:
         scores = seed["scores"]
         assert scores["EL2N, mean over epochs"]["auc"] > max(0.7, scores[mislabelled.CONTROL]["auc"])
         for name in scores:
-            assert scores[name]["found"] == sorted(scores[name]["found"])
+            assert scores[name]["detected"] == sorted(scores[name]["detected"])
 
 
 def test_a_seed_gives_the_same_record_again(records):

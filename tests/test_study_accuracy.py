@@ -26,7 +26,7 @@ def planted(shift):
 
 
 class Times(torch.nn.Module):
-    """The input times a mask, which is given."""
+    """The input times a fixed mask."""
 
     def __init__(self, mask):
         super().__init__()
@@ -37,18 +37,18 @@ class Times(torch.nn.Module):
 
 
 @pytest.fixture(scope="module")
-def told():
+def reported():
     return []
 
 
 @pytest.fixture(scope="module")
-def record(told):
+def record(reported):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(accuracy, "COMMANDS", {accuracy.ARTICLE: planted(0.0), accuracy.TRAIN: planted(0.25)})
-        return accuracy.run(quick=True, progress=told.append)
+        return accuracy.run(quick=True, progress=reported.append)
 
 
-def test_each_program_has_each_seed(record, told):
+def test_each_program_has_each_seed(record, reported):
     found = {(one["program"], one["seed"]): one["accuracy"] for one in record["runs"]}
     assert found == {
         (accuracy.ARTICLE, 0): 97.5,
@@ -56,7 +56,7 @@ def test_each_program_has_each_seed(record, told):
         (accuracy.ARTICLE, 1): 98.5,
         (accuracy.TRAIN, 1): 98.75,
     }
-    assert len(told) == 4
+    assert len(reported) == 4
 
 
 def test_a_record_is_json_and_its_table_comes_from_it_alone(record):

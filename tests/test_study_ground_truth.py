@@ -15,15 +15,15 @@ KINDS = ("logistic regression", "MLP with tanh", "MLP with ReLU")
 
 
 @pytest.fixture(scope="module")
-def told():
+def reported():
     return []
 
 
 @pytest.fixture(scope="module")
-def record(told):
+def record(reported):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ground_truth, "QUICK", TINY)
-        return ground_truth.run(quick=True, progress=told.append)
+        return ground_truth.run(quick=True, progress=reported.append)
 
 
 def grades(record, method, truth):
@@ -32,9 +32,9 @@ def grades(record, method, truth):
     return {(row["model"], row["seed"]): row["mean"] for row in rows}
 
 
-def test_a_record_is_json_and_its_tables_are_made_from_that_alone(record, told):
+def test_a_record_is_json_and_its_tables_are_made_from_that_alone(record, reported):
     text = json.dumps(record, allow_nan=False)
-    assert told == [f"{kind}, seed {seed}" for seed in range(2) for kind in KINDS]
+    assert reported == [f"{kind}, seed {seed}" for seed in range(2) for kind in KINDS]
     tables = ground_truth.table(json.loads(text))
     assert tables == ground_truth.table(record)
     for kind in KINDS:

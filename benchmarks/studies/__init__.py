@@ -2,13 +2,13 @@
 
 | file | question |
 |---|---|
-| `mislabelled.py` | how well scores of single examples find wrong labels |
+| `mislabelled.py` | how well scores of single examples detect wrong labels |
 | `noise_scale.py` | whether two estimators of the gradient noise scale agree, and what an epoch's average is |
-| `ground_truth.py` | how well attributions foretell what leaving examples out does |
-| `datamodeling.py` | how well attributions foretell models trained on half of the data: dattri's protocol |
+| `ground_truth.py` | how well attributions predict the effect of leaving examples out |
+| `datamodeling.py` | how well attributions predict models trained on half of the data: dattri's protocol |
 | `private.py` | what accuracy differential privacy costs, and what helps |
 | `audit.py` | how much of its ε one private run with canaries shows, and what they cost |
-| `frontier.py` | how accurate a private classifier of MNIST is at each ε, and what moves it |
+| `frontier.py` | how accurate a private classifier of MNIST is at each ε, and what changes that |
 | `overfitting.py` | what helps where there are 1,000 images |
 | `imbalance.py` | what helps where two classes are rare |
 | `tuning.py` | how a sweep and gradients through training find hyperparameters; losses and optimizers compared |
@@ -16,7 +16,7 @@
 | `kills.py` | whether runs whose processes are killed end as one that nothing stopped |
 | `store_kills.py` | the same of the build of a store |
 | `accuracy.py` | whether `train` ends as accurate as the article's program |
-| `runs.py` | runs of `train`, side by side, which several studies are made of |
+| `runs.py` | runs of `train`, in parallel, which several studies are made of |
 | `__main__.py` | the command: runs studies, writes their records, prints their tables |
 
 A study is a module with a `QUESTION`; `run`, whose record is JSON; and `table`, which reads the record alone.
@@ -42,7 +42,7 @@ class Study(Protocol):
         """One sentence."""
 
     def run(self, *, quick: bool, progress: Callable[[str], object]) -> dict[str, Any]:
-        """The record: settings and the numbers of each seed. `progress` is told of each part."""
+        """The record: settings and the numbers of each seed. `progress` receives a line after each part."""
 
     def table(self, record: dict[str, Any]) -> dict[str, str]:
         """Tables in Markdown, by name, from a record."""

@@ -48,8 +48,8 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
     """The second sample's mean less the first's, with Welch's interval; each has two values at least, not all equal."""
     parts = [stdev(values) ** 2 / len(values) for values in (first, second)]
     square = sum(parts)
-    shares = zip(parts, (first, second), strict=True)
-    degrees = square**2 / sum(part**2 / (len(values) - 1) for part, values in shares)
+    pairs = zip(parts, (first, second), strict=True)
+    degrees = square**2 / sum(part**2 / (len(values) - 1) for part, values in pairs)
     mean, error = fmean(second) - fmean(first), square**0.5
     half = student_quantile((1 + LEVEL) / 2, degrees) * error
     return Difference(mean, error, degrees, (mean - half, mean + half))
@@ -81,8 +81,8 @@ def run(*, quick: bool, progress: Callable[[str], object]) -> dict[str, Any]:
         try:
             for done in as_completed(waiting):
                 one = made[waiting[done]] = done.result()
-                told = f"{one['accuracy']:.2f} %, {one['seconds']:.0f} s"
-                progress(f"{len(made)} of {len(waiting)}: {one['program']}, seed {one['seed']}: {told}")
+                line = f"{one['accuracy']:.2f} %, {one['seconds']:.0f} s"
+                progress(f"{len(made)} of {len(waiting)}: {one['program']}, seed {one['seed']}: {line}")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -111,7 +111,7 @@ def table(record: dict[str, Any]) -> dict[str, str]:
     found = record["difference"]
     low, high = found["interval"]
     rows.append(["difference", "", f"{found['mean']:+.3f} ({low:+.3f} to {high:+.3f})", "", "", ""])
-    heads = ("program", "seeds", "test %, difference (95 %)", "least", "most", f"below {LEAST:g} %")
+    heads = ("program", "seeds", "test %, difference (95 %)", "minimum", "maximum", f"below {LEAST:g} %")
     return {"Accuracy after an epoch": markdown(heads, rows)}
 
 

@@ -1,11 +1,11 @@
-"""What canaries in one private run show of its ε, and what they cost.
+"""Lower bounds on the ε of one private run, from canaries in it, and what the canaries cost.
 
     bounds    a linear model of 10,000 MNIST images and 1,000 canaries, at ε = 4, δ = 1e-5, for several sampling rates;
               the three lower bounds of `privacy.lower_bound` at 0.95, ten seeds each
     time      steps of the small CNN on 60,000 images with 1,000 canaries among them, and without, in turn
 
-A seed gives the coins, the draws and the noise. Nothing is chosen from the results: the number of guesses is the
-library's own.
+A seed gives which canaries are in, the Poisson samples and the noise. Nothing is chosen from the results: the number of
+guesses is the library's own.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def run(*, quick: bool, progress: Callable[[str], object]) -> dict[str, Any]:
 
 
 def _bound(images: data.Split, mechanism: privacy.Poisson, steps: int, seed: int) -> privacy.LowerBound:
-    """What one run of a linear model shows."""
+    """The lower bounds of one run of a linear model."""
     model, clipping = models.linear(784, 10), privacy.Flat(MAX_NORM)
     planted = train.plant_canaries(
         _loss_fn(lambda params, x: model.apply(params, x.flatten())), model.init(random.key(0)), optim.sgd(LR), images,
@@ -180,5 +180,5 @@ def table(record: dict[str, Any]) -> dict[str, str]:
 
 
 def _spread(values: Sequence[float]) -> str:
-    """Mean, least and most."""
+    """Mean, minimum and maximum."""
     return f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"

@@ -1,6 +1,6 @@
 """How good one network of the tutorial's can be: `train --recipe best`, and the recipes that it was chosen from.
 
-The candidates were trained on 55,000 images and told apart by the 5,000 others, one run each. The chosen one is the
+The candidates were trained on 55,000 images and compared on the 5,000 others, one run each. The chosen one is the
 recipe, trained on all 60,000; test accuracy is of the 10,000 test images, and seconds are of the whole command.
 """
 
@@ -40,7 +40,7 @@ QUICK = "--train-size 1000 --epochs 1"
 
 
 def run(*, quick: bool, progress: Callable[[str], object]) -> dict[str, Any]:
-    """The record: the candidates' runs and the recipe's, these one after the other on all threads."""
+    """The record: the candidates' runs and the recipe's, these sequentially on all threads."""
     more = QUICK if quick else ""
     jobs = [Job(one, f"--hold-out 5000 {SHARED} {one} {more}", CHOOSING) for one in CANDIDATES]
     tried = all_made(jobs[:1] if quick else jobs, progress)

@@ -7,8 +7,8 @@ layer; SGD, lr 0.01, momentum 0.9, batches of 64, 50 epochs. Each subset is a da
 has a start, an order and dropout masks of its own. Read in TRAIS-Lab/dattri, files `experiments/benchmark_result.py`,
 `dattri/benchmark/load.py`, `dattri/benchmark/datasets/mnist/`, `dattri/benchmark/models/mlp/mlp.py`,
 `dattri/model_util/retrain.py`, `dattri/script/dattri_retrain.py` and `dattri/metric/metrics.py`. There is one model of
-each subset. Of some subsets there is another one here, from another start: how well the one foretells the other says
-what the noise of training leaves to be foretold. With a rank correlation of ρ between the two, a perfect forecast of
+each subset, and of some subsets another one from another initialisation: how well the one predicts the other bounds
+what the noise of training leaves to be predicted. With a rank correlation of ρ between the two, a perfect prediction of
 their mean would reach about √ρ.
 
 Every method is graded at every damping of a grid, and shown at its best, as there: the best of a grid is chosen by the
@@ -52,7 +52,7 @@ from functorch_mnist import train as training
 
 from . import markdown
 
-QUESTION = "How well does each attribution method foretell models that are trained on half of the data?"
+QUESTION = "How well does each attribution method predict models that are trained on half of the data?"
 
 T = TypeVar("T")
 
@@ -112,7 +112,7 @@ class Settings:
     full: int = 10
     """Models of all examples; the first is the one that is attributed."""
     width: int = 10
-    """Models trained side by side."""
+    """Models trained in one vmapped run."""
     compile: bool = True
     dampings: tuple[float, ...] = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
     """Of the Fisher information: dattri's grid goes from 1e-5 to 1."""
@@ -173,8 +173,8 @@ class Stored:
 
 def _folder(settings: Settings) -> Path:
     """Where a study of these settings keeps what it has found: a folder of temporary files."""
-    told = json.dumps([asdict(settings), torch.__version__], sort_keys=True).encode()
-    return Path(tempfile.gettempdir()) / f"functorch-mnist-datamodeling-{hashlib.sha256(told).hexdigest()[:12]}"
+    settled = json.dumps([asdict(settings), torch.__version__], sort_keys=True).encode()
+    return Path(tempfile.gettempdir()) / f"functorch-mnist-datamodeling-{hashlib.sha256(settled).hexdigest()[:12]}"
 
 
 class Trained(NamedTuple):
@@ -245,12 +245,12 @@ def _trained(settings: Settings, train: Examples, test: Examples, stored: Stored
     of_halves = sweep.on_subsets(program, train, torch.cat([graded, others]), batch_size=size, compile=compile)
 
     def models_of(
-        lanes: sweep.VmappedStep, seed: int, numbers: range, callback: Callable[[sweep.Sweep], None]
+        vmapped: sweep.VmappedStep, seed: int, numbers: range, callback: Callable[[sweep.Sweep], None]
     ) -> models.Params:
         """Parameters of runs with seeds of their own, on subsets of these numbers."""
         runs = {sweep.SUBSET: torch.tensor(numbers), sweep.SEED: seed + torch.arange(len(numbers))}
-        begun = sweep.init_sweep(lanes.program, runs, epochs=settings.epochs)
-        found = sweep.fit(lanes, runs, begun, width=settings.width, callbacks=(callback,))
+        begun = sweep.init_sweep(vmapped.program, runs, epochs=settings.epochs)
+        found = sweep.fit(vmapped, runs, begun, width=settings.width, callbacks=(callback,))
         return cast(models.Params, found.states.params)
 
     def full() -> tuple[models.Params, models.Params]:
@@ -540,7 +540,7 @@ def _own_run(settings: Settings, kind: Own, train: Examples, key: Tensor) -> att
 
 
 def _own(settings: Settings, kind: Own, train: Examples, test: Examples, stored: Stored) -> list[Row]:
-    """How well the derivative foretells its own runs."""
+    """How well the derivative predicts its own runs."""
     run = _own_run(settings, kind, train, random.key(4))
     few = test[0][: settings.own_test], test[1][: settings.own_test]
     count = settings.own_test
@@ -585,7 +585,7 @@ def run(*, quick: bool, progress: Progress) -> Row:
         rows = _own(settings, kind, train, test, stored)
         own += rows
         progress(f"own runs, {kind}: " + ", ".join(f"{row['mean']:.3f}" for row in rows))
-    each = torch.eye(settings.again, dtype=torch.bool)  # as if a model were an example, whose loss is foretold
+    each = torch.eye(settings.again, dtype=torch.bool)  # as if a model were an example, whose loss is predicted
     some = replace(case, trained=trained._replace(losses=trained.losses[: settings.again]))
     again = _grades(some, each, [Influence(AGAIN, 0, None, False, -trained.again)])
     return {

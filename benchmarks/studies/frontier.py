@@ -55,8 +55,8 @@ class Setting(NamedTuple):
     batch_size: int = RECIPE.batch_size
     """Expected."""
     epochs: int = RECIPE.epochs
-    reach: float = RATE * RECIPE.clip_norm * RECIPE.epochs * EXAMPLES / RECIPE.batch_size
-    """The longest way that the weights could go: learning rate times clipping norm times steps."""
+    path_length: float = RATE * RECIPE.clip_norm * RECIPE.epochs * EXAMPLES / RECIPE.batch_size
+    """An upper bound on how far the weights move: learning rate times clipping norm times steps."""
     max_norm: float = RECIPE.clip_norm
     automatic: bool = False
     momentum: float = 0.0
@@ -76,32 +76,32 @@ class Setting(NamedTuple):
 
 CHANGES: Mapping[str, Mapping[str, Any]] = {
     "none": {},
-    "scattering features, before discriminants": {"features": "scattering", "reach": 36e3},
-    "the same less the glyphs' mean": {"features": "centred", "reach": 36e3},
+    "scattering features, before discriminants": {"features": "scattering", "path_length": 36e3},
+    "the same less the glyphs' mean": {"features": "centred", "path_length": 36e3},
     "64 discriminants": {"directions": 64},
     "128 discriminants": {"directions": 128},
     "256 discriminants": {"directions": 256},
     "discriminants of pixels, without wavelets": {"features": "pixels"},
-    "images not straightened": {"features": "leaning"},
+    "images not deskewed": {"features": "skewed"},
     "wavelets of three scales": {"features": "three scales"},
     "half the epochs": {"epochs": RECIPE.epochs // 2},
     "twice the epochs": {"epochs": RECIPE.epochs * 2},
     "half the batch": {"batch_size": RECIPE.batch_size // 2},
     "all images in each step": {"batch_size": EXAMPLES, "epochs": 100},
-    "no average of parameters": {"average": 0.0},
-    "a longer average, 0.97": {"average": 0.97},
+    "no EMA of parameters": {"average": 0.0},
+    "EMA of parameters, 0.97": {"average": 0.97},
     "noise correlated in 4 bands": {"bands": 4},
     "noise correlated in 8 bands": {"bands": 8},
     "momentum 0.9": {"momentum": 0.9},
-    "learning rate going down to 0, twice as high at first": {"decreasing": True},
+    "cosine learning rate, twice as high at first": {"decreasing": True},
     "clipping at 0.1": {"max_norm": 0.1},
     "clipping at 0.003": {"max_norm": 0.003},
     "automatic clipping": {"automatic": True},
-    "label smoothing 0.1": {"smoothing": 0.1, "reach": 12e3},
-    "squared error of probabilities": {"squared": True, "reach": 8e3},
-    "weights shrunk by what noise they have": {"shrunk": True},
+    "label smoothing 0.1": {"smoothing": 0.1, "path_length": 12e3},
+    "squared error of probabilities": {"squared": True, "path_length": 8e3},
+    "weights shrunk by their noise": {"shrunk": True},
 }
-"""What is changed, and where it asks for another way to go, that."""
+"""What is changed, and where it needs another path length, that."""
 
 
 class Published(NamedTuple):
@@ -169,9 +169,12 @@ def _change(name: str, prepared: Tensor, images: data.Split, seeds: Sequence[int
         features = _features(setting.features, images.images)
     held_out, kept = random.permutation(random.key(2024), EXAMPLES).split((10_000, EXAMPLES - 10_000))
     splits = [data.Split(features[rows].bfloat16(), images.labels[rows]) for rows in (kept, held_out)]
-    tried = {rate: _closed_form(setting._replace(reach=rate * setting.reach), *splits, seed=seeds[0]) for rate in RATES}
+    tried = {
+        rate: _closed_form(setting._replace(path_length=rate * setting.path_length), *splits, seed=seeds[0])
+        for rate in RATES
+    }
     best = max(tried, key=lambda rate: tried[rate])
-    chosen = setting._replace(reach=best * setting.reach)
+    chosen = setting._replace(path_length=best * setting.path_length)
     found = [tried[best], *(_closed_form(chosen, *splits, seed=seed) for seed in seeds[1:])]
     return {"change": name, "setting": chosen._asdict(), "tried": list(tried.values()), "accuracy": found}
 
@@ -230,8 +233,8 @@ def _closed_form(setting: Setting, examples: data.Split, test: data.Split, *, se
     lengths = torch.linalg.vector_norm(examples.images, dim=1, dtype=torch.float32)
     norm = 1.0 if setting.automatic else setting.max_norm
     optimizer: optim.Optimizer = optim.sgd(
-        optim.cosine(2 * setting.reach / steps / norm, steps=steps) if setting.decreasing
-        else setting.reach / steps / norm * (1 - setting.momentum),
+        optim.cosine(2 * setting.path_length / steps / norm, steps=steps) if setting.decreasing
+        else setting.path_length / steps / norm * (1 - setting.momentum),
         momentum=setting.momentum,
     )  # fmt: skip
     if setting.average:
@@ -257,7 +260,9 @@ def _closed_form(setting: Setting, examples: data.Split, test: data.Split, *, se
         weights, state = optimizer.update(weights, state, (sums + noise) / (rate * total))
     found = state.average if setting.average else weights
     if setting.shrunk:
-        noisy = (sigma * setting.reach / steps / (rate * total)) ** 2 * steps  # of a weight, were no noise averaged out
+        noisy = (
+            sigma * setting.path_length / steps / (rate * total)
+        ) ** 2 * steps  # of a weight, were no noise averaged out
         found = found * (1 - noisy / found.square().mean(0)).clamp(min=0)
     return 100 * float(((test.images @ found.T.to(test.images.dtype)).argmax(1) == test.labels).float().mean())
 
@@ -270,7 +275,7 @@ def _features(kind: str, images: Tensor) -> Tensor:
     """Other features of images (N, 1, 28, 28) than the recipe's, of length 1 or less."""
     glyphs = data.glyphs(random.key(0), build.CLASSES, build.HANDS, size=build.SIDE)
     if kind in ("scattering", "centred"):
-        plain = _plain["straightened"]
+        plain = _plain["deskewed"]
         mean = plain(glyphs).mean((0, 1)) if kind == "centred" else torch.zeros(())
         return torch.cat([_of_length_one(plain(part[:, 0].float() / 255) - mean) for part in images.split(1000)])
     plain = _plain[kind]
@@ -291,8 +296,8 @@ def _filters(side: int, scale: int) -> models.Filters:
 
 
 _plain: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "straightened": lambda images: _wavelets(data.deskewed(images)),
-    "leaning": _wavelets,
+    "deskewed": lambda images: _wavelets(data.deskewed(images)),
+    "skewed": _wavelets,
     "pixels": lambda images: data.deskewed(images).flatten(-2),
     "three scales": lambda images: _wavelets(data.deskewed(images), scale=3),
 }
@@ -324,10 +329,10 @@ def _frontier_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def _change_table(rows: Sequence[Mapping[str, Any]]) -> str:
     base = fmean(rows[0]["accuracy"])
     return markdown(
-        ("change", "held-out %", "against none", "way to go"),
+        ("change", "held-out %", "gain", "path length"),
         [
             [row["change"], _spread(row["accuracy"]), f"{fmean(row['accuracy']) - base:+.2f}",
-             f"{row['setting']['reach']:.3g}"]
+             f"{row['setting']['path_length']:.3g}"]
             for row in rows
         ],
     )  # fmt: skip

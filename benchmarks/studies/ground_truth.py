@@ -9,7 +9,7 @@ ground truth, of which there are two:
 The run is full training of a small model, in float64. Its seed draws the training and the test examples, where it
 starts, and the order.
 
-A damping is given by a ratio r to the trace of what is inverted, which is the sum of its eigenvalues: λ = r tr. What
+A damping is a ratio r to the trace of what is inverted, which is the sum of its eigenvalues: λ = r tr. What
 is inverted is the Fisher information, the Gram matrix of the features for TRAK, and the tangent kernel.
 """
 
@@ -67,7 +67,7 @@ class Settings:
     dampings: tuple[float, ...] = (1e-5, 1e-4, 3e-4, 1e-3, 1e-2, 1e-1)
     """Ratios to the trace."""
     lengths: tuple[int, ...] = (10, 20, 50, 100, 200, 400)
-    """Runs of so many steps are graded too."""
+    """Runs of these numbers of steps are graded too."""
     parts: tuple[float, ...] = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-6)
     """So much of an example's weight is taken away."""
     in_part: int = 50
@@ -400,7 +400,7 @@ def table(record: Row) -> dict[str, str]:
         row if row["damping"] is None else row | {"method": f"{row['method']}, {row['damping']:g} tr"}
         for row in lengths
     ]
-    tables["Grades by the derivative of a run of so many steps"] = _across(labelled, "method", "steps")
+    tables["Grades by the derivative of a shorter run"] = _across(labelled, "method", "steps")
     tables["Grades of the derivative by retraining with so much of an example's weight taken away"] = _across(
         record["parts"], "model", "part"
     )
@@ -450,7 +450,8 @@ def _of_model(rows: Sequence[Row]) -> str:
         lines.append((first[best].mean, [method, "" if best is None else f"{best:g} tr", *cells]))
     lines.sort(key=lambda line: -line[0])
     return markdown(
-        ["method", "damping", UNROLLED, "of a seed", LEAVE_ONE_OUT, "of a seed"], [line for _, line in lines]
+        ["method", "damping", UNROLLED, "range over seeds", LEAVE_ONE_OUT, "range over seeds"],
+        [line for _, line in lines],
     )
 
 
@@ -459,7 +460,7 @@ def _cells(found: _Mean) -> tuple[str, str]:
 
 
 def _across(rows: Sequence[Row], label: str, column: str) -> str:
-    """Grades, the values of a column side by side."""
+    """Grades, a column for each value."""
     values = list(_grouped(rows, column))
     lines = []
     for name, of_name in _grouped(rows, label).items():

@@ -24,11 +24,11 @@ REMEDIES = {
     "balanced sampling": "--sampler balanced",
     "focal loss": "--focal-gamma 2",
     "logit adjustment": "--logit-adjustment 1",
-    "changed images": f"--augment {MOVED}",
-    "logit adjustment and changed images": f"--logit-adjustment 1 --augment {MOVED}",
-    "balanced sampling of changed images": f"--sampler balanced --augment {MOVED}",
+    "augmentation": f"--augment {MOVED}",
+    "logit adjustment and augmentation": f"--logit-adjustment 1 --augment {MOVED}",
+    "balanced sampling and augmentation": f"--sampler balanced --augment {MOVED}",
 }
-"""Options of `train` beside those of the plain run."""
+"""Options of `train` in addition to the plain run's."""
 EPOCHS, SEEDS = 3, (0, 1, 2)
 
 

@@ -1,9 +1,9 @@
-"""Kills at random moments: one of four processes is killed with signal 9 while a run trains, and the run goes on.
+"""Kills at random moments: one of four processes is killed with signal 9 while a run trains, and the run is resumed.
 
-A run of the mlp on some images, `--shards 4`, is made once by one process that nothing stops. Then, again and again, it
-is begun by four processes; at a moment drawn between their start and the end of such a run, one of them, drawn as well,
-is killed. All others must end by themselves, the folder must hold whole files alone, and the run, gone on with by
-1, 2 or 4 processes, must end with the bytes of the run that nothing stopped.
+A run of the MLP on some images, `--shards 4`, is made once by one process without interruption. Then it is started by
+four processes, repeatedly; at a random moment between their start and the end of such a run, one of them, chosen at
+random, is killed. All others must end by themselves, the folder must hold complete files only, and the run, resumed by
+1, 2 or 4 processes, must end with the bytes of the uninterrupted run.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _kill(run: Path, number: int, life: float, expected: bytes) -> dict[str, Any
         _finished(_begun("--out", run, "--processes", more))
     return {
         "rank": rank, "after_s": after, "hit": victim is not None, "status": process.returncode, "ended_s": seconds,
-        "lines": err.splitlines(), "saved_step": saved, "gone_on_by": more, "equal": _end(run) == expected,
+        "lines": err.splitlines(), "saved_step": saved, "resumed_by": more, "equal": _end(run) == expected,
         "litter": litter,
     }  # fmt: skip
 
@@ -110,18 +110,18 @@ def _end(run: Path) -> bytes:
 
 
 def table(record: dict[str, Any]) -> dict[str, str]:
-    """What came of the kills, in one table."""
+    """The outcomes of the kills, in one table."""
     kills = record["kills"]
     hit = [kill for kill in kills if kill["hit"]]
     training = [kill for kill in hit if kill["saved_step"]]
     slowest = max(kill["ended_s"] for kill in hit)
     rows = [
-        ["moments and processes drawn", str(len(kills))],
+        ["random moments and processes", str(len(kills))],
         ["a process was killed", str(len(hit))],
         ["  after a checkpoint, and before the last", str(len(training))],
-        ["ended as the run that nothing stopped, to the byte", str(sum(kill["equal"] for kill in kills))],
-        ["one line that says what has happened", str(sum(len(kill["lines"]) == 1 for kill in hit))],
-        ["files left half-written", str(sum(len(kill["litter"]) for kill in kills))],
-        ["seconds until all had ended, at most", f"{slowest:.1f}"],
+        ["ended as the uninterrupted run, to the byte", str(sum(kill["equal"] for kill in kills))],
+        ["one line that names the failed process", str(sum(len(kill["lines"]) == 1 for kill in hit))],
+        ["partially written files", str(sum(len(kill["litter"]) for kill in kills))],
+        ["seconds until all processes ended, at most", f"{slowest:.1f}"],
     ]
     return {"kills": markdown(["of 4 processes, one is killed", "count"], rows)}

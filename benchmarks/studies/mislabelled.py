@@ -1,4 +1,4 @@
-"""How well scores of single examples find labels that were flipped, on two scales.
+"""How well scores of single examples detect labels that were flipped, on two scales.
 
     thousand   dattri's protocol: the first 1,000 images of MNIST, a tenth of the labels flipped, an MLP, 20 epochs
     whole      all 60,000 images, a tenth of the labels flipped, the tutorial's CNN with dropout, 2 epochs
@@ -37,7 +37,7 @@ from functorch_mnist import attribution, data, losses, models, optim, per_sample
 
 from . import markdown
 
-QUESTION = "How well do scores of single examples find wrong labels?"
+QUESTION = "How well do scores of single examples detect wrong labels?"
 
 CLASSES, PART, BATCH_SIZE = 10, 0.1, 64
 MEAN, DEVIATION = 0.1307, 0.3081
@@ -172,20 +172,20 @@ def table(record: dict[str, Any]) -> dict[str, str]:
     for scale in ("thousand", "whole"):
         part = record[scale]
         seeds = part["seeds"]
-        heads = ["score", "AUC", *[f"found, {100 * checked:.0f} % checked" for checked in CHECKED]]
+        heads = ["score", "AUC", *[f"detected, {100 * checked:.0f} % inspected" for checked in CHECKED]]
         names = sorted(seeds[0]["scores"], key=lambda name: -fmean(_aucs(seeds, name)))
         rows = [
             [
                 name,
                 _spread(_aucs(seeds, name), 1, 4),
                 *[
-                    _spread([one["scores"][name]["found"][place] for one in seeds], 100, 1) + " %"
+                    _spread([one["scores"][name]["detected"][place] for one in seeds], 100, 1) + " %"
                     for place in range(len(CHECKED))
                 ],
             ]
             for name in names
         ]
-        title = f"Flipped labels found, {part['settings']['images']:,} images, {_counted(len(seeds), 'seed')}"
+        title = f"Flipped labels detected, {part['settings']['images']:,} images, {_counted(len(seeds), 'seed')}"
         found[title] = markdown(heads, rows)
         heads = ["epoch", *seeds[0]["by_epoch"]]
         rows = [
@@ -301,8 +301,8 @@ def _trained(
                 )  # fmt: skip
                 valuer = _Valuer(len(labels), lr)
                 fitted(valuing(renew=False), valuer, valuing())
-                by_class.append(valuer.by_epoch(BY_CLASS)[f"value, {BY_CLASS} validation, first order"])
-            name = "value, clean validation, to the class that it hurts most"
+                by_class.append(valuer.by_epoch(BY_CLASS)[f"data value, {BY_CLASS} validation, first order"])
+            name = "data value, clean validation, class hurt most"
             by_epoch[name] = torch.stack(by_class).amax(0)
             rankings[name] = by_epoch[name][-1]
     rankings[CONTROL] = random.uniform(control_key, (len(labels),))
@@ -312,7 +312,7 @@ def _trained(
         "scores": {
             name: {
                 "auc": attribution.auc(ranking, flipped),
-                "found": [attribution.recall_at(ranking, flipped, checked) for checked in CHECKED],
+                "detected": [attribution.recall_at(ranking, flipped, checked) for checked in CHECKED],
             }
             for name, ranking in rankings.items()
         },
@@ -339,7 +339,7 @@ class _Valuer:
         """By name, the suspicion (T, N) at each epoch's end."""
         orders = ("first", "second")[: self.orders]
         return {
-            f"value, {kind} validation, {order} order": -torch.stack([ends[place] for ends in self.ends])
+            f"data value, {kind} validation, {order} order": -torch.stack([ends[place] for ends in self.ends])
             for place, order in enumerate(orders)
         }
 

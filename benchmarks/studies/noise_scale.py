@@ -30,7 +30,7 @@ QUESTION = "Do two estimators of the gradient noise scale agree along an epoch, 
 LR, MOMENTUM, BATCH_SIZE = 0.01, 0.9, 64
 MEAN, DEVIATION = 0.1307, 0.3081
 AGREE = 2.0
-"""Estimates agree within so many of their combined standard error."""
+"""Estimates agree within this many combined standard errors."""
 PUBLISHED = {
     "average": 900,
     "reference": "McCandlish et al., 2018: MNIST, average over training, about 900",
@@ -64,7 +64,7 @@ class Sizes(NamedTuple):
     small: int
     large: int
     every: int
-    """Each so manyth step is watched."""
+    """Steps between those that are watched."""
     windows: tuple[int, ...]
     """Into how many windows the epoch is divided."""
 

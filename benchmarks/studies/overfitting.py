@@ -24,19 +24,19 @@ REMEDIES: dict[str, tuple[str, ...]] = {
     "label smoothing": ("--label-smoothing 0.1",),
     "mixup": ("--mixup 0.4",),
     "shifts": ("--augment shift=2", "--augment shift=3"),
-    "shifts, turns, sizes and shears": (f"--augment {MOVED}", f"--augment {MORE}"),
-    "elastic fields": ("--augment elastic=1", "--augment elastic=2"),
-    "erasing": ("--augment erase=0.3", "--augment erase=0.6"),
+    "shifts, rotations, scales and shears": (f"--augment {MOVED}", f"--augment {MORE}"),
+    "elastic deformations": ("--augment elastic=1", "--augment elastic=2"),
+    "random erasing": ("--augment erase=0.3", "--augment erase=0.6"),
     "early stopping": ("--patience 10",),
-    "moving average": ("--ema-decay 0.98",),
+    "EMA of parameters": ("--ema-decay 0.98",),
     "stochastic weight averaging": ("--swa-start 0.5 --schedule constant --warmup 0.3 --lr 0.02",),
-    "together": (
+    "all together": (
         f"--augment {MOVED},elastic=1 --weight-decay 0.001 --dropout 0.1 0.25 --ema-decay 0.98",
         f"--augment {MOVED},elastic=2 --weight-decay 0.001 --dropout 0.1 0.25 --ema-decay 0.98",
         f"--augment {MOVED},elastic=1 --weight-decay 0.001 --dropout 0.25 0.5 --label-smoothing 0.05 --ema-decay 0.98",
     ),
 }
-"""Options of `train` beside those of the plain run, to choose from; a later one counts."""
+"""Options of `train` in addition to the plain run's, to choose from; a later one counts."""
 EPOCHS, SEEDS, CHOOSING = 40, (0, 1, 2, 3, 4), 100
 
 
@@ -71,7 +71,7 @@ def table(record: dict[str, Any]) -> dict[str, str]:
         options = next(one for one in REMEDIES[name] if found[0].options.endswith(one))
         tested = spread([one.accuracy for one in found])
         rows.append([name, f"`{options}`", spread([_held_out(one) for one in found]), tested, spread(gains)])
-    return {"Remedies": markdown(("remedy", "options", "held-out %", "test %", "above plain"), rows)}
+    return {"Remedies": markdown(("remedy", "options", "held-out %", "test %", "gain"), rows)}
 
 
 def _held_out(result: Result) -> float:

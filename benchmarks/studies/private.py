@@ -38,7 +38,7 @@ QUESTION = "What accuracy does differential privacy cost, and what helps?"
 MEAN, DEVIATION = 0.1307, 0.3081
 DELTA, EPSILON, EXAMPLES = 1e-5, 2.93, 60_000
 LONG = 12
-"""From so many epochs on it pays to compile."""
+"""The least number of epochs for which compiling pays."""
 
 
 class Setting(NamedTuple):
@@ -72,7 +72,7 @@ class Job(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a run has given."""
+    """The result of a run."""
 
     name: str
     setting: dict[str, Any]
@@ -104,12 +104,12 @@ TECHNIQUES: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "tempered sigmoid, scale 1.58, temperature 3, offset 0.71": ({"activation": "tempered"}, (1.0, 2.0, 4.0)),
     "automatic clipping": ({"automatic": True}, (1.0, 2.0, 4.0)),
     "momentum 0.9": ({"momentum": 0.9}, (0.1, 0.2, 0.4)),
-    "moving average of parameters, 0.98": ({"average": 0.98}, (1.0, 2.0, 4.0)),
+    "EMA of parameters, 0.98": ({"average": 0.98}, (1.0, 2.0, 4.0)),
     "twice the steps": ({"epochs": 10}, (1.0, 2.0, 4.0)),
     "four times the batch, at larger rates": ({"batch_size": 2048}, (1.0, 2.0, 4.0)),
     "two shifted copies of each image": ({"copies": 2}, (1.0, 2.0, 4.0)),
     "scattering features, a linear map": ({"features": "scattering"}, (4.0, 8.0, 16.0)),
-    "the same of straightened images": ({"features": "deskewed scattering"}, (4.0, 8.0, 16.0)),
+    "the same of deskewed images": ({"features": "deskewed scattering"}, (4.0, 8.0, 16.0)),
 }
 """What is changed, and the learning rates to choose from, times the clipping norm."""
 CHOOSING = 100
@@ -203,7 +203,7 @@ def _accuracy(job: Job) -> float:
 
 
 def _features(images: Tensor, kind: str) -> Tensor:
-    """What the recipe computes of images, straightened or not."""
+    """The recipe's features of images, deskewed or not."""
     filters = models.scattering_filters(28, 28)
     parts = []
     for part in images.split(1000):
@@ -247,7 +247,7 @@ def recipe(seed: int, epochs: int | None = None) -> dict[str, Any]:
 
 
 def run(*, quick: bool, progress: Callable[[str], object]) -> dict[str, Any]:
-    """The record: each run's setting and accuracy. Runs are made side by side, one on each core."""
+    """The record: each run's setting and accuracy. Runs are made in parallel, one on each core."""
     seeds = (0,) if quick else (0, 1, 2)
     rows = [recipe(seed, epochs=1 if quick else None) for seed in seeds]
     if quick:
@@ -297,7 +297,15 @@ def _published_table(runs: Sequence[Result]) -> str:
             name, *(f"{epsilon:.2f}" for epsilon in spent), f"{row.published:.2f} ± {row.deviation:.2f}",
             _spread(found), f"{distance:+.1f}",
         ])  # fmt: skip
-    heads = ("setting", "ε, old RDP", "ε, improved RDP", "ε, PLD", "published %", "here %", "published deviations")
+    heads = (
+        "setting",
+        "ε, old RDP",
+        "ε, improved RDP",
+        "ε, PLD",
+        "published %",
+        "measured %",
+        "difference, published deviations",
+    )
     return markdown(heads, rows)
 
 

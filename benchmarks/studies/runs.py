@@ -1,4 +1,4 @@
-"""Runs of `functorch-mnist train`, side by side, one on each core: what the studies of training are made of."""
+"""Runs of `functorch-mnist train` in parallel, one on each core: what the studies of training are made of."""
 
 import contextlib
 import io
@@ -28,7 +28,7 @@ class Job(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a run has given."""
+    """The result of a run."""
 
     name: str
     options: str
@@ -53,13 +53,13 @@ def made(job: Job, threads: int = 1) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         arguments = ["train", *job.options.split(), "--seed", str(job.seed), "--threads", str(threads)]
-        told = io.StringIO()
+        output = io.StringIO()
         start = time.perf_counter()
-        with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             status = cli.main([*arguments, "--out", str(run), "--save-every", "1000000"])
         seconds = time.perf_counter() - start
         if status:
-            raise RuntimeError(f"the run {job} failed with status {status}: {told.getvalue()[-500:]}")
+            raise RuntimeError(f"the run {job} failed with status {status}: {output.getvalue()[-500:]}")
         records = {record["kind"]: record for record in run_folder.read_metrics(run)}
         found = restore.trained(run, torch.device("cpu"))
         test = sources.load("mnist", None, torch.device("cpu")).test

@@ -1,8 +1,8 @@
-"""Kills while a store of gradients is built: at random moments, with signal 9, and the build goes on.
+"""Kills while a store of gradients is built: at random moments, with signal 9, and the build is resumed.
 
-A store of the gradients of all training images is built once by a command that nothing stops. Then, again and again, it
-is begun anew, the command is killed at a moment drawn from the last six tenths of such a build's time, when it has
-started up, and is given again. All files must end with the bytes of the build that nothing stopped.
+A store of the gradients of all training images is built once without interruption. Then the build is started from
+scratch, repeatedly, killed at a random moment of the last six tenths of such a build's time, when it has started up,
+and run again. All files must end with the bytes of the uninterrupted build.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def run(*, quick: bool, progress: Callable[[str], object]) -> dict[str, Any]:
 
 
 def _built(folder: Path, name: str, options: tuple[str, ...]) -> None:
-    """Builds a store, or goes on with it.
+    """Builds a store, or resumes its build.
 
     Raises:
         RuntimeError: the command has failed.
@@ -76,7 +76,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
 
 
 def table(record: dict[str, Any]) -> dict[str, str]:
-    """What came of the kills, in one table."""
+    """The outcomes of the kills, in one table."""
     kills = record["kills"]
     rows = [
         ["builds killed", str(len(kills))],
@@ -86,6 +86,6 @@ def table(record: dict[str, Any]) -> dict[str, str]:
             str(sum(kill["parts"] > 0 and not kill["finished"] for kill in kills)),
         ],
         ["  after all", str(sum(kill["finished"] for kill in kills))],
-        ["ended as the build that nothing stopped, every file to the byte", str(sum(kill["equal"] for kill in kills))],
+        ["ended as the uninterrupted build, every file to the byte", str(sum(kill["equal"] for kill in kills))],
     ]
     return {"kills": markdown(["a build of a store", "count"], rows)}

@@ -59,7 +59,7 @@ def run(*, quick: bool, progress: Callable[[str], object]) -> dict[str, Any]:
     jobs = [Job(name, f"{COMMON} {chosen} {more}", seed) for name, (chosen, _) in found.items() for seed in SEEDS]
     made = all_made(jobs[:: len(SEEDS)] if quick else jobs, progress)
     return {
-        "found": {name: {"options": chosen, "seconds": seconds} for name, (chosen, seconds) in found.items()},
+        "selected": {name: {"options": chosen, "seconds": seconds} for name, (chosen, seconds) in found.items()},
         "runs": [result._asdict() for result in made],
         "compared": compared,
     }
@@ -69,12 +69,12 @@ def table(record: dict[str, Any]) -> dict[str, str]:
     """The ways, and the comparison at the best learning rates."""
     runs = [Result(**row) for row in record["runs"]]
     rows = []
-    for name, one in record["found"].items():
+    for name, one in record["selected"].items():
         own = [result for result in runs if result.name == name]
         held_out = spread([result.held_out for result in own if result.held_out is not None])
         tested = spread([result.accuracy for result in own])
         rows.append([name, f"`{one['options']}`", f"{one['seconds']:.0f}", held_out, tested])
-    ways = markdown(("way", "found", "seconds", "held-out %", "test %"), rows)
+    ways = markdown(("method", "selected setting", "seconds", "held-out %", "test %"), rows)
     return {"Ways": ways, "Losses, optimizers and schedules": _compared(record["compared"])}
 
 
@@ -107,12 +107,12 @@ def _called(command: str) -> float:
     Raises:
         RuntimeError: it has failed.
     """
-    told = io.StringIO()
+    output = io.StringIO()
     start = time.perf_counter()
-    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         status = cli.main(command.split())
     if status:
-        raise RuntimeError(f"{command} failed with status {status}: {told.getvalue()[-500:]}")
+        raise RuntimeError(f"{command} failed with status {status}: {output.getvalue()[-500:]}")
     return time.perf_counter() - start
 
 
