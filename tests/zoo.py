@@ -58,6 +58,21 @@ class Case(NamedTuple):
     """The parameters that have no factored form."""
 
 
+def joint(names):
+    """Cases as one: the sum of their losses, each with its own parameters, by its name, and its own inputs."""
+    cases = {name: CASES[name]() for name in names}
+
+    def loss_fn(params, *rows):
+        total, rows = 0, list(rows)
+        for name, case in cases.items():
+            total = total + case.loss_fn(params[name], *rows[: len(case.batch)])
+            del rows[: len(case.batch)]
+        return total
+
+    params = {name: case.params for name, case in cases.items()}
+    return Case(loss_fn, params, tuple([rows for case in cases.values() for rows in case.batch]))
+
+
 def of_model(apply, params, x):
     def loss_fn(params, x, y):
         return losses.cross_entropy(apply(params, x), y)
@@ -268,16 +283,6 @@ STOPPED = {
     "seen as another type": lambda w, x: F.linear(x, w.view(D)),
     "detached": lambda w, x: F.linear(x, w.detach()),
 }
-
-
-def all_stopped():
-    """All of them at once, each on a parameter of its own."""
-    params = {name: normals(3, 5, seed=i) for i, name in enumerate(STOPPED)}
-
-    def loss_fn(p, x):
-        return sum([(F.linear(x, p[name]) * change(p[name], x)).sin().sum() for name, change in STOPPED.items()])
-
-    return Case(loss_fn, params, (normals(B, 5),))
 
 
 def keywords():
