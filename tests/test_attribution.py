@@ -432,7 +432,10 @@ def test_ties_share_what_is_found_of_them():
 
 
 def _calls():
-    """A graph grows with layers, classes and chunks: of each no more than there must be, the last chunk padded."""
+    """A graph grows with layers, classes and chunks: of each no more than there must be, the last chunk padded.
+
+    `leave_one_out` is `retrained`, and that is `trained` under `vmap`; `fisher_kronecker` draws labels from its key.
+    """
     widths = (6, 2)
     apply, loss_fn, params, x, y = classifier(3, widths=widths)
     test = normals(2, 6, seed=1), labels(2, 2)
@@ -444,13 +447,10 @@ def _calls():
         "features": lambda p: attribution.features(loss_fn, p, x, y, projection=maps),
         "tangent_kernel": lambda p: attribution.tangent_kernel(apply, p, (x,)),
         "fisher_diagonal": lambda p: statistics.fisher_diagonal(apply, p, x),
-        "drawn fisher_diagonal": lambda p: statistics.fisher_diagonal(apply, p, x, key=random.key(0)),
         "fisher_kronecker": lambda p: statistics.fisher_kronecker(apply, p, x, key=random.key(0)),
         "cosines": lambda p: statistics.cosines(loss_fn, p, x, y, direction=p),
-        "trained": lambda p: attribution.trained(run._replace(params=p), torch.ones(12, dtype=D)),
         "leave_one_out": lambda p: attribution.leave_one_out(run._replace(params=p), small, torch.tensor([3])),
         "unrolled": lambda p: attribution.unrolled(run._replace(params=p), small),
-        "retrained": lambda p: attribution.retrained(run._replace(params=p), small, torch.ones(2, 12, dtype=D)),
     }
 
 

@@ -169,7 +169,7 @@ def test_the_compiled_step_equals_the_eager_one_over_steps_and_compiles_once():
 @pytest.mark.usefixtures("traced")
 @torch._dynamo.config.patch(recompile_limit=2)
 def test_many_steps_can_be_compiled_in_one_process():
-    for number in range(5):
+    for number in range(3):
         step = train.make_step(lambda w, x, number=number: (w - number * x) ** 2, optim.sgd(0.5))
         state = train.init_state(torch.tensor(0.0), optim.sgd(0.5), random.key(0))
         new, _ = train.compiled(step)(state, torch.tensor([1.0]))
@@ -192,7 +192,7 @@ class Scaled:
     ids=["object", "bound method", "partial"],
 )
 def test_many_callables_of_every_kind_can_be_compiled_in_one_process(make):
-    for number in range(5):
+    for number in range(3):
         assert train.compiled(make(number))(torch.tensor(2.0)) == 2 * number
 
 
