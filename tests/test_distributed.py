@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 import torch
 import worlds
+from forks import Forked
 
 from functorch_mnist import distributed, optim, train, tree
 from functorch_mnist.data import Batch
@@ -44,9 +45,9 @@ def ended(started):
     return [one.returncode for one in started], [out for out, _ in found], [err for _, err in found]
 
 
-def results(folder, size, *, shards=None, cases=tuple(worlds.CASES)):
+def results(folder, size, *, shards=None, cases=tuple(worlds.CASES), **options):
     """Leaves by rank."""
-    statuses, _, errors = ended(worlds.started([worlds.__file__, folder, shards or 0, *cases], size))
+    statuses, _, errors = ended(worlds.started([worlds.__file__, folder, shards or 0, *cases], size, **options))
     assert statuses == [0] * size, "\n".join(errors)
     return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
 
@@ -56,8 +57,8 @@ COMPARED = tuple(case for case in worlds.CASES if case not in ("half_training", 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_any_number_of_processes_finds_what_one_does_and_all_the_same_bits(size, tmp_path):
-    cases = (*COMPARED, "compiled_training") if size == 2 else COMPARED
-    found = results(tmp_path, size, cases=cases)
+    cases, start = (COMPARED, Forked) if size == 3 else ((*COMPARED, "compiled_training"), worlds.program)
+    found = results(tmp_path, size, cases=cases, start=start)
     one = alone(None, cases)
     for name, mine, theirs in zip(tree.paths(one), tree.leaves(one), found[0], strict=True):
         assert close(mine, theirs), (name, mine, theirs)

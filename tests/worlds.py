@@ -12,6 +12,7 @@ import time
 from functools import partial
 
 import torch
+from forks import Forked
 
 from functorch_mnist import (
     attribution,
@@ -266,7 +267,7 @@ def faulty(world):
     return train.fit(stepped, state, (x, Y), epochs=50, batch_size=BATCH, callbacks=(act,), world=world)
 
 
-def started(arguments, size, *, port=None, **environment):
+def started(arguments, size, *, port=None, start=Forked, **environment):
     """The processes of a world on this machine, each with one thread: `python …` with an environment as torchrun's.
 
     `arguments` are those of all, or a function of the rank.
@@ -274,11 +275,15 @@ def started(arguments, size, *, port=None, **environment):
     base = dict(os.environ) | {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     base |= {"MASTER_PORT": str(port or free_port())} | environment
     of = arguments if callable(arguments) else lambda rank: arguments
-    return [
-        subprocess.Popen([sys.executable, *map(str, of(rank))], env=base | {"RANK": str(rank)},
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for rank in range(size)
-    ]  # fmt: skip
+    return [start(of(rank), base | {"RANK": str(rank)}) for rank in range(size)]
+
+
+def program(arguments, environment):
+    """A process that is no fork."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
 
 
 def free_port():
