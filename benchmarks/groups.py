@@ -16,6 +16,7 @@ from torch import Tensor
 
 from functorch_mnist import losses, models, optim, per_sample, privacy, random, train, tree
 
+from . import report
 from .definitions import Definitions, difference
 from .measure import Arm, Axis, Case, Comparison, Question, Setup, Work
 from .problems import Problem, cnn, start
@@ -126,12 +127,8 @@ def cases(setup: Setup) -> Iterator[Case]:
 
 def conclude(comparisons: Sequence[Comparison]) -> str:
     """What clipping users costs over clipping examples."""
-    lines = ["| | by user, over by example | 95 % interval |", "|---|---:|---:|"]
-    for comparison in comparisons:
-        by_user = comparison.timings[-1]
-        low, high = comparison.interval(by_user)
-        lines.append(f"| {comparison.case} | {comparison.ratio(by_user):.3f} | {low:.3f} to {high:.3f} |")
-    return "\n".join(lines)
+    rows = [(one.case, one, one.timings[-1]) for one in comparisons]
+    return report.ratios("case", "by user, over by example", rows)
 
 
 QUESTION = Question("groups", "a step that clips each user's summed gradient", cases, conclude)

@@ -12,6 +12,7 @@ import torch
 
 from functorch_mnist import privacy
 
+from . import report
 from .definitions import Definitions
 from .measure import Arm, Case, Comparison, Question, Setup
 from .private import NOISE, Count, Made, case_of, private_steps
@@ -56,13 +57,8 @@ def cases(setup: Setup) -> Iterator[Case]:
 
 def conclude(comparisons: Sequence[Comparison]) -> str:
     """What past draws cost."""
-    lines = ["| | | over independent noise | 95 % interval |", "|---|---|---:|---:|"]
-    for comparison in comparisons:
-        for timing in comparison.timings[1:]:
-            low, high = comparison.interval(timing)
-            ratio = comparison.ratio(timing)
-            lines.append(f"| {comparison.case} | {timing.name} | {ratio:.3f} | {low:.3f} to {high:.3f} |")
-    return "\n".join(lines)
+    rows = [(f"{one.case}, {timing.name}", one, timing) for one in comparisons for timing in one.timings[1:]]
+    return report.ratios("case", "over independent noise", rows)
 
 
 QUESTION = Question("noise", "noise that is correlated over steps, in a private step", cases, conclude)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from functorch_mnist import data, losses, models, optim, privacy, random, train, tree
 
+from . import report
 from .definitions import Definitions, difference
 from .measure import Arm, Axis, Case, Comparison, Question, Setup, Work
 from .problems import Problem, cnn, start
@@ -151,12 +152,8 @@ def cases(setup: Setup) -> Iterator[Case]:
 
 def conclude(comparisons: Sequence[Comparison]) -> str:
     """What a private step costs over the fastest ordinary one."""
-    lines = ["| | over the fastest ordinary step | 95 % interval |", "|---|---:|---:|"]
-    for comparison in comparisons:
-        private = comparison.timings[-1]
-        low, high = comparison.interval(private)
-        lines.append(f"| {comparison.case} | {comparison.ratio(private):.3f} | {low:.3f} to {high:.3f} |")
-    return "\n".join(lines)
+    rows = [(one.case, one, one.timings[-1]) for one in comparisons]
+    return report.ratios("case", "over the fastest ordinary step", rows)
 
 
 QUESTION = Question("private", "a private training step, sampling and noise included", cases, conclude)

@@ -1,6 +1,6 @@
 """A comparison as a table, for the terminal and in Markdown."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -102,6 +102,15 @@ def across(head: str, columns: Mapping[str, Mapping[str, float]], digits: int) -
     for arm in dict.fromkeys(arm for column in columns.values() for arm in column):
         cells = [f"{column[arm]:.{digits}f}" if arm in column else "-" for column in columns.values()]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def ratios(head: str, over: str, rows: Iterable[tuple[str, Comparison, Timing]], *, digits: int = 3) -> str:
+    """Ratios of arms to their references with their intervals, in Markdown: a row for each name, comparison and arm."""
+    lines = [f"| {head} | {over} | 95 % interval |", "|---|---:|---:|"]
+    for name, comparison, timing in rows:
+        ratio, (low, high) = comparison.ratio(timing), comparison.interval(timing)
+        lines.append(f"| {name} | {ratio:.{digits}f} | {low:.{digits}f} to {high:.{digits}f} |")
     return "\n".join(lines)
 
 

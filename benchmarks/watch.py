@@ -8,6 +8,7 @@ from functools import partial
 
 from functorch_mnist.commands.build import VALUE_DRAW, VALUE_RENEWED, VALUE_SMOOTHING
 
+from . import report
 from .measure import Arm, Case, Comparison, Question, Setup
 from .problems import cnn
 from .steps import relative_difference, valued_steps, watched_steps
@@ -53,12 +54,8 @@ def cases(setup: Setup) -> Iterator[Case]:
 
 def conclude(comparisons: Sequence[Comparison]) -> str:
     """What watching costs, over the ordinary steps of the same form."""
-    lines = ["| watched at | over ordinary steps | 95 % interval |", "|---|---:|---:|"]
-    for comparison in comparisons:
-        for timing in comparison.timings[1:]:
-            low, high = comparison.interval(timing)
-            lines.append(f"| {comparison.case} | {comparison.ratio(timing):.2f} | {low:.2f} to {high:.2f} |")
-    return "\n".join(lines)
+    rows = [(one.case, one, timing) for one in comparisons for timing in one.timings[1:]]
+    return report.ratios("watched at", "over ordinary steps", rows, digits=2)
 
 
 QUESTION = Question(
