@@ -3,13 +3,12 @@
 import csv
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
+import worlds
+from forks import Forked
 from shell import TEST, TRAIN, complain, part, succeed
 from test_analysis import Run, png
 
@@ -81,18 +80,18 @@ def test_a_store_that_is_killed_goes_on_to_the_same_bits_with_two_processes(line
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     options = (*QUICK, "--checkpoints", "all", "--threads", "1")
     succeed("store", linear, *options, "--out", whole)
-    code = "import sys; from functorch_mnist.cli import main; sys.exit(main(sys.argv[1:]))"
-    line = [sys.executable, "-c", code, "store", str(linear), *options, "--out", str(killed)]
-    with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ) as process:
-        end = time.monotonic() + 60
-        while not (killed / "1" / "000000000.npy").exists() and process.poll() is None and time.monotonic() < end:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
+    line = ["-m", "functorch_mnist", "store", linear, *options, "--out", killed]
+    process, end = Forked(line, os.environ), time.monotonic() + 60
+    while not (killed / "1" / "000000000.npy").exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.002)
+    process.kill()
+    process.communicate(60)
     if not (killed / "manifest.json").exists():  # it was quicker than the kill otherwise
         with pytest.raises(store.StoreError, match="not finished"):
             store.load(killed)
-    line = [sys.executable, "-m", "functorch_mnist", *line[3:], "--processes", "2"]
-    subprocess.run(line, check=True, capture_output=True, timeout=120)
+    world = worlds.started(line, 2)
+    ends = [one.communicate(120) for one in world]
+    assert [one.returncode for one in world] == [0, 0], ends
     mine, theirs = (
         {str(p.relative_to(f)): p.read_bytes() for p in f.rglob("*") if p.is_file() and not p.name.startswith(".")}
         for f in (killed, whole)
