@@ -17,6 +17,7 @@ from zoo import (
     combine,
     dense,
     difference,
+    joint,
     linear,
     mlp,
     normals,
@@ -431,7 +432,6 @@ def test_norms_of_groups_under_vmap(dtype, bound):
 
 
 COMPILED = {
-    "norms": lambda f, p, m, g, *b: per_sample.norms(f, p, *b, mask=m, group=g),
     "leaf_norms": lambda f, p, m, g, *b: per_sample.leaf_norms(f, p, *b, mask=m, group=g),
     "grads": lambda f, p, m, g, *b: per_sample.grads(f, p, *b, mask=m, group=g, chunk_size=3),
     "clipped_sum": lambda f, p, m, g, *b: per_sample.clipped_sum(f, p, *b, max_norm=0.7, mask=m, group=g),
@@ -450,7 +450,7 @@ COMPILED = {
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_equals_eager_as_one_graph_without_recompilation(name):
-    case = many(B) if name == "clipped_sums" else linear()
+    case = many(B) if name == "clipped_sum" else linear()
     torch._dynamo.reset()
     calls = CompileCounterWithBackend("inductor" if name == "clipped_sums" else "aot_eager")
     compiled = torch.compile(
@@ -462,9 +462,8 @@ def test_compiled_equals_eager_as_one_graph_without_recompilation(name):
     assert calls.frame_count == 1
 
 
-@pytest.mark.parametrize("name", ["tied_linear_and_embedding", "computed_weights"])
-def test_compiled_norms_of_groups_equal_eager(name):
-    case = CASES[name]()
+def test_compiled_norms_of_groups_equal_eager():
+    case = joint(["tied_linear_and_embedding", "transformed_first"])
     torch._dynamo.reset()
     group = torch.tensor(IDS["ragged, of any size"])
     compiled = torch.compile(
@@ -500,6 +499,14 @@ def test_a_prepared_loss_gives_what_the_loss_gives(make):
             found = per_sample.clipped_sum(loss, case.params, *case.batch, max_norm=0.7, group=group, **options)
             other = per_sample.clipped_sum(case.loss_fn, case.params, *case.batch, max_norm=0.7, group=group, **options)
             assert difference(found, other) <= EXACT
+
+
+@pytest.mark.parametrize("make", [lambda: many(B), tied_linear_and_embedding])
+def test_a_compiled_prepared_loss_gives_what_the_loss_gives(make):
+    case = make()
+    loss = per_sample.prepare(case.loss_fn, case.params, *[rows[0] for rows in case.batch])
+    for ids in IDS.values():  # recorded
+        per_sample.norms(loss, case.params, *case.batch, group=torch.tensor(ids))
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda g: per_sample.clipped_sum(loss, case.params, *case.batch, max_norm=0.7, group=g),
