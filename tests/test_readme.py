@@ -111,6 +111,14 @@ def test_tests_that_a_page_names_exist():
     assert all((ROOT / "tests" / file).is_file() for file in named)
 
 
+def test_the_ratios_of_the_first_screen_are_in_measured_tables():
+    screen, _ = prose(README).split("## Install")
+    ratios = re.findall(r"\d+\.\d\d", screen)
+    measured_tables = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert len(ratios) >= 5
+    assert all(f"| {ratio} (" in measured_tables for ratio in ratios)
+
+
 def test_the_readme_is_a_page():
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 200
 
