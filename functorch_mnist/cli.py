@@ -70,6 +70,8 @@ def _run(arguments: list[str]) -> int:
     with _held_signals():
         from . import commands  # imports torch
     try:
+        if hasattr(options, "run"):
+            options = replace(options, run=run_folder.run_of(options.run))
         one = getattr(options, "training", options)
         if getattr(one, "processes", 1) > 1 and "RANK" not in os.environ:  # which a launcher sets
             return commands.launched(one, ["-m", __package__, *arguments])
@@ -94,7 +96,8 @@ def _parse(arguments: list[str]) -> Any:
     elif isinstance(options, opt.Sweep | opt.Compare):
         if options.training.recipe != "tutorial":
             options = _read(arguments, opt.RECIPES[options.training.recipe])
-        (opt.check_sweep if isinstance(options, opt.Sweep) else opt.check_compare)(options)
+        options = run_folder.resumed(options)
+        opt.check_sweep(options) if isinstance(options, opt.Sweep) else opt.check_compare(options)
     elif isinstance(options, opt.Plan):
         opt.check_plan(options)
     elif isinstance(options, opt.Analysis):

@@ -1,4 +1,4 @@
-"""Pictures, as the bytes of image files. matplotlib comes with the `plot` extra and is imported only here."""
+"""Pictures, as the bytes of image files. matplotlib is imported only here, and only where a picture is drawn."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -20,13 +20,23 @@ class Row(NamedTuple):
     """One below each image."""
 
 
+class Point(NamedTuple):
+    """A point with an error bar."""
+
+    x: float
+    y: float
+    error: float
+    stopped: bool = False
+    """Whether it is of runs that were stopped before their last epoch."""
+
+
 class Band(NamedTuple):
-    """A line of points with error bars."""
+    """Points of one color."""
 
     name: str
-    x: Sequence[float]
-    y: Sequence[float]
-    error: Sequence[float]
+    points: Sequence[Point]
+    joined: bool = True
+    """Whether a line joins them."""
 
 
 def confusion(counts: Tensor, *, kind: str) -> bytes:
@@ -37,14 +47,14 @@ def confusion(counts: Tensor, *, kind: str) -> bytes:
         kind: the file's format, such as `"png"` or `"pdf"`.
 
     Raises:
-        UsageError: matplotlib is missing, or cannot write the format.
+        UsageError: matplotlib cannot write the format.
     """
-    shares = counts.double() / counts.sum(1, keepdim=True).clamp(min=1)
+    fractions = counts.double() / counts.sum(1, keepdim=True).clamp(min=1)
     figure, axes = _subplots(figsize=(6.4, 6))
-    axes.imshow(shares.cpu().numpy(), cmap="Blues", vmin=0, vmax=1)
+    axes.imshow(fractions.cpu().numpy(), cmap="Blues", vmin=0, vmax=1)
     for row in range(len(counts)):
         for column in range(len(counts)):
-            color = "white" if shares[row, column] > 0.5 else "black"
+            color = "white" if fractions[row, column] > 0.5 else "black"
             axes.text(column, row, str(int(counts[row, column])), ha="center", va="center", fontsize=8, color=color)
     axes.set(xlabel="predicted label", ylabel="true label", title="Confusion matrix")
     axes.set(xticks=range(len(counts)), yticks=range(len(counts)))
@@ -52,11 +62,7 @@ def confusion(counts: Tensor, *, kind: str) -> bytes:
 
 
 def histograms(columns: Mapping[str, Tensor]) -> bytes:
-    """How each of some scores is distributed, on a logarithmic count: a PNG.
-
-    Raises:
-        UsageError: matplotlib is missing; so do the others.
-    """
+    """How each of some scores is distributed, on a logarithmic count: a PNG."""
     figure, panels = _subplots(1, len(columns), figsize=(3.6 * len(columns), 3), squeeze=False)
     for axes, (name, values) in zip(panels[0], columns.items(), strict=True):
         axes.hist(values.cpu().numpy(), bins=60, log=True, color="#4477aa")
@@ -80,65 +86,97 @@ def gallery(rows: Sequence[Row]) -> bytes:
 
 
 def detection(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> bytes:
-    """The share of planted flips found against the share of examples checked, for each score: a PNG."""
+    """The fraction of flipped labels detected against the fraction of examples inspected, for each score: a PNG."""
     figure, axes = _subplots(figsize=(6, 4.5))
-    for name, (checked, shares) in curves.items():
-        axes.plot(checked, shares, label=name)
-    axes.plot([0, 1], [0, 1], ":", color="gray", label="at random")
-    axes.set(xlabel="part of the examples checked", ylabel="part of the flips found", xlim=(0, 1), ylim=(0, 1.02))
-    axes.legend(loc="lower right", fontsize=8)
+    for name, (inspected, detected) in curves.items():
+        axes.plot(inspected, detected, label=name)
+    axes.plot([0, 1], [0, 1], ":", color="gray", label="expected at random")
+    axes.set(
+        title="Detection curve", xlabel="fraction of examples inspected", ylabel="fraction of flipped labels detected"
+    )
+    axes.set(xlim=(0, 1), ylim=(0, 1.02))
+    _legend(figure, axes)
     return _picture(figure)
 
 
 def noise_scale(bands: Sequence[Band], *, batch_size: int) -> bytes:
     """The noise scale against the step, with error bars of one standard error, and the batch size: a PNG."""
-    figure, axes = _subplots(figsize=(6.4, 4.2))
-    for band in bands:
-        axes.errorbar(band.x, band.y, yerr=band.error, fmt="o-", markersize=3, capsize=2, label=band.name)
-    axes.axhline(batch_size, linestyle=":", color="gray", label=f"the run's batch size, {batch_size}")
-    axes.set(xlabel="step", ylabel="noise scale, examples")
+    figure, axes = _subplots(figsize=(6.4, 4.4))
+    heights = [batch_size, *(point.y for band in bands for point in band.points)]
     axes.set_yscale("log")
-    heights = [batch_size, *(y for band in bands for y in band.y)]
     axes.set_ylim(min(heights) / 3, max(heights) * 3)  # an error bar may reach below zero
-    axes.legend(fontsize=8)
+    note = _draw(axes, bands)
+    axes.axhline(batch_size, linestyle=":", color="gray", label=f"the run's batch size, {batch_size}")
+    axes.set(xlabel=f"step{note}", ylabel="noise scale, examples")
+    _legend(figure, axes)
     return _picture(figure)
 
 
-def scores(panels: Mapping[str, Sequence[Band]], *, across: str, logarithmic: bool, height: str) -> bytes:
-    """A score against what it hangs on, a line for each band, side by side for each panel: a PNG.
+def accuracies(panels: Mapping[str, Sequence[Band]], *, across: str, logarithmic: bool, height: str) -> bytes:
+    """An accuracy in percent against a hyperparameter, with a line for each band and a panel for each entry: a PNG.
 
     Args:
         panels: bands by the panel's title; all panels have one scale.
-        across, height: what the axes show.
+        across, height: the labels of the axes.
         logarithmic: of the axis across.
     """
     count = len(panels)
-    figure, places = _subplots(1, count, figsize=(1.2 + 4.2 * count, 4), squeeze=False, sharey=True)
+    figure, places = _subplots(1, count, figsize=(1.2 + 4.2 * count, 4.4), squeeze=False, sharey=True)
+    ys = [point.y for bands in panels.values() for band in bands for point in band.points]
+    margin = max(1.0, 0.1 * (max(ys) - min(ys)))
+    places[0][0].set_ylim(max(0.0, min(ys) - margin), min(100.5, max(ys) + margin))
     for axes, (title, bands) in zip(places[0], panels.items(), strict=True):
-        for band in bands:
-            axes.errorbar(band.x, band.y, yerr=band.error, fmt="o-", markersize=3, capsize=2, label=band.name)
         if logarithmic:
             axes.set_xscale("log")
-        axes.set(xlabel=across)
+        note = _draw(axes, bands)
+        axes.set(xlabel=f"{across}{note}")
         axes.set_title(title, fontsize=9)
         axes.grid(alpha=0.3)
     places[0][0].set(ylabel=height)
-    if any(band.name for bands in panels.values() for band in bands):
-        places[0][-1].legend(fontsize=8)
+    _legend(figure, *places[0])
     return _picture(figure)
 
 
+def _draw(axes: Any, bands: Sequence[Band]) -> str:
+    """Draws bands, their error bars clipped to the axes; a note of what that leaves out, for below an axis."""
+    low, high = axes.get_ylim()
+    marked = {"marker": "X", "markersize": 10, "markeredgecolor": "black", "linestyle": ""}
+    clipped, label = 0, "stopped early"
+    for band in filter(lambda band: band.points, bands):
+        x, y, error, _ = zip(*band.points, strict=True)
+        clipped += sum(bool(p.y - p.error < low or p.y + p.error > high) for p in band.points)
+        form = "o-" if band.joined else "o"
+        line, *_ = axes.errorbar(x, y, yerr=error, fmt=form, markersize=4, capsize=2, label=band.name or None)
+        ends = [(p.x, p.y) for p in band.points if p.stopped]
+        if ends:
+            axes.plot(*zip(*ends, strict=True), color=line.get_color(), label=label, **marked)
+            label = ""
+    return f"\n({clipped} error bar{'s'[: clipped > 1]} cut off at the edge)" if clipped else ""
+
+
+def _legend(figure: Any, *panels: Any) -> None:
+    """One legend below all panels, where it hides nothing; none where nothing has a name."""
+    entries: dict[str, Any] = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    if entries:
+        figure.legend(
+            entries.values(), entries.keys(), loc="outside lower center", ncols=min(3, len(entries)), fontsize=8
+        )
+
+
 def reliability(curves: Mapping[str, Reliability]) -> bytes:
-    """Accuracy against confidence, and how many examples are how sure, for each curve: a PNG."""
+    """Accuracy against confidence, and the number of examples at each confidence, for each curve: a PNG."""
     figure, (above, below) = _subplots(2, 1, figsize=(5.2, 6), sharex=True, height_ratios=(3, 1))
-    above.plot([0, 1], [0, 1], ":", color="gray")
-    for name, found in curves.items():
-        some = found.examples > 0
-        confidence = found.confidence[some].cpu().numpy()
-        above.plot(confidence, found.accuracy[some].cpu().numpy(), "o-", markersize=4, label=name)
-        below.plot(confidence, found.examples[some].cpu().numpy(), "o-", markersize=4)
+    above.plot([0, 1], [0, 1], ":", color="gray", label="perfectly calibrated")
+    for name, curve in curves.items():
+        some = curve.examples > 0
+        confidence = curve.confidence[some].cpu().numpy()
+        above.plot(confidence, curve.accuracy[some].cpu().numpy(), "o-", markersize=4, label=name)
+        below.plot(confidence, curve.examples[some].cpu().numpy(), "o-", markersize=4)
     above.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
-    above.legend(loc="upper left", fontsize=8)
+    _legend(figure, above)
     below.set(xlabel="confidence", ylabel="images", yscale="log")
     return _picture(figure)
 
@@ -158,7 +196,7 @@ def spent(curves: Mapping[str, Sequence[float]], *, epochs: Sequence[float], tit
     axes.set(xlabel="epochs", ylabel="ε", xlim=(0, None), ylim=(0, None))
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    _legend(figure, axes)
     return _picture(figure, kind)
 
 

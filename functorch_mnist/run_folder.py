@@ -1,5 +1,7 @@
 """The folder of a run: `config.json`, `metrics.jsonl`, `checkpoints/`, and of a private one `unpublished.json`.
 
+That of a sweep or comparison has a `config.json` of its own, and its best run in the folder `best/`.
+
 Nothing here imports torch.
 """
 
@@ -14,6 +16,9 @@ from .files import write
 
 CHECKPOINTS = "checkpoints"
 """The name of the folder of checkpoints in a run's folder."""
+
+BEST = "best"
+"""The name of the folder of the best run in the folder of a sweep or comparison."""
 
 UNPUBLISHED = "unpublished.json"
 """The file of a private run in which is what tells of single images: whoever publishes the run leaves it out."""
@@ -53,9 +58,11 @@ def check_free(folder: Path) -> None:
             )
 
 
-def write_config(folder: Path, options: opt.Train) -> None:
+def write_config(folder: Path, options: opt.Train | opt.Search) -> None:
     """Writes the options, whole or not at all; with the data's absolute path, so that they hold in any folder."""
-    options = replace(options, data_dir=options.data_dir and options.data_dir.absolute())
+    training = options if isinstance(options, opt.Train) else options.training
+    training = replace(training, data_dir=training.data_dir and training.data_dir.absolute())
+    options = training if isinstance(options, opt.Train) else replace(options, training=training)
     write(folder / _CONFIG, (json.dumps(opt.to_json(options), indent=2, allow_nan=False) + "\n").encode())
 
 
@@ -64,6 +71,76 @@ def read_config(folder: Path) -> opt.Train:
 
     Raises:
         UsageError: there is no run, or its options cannot be read.
+    """
+    values = _config(folder)
+    if "command" in values:
+        raise opt.UsageError(
+            f"{folder} must hold a run. Found a {values['command']!s:.20}; its best is {folder / BEST}."
+        )
+    return opt.from_json(values)
+
+
+def read_search(folder: Path) -> opt.Search:
+    """The options of the sweep or comparison in a folder.
+
+    Raises:
+        UsageError: there is none, or its options cannot be read.
+    """
+    values = _config(folder)
+    if "command" not in values:
+        raise opt.UsageError(f"{folder} must hold a sweep or comparison. Found a run.")
+    return opt.search_from_json(values)
+
+
+def resumed(options: opt.Search) -> opt.Search:
+    """The options of the sweep or comparison in the folder that is to be resumed, on the machine of these options.
+
+    Raises:
+        UsageError: there is none, or an option is given that it does not have.
+    """
+    folder = options.training.resume
+    if folder is None:
+        return options
+    saved = read_search(folder)
+    if type(saved) is not type(options):
+        raise opt.UsageError(f"{folder} must hold a {opt.command_of(options)}. Found a {opt.command_of(saved)}.")
+    machine = {name: getattr(options.training, name) for name in ("device", "threads", "processes", "timeout")}
+    return replace(saved, training=replace(saved.training, **machine, out=folder))
+
+
+def check_same(folder: Path, options: opt.Search) -> None:
+    """Refuses a folder that holds another sweep or comparison than that of these options.
+
+    Raises:
+        UsageError: it does, or holds a run.
+    """
+    differing = opt.search_differences(options, read_search(folder))
+    if differing:
+        named = ", ".join(map(opt.flag, differing))
+        raise opt.UsageError(f"{folder} holds another sweep. Found other {named}. Choose another --out.")
+
+
+def run_of(folder: Path) -> Path:
+    """The folder itself, or the best run's in that of a sweep or comparison.
+
+    Raises:
+        UsageError: the sweep has no best run yet.
+    """
+    if not exists(folder) or "command" not in (values := _config(folder)):
+        return folder
+    if not exists(folder / BEST):
+        command = f"functorch-mnist {values['command']!s:.20} --resume {folder}"
+        raise opt.UsageError(
+            f"{folder} must hold a finished {values['command']!s:.20}. Found no best run. Try {command}"
+        )
+    return folder / BEST
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The values in a folder's options.
+
+    Raises:
+        UsageError: there are none, or they cannot be read.
     """
     path = folder / _CONFIG
     try:
@@ -80,7 +157,7 @@ def read_config(folder: Path) -> opt.Train:
         raise opt.UsageError(f"{path} must be JSON. Found: {error}.") from error
     if not isinstance(values, dict):
         raise opt.UsageError(f"{path} must be a JSON object. Found {type(values).__name__}.")
-    return opt.from_json(values)
+    return values
 
 
 def append_metrics(folder: Path, record: Mapping[str, Any]) -> None:

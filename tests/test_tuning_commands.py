@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from shell import ask, complain, succeed
 
 import functorch_mnist as fm
 from functorch_mnist import options, sweep
-from functorch_mnist.commands import build, sources, sweeping
-from functorch_mnist.commands.sweep import typed
+from functorch_mnist.commands import build, runs, sources
+from functorch_mnist.commands.runs import shortest
 
 LINES = ("--model", "linear", "--batch-size", "32", "--hold-out", "64")
 """192 images are left to train on: six steps an epoch."""
@@ -229,7 +230,7 @@ def test_a_sweep_tells_its_best_settings_and_writes_a_row_for_each_run(swept):
     ]
     assert (float(first.split()[0]), float(first.split()[1])) == tuple(map(float, best))
     assert f"{100 * sum(means[best]) / 2:.2f} ± " in first
-    assert "The 2 models of the best setting together" in out
+    assert "Ensemble of the 2 models of the best setting" in out
     assert "Expected calibration error, temperature" in out
     for name in ("lr.png", "label-smoothing.png", "reliability.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
@@ -237,9 +238,9 @@ def test_a_sweep_tells_its_best_settings_and_writes_a_row_for_each_run(swept):
 
 @given(st.floats(2.0**-100, 2.0**100, width=32))
 def test_a_number_is_typed_so_that_it_is_read_back_and_no_longer(value):
-    text = typed(value)
+    text = shortest(value)
     assert torch.tensor(float(text)).item() == value
-    assert len(typed(torch.tensor(0.03).item())) == 4
+    assert len(shortest(torch.tensor(0.03).item())) == 4
 
 
 def test_a_run_of_a_sweep_is_that_of_train(swept, data_dir, tmp_path):
@@ -265,7 +266,7 @@ def test_a_sweep_that_is_finished_tells_the_same_again_and_another_is_refused(sw
     folder, out = swept
     before = (folder / "runs.csv").read_bytes()
     again = succeed("sweep", "--data-dir", data_dir, *LINES, *SWEEP, "--out", folder)
-    assert "Going on after epoch 3." in again
+    assert "Resuming after epoch 3." in again
     assert again.splitlines()[-1] == out.splitlines()[-1]
     assert (folder / "runs.csv").read_bytes() == before
     for other in (("--seed", 5), ("--halve-every", 1), ("--vmapped-runs", 2), ("--momentum", 0.5)):
@@ -286,9 +287,56 @@ def test_a_sweep_that_was_broken_off_goes_on_to_the_same_bits(swept, data_dir, t
     with monkeypatch.context() as patch:
         patch.setattr(sweep.VmappedStep, "epoch_", broken)
         line = complain(options.INTERRUPTED, *command)
-    assert line == f"Interrupted after epoch 1 of 3. The same command with --out {folder} goes on."
-    assert "Going on after epoch 1." in succeed(*command)
+    assert line == f"Interrupted after epoch 1 of 3. Resume with: functorch-mnist sweep --resume {folder}"
+    assert "Resuming after epoch 1." in succeed(*command)
     assert (folder / "runs.csv").read_bytes() == (swept[0] / "runs.csv").read_bytes()
+
+
+def test_the_best_run_of_a_sweep_is_evaluated_and_scored_by_the_sweeps_folder(swept, data_dir, tmp_path):
+    folder, out = swept
+    rows = table(folder / "runs.csv")
+    place = max(range(8), key=lambda k: (rows[k]["setting"] == best_setting(rows), float(rows[k]["held_out_accuracy"])))
+    row = rows[place]
+    expected = f"Accuracy of the network on the 64 test images: {100 * float(row['test_accuracy']):.2f}%"
+    assert succeed("evaluate", folder).splitlines()[0] == expected
+    assert out.splitlines()[-1] == f"Try: functorch-mnist evaluate {folder}"
+    kept = json.loads((folder / "best" / "config.json").read_text())
+    assert (kept["lr"], kept["label_smoothing"], kept["seed"]) == (
+        float(row["lr"]), float(row["label_smoothing"]), int(row["seed"]),
+    )  # fmt: skip
+    run = ("train", "--data-dir", data_dir, *LINES, "--lr", row["lr"], "--label-smoothing", row["label_smoothing"])
+    succeed(*run, "--seed", row["seed"], "--epochs", 3, "--patience", 3, "--out", tmp_path / "run")
+    assert [line["correct"] for line in records(tmp_path / "run", "held-out")] == [
+        line["correct"] for line in records(folder / "best", "held-out")
+    ]
+    assert "Scoring 192 training images" in succeed("scores", folder, "--scores", "loss", "--out", tmp_path / "scores")
+    assert "must hold a run. Found a sweep" in complain(2, "train", "--resume", folder)
+
+
+def best_setting(rows):
+    held_out = {}
+    for row in rows:
+        held_out.setdefault(row["setting"], []).append(float(row["held_out_accuracy"]))
+    return max(held_out, key=lambda setting: sum(held_out[setting]))
+
+
+def test_a_best_run_continues_as_a_run_of_train(swept, tmp_path):
+    best = shutil.copytree(swept[0] / "best", tmp_path / "best")
+    assert "after step 18" in succeed("train", "--resume", best, "--epochs", 4)
+    assert [line["epoch"] for line in records(best, "held-out")] == [0, 1, 2, 3]
+
+
+def test_a_sweep_is_resumed_by_its_folder_alone(swept):
+    folder, out = swept
+    again = succeed("sweep", "--resume", folder)
+    assert "Resuming after epoch 3." in again
+    assert again.splitlines()[-4:] == out.splitlines()[-4:]
+    assert "must hold a compare. Found a sweep" in complain(2, "compare", "--resume", folder)
+
+
+def test_a_sweep_without_a_best_run_says_how_to_resume_it(swept, tmp_path):
+    (tmp_path / "config.json").write_bytes((swept[0] / "config.json").read_bytes())
+    assert f"Try functorch-mnist sweep --resume {tmp_path}" in complain(2, "evaluate", tmp_path)
 
 
 def test_failures_and_cuts_are_told_of(data_dir, tmp_path):
@@ -341,7 +389,10 @@ def test_a_comparison_that_was_broken_off_tells_its_own_folder(data_dir, tmp_pat
         "--out",
         tmp_path / "my runs",
     )
-    assert line == f"Interrupted after epoch 0 of 3. The same command with --out '{tmp_path / 'my runs'}' goes on."
+    assert (
+        line
+        == f"Interrupted after epoch 0 of 3. Resume with: functorch-mnist compare --resume '{tmp_path / 'my runs'}'"
+    )
 
 
 def test_a_sweep_goes_on_where_only_a_part_of_its_first_checkpoint_was_written(data_dir, tmp_path):
@@ -370,7 +421,7 @@ def test_ranges_are_drawn_from_and_clipped_and_noisy_steps_swept(data_dir, tmp_p
         f"noise-multiplier={rows[2]['noise_multiplier']}", "--epochs", 1, "--vmapped-runs", 2,
         "--out", tmp_path / "one",
     )  # fmt: skip
-    assert "1 run: 1 setting, each with a seed." in one
+    assert "1 run: 1 setting, each with 1 seed." in one
     alone = table(tmp_path / "one" / "runs.csv")[0]
     assert float(alone["train_loss"]) == pytest.approx(float(rows[2]["train_loss"]), rel=1e-5)
 
@@ -381,7 +432,7 @@ def test_a_clipped_run_of_a_sweep_clips_and_adds_noise_as_it_says(mnist):
     parts = sources.Parts(
         fm.data.Split(images, labels), fm.data.Split(images[:64], labels[:64]), mnist.test, 10, torch.arange(200)
     )
-    program = sweeping.program(build.origin(given, parts), parts)
+    program = runs.program(build.origin(given, parts), parts)
 
     def moved(noise, key):
         hyper = {"clip_norm": torch.tensor(1e-3), "noise_multiplier": torch.tensor(noise)}
@@ -467,6 +518,7 @@ def test_a_comparison_tells_each_at_its_best_learning_rate(data_dir, tmp_path):
             assert float(line[36:46]) == float(best["lr"])
             assert f"{100 * float(best['test_accuracy']):.2f} ± " in line
     assert (tmp_path / "found" / "compared.png").read_bytes().startswith(b"\x89PNG")
+    assert succeed("evaluate", tmp_path / "found").startswith("Accuracy of the network on the 64 test images: ")
     assert succeed(*command).splitlines()[-6:] == out.splitlines()[-6:]  # from what is kept
 
 

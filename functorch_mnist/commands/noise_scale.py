@@ -168,7 +168,10 @@ def _advice(found: statistics.NoiseScale, batch_size: int) -> str:
 
 
 def _band(source: str, measured: Sequence[Measured]) -> plots.Band:
-    finite = [one for one in measured if math.isfinite(one.found.scale)]
-    name = {"batches": "from the run's batches", "checkpoint": "from single examples, at checkpoints"}[source]
-    middles = [(one.first + one.last) / 2 for one in finite]
-    return plots.Band(name, middles, [one.found.scale for one in finite], [one.found.error for one in finite])
+    """The finite estimates, each at the middle of its steps."""
+    points = [
+        plots.Point((one.first + one.last) / 2, one.found.scale, one.found.error)
+        for one in measured
+        if math.isfinite(one.found.scale)
+    ]
+    return plots.Band({"batches": "from the run's batches", "checkpoint": "at checkpoints"}[source], points)

@@ -1,6 +1,7 @@
-"""`sweep`: many runs at once, which setting did best, and what its models say together."""
+"""`sweep`: many runs at once, the settings with the highest held-out accuracy, and the ensemble of the best one."""
 
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,20 +10,20 @@ from torch import Tensor
 from .. import calibration, ensemble, plots, random
 from .. import sweep as sweeps
 from ..distributed import World
-from ..options import LOGARITHMIC, PRIVATE_OVER, Axis, Sweep, axes, flag
+from ..options import LOGARITHMIC, PRIVATE_OVER, Axis, Sweep, axes
 from . import outputs, sources
 from .processes import load, processes
+from .runs import Swept, claim, described, outputs_of, percent, resume_command, shortest, spread, swept, write_best
 from .sources import Parts
-from .sweeping import Swept, outputs_of, spread, swept, words
 
 SHOWN = 10
 """Settings in the table."""
 DRAWS = 7
-"""Names the random draw of settings, beside the seed."""
+"""Names the random draw of settings, next to the seed."""
 
 
 def sweep(options: Sweep) -> int:
-    """Trains all runs, and prints and draws what they reached."""
+    """Trains all runs, and prints and draws their accuracies."""
     with processes(options.training, options) as world:
         return _sweep(options, world)
 
@@ -32,51 +33,41 @@ def _sweep(options: Sweep, world: World) -> int:
     parts = sources.divided(one, load(one, world))
     runs = table(options)
     folder = one.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    private = bool(PRIVATE_OVER & runs.keys())
+    if world.rank == 0:
+        claim(folder, options)
     print(f"Sweep folder: {folder}")
-    settings = int(sweeps.settings(runs).max()) + 1
-    seeds = "a seed" if options.seeds == 1 else f"{options.seeds} seeds"
-    total = len(runs[sweeps.SEED])
-    print(f"{total} run{'s' * (total > 1)}: {settings} setting{'s' * (settings > 1)}, each with {seeds}.", flush=True)
-    if PRIVATE_OVER & runs.keys():
-        print("Steps are clipped and noisy as private ones, of fixed batches; what they spend is not accounted for.")
+    settings = outputs.plural(int(sweeps.settings(runs).max()) + 1, "setting")
+    total = outputs.plural(len(runs[sweeps.SEED]), "run")
+    print(f"{total}: {settings}, each with {outputs.plural(options.seeds, 'seed')}.", flush=True)
+    if private:
+        print("Steps are clipped and noisy as private ones, of fixed batches; the privacy loss is not accounted for.")
     halving = None if options.halve_every is None else sweeps.Halving(options.halve_every, options.halve_keep)
-    done = swept(one, parts, runs, folder, vmapped_runs=options.vmapped_runs, halving=halving, world=world)
+    done = swept(
+        one, parts, runs, folder, vmapped_runs=options.vmapped_runs, halving=halving,
+        again=resume_command("sweep", folder), world=world,
+    )  # fmt: skip
     if world.rank:
         return int(bool(done.held_out.isnan().all()))
-    held_out = spread(runs, done.held_out)
     print(f"\n{_ended(done)}")
     outputs.write(folder / "runs.csv", rows(done).encode())
+    held_out = spread(runs, done.held_out)
     if held_out.mean.isnan().all():
         print("No setting has made an epoch with all its seeds.")
         return 1
-    tested = spread(runs, done.tested)
     order = held_out.mean.nan_to_num(nan=-1).argsort(descending=True, stable=True)
-    order = order[~held_out.mean[order].isnan()]
-    names = [name for name in runs if name != sweeps.SEED]
-    held = len(parts.judging.labels)
-    print(f"\nThe best settings by accuracy on {held:,} held-out images, at each run's best epoch:")
-    print(
-        "".join(f"{name.replace('_', '-'):>18}" for name in names) + f"{'epochs':>9}{'held out, %':>18}{'test, %':>18}"
-    )
-    made, setting = epochs_made(done.found), sweeps.settings(runs)
-    seeds_of = {place: (setting == place).nonzero().squeeze(1).tolist() for place in order.tolist()}
-    for place in order[:SHOWN].tolist():
-        first = int(held_out.rows[place])
-        values = "".join(f"{runs[name][first].item():>18.5g}" for name in names)
-        print(
-            values
-            + f"{max(made[k] for k in seeds_of[place]):>9}"
-            + f"{percent(held_out.mean[place], held_out.deviation[place]):>18}"
-            + f"{percent(tested.mean[place], tested.deviation[place]):>18}"
-        )
+    _print(done, order[~held_out.mean[order].isnan()], len(parts.judging.labels))
     best = (sweeps.settings(runs) == order[0]).nonzero().squeeze(1)
-    print()
-    _together(done, parts, best, folder)
-    panels = {axis.field: axis for axis in axes(options)}
-    for name, axis in panels.items():
-        outputs.write_picture(folder / f"{axis.name}.png", lambda n=name, a=axis: _picture(done, n, a))  # type: ignore[misc]
-    if not PRIVATE_OVER & runs.keys():
-        print(f"One run of the best, by train with this sweep's other options: {command(runs, int(best[0]))}")
+    _ensemble(done, parts, best, folder)
+    for axis in axes(options):
+        outputs.write_picture(folder / f"{axis.name}.png", partial(_picture, done, axis))
+    if private:
+        print("Clipped and noisy steps without an account are no run of train: no best run is kept.")
+        return 0
+    place = done.best_of(best)
+    write_best(done, place, folder, parts)
+    print(f"Best run: {folder / 'best'}, {described(runs, place)}: {100 * done.held_out[place]:.2f}% held out")
+    print(f"Try: functorch-mnist evaluate {folder}")
     return 0
 
 
@@ -84,11 +75,12 @@ def table(options: Sweep) -> sweeps.Runs:
     """The runs that the options ask for."""
     seed = options.training.seed
     seeds = range(seed, seed + options.seeds)
-    found = axes(options)
     if options.trials is None:
-        return sweeps.grid(seeds=seeds, **{axis.field: axis.values for axis in found})
+        return sweeps.grid(seeds=seeds, **{axis.field: axis.values for axis in axes(options)})
     key = random.fold_in(random.key(seed), DRAWS)
-    return sweeps.random_search(key, options.trials, seeds=seeds, **{axis.field: _range(axis) for axis in found})
+    return sweeps.random_search(
+        key, options.trials, seeds=seeds, **{axis.field: _range(axis) for axis in axes(options)}
+    )
 
 
 def rows(done: Swept) -> str:
@@ -96,48 +88,19 @@ def rows(done: Swept) -> str:
     names = [name for name in done.runs if name != sweeps.SEED]
     head = [*names, "seed", "setting", "status", "epochs", "failed_at_step", "best_epoch"]
     lines = [",".join([*head, "held_out_accuracy", "held_out_loss", "train_loss", "test_accuracy"])]
-    found, setting = done.found, sweeps.settings(done.runs)
-    held_out_loss = found.at_best("loss")
-    train_loss = found.losses.gather(1, found.best_epoch.clamp(min=0)[:, None]).squeeze(1)
-    for k in range(len(done.runs[sweeps.SEED])):
-        epochs = epochs_made(found)[k]
-        best, failed = int(found.best_epoch[k]), int(found.failed[k])
-        values = [typed(done.runs[name][k].item()) for name in names]
-        values += [str(int(done.runs[sweeps.SEED][k])), str(int(setting[k])), sweeps.STATUSES[int(found.ended[k])]]
+    state, setting = done.state, sweeps.settings(done.runs)
+    held_out_loss = state.at_best("loss")
+    train_loss = state.losses.gather(1, state.best_epoch.clamp(min=0)[:, None]).squeeze(1)
+    for k, epochs in enumerate(done.epochs):
+        best, failed = int(state.best_epoch[k]), int(state.failed[k])
+        values = [shortest(done.runs[name][k].item()) for name in names]
+        values += [str(int(done.runs[sweeps.SEED][k])), str(int(setting[k])), sweeps.STATUSES[int(state.ended[k])]]
         values += [str(epochs), "" if failed < 0 else str(failed), "" if best < 0 else str(best + 1)]
         numbers = [done.held_out[k], held_out_loss[k], train_loss[k], done.tested[k]]
         lines.append(
             ",".join([*values, *("" if best < 0 or number.isnan() else f"{number.item():.7g}" for number in numbers)])
         )
     return "\n".join(lines) + "\n"
-
-
-def epochs_made(found: sweeps.Sweep) -> list[int]:
-    """How many epochs each run has made."""
-    made: list[int] = (~found.score.isnan()).sum(1).tolist()
-    return made
-
-
-def percent(mean: Tensor, deviation: Tensor) -> str:
-    """A part as percent, with its deviation where there is one."""
-    told = f"{100 * mean.item():.2f}"
-    return told if deviation.isnan() else f"{told} ± {100 * deviation.item():.2f}"
-
-
-def typed(value: float) -> str:
-    """The shortest decimal number that is the same float32."""
-    texts = (f"{value:.{digits}g}" for digits in range(1, 10))
-    return next(text for text in texts if torch.tensor(float(text)).item() == torch.tensor(value).item())
-
-
-def command(runs: sweeps.Runs, place: int) -> str:
-    """A run of a sweep as options of `train`."""
-    told = []
-    for name, column in runs.items():
-        value = column[place].item()
-        values = (value / 2, value) if name == "dropout" else (value,)
-        told.append(" ".join([flag(name), *map(typed, values)]))
-    return " ".join(told)
 
 
 def _range(axis: Axis) -> sweeps.Uniform | sweeps.LogUniform | sweeps.OneOf:
@@ -149,60 +112,81 @@ def _range(axis: Axis) -> sweeps.Uniform | sweeps.LogUniform | sweeps.OneOf:
 
 def _ended(done: Swept) -> str:
     """How the runs ended, and which have failed."""
-    found = done.found
-    counts = torch.bincount(found.ended, minlength=len(sweeps.STATUSES)).tolist()
-    told = ", ".join(f"{count} {word}" for word, count in zip(sweeps.STATUSES, counts, strict=True) if count)
-    lines = [f"Runs: {told}."]
-    for k in (found.failed >= 0).nonzero().squeeze(1).tolist()[:SHOWN]:
-        lines.append(f"Not finite after step {int(found.failed[k])}: {words(done.runs, k)}")
+    counts = torch.bincount(done.state.ended, minlength=len(sweeps.STATUSES)).tolist()
+    statuses = ", ".join(f"{count} {word}" for word, count in zip(sweeps.STATUSES, counts, strict=True) if count)
+    lines = [f"Runs: {statuses}."]
+    for k in (done.state.failed >= 0).nonzero().squeeze(1).tolist()[:SHOWN]:
+        lines.append(f"Not finite after step {int(done.state.failed[k])}: {described(done.runs, k)}")
     return "\n".join(lines)
 
 
-def _together(done: Swept, parts: Parts, best: Tensor, folder: Path) -> None:
-    """What the models of the best setting say together, and how sure they are."""
-    held_out = parts.judging
-    logits = outputs_of(done, best, parts.test.images)
-    labels = parts.test.labels
-    single = (logits.argmax(-1) == labels).double().mean(-1)
+def _print(done: Swept, order: Tensor, images: int) -> None:
+    """The table of the best settings, by held-out accuracy; `order` has the places of those that have not failed."""
+    runs, epochs, setting = done.runs, done.epochs, sweeps.settings(done.runs)
+    held_out, tested = spread(runs, done.held_out), spread(runs, done.tested)
+    names = [name for name in runs if name != sweeps.SEED]
+    print(f"\nThe best settings by accuracy on {images:,} held-out images, at each run's best epoch:")
+    print(
+        "".join(f"{name.replace('_', '-'):>18}" for name in names) + f"{'epochs':>9}{'held out, %':>18}{'test, %':>18}"
+    )
+    for place in order[:SHOWN].tolist():
+        seeds = (setting == place).nonzero().squeeze(1).tolist()
+        print(
+            "".join(f"{runs[name][seeds[0]].item():>18.5g}" for name in names)
+            + f"{max(epochs[k] for k in seeds):>9}"
+            + "".join(f"{percent(one.mean[place], one.deviation[place]):>18}" for one in (held_out, tested))
+        )
+    print()
+
+
+def _ensemble(done: Swept, parts: Parts, best: Tensor, folder: Path) -> None:
+    """The accuracy of the best setting's models as an ensemble, and its calibration."""
+    logits, labels = outputs_of(done, best, parts.test.images), parts.test.labels
     mean = ensemble.mean(logits)
     if len(best) > 1:
-        averaged, voted = (_accuracy(given, labels) for given in (mean, ensemble.vote(logits)))
+        averaged, voted = (_accuracy(one, labels) for one in (mean, ensemble.vote(logits)))
+        single = (logits.argmax(-1) == labels).double().mean()
         apart, informed = ensemble.disagreement(logits).mean(), ensemble.mutual_information(logits).mean()
         print(
-            f"The {len(best)} models of the best setting together, on the test images: {averaged} by their mean, "
-            f"{voted} by vote; one alone {100 * single.mean().item():.2f}%. Two of them differ on "
+            f"Ensemble of the {len(best)} models of the best setting, on the test images: {averaged} by the mean "
+            f"probability, {voted} by majority vote; a single model {100 * single.item():.2f}%. Two models disagree on "
             f"{100 * apart.item():.2f}% of the images; mutual information {informed.item():.4f} nats."
         )
+    held_out = parts.judging
     scale = calibration.temperature(ensemble.mean(outputs_of(done, best, held_out.images)), held_out.labels)
     curves = {}
-    for name, given in (("as trained", mean), (f"temperature {scale.item():.2f}", mean / scale)):
-        curves[name] = calibration.reliability(given.softmax(-1), labels)
-        error, brier = curves[name].expected_error.item(), calibration.brier(given.softmax(-1), labels).item()
+    for name, one in (("as trained", mean), (f"temperature {scale.item():.2f}", mean / scale)):
+        curves[name] = calibration.reliability(one.softmax(-1), labels)
+        error, brier = curves[name].expected_error.item(), calibration.brier(one.softmax(-1), labels).item()
         print(f"Expected calibration error, {name}: {100 * error:.2f}%; Brier score {brier:.4f}")
     outputs.write_picture(folder / "reliability.png", lambda: plots.reliability(curves))
 
 
-def _accuracy(outputs: Tensor, labels: Tensor) -> str:
-    return f"{100 * (outputs.argmax(-1) == labels).double().mean().item():.2f}%"
+def _accuracy(logits: Tensor, labels: Tensor) -> str:
+    return f"{100 * (logits.argmax(-1) == labels).double().mean().item():.2f}%"
 
 
-def _picture(done: Swept, name: str, axis: Axis) -> bytes:
-    """Accuracy against one thing that runs differ in; a line for each combination of the others, if they are few."""
-    runs = done.runs
-    found = spread(runs, done.held_out)
-    others = [other for other in runs if other not in (name, sweeps.SEED)]
-    lines: dict[str, list[tuple[float, float, float]]] = {}
-    for place, first in enumerate(found.rows.tolist()):
-        if found.mean[place].isnan():
+def _picture(done: Swept, axis: Axis) -> bytes:
+    """Accuracy against a hyperparameter; a line for each combination of the others, if they are few."""
+    runs, held_out, setting = done.runs, spread(done.runs, done.held_out), sweeps.settings(done.runs)
+    others = [other for other in runs if other not in (axis.field, sweeps.SEED)]
+    stopped = (done.state.ended == sweeps.CUT) | (done.state.ended == sweeps.STOPPED)
+    lines: dict[str, list[plots.Point]] = {}
+    failed = 0
+    for place, first in enumerate(held_out.rows.tolist()):
+        if held_out.mean[place].isnan():
+            failed += 1
             continue
         label = ", ".join(f"{other.replace('_', '-')} {runs[other][first].item():.3g}" for other in others)
-        deviation = found.deviation[place].nan_to_num(nan=0.0).item()
-        point = (runs[name][first].item(), 100 * found.mean[place].item(), 100 * deviation)
-        lines.setdefault(label, []).append(point)
-    if len(lines) > 12:  # a cloud: a point for each setting
-        bands = [plots.Band("", [x], [y], [error]) for line in lines.values() for x, y, error in line]
-    else:
-        bands = [plots.Band(label, *zip(*sorted(line), strict=True)) for label, line in lines.items()]
-    return plots.scores(
-        {"": bands}, across=axis.name, logarithmic=axis.name in LOGARITHMIC, height="accuracy on held-out images, %"
+        deviation = held_out.deviation[place].nan_to_num(nan=0.0).item()
+        early = bool(stopped[setting == place].all())
+        x, y = runs[axis.field][first].item(), 100 * held_out.mean[place].item()
+        lines.setdefault(label, []).append(plots.Point(x, y, 100 * deviation, early))
+    cloud = len(lines) > 12
+    if cloud:
+        lines = {"": [point for line in lines.values() for point in line]}
+    bands = [plots.Band(label, sorted(line), joined=not cloud) for label, line in lines.items()]
+    note = f"{outputs.plural(failed, 'setting')} not finite, not shown" if failed else ""
+    return plots.accuracies(
+        {note: bands}, across=axis.name, logarithmic=axis.name in LOGARITHMIC, height="accuracy on held-out images, %"
     )

@@ -14,9 +14,13 @@ from .analysis import Scores as Scores
 from .analysis import Store as Store
 from .analysis import check_analysis as check_analysis
 from .analysis import check_plan as check_plan
+from .saved import Search as Search
 from .saved import check_resumed as check_resumed
+from .saved import command_of as command_of
 from .saved import differences as differences
 from .saved import from_json as from_json
+from .saved import search_differences as search_differences
+from .saved import search_from_json as search_from_json
 from .saved import to_json as to_json
 from .sweep import COMPARED as COMPARED
 from .sweep import LOGARITHMIC as LOGARITHMIC
