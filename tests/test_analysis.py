@@ -556,7 +556,8 @@ def test_values_of_a_run_that_stops_and_goes_on_are_the_same_bytes(at, valued, d
 
 
 @pytest.mark.parametrize(
-    "left", ['{"config": 1}', "[" * 100_000, '{"found": {"12": [1, 2]}, "config": {}}', '{"found": [], "config": {}}']
+    "left",
+    ['{"config": 1}', "[" * 100_000, '{"estimates": {"12": [1, 2]}, "config": {}}', '{"estimates": [], "config": {}}'],
 )
 def test_what_is_left_of_a_noise_scale_and_damaged_is_dropped(left, linear, tmp_path):
     (tmp_path / ".partial.json").write_text(left)
@@ -605,16 +606,31 @@ def test_a_stopped_noise_scale_goes_on_at_the_next_checkpoint(linear, tmp_path, 
     with monkeypatch.context() as patch:
         _Stop(patch, noise_scale.statistics, "noise_scale", 3)
         said = complain(130, "noise-scale", linear, "--out", tmp_path)
-    assert said == "Interrupted after 2 of 3 checkpoints. The same command goes on from there."
+    assert said == "Interrupted after 2 of 3 checkpoints. The same command resumes from there."
     counted = _Stop(monkeypatch, noise_scale.statistics, "noise_scale", -1)
     succeed("noise-scale", linear, "--out", tmp_path)
     assert counted.calls == 1
     assert not litter(tmp_path)
 
 
-def test_a_noise_that_hides_the_gradient_is_told_in_words():
-    found = statistics.NoiseScale(math.inf, math.inf, 1.0, 0.1, -0.1, 0.1, 10)
-    assert "cannot be told from zero" in noise_scale._advice(found, 64)
+def test_a_gradient_lost_in_its_noise_is_reported_in_words():
+    estimate = statistics.NoiseScale(math.inf, math.inf, 1.0, 0.1, -0.1, 0.1, 10)
+    assert "lost in its noise" in noise_scale._advice(estimate, 64)
+
+
+def test_estimates_that_disagree_are_reported_with_the_one_to_trust():
+    def measured(first, last, square_norm, samples):
+        estimate = statistics.NoiseScale(10 / square_norm, 1.0, 10.0, 0.5, square_norm, 0.1, samples)
+        return noise_scale.Measured(first, last, estimate)
+
+    batches = [measured(1, 9, 5.0, 9), measured(10, 20, 1.0, 11)]
+    apart = noise_scale._trust(batches, measured(16, 16, 0.6, 4096))  # 0.4 is above 2 √2 x 0.1
+    assert apart.startswith(
+        "At step 16 16.67 ± 1 examples by the checkpoint, 10 ± 1 examples by the batches of steps 10 "
+    )
+    assert "Trust the checkpoint's for step 16" in apart and "4,096 independent examples" in apart
+    assert "they agree" in noise_scale._trust(batches, measured(16, 16, 0.8, 4096))
+    assert "they disagree" in noise_scale._trust(batches, measured(3, 3, 0.8, 4096))
 
 
 # ---- refusals

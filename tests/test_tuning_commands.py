@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shell import ask, complain, succeed
 
 import functorch_mnist as fm
-from functorch_mnist import options, sweep
+from functorch_mnist import options, plots, sweep
 from functorch_mnist.commands import build, runs, sources
 from functorch_mnist.commands.runs import shortest
 
@@ -498,6 +498,17 @@ def test_a_folder_that_holds_something_else_is_left_as_it_is(data_dir, tmp_path)
     line = complain(2, "sweep", "--data-dir", data_dir, *LINES, "--over", "lr=0.1", "--out", tmp_path)
     assert "must be empty or hold this sweep" in line
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_picture_marks_stopped_runs_and_counts_the_error_bars_that_it_clips():
+    _, axes = plots._subplots()
+    axes.set_ylim(0, 100)
+    points = [plots.Point(0.1, 50, 60), plots.Point(0.2, 90, 1, stopped=True), plots.Point(0.3, 99, 2)]
+    note = plots._draw(axes, [plots.Band("one", points), plots.Band("empty", [])])
+    assert note == "\n(2 error bars cut off at the edge)"
+    (marked,) = [line for line in axes.get_lines() if line.get_label() == "stopped early"]
+    assert (list(marked.get_xdata()), list(marked.get_ydata()), marked.get_marker()) == ([0.2], [90], "X")
+    assert axes.get_ylim() == (0, 100)
 
 
 # ---- compare

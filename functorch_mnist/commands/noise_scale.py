@@ -1,4 +1,4 @@
-"""`noise-scale`: the gradient noise scale during a run, with error bars, and what it says of the batch size."""
+"""`noise-scale`: the gradient noise scale during a run, with error bars, and the batch size that it advises."""
 
 import json
 import math
@@ -28,7 +28,7 @@ class Measured(NamedTuple):
 
     first: int
     last: int
-    found: statistics.NoiseScale
+    estimate: statistics.NoiseScale
 
 
 def noise_scale(options: NoiseScale) -> int:
@@ -50,17 +50,16 @@ def _noise_scale(options: NoiseScale, world: World) -> int:
     print(f"{'from':>12}{'steps':>16}{'noise scale':>14}{'error':>10}{'tr Σ':>12}{'|E ∇|²':>12}")
     lines = ["from,first_step,last_step,noise_scale,error,trace,trace_error,square_norm,square_norm_error,samples"]
     for source, measured in estimates.items():
-        for first, last, found in measured:
+        for first, last, one in measured:
             steps = str(last) if first == last else f"{first} to {last}"
-            numbers = (
-                f"{found.scale:>14.4g}{float(f'{found.error:.2g}'):>10g}{found.trace:>12.4g}{found.square_norm:>12.4g}"
-            )
-            print(f"{source:>12}{steps:>16}{numbers}")
-            lines.append(",".join([source, str(first), str(last), *map(str, found)]))
+            error = float(f"{one.error:.2g}")
+            print(f"{source:>12}{steps:>16}{one.scale:>14.4g}{error:>10g}{one.trace:>12.4g}{one.square_norm:>12.4g}")
+            lines.append(",".join([source, str(first), str(last), *map(str, one)]))
     whole = _watched(records, 1)
     if whole:
-        print(f"Noise scale of the watched steps together: {whole[0].found}")
-    print(_advice((whole or estimates["checkpoint"])[-1].found, run.begun.options.batch_size))
+        print(f"Noise scale of the watched steps together: {whole[0].estimate}")
+        print(_trust(estimates["batches"], estimates["checkpoint"][-1]))
+    print(_advice((whole or estimates["checkpoint"])[-1].estimate, run.begun.options.batch_size))
     outputs.write(folder / "noise-scale.csv", ("\n".join(lines) + "\n").encode())
     bands = [_band(source, measured) for source, measured in estimates.items() if measured]
     outputs.write_picture(
@@ -88,7 +87,7 @@ def _watched(records: Sequence[Mapping[str, Any]], windows: int) -> list[Measure
 
 
 def _at_checkpoints(options: NoiseScale, run: Trained, folder: Path, world: World) -> list[Measured]:
-    """The noise scale at each checkpoint, from single examples, dropout as in training; goes on where it stopped."""
+    """The noise scale at each checkpoint, from single examples, dropout as in training; resumes where it stopped."""
     images, labels = first_images(restore.training_images(run, options.data_dir, world.device), options.images).train
     if len(images) < 3:
         raise UsageError(f"--images must be 3 at least for an error bar. Found {len(images)}.")
@@ -102,35 +101,37 @@ def _at_checkpoints(options: NoiseScale, run: Trained, folder: Path, world: Worl
         return run.made.loss(run.made.outputs(params, image, key), label)
 
     measured: list[Measured] = []
-    folder.mkdir(parents=True, exist_ok=True)
+    if world.rank == 0:
+        outputs.check_writable(folder)
+    print(f"Noise scale of {len(images):,} training images at {outputs.plural(len(points), 'checkpoint')}.", flush=True)
     with bar(total=len(points), unit=" checkpoints", silent=world.rank > 0) as progress:
         for point in points:
             if str(point.step) not in kept:
                 try:
                     keys = _keys(point, len(images))
                     rows = (images, labels, keys)
-                    found = statistics.noise_scale(loss_fn, point.params, *rows, chunk_size=CHUNK, world=world)
+                    one = statistics.noise_scale(loss_fn, point.params, *rows, chunk_size=CHUNK, world=world)
                 except KeyboardInterrupt:
                     raise KeyboardInterrupt(
                         f"Interrupted after {len(measured)} of {len(points)} checkpoints. "
-                        "The same command goes on from there."
+                        "The same command resumes from there."
                     ) from None
-                numbers = torch.tensor([found.trace, found.square_norm])
+                numbers = torch.tensor([one.trace, one.square_norm])
                 check_finite(numbers, f"The gradients at step {point.step}", "Has the run diverged?")
-                kept[str(point.step)] = list(found)
+                kept[str(point.step)] = list(one)
                 if world.rank == 0:
-                    files.write(folder / _KEPT, json.dumps({"config": config, "found": kept}).encode())
+                    files.write(folder / _KEPT, json.dumps({"config": config, "estimates": kept}).encode())
             measured.append(Measured(point.step, point.step, _scale(kept[str(point.step)])))
             progress.update(1)
     return measured
 
 
 def _shared(kept: dict[str, list[float]], points: Sequence[Point], world: World) -> dict[str, list[float]]:
-    """What the first process has found in the folder, on all."""
+    """The estimates that the first process has read from the folder, on all."""
     nothing = [math.nan] * len(statistics.NoiseScale._fields)
     rows = torch.tensor([kept.get(str(point.step), nothing) for point in points], dtype=torch.float64)
-    found = broadcast(world, rows.to(world.device)).tolist()
-    return {str(p.step): row for p, row in zip(points, found, strict=True) if not math.isnan(row[-1])}
+    rows = broadcast(world, rows.to(world.device))
+    return {str(p.step): row for p, row in zip(points, rows.tolist(), strict=True) if not math.isnan(row[-1])}
 
 
 def _scale(numbers: list[float]) -> statistics.NoiseScale:
@@ -145,33 +146,61 @@ def _keys(point: Point, count: int) -> Tensor:
 
 
 def _read(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What was measured before, by step; nothing if it was of another config."""
+    """The estimates of an interrupted command, by step; none if it was of another config."""
     try:
         kept = json.loads(path.read_bytes())
-        found = {step: list(statistics.NoiseScale(*numbers)) for step, numbers in kept["found"].items()}
-        good = all(type(number) in (int, float) for numbers in found.values() for number in numbers)
-        return found if good and kept["config"] == config else {}
+        estimates = {step: list(statistics.NoiseScale(*numbers)) for step, numbers in kept["estimates"].items()}
+        good = all(type(number) in (int, float) for numbers in estimates.values() for number in numbers)
+        return estimates if good and kept["config"] == config else {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}
 
 
-def _advice(found: statistics.NoiseScale, batch_size: int) -> str:
-    if not math.isfinite(found.scale):
-        return "The gradient cannot be told from zero among its noise: no batch size is too large. Take more --images?"
-    costs = statistics.efficiency(found.scale, batch_size)
-    sure = found.square_norm > 2 * found.square_norm_error
-    doubt = "" if sure else "The gradient is hardly larger than its error, so the noise scale is known only roughly. "
+def _trust(batches: Sequence[Measured], checkpoint: Measured) -> str:
+    """What each of the two estimates is unbiased for, and whether they disagree at a checkpoint."""
+    step, at = checkpoint.last, checkpoint.estimate
+    near = min(batches, key=lambda one: max(one.first - step, step - one.last, 0))
+    mean = near.estimate
+    differences = (
+        (at.trace - mean.trace, at.trace_error, mean.trace_error),
+        (at.square_norm - mean.square_norm, at.square_norm_error, mean.square_norm_error),
+    )
+    if all(abs(difference) <= 2 * math.hypot(*errors) for difference, *errors in differences):
+        verdict = "they agree within two standard errors."
+    else:
+        verdict = (
+            f"they disagree by more than two standard errors. Trust the checkpoint's for step {step}: it is unbiased "
+            f"for tr Σ and |E ∇|² there, from {at.samples:,} independent examples at fixed parameters. Trust the "
+            "batches' for the mean over their steps alone: the parameters move between them, and the error bar, which "
+            "takes steps as independent, is too small where the noise scale drifts."
+        )
+    return (
+        f"At step {step} {at} by the checkpoint, {mean} by the batches of steps {near.first} to {near.last}: {verdict}"
+    )
+
+
+def _advice(estimate: statistics.NoiseScale, batch_size: int) -> str:
+    if not math.isfinite(estimate.scale):
+        return (
+            "The gradient is lost in its noise, |E ∇|² not above zero: no batch size is too large. Take more --images?"
+        )
+    costs = statistics.efficiency(estimate.scale, batch_size)
+    significant = estimate.square_norm > 2 * estimate.square_norm_error
+    doubt = (
+        "" if significant else "|E ∇|² is below two of its standard errors, so the noise scale is a rough estimate. "
+    )
     return doubt + (
-        f"At a noise scale of {found.scale:.4g}, batches of {batch_size} take {costs.steps:.3g} times the fewest steps "
-        f"and {costs.examples:.3g} times the fewest examples; batches of {max(1, round(found.scale))} twice of both."
+        f"At a noise scale of {estimate.scale:.4g}, batches of {batch_size} take {costs.steps:.3g} times the fewest "
+        f"steps and {costs.examples:.3g} times the fewest examples; batches of {max(1, round(estimate.scale))} take "
+        "twice the fewest of both."
     )
 
 
 def _band(source: str, measured: Sequence[Measured]) -> plots.Band:
     """The finite estimates, each at the middle of its steps."""
     points = [
-        plots.Point((one.first + one.last) / 2, one.found.scale, one.found.error)
+        plots.Point((one.first + one.last) / 2, one.estimate.scale, one.estimate.error)
         for one in measured
-        if math.isfinite(one.found.scale)
+        if math.isfinite(one.estimate.scale)
     ]
     return plots.Band({"batches": "from the run's batches", "checkpoint": "at checkpoints"}[source], points)
