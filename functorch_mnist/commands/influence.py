@@ -34,7 +34,7 @@ _PAGE = 10
 """Test images in a picture."""
 
 
-class _Found(NamedTuple):
+class _Ends(NamedTuple):
     """The ends of the ranking of the training images for each of M test images."""
 
     helpful: Top
@@ -65,23 +65,23 @@ def _influence(options: Influence, world: World) -> int:
         raise UsageError(f"--test must be below {len(dataset.test.images)}. Found {options.test}.")
     tests = data.Split(*[rows[start:stop] for rows in dataset.test])
     if options.store is None:
-        folder, found = _computed(options, run, dataset, tests, world)
+        folder, ends = _computed(options, run, dataset, tests, world)
     else:
-        folder, dataset, found = _asked(options, options.store, run, dataset, tests)
+        folder, dataset, ends = _asked(options, options.store, run, dataset, tests)
     if world.rank:
         return 0
-    _print(options, start, tests, dataset, found)
+    _print(options, start, tests, dataset, ends)
     pages = range(0, len(tests.labels), _PAGE)
     for first in pages:
         page = range(first, min(first + _PAGE, len(tests.labels)))
-        pictures = _pictures(page, start, tests, dataset, found)
+        pictures = _pictures(page, start, tests, dataset, ends)
         name = f"influence-{start + first:05d}.png" if len(pages) > 1 or stop - start > 1 else "influence.png"
         outputs.write_picture(folder / name, partial(plots.gallery, pictures))
     forget(folder / PARTIAL)
     return 0
 
 
-def _computed(options: Influence, run: Trained, dataset: Parts, tests: data.Split, world: World) -> tuple[Path, _Found]:
+def _computed(options: Influence, run: Trained, dataset: Parts, tests: data.Split, world: World) -> tuple[Path, _Ends]:
     """The influence of each training image on one test image, written as a table."""
     test, method = options.tests[0], options.method or "tracin"
     points = restore.points(options.run, run, world.device)
@@ -128,11 +128,11 @@ def _computed(options: Influence, run: Trained, dataset: Parts, tests: data.Spli
         table = {"index": dataset.indices, "given_label": labels.cpu(), "influence": influences}
         outputs.write_csv(folder / "influence.csv", table)
     order = influences.argsort(descending=True, stable=True)
-    ends = (ends[: options.top] for ends in (order, order.flip(0)))
-    return folder, _Found(*[Top(influences[end][None], end[None]) for end in ends])
+    tops = (some[: options.top] for some in (order, order.flip(0)))
+    return folder, _Ends(*[Top(influences[some][None], some[None]) for some in tops])
 
 
-def _asked(options: Influence, at: Path, run: Trained, dataset: Parts, tests: data.Split) -> tuple[Path, Parts, _Found]:
+def _asked(options: Influence, at: Path, run: Trained, dataset: Parts, tests: data.Split) -> tuple[Path, Parts, _Ends]:
     """The ends of a store's ranking for each test image, written as a table."""
     store = load(at)
     dataset = first_images(dataset, len(store))
@@ -160,9 +160,9 @@ def _asked(options: Influence, at: Path, run: Trained, dataset: Parts, tests: da
     queries = store.features(restore.loss_of(run), [point.params for point in points], *tests)
     by: By = "dot" if method == "tracin" else method
     count = min(options.top, len(store))
-    found = _Found(*[store.top(queries, count, by=by, lowest=lowest) for lowest in (False, True)])
-    outputs.write_csv(folder / "influence.csv", _table(start, tests, dataset, found))
-    return folder, dataset, found
+    ends = _Ends(*[store.top(queries, count, by=by, lowest=lowest) for lowest in (False, True)])
+    outputs.write_csv(folder / "influence.csv", _table(start, tests, dataset, ends))
+    return folder, dataset, ends
 
 
 def _check_index(at: Path, index: Tensor) -> None:
@@ -183,40 +183,40 @@ def _check_index(at: Path, index: Tensor) -> None:
         raise StoreError(f"{path} must hold the indices of the run's training images. Found others.")
 
 
-def _table(start: int, tests: data.Split, dataset: Parts, found: _Found) -> dict[str, Tensor]:
+def _table(start: int, tests: data.Split, dataset: Parts, ends: _Ends) -> dict[str, Tensor]:
     """A row for each test image and training image: the helpful ones, then the harmful, each from the strongest."""
     labels = dataset.train.labels.tolist()
     lines = [
         (start + i, int(label), rank, int(dataset.indices[place]), labels[place], influence)
         for i, label in enumerate(tests.labels.tolist())
         for sign in (1, -1)
-        for rank, (place, influence) in enumerate(found.end(i, sign), 1)
+        for rank, (place, influence) in enumerate(ends.end(i, sign), 1)
     ]
     columns = zip(*lines, strict=True) if lines else [()] * 6
     names = ("test_index", "test_label", "rank", "index", "given_label", "influence")
     return {name: torch.tensor(column) for name, column in zip(names, columns, strict=True)}
 
 
-def _print(options: Influence, start: int, tests: data.Split, dataset: Parts, found: _Found) -> None:
+def _print(options: Influence, start: int, tests: data.Split, dataset: Parts, ends: _Ends) -> None:
     """The strongest training images of each sign: all of one test image, one each of several."""
     labels, shown = dataset.train.labels, min(len(tests.labels), _PAGE)
     most = options.top if len(tests.labels) == 1 else 1
     for i in range(shown):
-        ends = []
+        texts = []
         for title, sign in (("helpful", 1), ("harmful", -1)):
-            some = [f"{dataset.indices[j]} (a {labels[j]}, {score:.3g})" for j, score in found.end(i, sign, most)]
-            ends.append(f"most {title}: {', '.join(some) or 'none'}")
-        print(f"Test image {start + i}, a {int(tests.labels[i])}: {'; '.join(ends)}")
+            some = [f"{dataset.indices[j]} (a {labels[j]}, {score:.3g})" for j, score in ends.end(i, sign, most)]
+            texts.append(f"most {title}: {', '.join(some) or 'none'}")
+        print(f"Test image {start + i}, a {int(tests.labels[i])}: {'; '.join(texts)}")
     if shown < len(tests.labels):
         print(f"… and {len(tests.labels) - shown:,} more in influence.csv")
 
 
-def _pictures(page: Sequence[int], start: int, tests: data.Split, dataset: Parts, found: _Found) -> list[plots.Row]:
+def _pictures(page: Sequence[int], start: int, tests: data.Split, dataset: Parts, ends: _Ends) -> list[plots.Row]:
     """For each test image a row of it and the most helpful training images, and a row of the most harmful."""
     (images, labels), index, rows = dataset.train, dataset.indices, list[plots.Row]()
     for i in page:
         for title, sign in (("helpful", 1), ("harmful", -1)):
-            chosen = found.end(i, sign, outputs.WIDTH - 1)
+            chosen = ends.end(i, sign, outputs.WIDTH - 1)
             shown = torch.cat([tests.images[i : i + 1], images[[place for place, _ in chosen]]])
             captions = [f"{index[j]}: {labels[j]}\n{score:.3g}" for j, score in chosen]
             heading = f"most {title} (index: given label, influence)" if i == page[0] else ""

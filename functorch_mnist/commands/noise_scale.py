@@ -95,7 +95,7 @@ def _at_checkpoints(options: NoiseScale, run: Trained, folder: Path, world: Worl
     given = ([point.params for point in points], images, labels)
     config = restore.to_config(run.begun) | {"digest": digest(given)}
     check_agreed(world, "Starting", SAME, data=str(config["digest"]))
-    kept = _shared(_read(folder / _KEPT, config), points, world)
+    kept = _agreed(_read(folder / _KEPT, config), points, world)
 
     def loss_fn(params: Params, image: Tensor, label: Tensor, key: Tensor) -> Tensor:
         return run.made.loss(run.made.outputs(params, image, key), label)
@@ -126,7 +126,7 @@ def _at_checkpoints(options: NoiseScale, run: Trained, folder: Path, world: Worl
     return measured
 
 
-def _shared(kept: dict[str, list[float]], points: Sequence[Point], world: World) -> dict[str, list[float]]:
+def _agreed(kept: dict[str, list[float]], points: Sequence[Point], world: World) -> dict[str, list[float]]:
     """The estimates that the first process has read from the folder, on all."""
     nothing = [math.nan] * len(statistics.NoiseScale._fields)
     rows = torch.tensor([kept.get(str(point.step), nothing) for point in points], dtype=torch.float64)

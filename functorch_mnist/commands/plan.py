@@ -30,16 +30,16 @@ def plan(options: Plan) -> int:
             allocator.keep_freed_memory()  # as `train` does
             batch = [torch.stack([x] * options.batch_size) for x in example]
             with saying_warnings():
-                found = per_sample.tune(loss_fn, params, *batch, compile=options.compile == "on")
+                planned = per_sample.tune(loss_fn, params, *batch, compile=options.compile == "on")
         else:
-            found = per_sample.plan(loss_fn, params, *example, batch_size=options.batch_size)
+            planned = per_sample.plan(loss_fn, params, *example, batch_size=options.batch_size)
     for wish in options.override:
         name, equals, way = wish.partition("=")
         if not equals:
             raise UsageError(f"--override must be NAME=WAY. Found {wish!r}.")
         with refusing(ValueError):
-            found = found.override(name, cast(Way, way))
-    print(found)
+            planned = planned.override(name, cast(Way, way))
+    print(planned)
     if options.tune:
         print(f"Kept in {measured.default_file()}.")
     return 0

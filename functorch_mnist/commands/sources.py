@@ -81,7 +81,7 @@ def divided(options: Train, dataset: data.Dataset) -> Parts:
 
 
 def first_images(parts: Parts, count: int | None) -> Parts:
-    """The data set with the first so many training images only, or with all."""
+    """The data set with only the first `count` training images, or with all."""
     train = data.Split(parts.train.images[:count], parts.train.labels[:count])
     return parts._replace(train=train, indices=parts.indices[:count])
 
