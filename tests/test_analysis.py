@@ -720,6 +720,9 @@ def test_a_missing_gpu_is_told_in_one_line(linear):
         assert "Use --device cpu." in complain(2, command, linear, *rest, "--device", "cuda")
 
 
-def test_results_that_cannot_be_written_are_told_in_one_line(linear, tmp_path):
+@pytest.mark.parametrize("command", EACH)
+def test_a_folder_that_cannot_be_written_is_reported_before_the_work(command, linear, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    assert "file" in complain(1, "scores", linear, "--scores", "loss", "--out", tmp_path / "file" / "out")
+    answer = ask(command, linear, *EACH[command], "--out", tmp_path / "file" / "out")
+    assert (answer.status, answer.out) == (1, "")
+    assert answer.err == f"functorch-mnist: Not a directory: {tmp_path / 'file' / 'out'}.\n"
