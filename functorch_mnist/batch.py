@@ -23,12 +23,25 @@ def check(where: str, batch: Sequence[Tensor], mask: Tensor | None) -> int:
         >>> check("step", (torch.zeros(3, 2), torch.zeros(3)), None)
         3
     """
-    for rows in (*batch, *([] if mask is None else [mask])):
+    for rows in batch:
         if not isinstance(rows, Tensor):
-            raise TypeError(f"{where}: a batch and its mask must be tensors. Found {type(rows).__name__}.")
+            remedy = "Pass its tensors one by one: x, y." if isinstance(rows, (tuple, list)) else "Use torch.as_tensor."
+            raise TypeError(f"{where}: a batch must be tensors (B, …). Found {type(rows).__name__}. {remedy}")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise TypeError(f"{where}: the mask must be a bool tensor (B,). Found {type(mask).__name__}.")
     shapes = [tuple(rows.shape) for rows in batch]
+    if not shapes:
+        raise ValueError(f"{where}: a batch must have at least one tensor (B, …). Found none.")
     if not all(shapes) or len({shape[0] for shape in shapes}) != 1:
-        raise ValueError(f"{where}: all tensors of a batch must have one leading size B. Found shapes {shapes}.")
+        single = any([rows.dtype == torch.int32 and rows.shape == (2,) for rows in batch])
+        remedy = (
+            "Is (2,) a single key? random.split(key, B) gives one per example."
+            if single
+            else "What all examples share belongs in the loss; expand it to B rows otherwise."
+        )
+        raise ValueError(
+            f"{where}: all tensors of a batch must have one leading size B. Found shapes {shapes}. {remedy}"
+        )
     count = shapes[0][0]
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (count,)):
         raise ValueError(f"{where}: the mask must be bool ({count},). Found {mask.dtype} {tuple(mask.shape)}.")

@@ -64,6 +64,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> linear(torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 1.0]]), torch.tensor([0.5]))
         tensor([3.5000])
     """
+    _check_input("linear", x, weight)
+    if x.shape[-1:] != weight.shape[-1:]:
+        raise ValueError(
+            f"linear: x (..., D) and weight (H, D) must agree in D. Found {tuple(x.shape)} and {tuple(weight.shape)}. "
+            "Flatten images first?"
+        )
     return products.linear(x, weight, bias)
 
 
@@ -80,6 +86,12 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int
     Returns:
         (..., O, height', width').
     """
+    _check_input("conv2d", x, weight)
+    if x.dim() < 3 or x.shape[-3] != weight.shape[-3]:
+        raise ValueError(
+            f"conv2d: x (..., C, height, width) and weight (O, C, ...) must agree in C. Found {tuple(x.shape)} and "
+            f"{tuple(weight.shape)}. Is the axis of channels missing? x[:, None] adds it."
+        )
     if torch.compiler.is_compiling() or (weight.shape[-3] == 1 and x.dim() == 3):
         weight = channels_last(weight)  # `vmap` forgets how one channel is stored, and torch asks the weight as well
     return _over_leading_axes(lambda images: F.conv2d(images, weight, bias, stride, padding), x)
@@ -102,6 +114,20 @@ def max_pool2d(x: Tensor, size: int = 2, *, stride: int | None = None) -> Tensor
     if size == 2 and stride <= 2 and torch.compiler.is_compiling():
         return _max_pool2d_by_comparison(x, stride)
     return _over_leading_axes(lambda images: F.max_pool2d(images, size, stride), x)
+
+
+def _check_input(where: str, x: Tensor, weight: Tensor) -> None:
+    """Raises TypeError for dtypes that torch cannot combine, under autocast or not."""
+    if x.dtype == weight.dtype:
+        return
+    if not (x.dtype.is_floating_point or x.dtype.is_complex):
+        raise TypeError(
+            f"{where}: x must be floats. Found {x.dtype}. Divide pixels by 255, or use data.normalize, which does."
+        )
+    if torch.float64 in (x.dtype, weight.dtype):
+        raise TypeError(
+            f"{where}: x and weight must have one dtype. Found {x.dtype} and {weight.dtype}. Use x.float()?"
+        )
 
 
 def _max_pool2d_by_comparison(x: Tensor, stride: int) -> Tensor:
@@ -271,6 +297,7 @@ def dropout(x: Tensor, key: Tensor, *, rate: float | Tensor) -> Tensor:
 
     Reference: Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", JMLR 15, 2014.
     """
+    random.check_key("dropout", key)
     return drop(x, key, x.shape[key.dim() - 1 :], rate=rate)
 
 
@@ -287,6 +314,7 @@ def channel_dropout(x: Tensor, key: Tensor, *, rate: float | Tensor) -> Tensor:
 
     Reference: Tompson et al., "Efficient object localization using convolutional networks", CVPR 2015.
     """
+    random.check_key("channel_dropout", key)
     return drop(x, key, (x.shape[-3], 1, 1), rate=rate)
 
 

@@ -132,7 +132,7 @@ def split(key: Tensor, num: int = 2) -> Tensor:
         >>> dropout_key
         tensor([ 928981903, -841280227], dtype=torch.int32)
     """
-    _check_key("random.split", key)
+    check_key("random.split", key)
     _check_shape("random.split", (num,))
     return torch.stack(_blocks(key, num), dim=-1)
 
@@ -159,7 +159,7 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
         >>> fold_in(key(0), torch.arange(3)).shape
         torch.Size([3, 2])
     """
-    _check_key("random.fold_in", key)
+    check_key("random.fold_in", key)
     if isinstance(data, Tensor):
         if data.is_floating_point() or data.is_complex() or data.dtype == torch.bool:
             raise TypeError(
@@ -284,7 +284,7 @@ def box_muller(key: Tensor, shape: Sequence[int] = ()) -> Tensor:
     Reference: Box and Muller, "A note on the generation of random normal deviates", Annals of Mathematical Statistics
         29, 1958.
     """
-    _check_key("random.box_muller", key)
+    check_key("random.box_muller", key)
     _check_shape("random.box_muller", shape)
     count = math.prod(shape)
     pairs = torch.cat(_pairs(key, (count + 1) // 2), dim=-1)
@@ -318,7 +318,7 @@ def box_muller_sum(keys: Tensor, weights: Tensor, shape: Sequence[int] = ()) -> 
         tensor([-0.2277, -1.2839])
     """
     where = "random.box_muller_sum"
-    _check_key(where, keys)
+    check_key(where, keys)
     _check_shape(where, shape)
     if keys.ndim != 2 or len(keys) < 1 or weights.shape != keys.shape[:1] or weights.dtype != torch.float32:
         raise ValueError(
@@ -357,7 +357,7 @@ def randint(key: Tensor, shape: Sequence[int], minval: int, maxval: int) -> Tens
         >>> randint(key(0), (5,), 0, 10)
         tensor([9, 0, 2, 3, 1])
     """
-    _check_key("random.randint", key)
+    check_key("random.randint", key)
     _check_shape("random.randint", shape)
     for bound in (minval, maxval):
         if not isinstance(bound, int) or isinstance(bound, bool):
@@ -434,7 +434,7 @@ def permutation(key: Tensor, n: int) -> Tensor:
         >>> permutation(key(0), 5)
         tensor([0, 1, 4, 3, 2])
     """
-    _check_key("random.permutation", key)
+    check_key("random.permutation", key)
     _check_shape("random.permutation", (n,))
     order = torch.arange(n, device=key.device) + torch.zeros_like(key[..., :1], dtype=torch.int64)
     for _ in range(math.ceil(3 * math.log(max(1, n)) / math.log(2**32 - 1))):
@@ -451,7 +451,7 @@ def _mantissas(where: str, key: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _words(where: str, key: Tensor, shape: Sequence[int]) -> Tensor:
     """`bits`, with the caller's name in the errors."""
-    _check_key(where, key)
+    check_key(where, key)
     _check_shape(where, shape)
     x0, x1 = _blocks(key, math.prod(shape))
     return (x0 ^ x1).reshape((*key.shape[:-1], *shape))
@@ -518,7 +518,8 @@ def _name(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
-def _check_key(where: str, key: Tensor) -> None:
+def check_key(where: str, key: Tensor) -> None:
+    """Raises TypeError or ValueError for what is not a key or a batch of keys."""
     typed = isinstance(key, Tensor) and key.dtype == torch.int32
     if typed and key.ndim > 0 and key.shape[-1] == 2:
         return

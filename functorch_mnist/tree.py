@@ -53,9 +53,18 @@ def map(fn: Callable[..., object], tree: T, *rest: T) -> T:
     for other in rest:
         leaves_of_other, other_structure = pytree.tree_flatten(other)
         if other_structure != structure:
-            raise ValueError(f"tree.map: the trees must have one structure. Found {structure} and {other_structure}.")
+            raise ValueError(
+                f"tree.map: the trees must have one structure. Found {_outline(tree)} and {_outline(other)}."
+            )
         columns.append(leaves_of_other)
     return cast(T, pytree.tree_unflatten([fn(*row) for row in zip(*columns, strict=True)], structure))
+
+
+def _outline(tree: Tree) -> str:
+    """A tree in one line: its type and the paths of its leaves."""
+    names = paths(tree)
+    shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+    return f"{type(tree).__name__} with {len(names)} leaves ({shown})" if names != [""] else type(tree).__name__
 
 
 def leaves(tree: Tree) -> list[Tensor]:
@@ -124,6 +133,24 @@ def replaced(tree: Tree, which: Callable[[Tree], bool], by: Callable[[Any], Tree
     return pytree.tree_map(lambda node: by(node) if which(node) else node, tree, is_leaf=which)
 
 
+def check_params(where: str, params: Tree) -> None:
+    """Raises TypeError for parameters that are not a pytree of float tensors."""
+    values = leaves(params)
+    wrong = [i for i, leaf in enumerate(values) if not isinstance(leaf, Tensor) or not leaf.is_floating_point()]
+    if not wrong:
+        return
+    leaf, path = values[wrong[0]], paths(params)[wrong[0]]
+    if isinstance(leaf, torch.nn.Module):
+        found, remedy = f"the module {type(leaf).__name__}", "Use params, model = models.from_module(module)"
+    elif isinstance(leaf, Tensor):
+        found, remedy = f"{leaf.dtype} {tuple(leaf.shape)}", "Convert it to float, or let the loss close over it"
+    else:
+        found, remedy = f"{type(leaf).__name__}", "Is it what model.init(key) or from_module returns"
+    ending = "?" if remedy.startswith("Is") else "."
+    place = f" at {path!r}" if path else ""
+    raise TypeError(f"{where}: params must be a pytree of float tensors. Found {found}{place}. {remedy}{ending}")
+
+
 def zeros_like(tree: T) -> T:
     """Zeros of the same shapes, dtypes, devices and memory formats."""
     return map(torch.zeros_like, tree)
@@ -160,6 +187,9 @@ def norm(tree: Tree) -> Tensor:
         >>> norm([torch.tensor([3.0]), torch.tensor([4.0])])
         tensor(5.)
     """
+    for leaf in leaves(tree):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"tree.norm: the leaves must be tensors. Found {type(leaf).__name__}.")
     values = [wide(leaf) for leaf in leaves(tree)]
     if not values:
         return torch.zeros(())

@@ -75,6 +75,7 @@ def augmented(images: Tensor, keys: Tensor, augmentation: Augmentation) -> Tenso
         visual document analysis", ICDAR 2003; erasing: DeVries, Taylor, "Improved regularization of convolutional
         neural networks with cutout", 2017, and Zhong et al., "Random erasing data augmentation", AAAI 2020.
     """
+    random.check_key("augmented", keys)
     lead = keys.shape[:-1]
     if not images.is_floating_point():
         raise TypeError(f"augmented: images must be floats. Found {images.dtype}. Divide by 255?")

@@ -35,6 +35,8 @@ def epoch_order(examples: int, *, key: Tensor, epoch: int) -> Tensor:
         >>> epoch_order(3, key=random.key(0), epoch=0).sort().values
         tensor([0, 1, 2])
     """
+    if not isinstance(examples, int):
+        raise TypeError(f"epoch_order: examples must be an int, N. Found {type(examples).__name__}. Use len(images).")
     return random.permutation(random.fold_in(key, epoch), examples)
 
 

@@ -28,6 +28,8 @@ def check_labels(where: str, outputs: Tensor, labels: Tensor, mask: Tensor | Non
         TypeError: the labels are not integers.
         RuntimeError: compiled or on a GPU, a label is out of range.
     """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{where}: labels must be a tensor. Found {type(labels).__name__}. Use torch.tensor.")
     if outputs.dim() == 0 or outputs.shape[:-1] != labels.shape:
         raise ValueError(
             f"{where}: outputs (..., K) and labels (...) must share their leading axes. "

@@ -44,6 +44,19 @@ _RANDOM = dict.fromkeys(
 """All functions that may be random."""
 
 
+def draws_numbers(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a function of torch draws from the global generator."""
+    if func not in _RANDOM:
+        return False
+    if func in _ELEMENT_DROPOUT or func in _CHANNEL_DROPOUT:
+        rate = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
+        training = args[2] if len(args) > 2 else kwargs.get("training", kwargs.get("train", True))
+        return bool(rate and training)
+    if func in _ALWAYS_RANDOM or func in _FILLED:
+        return True
+    return _is_on(_RANDOM_IF.get(func), args, kwargs) or _is_on(_DRAWING_INSIDE.get(func), args, kwargs)
+
+
 class Drawing(TorchFunctionMode):
     """Sees each op of a module's forward; subclasses say what a draw is, and how other ops run."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -143,3 +143,15 @@ def leaves_of(spec: Spec) -> list[Leaf]:
     if kind == "value":
         return []
     return [leaf for part in parts for leaf in leaves_of(part[1] if kind == "dict" else part)]
+
+
+def with_leaves(spec: Spec, change: Callable[[Leaf], Leaf]) -> Spec:
+    """The spec with other tensors."""
+    if isinstance(spec, Leaf):
+        return change(spec)
+    kind, parts = spec
+    if kind == "value":
+        return spec
+    if kind == "dict":
+        return kind, tuple([(key, with_leaves(part, change)) for key, part in parts])
+    return kind, tuple([with_leaves(part, change) for part in parts])

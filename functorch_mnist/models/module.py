@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ from torch.utils import _pytree as pytree
 from .. import native
 from ..compiler import constant_to_the_compiler
 from .copies import Copies
-from .inputs import Inputs, Leaf, Spec, described, is_constant, leaves_of, rebuilt
-from .model import Model, Params
+from .inputs import Inputs, Leaf, Spec, described, is_constant, leaves_of, rebuilt, with_leaves
+from .model import Model, Params, check_names
 from .region import Region
 from .trial import LOOSE, Axis, Trial, hold_trial, joined, named, same, split
 
@@ -79,6 +80,8 @@ def from_module(
         >>> model.apply(params, torch.zeros(5, 3)).shape
         torch.Size([5, 2])
     """
+    _check_module("from_module", module)
+    _check_options(module, example_ndim, shared)
     _refuse(module)
     pure = _Pure(module, example_ndim, batch_axis, frozenset(shared))
     params = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
@@ -95,6 +98,7 @@ def load_into(module: nn.Module, params: Params) -> None:
     Raises:
         ValueError: a name is missing or unexpected, or a shape differs. Nothing has been copied then.
     """
+    _check_module("load_into", module)
     own = {name: p for name, p in module.named_parameters() if p.requires_grad}
     _check_params("load_into", {name: p.shape for name, p in own.items()}, params)
     with torch.no_grad():
@@ -114,15 +118,17 @@ class _Pure:
         self.shapes = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
         self.quiet, self.noisy = Copies(module, training=False), Copies(module, training=True)
         self.arguments, self.open_ended = _arguments(module)
+        self.signature = inspect.signature(module.forward)
         self.trials: dict[Any, Trial] = {}
 
     def apply(self, params: Params, *inputs: Any, key: Tensor | None = None, **named: Any) -> Any:
         """The outputs, see `from_module`."""
         _check_params("apply", self.shapes, params)
         spec, tensors, lead = self.described(inputs, named)
-        if key is not None and tuple(key.shape) != (*lead, 2):
+        if key is not None and (not isinstance(key, Tensor) or tuple(key.shape) != (*lead, 2)):
+            found = tuple(key.shape) if isinstance(key, Tensor) else type(key).__name__
             raise ValueError(
-                f"apply: there must be one key per example, {(*lead, 2)}. Found {tuple(key.shape)}. "
+                f"apply: there must be one key per example, {(*lead, 2)}. Found {found}. "
                 "Is a random.split or a vmap missing?"
             )
         at = native.mapped()
@@ -140,7 +146,7 @@ class _Pure:
         ]
         keys = None if key is None else (native.taken_out(key, at) if at[0] else key).reshape(count, 2)
         kinds = tuple([(p.dtype, str(p.device)) for p in params.values()])
-        trial = self.trial(spec, kinds, key is not None, whole)
+        trial = self.trial(spec, kinds, key is not None, whole, lead)
         return _Call(self, params, spec, whole, trial, at, per_lane, keys).made(lead)
 
     def whole(self, x: Tensor, at: tuple[int, int], count: int, shape: tuple[int, ...]) -> Tensor:
@@ -152,8 +158,8 @@ class _Pure:
         """The spec of a call's inputs, their tensors, and the axes that they have in front of an example's."""
         if len(inputs) > len(self.arguments) and not self.open_ended:
             raise ValueError(
-                f"apply: the forward takes {len(self.arguments)} inputs, {self.arguments}. Found {len(inputs)}. Pass a "
-                "key as key=…, which is not an input."
+                f"apply: the forward takes the inputs {self.arguments}. Found {len(inputs)}. Pass a key as "
+                "key=…: it is no input."
             )
         names = [*self.arguments[: len(inputs)], *[f"input {i}" for i in range(len(self.arguments), len(inputs))]]
         leads = []
@@ -190,7 +196,7 @@ class _Pure:
             )
         return x.dim() - self.example_ndim[name]
 
-    def trial(self, spec: Spec, kinds: Any, keyed: bool, whole: list[Tensor]) -> Trial:
+    def trial(self, spec: Spec, kinds: Any, keyed: bool, whole: list[Tensor], lead: tuple[int, ...]) -> Trial:
         """What the module does with such inputs; found once."""
         if torch.compiler.is_dynamo_compiling():
             native.show_all_ops()
@@ -202,7 +208,7 @@ class _Pure:
             constant = tuple([is_constant(n) for n in rows])  # where a forward branches on a mask, it is on this
             key = (spec, kinds, keyed, constant)
             if key not in self.trials:
-                self.trials[key] = self.hold(spec, kinds, keyed, rows)
+                self.trials[key] = self.hold(spec, kinds, keyed, rows, lead)
         return self.trials[key]
 
     @constant_to_the_compiler
@@ -213,7 +219,9 @@ class _Pure:
             self.trials[key] = self.hold(spec, kinds, keyed, None)
         return self.trials[key]
 
-    def hold(self, spec: Spec, kinds: Any, keyed: bool, numbers: list[Tensor | None] | None) -> Trial:
+    def hold(
+        self, spec: Spec, kinds: Any, keyed: bool, numbers: list[Tensor | None] | None, lead: tuple[int, ...] = ()
+    ) -> Trial:
         rows = None
         if numbers is not None:
             rows = [
@@ -225,13 +233,63 @@ class _Pure:
             name: torch.empty(shape, dtype=dtype, device=device)
             for (name, shape), (dtype, device) in zip(self.shapes.items(), kinds, strict=True)
         }
+        copies = self.noisy if keyed else self.quiet
+
+        def runs(spec: Spec) -> bool:
+            with suppress(Exception):
+                hold_trial(copies, like, self.constants, Inputs(spec, self.batch_axis))
+                return True
+            return False
+
         try:
-            return hold_trial(self.noisy if keyed else self.quiet, like, self.constants, inputs)
-        except RuntimeError as error:
-            moved = self.moved(like, leaves_of(spec))
-            if moved is None:
+            return hold_trial(copies, like, self.constants, inputs)
+        except (RuntimeError, TypeError) as error:
+            cause = self.unbound(spec) or self.moved(like, leaves_of(spec))
+            cause = cause or self.integers(spec, kinds, runs) or self.misjudged(spec, lead, runs)
+            if cause is None:
                 raise
-            raise ValueError(moved) from error
+            raise ValueError(cause) from error
+
+    def unbound(self, spec: Spec) -> str | None:
+        """The message where the forward takes other arguments."""
+        (_, positional), (_, named) = spec[1]
+        try:
+            self.signature.bind(*positional, **dict(named))
+        except TypeError:
+            found = [*self.arguments[: len(positional)], *[name for name, _ in named]]
+            return f"apply: the forward takes ({', '.join(self.signature.parameters)}). Found inputs for {found}."
+        return None
+
+    def integers(self, spec: Spec, kinds: Any, runs: Callable[[Spec], bool]) -> str | None:
+        """The message where the forward takes floats and gets integers."""
+        found = [leaf for leaf in leaves_of(spec) if not (leaf.dtype.is_floating_point or leaf.dtype.is_complex)]
+        dtype = kinds[0][0] if kinds else torch.get_default_dtype()
+        if not found or not runs(with_leaves(spec, lambda leaf: leaf._replace(dtype=dtype) if leaf in found else leaf)):
+            return None
+        return (
+            f"apply: {found[0].name} must be floats. Found {found[0].dtype}. Divide pixels by 255, or use "
+            "data.normalize, which does."
+        )
+
+    def misjudged(self, spec: Spec, lead: tuple[int, ...], runs: Callable[[Spec], bool]) -> str | None:
+        """The message where an example has another number of axes than `example_ndim` says."""
+        own = [leaf for leaf in leaves_of(spec) if not leaf.shared]
+        least = min([len(leaf.shape) for leaf in own], default=0)
+        for more in sorted(range(1 - least, len(lead) + 1), key=abs):
+
+            def resized(leaf: Leaf, more: int = more) -> Leaf:
+                whole = (*lead, *leaf.shape)
+                shape = whole[len(lead) - more :]
+                return leaf if leaf.shared else leaf._replace(shape=shape)
+
+            if more and runs(with_leaves(spec, resized)):
+                right = resized(own[0]).shape
+                said = f"example_ndim={self.example_ndim}" if self.example_ndim is not None else "without example_ndim"
+                return (
+                    f"apply: example_ndim must be the number of axes of one example. Found {said}, with which one "
+                    f"{own[0].name} is {own[0].shape}, where the forward takes {right}. Set example_ndim={len(right)}."
+                )
+        return None
 
     def moved(self, like: Mapping[str, Tensor], inputs: list[Leaf]) -> str | None:
         """What is said where parameters, constants and inputs are of several devices or dtypes, which torch refused."""
@@ -382,10 +440,29 @@ def _arguments(module: nn.Module) -> tuple[list[str], bool]:
     return names, any([p.kind is p.VAR_POSITIONAL for p in parameters])
 
 
+def _check_module(where: str, module: nn.Module) -> None:
+    if not isinstance(module, nn.Module):
+        found = module.__name__ if isinstance(module, type) else type(module).__name__
+        remedy = " Call the class: its instance has the parameters." if isinstance(module, type) else ""
+        raise TypeError(f"{where}: module must be an nn.Module. Found {found}.{remedy}")
+
+
+def _check_options(module: nn.Module, example_ndim: int | Mapping[str, int] | None, shared: Collection[str]) -> None:
+    """Refuses what no call of the forward can mean."""
+    each = example_ndim if isinstance(example_ndim, Mapping) else {"": 0 if example_ndim is None else example_ndim}
+    for axes in each.values():
+        if not isinstance(axes, int) or axes < 0:
+            raise ValueError(f"from_module: example_ndim must be a number of axes, at least 0. Found {axes!r}.")
+    parameters = inspect.signature(module.forward).parameters
+    if not any([p.kind is p.VAR_KEYWORD for p in parameters.values()]):
+        names = (*(each if isinstance(example_ndim, Mapping) else ()), *shared)
+        unknown = [name for name in names if name not in parameters]
+        if unknown:
+            raise ValueError(f"from_module: the forward takes ({', '.join(parameters)}). Found the names {unknown}.")
+
+
 def _check_params(where: str, shapes: Mapping[str, torch.Size], params: Params) -> None:
-    if params.keys() != shapes.keys():
-        missing, unexpected = sorted(shapes.keys() - params.keys()), sorted(params.keys() - shapes.keys())
-        raise ValueError(f"{where}: the names must be the module's. Missing {missing}, unexpected {unexpected}.")
+    check_names(where, params, shapes)
     for name, shape in shapes.items():
         if params[name].shape != shape:
             raise ValueError(

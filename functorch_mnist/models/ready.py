@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from .. import layers, random
-from .model import Model, Params
+from .model import Model, Params, check_call
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -29,7 +29,10 @@ def linear(in_features: int, out_features: int, *, bias: bool = True) -> Model:
         tensor([3.])
     """
 
-    def apply(params: Params, x: Tensor, key: Tensor | None = None) -> Tensor:  # noqa: ARG001 (nothing is random here)
+    names = ("weight", "bias") if bias else ("weight",)
+
+    def apply(params: Params, x: Tensor, key: Tensor | None = None) -> Tensor:
+        check_call("linear", params, names, x, (in_features,), key)
         return layers.linear(x, params["weight"], params["bias"] if bias else None)
 
     def init(key: Tensor) -> Params:
@@ -52,12 +55,14 @@ def mlp(sizes: Sequence[int], *, activation: Activation = layers.relu) -> Model:
     Raises:
         ValueError: fewer than two sizes, or one below 1.
     """
-    if len(sizes) < 2 or min(sizes) < 1:
-        raise ValueError(f"mlp: sizes must be two or more positive widths. Found {list(sizes)}.")
+    if isinstance(sizes, int) or len(sizes) < 2 or min(sizes) < 1:
+        raise ValueError(f"mlp: sizes must be two or more positive widths. Found {sizes}.")
     shapes = {f"{2 * i}.": (sizes[i + 1], sizes[i]) for i in range(len(sizes) - 1)}
     *hidden, last = shapes
+    names = _names(shapes)
 
-    def apply(params: Params, x: Tensor, key: Tensor | None = None) -> Tensor:  # noqa: ARG001 (nothing is random here)
+    def apply(params: Params, x: Tensor, key: Tensor | None = None) -> Tensor:
+        check_call("mlp", params, names, x, (sizes[0],), key)
         for name in hidden:
             x = activation(layers.linear(x, params[name + "weight"], params[name + "bias"]))
         return layers.linear(x, params[last + "weight"], params[last + "bias"])
@@ -86,8 +91,10 @@ def cnn(*, activation: Activation = layers.relu, dropout: tuple[float | Tensor, 
         raise ValueError(f"cnn: dropout rates must be in [0, 1). Found {dropout}.")
     channel_rate, unit_rate = dropout
     shapes = {"conv1.": (32, 1, 3, 3), "conv2.": (64, 32, 3, 3), "fc1.": (128, 9216), "fc2.": (10, 128)}
+    names = _names(shapes)
 
     def apply(params: Params, x: Tensor, key: Tensor | None = None) -> Tensor:
+        check_call("cnn", params, names, x, (1, 28, 28), key)
         x = layers.channels_last(x)
         x = activation(layers.conv2d(x, params["conv1.weight"], params["conv1.bias"]))  # (..., 32, 26, 26)
         x = layers.max_pool2d(layers.conv2d(x, params["conv2.weight"], params["conv2.bias"]))  # (..., 64, 12, 12)
@@ -118,8 +125,10 @@ def small_cnn(*, activation: Activation = layers.relu) -> Model:
         table 1; with ReLU, the MNIST examples of Opacus and of TensorFlow Privacy.
     """
     shapes = {"conv1.": (16, 1, 8, 8), "conv2.": (32, 16, 4, 4), "fc1.": (32, 512), "fc2.": (10, 32)}
+    names = _names(shapes)
 
-    def apply(params: Params, x: Tensor, key: Tensor | None = None) -> Tensor:  # noqa: ARG001 (nothing is random here)
+    def apply(params: Params, x: Tensor, key: Tensor | None = None) -> Tensor:
+        check_call("small_cnn", params, names, x, (1, 28, 28), key)
         x = layers.channels_last(x)
         x = activation(layers.conv2d(x, params["conv1.weight"], params["conv1.bias"], stride=2, padding=3))
         x = layers.max_pool2d(x, stride=1)  # (..., 16, 13, 13)
@@ -131,8 +140,16 @@ def small_cnn(*, activation: Activation = layers.relu) -> Model:
     return Model(lambda key: _init(key, shapes), apply)
 
 
+def _names(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+    """The names of the parameters of layers."""
+    return tuple(layer + name for layer in shapes for name in ("weight", "bias"))
+
+
 def _init(key: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> Params:
     """Weights and biases as `nn.Linear` and `nn.Conv2d` draw them: uniform in ±1/√fan_in."""
+    random.check_key("init", key)
+    if key.dim() != 1:
+        raise ValueError(f"init: the key must be one key (2,). Found {tuple(key.shape)}. Use vmap for several models.")
     params: Params = {}
     for layer_key, (name, shape) in zip(random.split(key, len(shapes)), shapes.items(), strict=True):
         bound = 1 / math.sqrt(math.prod(shape[1:]))

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import tree
 from ..hyperparameters import AT_LEAST_ZERO, DECAY, add_scaled, check, check_rate, double, like, used
 from ..tree import Tree
-from .optimizer import Optimizer, check_grads, check_params, check_state, no_updates
+from .optimizer import Optimizer, check_grads, check_state, no_updates
 from .schedules import Schedule
 
 
@@ -141,7 +141,7 @@ def _optimizer(
     check(where, AT_LEAST_ZERO, epsilon=epsilon, weight_decay=weight_decay)
 
     def init(params: Tree) -> AdamState:
-        check_params(where, params)
+        tree.check_params(where, params)
         return AdamState(no_updates(params), tree.zeros_like(params), tree.zeros_like(params))
 
     def update(params: Tree, state: AdamState, grads: Tree) -> tuple[Tree, AdamState]:

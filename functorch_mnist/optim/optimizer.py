@@ -27,13 +27,6 @@ def no_updates(params: Tree) -> Tensor:
     return torch.zeros((), dtype=torch.int64, device=values[0].device if values else None)
 
 
-def check_params(where: str, params: Tree) -> None:
-    """Raises TypeError for a leaf that is not a float tensor."""
-    for path, leaf in zip(tree.paths(params), tree.leaves(params), strict=True):
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            raise TypeError(f"{where}: every parameter must be a float tensor. Found {path}: {leaf!r:.80}.")
-
-
 def check_grads(where: str, params: Tree, grads: Tree) -> None:
     """Raises ValueError for gradients without the structure and shapes of the parameters."""
     if all(tree.leaves(tree.map(lambda w, g: w.shape == g.shape, params, grads))):

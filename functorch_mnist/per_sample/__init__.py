@@ -15,6 +15,7 @@ the cotangent of its output. Nearly everything one wants of it follows from the 
     vocabulary.py    the output layer of a large vocabulary, in blocks of words
     kernels.py       ops that run on the whole batch
     following.py     which ops of a loss use which parameter
+    mistakes.py      what a loss that torch refuses is likely to have wrong
     capture.py       from a loss to terms: the survey, and the one backward pass
     strategies.py    which way inner products are taken
     eigen.py         the eigenvectors of Kronecker factors, and second moments along them

@@ -16,8 +16,7 @@ followed are called with the numbers in their place: a use that nobody saw makes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -31,6 +30,7 @@ from .calls import CallForm, float_outputs
 from .following import Follower, Found, Known, name_of
 from .forms import ConvolutionForm, Form, MatrixForm, ShiftForm, Sizes
 from .kernels import Kernels, on_the_batch, tapped
+from .mistakes import explained
 from .terms import Absent, Dense, Strategy, Term, Viewed
 from .uses import merge
 from .weights import Pulled, Weight
@@ -216,22 +216,17 @@ def survey(loss_fn: LossFn, params: Tree, batch: Sequence[Tensor], *, has_aux: b
         return found
     try:
         vmap(run)(*examples)
-    except RuntimeError as error:
-        function = _old_function(loss_fn, params, examples, has_aux)
-        if function is None:
-            raise
-        raise ValueError(f"per_sample: {native.refusal(function)}") from error
+    except (RuntimeError, TypeError) as error:
+        _raise(error, loss_fn, params, examples)
     return found
 
 
-def _old_function(loss_fn: LossFn, params: Tree, examples: Sequence[Tensor], has_aux: bool) -> Any:
-    """An old-style autograd function in the loss of the first example, if there is one."""
-    with suppress(Exception), native.outside():  # whoever calls raises the error that this is to explain
-        leaves = [leaf.detach().requires_grad_() for leaf in tree.leaves(params)]
-        example = [x[0].detach().requires_grad_(x.is_floating_point()) for x in examples]
-        loss, _ = _with_aux(loss_fn(tree.unflatten(params, leaves), *example), has_aux)
-        return native.old_function_behind([loss])
-    return None
+def _raise(error: Exception, loss_fn: LossFn, params: Tree, batch: Sequence[Tensor]) -> NoReturn:
+    """Raises what explains an error of the loss, or the error."""
+    cause = explained(error, loss_fn, params, batch)
+    if cause is error:
+        raise error
+    raise cause from error
 
 
 def factor(
@@ -351,7 +346,12 @@ def dense_grads(loss_fn: LossFn, params: Tree, batch: Sequence[Tensor]) -> list[
         return loss
 
     copies = [leaf.expand(rows, *leaf.shape) for leaf in leaves]
-    return list(_grad(lambda copies: vmap(run)(copies, *batch).sum(), copies))
+    if torch.compiler.is_dynamo_compiling():
+        return list(_grad(lambda copies: vmap(run)(copies, *batch).sum(), copies))
+    try:
+        return list(_grad(lambda copies: vmap(run)(copies, *batch).sum(), copies))
+    except (RuntimeError, TypeError) as error:
+        _raise(error, loss_fn, params, batch)
 
 
 def _of_an_example(loss: Tensor, example: Sequence[Tensor]) -> Tensor:
@@ -406,6 +406,8 @@ def _with_aux(out: Any, has_aux: bool) -> tuple[Tensor, Tree]:
         if not isinstance(leaf, Tensor):
             raise TypeError(f"per_sample: aux must be a pytree of tensors. Found {type(leaf).__name__} in it.")
     if not isinstance(loss, Tensor) or loss.dim() != 0:
-        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"per_sample: the loss of one example must be a 0-d tensor. Found {shape}.")
+        is_tensor = isinstance(loss, Tensor)
+        shape = tuple(loss.shape) if is_tensor else type(loss).__name__
+        remedy = "Is a reduction missing, or was it given a batch?" if is_tensor else "Return the tensor itself."
+        raise ValueError(f"per_sample: the loss of one example must be a 0-d tensor. Found {shape}. {remedy}")
     return loss, aux

@@ -82,9 +82,8 @@ class Pass:
 
 
 def check_params(params: Tree) -> None:
+    """Raises TypeError for parameters that are not float tensors, ValueError where two have one path."""
+    tree.check_params("per_sample", params)
     paths = tree.paths(params)
     if len(set(paths)) < len(paths):
         raise ValueError(f"per_sample: parameters must have different paths. Found {paths}.")
-    for path, leaf in zip(paths, tree.leaves(params), strict=True):
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            raise TypeError(f"per_sample: every parameter must be a float tensor. Found {path}: {leaf!r:.80}.")

@@ -147,7 +147,8 @@ def plan(loss_fn: LossFn, params: Tree, *example: Tensor, batch_size: int) -> Pl
     """
     if batch_size < 1:
         raise ValueError(f"plan: batch_size must be at least 1. Found {batch_size}.")
-    batch = [torch.as_tensor(x)[None] for x in example]
+    tree.check_params("per_sample.plan", params)
+    batch = batch_of_one("plan", example)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = survey(loss_fn, params, batch)
@@ -159,6 +160,16 @@ def plan(loss_fn: LossFn, params: Tree, *example: Tensor, batch_size: int) -> Pl
     texts = [str(warning.message) for warning in caught]
     slow = [text.split("batching rule for ")[1].split(".")[0] for text in texts if "batching rule for " in text]
     return replace(table, slow=tuple(dict.fromkeys(slow)))
+
+
+def batch_of_one(where: str, example: Sequence[Any]) -> list[Tensor]:
+    """One example with a batch axis: (1, …) each."""
+    for x in example:
+        if isinstance(x, (tuple, list)):
+            raise TypeError(
+                f"per_sample.{where}: an example must be tensors. Found {type(x).__name__}. Pass them one by one."
+            )
+    return [torch.as_tensor(x)[None] for x in example]
 
 
 def planned(params: Tree, found: Survey, batch_size: int) -> Plan:
@@ -183,6 +194,8 @@ def strategies(params: Tree, found: Survey, given: Plan | None) -> Sequence[Stra
     choices = choose_all(found)
     if given is None:
         return [choice.strategy for choice in choices]
+    if not isinstance(given, Plan):
+        raise TypeError(f"per_sample: the plan must be what per_sample.plan returns. Found {type(given).__name__}.")
     names, shapes = tree.paths(params), [tuple(leaf.shape) for leaf in tree.leaves(params)]
     if [(row.path, row.shape) for row in given.rows] != list(zip(names, shapes, strict=True)):
         raise ValueError(

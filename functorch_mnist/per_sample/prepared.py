@@ -20,7 +20,7 @@ from . import opaque
 from .algebra import Factored
 from .capture import LossFn, Strayed
 from .passes import Finish, Loss, Pass, Ways, itself, passed, ways
-from .planning import Plan, Planned
+from .planning import Plan, Planned, batch_of_one
 from .programs import NotRecorded, Program, record
 from .squares import are_in_range, ends, looked_at_later
 
@@ -314,8 +314,9 @@ def prepare(
     """
     if isinstance(loss_fn, Planned):
         plan, loss_fn = loss_fn.plan if plan is None else plan, loss_fn.loss_fn
+    tree.check_params("per_sample.prepare", params)
     prepared = Prepared(Loss(loss_fn, plan, has_aux), params)
-    prepared.known(params, [torch.as_tensor(x)[None] for x in example])
+    prepared.known(params, batch_of_one("prepare", example))
     return prepared
 
 

@@ -97,7 +97,7 @@ def grads(
         >>> grads(lambda w, x: w * x, torch.tensor(2.0), torch.tensor([1.0, 3.0]))
         tensor([1., 3.])
     """
-
+    tree.check_params("per_sample.grads", params)
     parts = []
     for chunk in batches.chunks("per_sample.grads", batch, mask, chunk_size):
         leaves = dense_grads(loss_fn, params, batches.blanked(chunk.batch, chunk.mask))
@@ -292,6 +292,8 @@ def clipped_sum(
         "Differentially private optimization on large model at small cost", ICML 2023.
     """
     batches.check("per_sample.clipped_sum", batch, mask)
+    if not (isinstance(max_norm, (int, float, Tensor)) or callable(max_norm)):
+        raise TypeError(f"clipped_sum: max_norm must be a number, a tensor or a function. Found {max_norm!r}.")
     if isinstance(max_norm, (int, float)) and not max_norm > 0:
         raise ValueError(f"clipped_sum: max_norm must be above 0. Found {max_norm}.")
     if isinstance(max_norm, Tensor) and max_norm.dim() > 0:
@@ -456,6 +458,7 @@ def kronecker(
     Reference: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", ICML
         2015, section 3; for convolutions Grosse and Martens, ICML 2016.
     """
+    batches.check("per_sample.kronecker", batch, mask)
     chunked = Chunked("kronecker", loss_fn, params, batch, mask, chunk_size, plan)
     keep = torch.ones_like(batch[0].flatten(1)[:, 0], dtype=torch.bool) if mask is None else mask
     factors: dict[str, Kronecker] = chunked.sums(lambda run, keep: run(Factored.kronecker, keep), keep)
