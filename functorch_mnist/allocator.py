@@ -9,7 +9,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 def keep_freed_memory() -> bool:
     """Tells glibc to keep freed blocks for the next allocation, for the rest of the process.
 
-    By default large blocks go back to the kernel at once, and each step then faults every page of its buffers in anew.
+    By default large blocks go back to the kernel at once, and each step then faults every page of its buffers in again.
 
     Returns:
         Whether it was done: `False` where the C library is not glibc.

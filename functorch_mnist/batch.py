@@ -51,9 +51,7 @@ def check(where: str, batch: Sequence[Tensor], mask: Tensor | None) -> int:
 def masked(rows: Tensor, mask: Tensor) -> Tensor:
     """(B, …) with exact zeros where the mask (B,) is `False`: a NaN there would outlive a multiplication by zero."""
     zero = torch.zeros((), dtype=rows.dtype, device=rows.device)
-    order = sorted(
-        range(1, rows.dim()), key=rows.stride, reverse=True
-    )  # as stored: the compiler goes over it like that
+    order = sorted(range(1, rows.dim()), key=rows.stride, reverse=True)  # as stored: the compiler keeps that order
     kept = torch.where(mask.view(-1, *[1] * (rows.dim() - 1)), rows.permute(0, *order), zero)
     return kept.permute(0, *[1 + order.index(axis) for axis in range(1, rows.dim())])
 

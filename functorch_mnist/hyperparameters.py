@@ -1,6 +1,6 @@
 """Hyperparameters: a Python number is checked; a 0-d tensor is never read, only its shape is.
 
-So a run can be vmapped over hyperparameters and differentiated by them, and no new value compiles a step anew.
+So a run can be vmapped over hyperparameters and differentiated by them, and no new value recompiles a step.
 """
 
 import math

@@ -235,6 +235,13 @@ def tanh(x: Tensor) -> Tensor:
 def tempered_sigmoid(x: Tensor, *, scale: float = 2.0, temperature: float = 2.0, offset: float = 1.0) -> Tensor:
     """`scale / (1 + e^(-temperature x)) - offset`, by default the hyperbolic tangent.
 
+    Args:
+        x: any shape.
+        scale, temperature, offset: numbers of the formula.
+
+    Returns:
+        Like `x`.
+
     Reference: Papernot, Thakurta, Song, Chien, Erlingsson, "Tempered sigmoid activations for deep learning with
         differential privacy", AAAI 2021, equation 1; there the temperature is named its inverse.
     """
@@ -261,7 +268,7 @@ def group_norm(x: Tensor, groups: int, *, epsilon: float = 1e-5) -> Tensor:
     Raises:
         ValueError: the groups do not divide the channels.
 
-    Guarantees: an example's result does not depend on the examples beside it.
+    Guarantees: an example's result does not depend on the other examples of the batch.
 
     Reference: Wu, He, "Group normalization", ECCV 2018, equation 1.
     """

@@ -1,4 +1,4 @@
-"""The machine at hand, by what its numbers hang on."""
+"""The properties of this machine on which measurements depend."""
 
 import platform
 from pathlib import Path

@@ -29,7 +29,7 @@ _DENSE = 64
 
 @constant_to_the_compiler
 def prefers_convolutions() -> bool:
-    """Whether torch has oneDNN beside an MKL that was not written for this CPU."""
+    """Whether torch has oneDNN next to an MKL that was not written for this CPU."""
     return _mkl_is_foreign()
 
 
@@ -40,7 +40,7 @@ def _mkl_is_foreign() -> bool:
 
 
 def _by_convolution(rows: int, inputs: int, outputs: int, x: Tensor, y: Tensor) -> bool:
-    """Whether a product of `x` and `y`, of so many rows with a matrix, is taken as a convolution."""
+    """Whether a product of `x` and `y`, of that many rows with a matrix, is taken as a convolution."""
     if not x.dtype == y.dtype == torch.float32 or x.device.type != "cpu" or y.device.type != "cpu":
         return False
     worth = rows * inputs * outputs >= _WORTH and inputs * outputs >= _DENSE * (inputs + outputs)

@@ -97,6 +97,10 @@ def _part(entry: Any) -> str:
 def unflatten(like: T, values: list[Tensor]) -> T:
     """The tree with the structure of `like` and the leaves `values`: `unflatten(t, leaves(t))` equals `t`.
 
+    Args:
+        like: gives the structure.
+        values: one for each leaf, in the order of `leaves`.
+
     Raises:
         ValueError: the number of values is not the number of leaves.
     """
@@ -168,6 +172,12 @@ def wide(leaf: Tensor) -> Tensor:
 
 def dot(a: T, b: T) -> Tensor:
     """The inner product `Σ a_i b_i` over all leaves, a 0-d tensor in float32 or wider; 0 for an empty tree.
+
+    Args:
+        a, b: trees of one structure, with leaves of the same shapes.
+
+    Raises:
+        ValueError: the trees have different structures.
 
     Example:
         >>> dot({"w": torch.ones(3)}, {"w": torch.full((3,), 2.0)})
@@ -259,6 +269,10 @@ def ravel(tree: Tree) -> Tensor:
 
 def unravel(like: T, vector: Tensor) -> T:
     """The tree with the structure, shapes and dtypes of `like` and the numbers of `vector`: the inverse of `ravel`.
+
+    Args:
+        like: gives structure, shapes and dtypes.
+        vector: (P,), the numbers of all leaves, in the order of `leaves`.
 
     Raises:
         ValueError: `vector` is not one-dimensional with as many numbers as `like` has.

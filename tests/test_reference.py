@@ -66,6 +66,17 @@ def undescribed(name):
             yield each
 
 
+def unnamed(function):
+    """The parameters of a function of several that the Args of its docstring do not name."""
+    parameters = list(inspect.signature(function).parameters)
+    if len(parameters) < 2:
+        return []
+    section = re.search(r"^Args:\n((?: .*\n|\n)*)", f"{inspect.getdoc(function)}\n", re.MULTILINE)
+    entries = re.findall(r"^    (\*{0,2}\w+(?:, \*{0,2}\w+)*):", section[1] if section else "", re.MULTILINE)
+    named = {name.lstrip("*") for entry in entries for name in entry.split(", ")}
+    return [name for name in parameters if name not in named]
+
+
 @pytest.mark.parametrize("name", NAMESPACES)
 def test_dir_shows_the_public_names_and_nothing_else(name):
     module = namespace(name)
@@ -81,6 +92,11 @@ def test_dir_shows_the_namespaces():
 @pytest.mark.parametrize("name", NAMESPACES)
 def test_all_that_is_public_is_described_where_it_is_defined(name):
     assert list(undescribed(name)) == []
+
+
+@pytest.mark.parametrize("name", ["data", "layers", "losses", "models", "optim", "per_sample", "random", "tree"])
+def test_the_args_of_a_function_of_several_parameters_name_them_all(name):
+    assert {each: unnamed(function) for each, function in functions(name).items() if unnamed(function)} == {}
 
 
 @pytest.mark.parametrize("name", fm.__all__)

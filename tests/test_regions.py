@@ -1029,7 +1029,7 @@ def test_an_axis_of_the_size_of_the_batch_that_is_not_the_batch_is_refused():
     params, model = models.from_module(module, example_ndim=2)
     x = normals(B, 2, 3)
     torch.testing.assert_close(model.apply(params, x), alone(module, x), rtol=1e-12, atol=1e-12)
-    with pytest.raises(ValueError, match="of linear holds the batch in no order that can be told"):
+    with pytest.raises(ValueError, match="of linear holds the batch in no recognised order"):
         per_sample.norms(loss_of(model), params, x)
 
 

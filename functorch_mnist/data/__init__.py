@@ -6,10 +6,10 @@
 | `sets.py` | a data set by name or from a folder |
 | `pixels.py` | the statistics of pixels, and pixels as a network takes them |
 | `augment.py` | random changes of images that leave their class: one resampling, and erasing |
-| `mixup.py` | shares of images in their mixtures |
+| `mixup.py` | mixup weights from a beta distribution |
 | `resampling.py` | images seen through affine maps |
 | `shifting.py` | moves by whole pixels |
-| `deskewing.py` | images deskewed, each by its own moments |
+| `deskewing.py` | deskewing, each image by its own moments |
 | `strokes.py` | random pen strokes in classes: images that are of no data set |
 | `batching.py` | the order of an epoch and its batches |
 | `imbalance.py` | classes of unequal sizes: made so, and sampled equally often |

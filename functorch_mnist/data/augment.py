@@ -59,7 +59,7 @@ def augmented(images: Tensor, keys: Tensor, augmentation: Augmentation) -> Tenso
         TypeError: the images are not floats.
         ValueError: the keys have other leading axes than the images, or a strength that is a number is below 0.
 
-    Guarantees: an image's change hangs on its key and the strengths alone. Strengths of 0 give the images themselves.
+    Guarantees: an image's change depends on its key and the strengths alone. Strengths of 0 give the images themselves.
         Differentiable by strengths that are tensors, but for the erasing.
 
     Cost: one affine grid and one `grid_sample`; with `elastic`, 2 height width normal numbers for each image.

@@ -21,6 +21,10 @@ class Batch(NamedTuple):
 def steps_per_epoch(examples: int, batch_size: int) -> int:
     """Batches in an epoch; the last may be partial.
 
+    Args:
+        examples: N.
+        batch_size: B, at least 1.
+
     Example:
         >>> steps_per_epoch(60_000, 64)
         938
@@ -30,6 +34,14 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
 
 def epoch_order(examples: int, *, key: Tensor, epoch: int) -> Tensor:
     """The order in which an epoch sees the examples: (N,) int64, a function of the key and the epoch alone.
+
+    Args:
+        examples: N.
+        key: (2,) int32.
+        epoch: from 0.
+
+    Raises:
+        TypeError: `examples` is not an int.
 
     Example:
         >>> epoch_order(3, key=random.key(0), epoch=0).sort().values

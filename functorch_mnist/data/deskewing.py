@@ -1,4 +1,4 @@
-"""Images of strokes, straightened: each by its own ink, so by nothing that it does not show itself."""
+"""Deskewing: each image of strokes is sheared by its own moments, so by nothing that it does not show itself."""
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ def deskewed(images: Tensor) -> Tensor:
     Raises:
         TypeError: the images are not floats.
 
-    Guarantees: an image's result does not depend on the images beside it, or on its own scale, but for rounding.
+    Guarantees: an image's result does not depend on the other images, or on its own scale, but for rounding.
     """
     if not images.is_floating_point():
         raise TypeError(f"deskewed: images must be floats. Found {images.dtype}. Divide by 255?")

@@ -25,7 +25,7 @@ def imbalanced(split: Split, parts: Mapping[int, float], *, key: Tensor) -> Spli
         ValueError: a part is outside [0, 1], or a class has no examples.
 
     Guarantees:
-        - a function of the key; which examples of a class are kept does not hang on the other classes;
+        - a function of the key; which examples of a class are kept does not depend on the other classes;
         - what a part keeps, a greater part under the same key keeps too;
         - every example of a class that is not named is kept.
 

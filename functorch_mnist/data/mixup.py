@@ -18,14 +18,15 @@ _CELLS = 4096
 
 
 def mixup_weights(alpha: float) -> Callable[[Tensor], Tensor]:
-    """What draws the share of the first of two images, and of its label, in their mixture.
+    """What draws the weight λ of the first of two images, and of its label, in their mixture.
 
     Args:
-        alpha: α, from 0.05 to 100: small ones give mixtures that are mostly of one image, 1 makes all shares alike.
+        alpha: α, from 0.05 to 100: small values give mixtures that are mostly of one image, 1 a uniform
+            weight.
 
     Returns:
-        `shares(keys (*lead, 2)) -> (*lead)`, float32 in [0, 1], of mean 1/2 and variance 1 / (4 (2 α + 1)). A share
-        hangs on its key alone.
+        `weights(keys (*lead, 2)) -> (*lead)`, float32 in [0, 1], of mean 1/2 and variance 1 / (4 (2 α + 1)). A
+        weight depends on its key alone.
 
     Raises:
         ValueError: `alpha` is out of its range.
@@ -41,16 +42,16 @@ def mixup_weights(alpha: float) -> Callable[[Tensor], Tensor]:
         raise ValueError(f"mixup_weights: alpha must be from 0.05 to 100. Found {alpha}.")
     table = _places(alpha)
 
-    def shares(keys: Tensor) -> Tensor:
+    def weights(keys: Tensor) -> Tensor:
         part, side = random.uniform(keys, (2,)).unbind(-1)
         places = table.to(part.device)
         cell = (part * _CELLS).long()
         low, high = (places.index_select(0, index.reshape(-1)).view(index.shape) for index in (cell, cell + 1))
         place = torch.lerp(low, high, part * _CELLS - cell)
-        share = place ** (1 / alpha) if alpha < 1 else place
-        return torch.where(side < 0.5, share, 1 - share)
+        weight = place ** (1 / alpha) if alpha < 1 else place
+        return torch.where(side < 0.5, weight, 1 - weight)
 
-    return shares
+    return weights
 
 
 def _places(alpha: float) -> Tensor:

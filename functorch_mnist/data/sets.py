@@ -70,8 +70,8 @@ def load(name: str = "mnist", *, folder: Path | str | None = None, cache: Path |
     Guarantees:
         - The shipped files match their SHA-256.
         - No network is used for MNIST or with `folder`.
-        - `emnist-digits` is upright. The files of EMNIST hold each image transposed, so under this name the images of
-          `folder` are transposed too; under any other name they are taken as they are.
+        - `emnist-digits` is transposed back: the files of EMNIST hold each image with rows and columns exchanged. So
+          under this name the images of `folder` are transposed too; under any other name they are taken as they are.
 
     Example:
         >>> train, test, classes = load()
@@ -86,7 +86,7 @@ def load(name: str = "mnist", *, folder: Path | str | None = None, cache: Path |
         data = _from_files(lambda stem: _SHIPPED / f"{stem}.gz", _SHA256)
     else:
         data = _downloaded(name, cache)
-    return Dataset(_upright(data.train), _upright(data.test), data.classes) if name == "emnist-digits" else data
+    return Dataset(_transposed(data.train), _transposed(data.test), data.classes) if name == "emnist-digits" else data
 
 
 def _from_files(find: Callable[[str], Path], sha256: Mapping[str, str]) -> Dataset:
@@ -177,7 +177,7 @@ def _split(images: Tensor, labels: Tensor, images_path: Path, labels_path: Path)
     return Split(images.unsqueeze(1), labels.to(torch.int64).contiguous())
 
 
-def _upright(split: Split) -> Split:
+def _transposed(split: Split) -> Split:
     """The split with rows and columns of each image exchanged."""
     return split._replace(images=split.images.transpose(-1, -2).contiguous())
 

@@ -7,7 +7,7 @@ from .. import random
 
 
 def shifted(images: Tensor, keys: Tensor, *, pixels: int) -> Tensor:
-    """Images moved by whole pixels, up to so many in each direction; what comes in at an edge is zero.
+    """Images moved by whole pixels, up to `pixels` in each direction; what comes in at an edge is zero.
 
     Args:
         images: (..., height, width).
@@ -20,7 +20,7 @@ def shifted(images: Tensor, keys: Tensor, *, pixels: int) -> Tensor:
     Raises:
         ValueError: `pixels` is negative, or the keys have other leading axes than the images.
 
-    Guarantees: an image's move hangs on its key alone; each of (2 pixels + 1)² moves is as likely.
+    Guarantees: an image's move depends on its key alone; all (2 pixels + 1)² moves are equally likely.
 
     Example:
         >>> shifted(torch.ones(1, 2), random.key(1), pixels=0)

@@ -28,7 +28,7 @@ def embedding_bag(
     """`F.embedding_bag`.
 
     Args:
-        input: indices, (B, N) for B bags of N, or (N,) for bags one after the other.
+        input: indices, (B, N) for B bags of N, or (N,) for consecutive bags.
         weight: (V, H).
         offsets: (B,), where each bag of an input (N,) starts: 0 first and never less than the one before, which is not
             checked. No other input has any.

@@ -55,7 +55,7 @@ def group_norm(
 
     Sums run over space before channels, so that images are read in the order in which they are stored, whether channels
     come first or last; the compiler's own form takes several times as long where they come last. What is of a channel
-    is stored, or the compiler would compute it anew at each pixel, and not in vectors.
+    is stored, or the compiler would recompute it at each pixel, and not in vectors.
 
     Args:
         input: (N, C, …).

@@ -52,7 +52,7 @@ def cross_entropy(
 def focal(
     outputs: Tensor, labels: Tensor, *, gamma: float | Tensor = 2.0, class_weights: Tensor | None = None
 ) -> Tensor:
-    """The focal loss, per example: cross-entropy that counts an example less the surer the model is of its label.
+    """The focal loss, per example: cross-entropy that weighs an example less the more probable its label is.
 
     Args:
         outputs: (..., K) logits or log-probabilities.
@@ -89,6 +89,13 @@ def focal(
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
     """Float32 vectors with a one at the label: (...) integers to (..., classes). Works under `vmap`; torch's does not.
+
+    Args:
+        labels: (...) integers in [0, classes).
+        classes: K, at least 1.
+
+    Returns:
+        (..., K) float32.
 
     Raises:
         ValueError: a label is not in [0, classes).

@@ -8,7 +8,7 @@ With a hidden state h_n at each position n, a row w_v of the output layer for ea
     e_nv    = exp(x_nv - z_n) - [v = y_n]                             a block of words at a time
     d/dh_n  = c_n Σ_v e_nv w_v,  d/dw_v = Σ_n c_n e_nv h_n,  d/db_v = Σ_n c_n e_nv    where c_n comes from above
 
-so that x and e exist for all positions and one block only, made anew wherever they are needed.
+so that x and e exist for all positions and one block only, recomputed wherever they are needed.
 
 Three layers, from without:
 
@@ -65,8 +65,8 @@ def chunked_cross_entropy(
         factored form of its own.
 
     Cost: N · block_size numbers at N positions, in the forward pass and in the backward pass, and (V, H) for the
-        weight's gradient; the plain loss keeps N · V. One more product N · V · H, for the backward pass makes the
-        logits anew; so does the derivative of a gradient, which keeps its blocks where it is differentiated in turn.
+        weight's gradient; the plain loss keeps N · V. One more product N · V · H, for the backward pass recomputes the
+        logits; so does the derivative of a gradient, which keeps its blocks where it is differentiated in turn.
         Under `vmap` N counts the positions of all examples. A position that does not count costs what others do: give
         it any label in range, and its loss the factor 0.
 
@@ -434,13 +434,13 @@ def _first(x: Tensor, axis: int | None, size: int) -> Tensor:
 
 
 def _of_groups(x: Tensor, axes: int, groups: tuple[int, ...]) -> Tensor:
-    """(B, G, …) or (B, …), which each group shares, as (B · G, …)."""
+    """(B, G, …) or (B, …), common to each group, as (B · G, …)."""
     x = x if x.dim() == axes else x[:, None].expand(*groups, *x.shape[1:])
     return x.flatten(0, 1)
 
 
 def _summed(left: Tensor, right: Tensor, axes: int) -> Tensor:
-    """Σ_n of left (..., N, block) and right (..., N, H): (..., block, H) with so many axes."""
+    """Σ_n of left (..., N, block) and right (..., N, H): (..., block, H) with that many axes."""
     if axes < left.dim():
         left, right = left.flatten(0, -2), right.flatten(0, -2)
     return left.mT @ right

@@ -156,7 +156,7 @@ class _Copy:
 
 
 def _copied(value: Any, lent: dict[int, Tensor]) -> Any:
-    """Nested containers anew, with lent tensors where they hold parameters."""
+    """Copies of nested containers, with lent tensors where they hold parameters."""
     if isinstance(value, dict):
         fresh = {} if type(value) is dict else copy.copy(value)
         for name, part in value.items():
@@ -183,7 +183,9 @@ def _without_numbers(module: nn.Module) -> nn.Module:
                 old = any([isinstance(hook, WeightNorm) for hook in layer._forward_pre_hooks.values()])
                 kind = f"layer {name!r} ({type(layer).__name__})"
                 remedy = (
-                    "Use torch.nn.utils.parametrizations.weight_norm." if old else "Delete it; a forward makes it anew."
+                    "Use torch.nn.utils.parametrizations.weight_norm."
+                    if old
+                    else "Delete it; a forward makes it again."
                 )
                 what = (
                     "torch.nn.utils.weight_norm keeps the weight of" if old else f"attribute {attribute!r} is kept by"
@@ -196,7 +198,7 @@ def _without_numbers(module: nn.Module) -> nn.Module:
                 raise ValueError(
                     "from_module: a module may not keep tensors that are computed from its parameters. Found some in "
                     f"attribute {attribute!r} of layer {name!r} ({type(layer).__name__}). Delete them; a forward makes "
-                    "them anew."
+                    "them again."
                 )
         for attribute, buffer in layer.named_buffers(recurse=False):
             if buffer.grad_fn is not None:

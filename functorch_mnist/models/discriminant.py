@@ -5,7 +5,7 @@
     f(x) = z / |z|,   z = (u_1, …, u_k)ᵀ L⁻¹ (x - mean)
 
 Of data that cost no privacy, such as random glyphs, they make features for private learning: what varies within a class
-is shrunk, what all features share is taken off, and all examples get length 1. A clipped gradient then spends its norm
+is shrunk, their mean is subtracted, and all examples get length 1. A clipped gradient then spends its norm
 on what tells examples apart, so that the same noise does less.
 
 Reference: Fisher, "The use of multiple measurements in taxonomic problems", Annals of Eugenics 7, 1936; the shrinkage

@@ -87,7 +87,7 @@ class Drawing(TorchFunctionMode):
         raise NotImplementedError
 
     def dropped(self, input: Tensor, rate: float, batched_ndim: int | None) -> Tensor:
-        """`input` under dropout: of numbers, or of the channels of an input with so many axes."""
+        """`input` under dropout: of numbers, or of the channels of an input with that many axes."""
         raise NotImplementedError
 
     def uniform(self, like: Tensor, name: str) -> Tensor:

@@ -138,8 +138,8 @@ class _Pure:
         for leaf, x in zip(leaves_of(spec), tensors, strict=True):
             if leaf.shared and native.is_of_an_example(x):
                 raise ValueError(f"apply: {leaf.name} is shared by all examples. Found one for each example of a vmap.")
-        per_lane = math.prod(lead)
-        count = max(at[1], 1) * per_lane
+        per_copy = math.prod(lead)
+        count = max(at[1], 1) * per_copy
         whole = [
             x if leaf.shared else self.whole(x, at, count, leaf.shape)
             for leaf, x in zip(leaves_of(spec), tensors, strict=True)
@@ -147,7 +147,7 @@ class _Pure:
         keys = None if key is None else (native.taken_out(key, at) if at[0] else key).reshape(count, 2)
         kinds = tuple([(p.dtype, str(p.device)) for p in params.values()])
         trial = self.trial(spec, kinds, key is not None, whole, lead)
-        return _Call(self, params, spec, whole, trial, at, per_lane, keys).made(lead)
+        return _Call(self, params, spec, whole, trial, at, per_copy, keys).made(lead)
 
     def whole(self, x: Tensor, at: tuple[int, int], count: int, shape: tuple[int, ...]) -> Tensor:
         """All examples of an input, as the forward takes a batch."""
@@ -323,12 +323,12 @@ class _Call:
         whole: list[Tensor],
         trial: Trial,
         at: tuple[int, int],
-        per_lane: int,
+        per_copy: int,
         keys: Tensor | None,
     ) -> None:
         self.pure, self.params, self.spec, self.whole, self.trial = pure, params, spec, whole, trial
-        self.at, self.per_lane, self.keys = at, per_lane, keys
-        self.count = max(at[1], 1) * per_lane
+        self.at, self.per_copy, self.keys = at, per_copy, keys
+        self.count = max(at[1], 1) * per_copy
 
     def made(self, lead: tuple[int, ...]) -> Any:
         """What the forward returns: of one example, or of all in their leading axes."""
@@ -341,7 +341,7 @@ class _Call:
             self.params.values(),
             self.trial,
             at=self.at,
-            per_lane=self.per_lane,
+            per_copy=self.per_copy,
             keys=self.keys,
             lifts=lifts,
             decided=decisions.append if watches else None,
@@ -395,7 +395,7 @@ class _Call:
             for leaf, x in zip(leaves, self.whole, strict=True)
         ]
         keys = None if self.keys is None else self.keys[i : i + 1]
-        region = Region(params.values(), self.trial, at=(0, 0), per_lane=1, keys=keys, lifts=False, decided=decided)
+        region = Region(params.values(), self.trial, at=(0, 0), per_copy=1, keys=keys, lifts=False, decided=decided)
         try:
             return made, self.forward(params, whole, region)
         except _Enough:
@@ -411,8 +411,8 @@ class _Call:
                 back.append(leaf if isinstance(leaf, (bool, int, float, str)) else None)
                 continue
             axis = next(axes)
-            one_lane = region.lifts and leaf in region.mine  # it is made of parameters, and for one lane
-            back.append(leaf if axis is None else self.of_examples(leaf, axis, lead, one_lane))
+            of_one = region.lifts and leaf in region.mine  # it is made of parameters, and for one vmapped example
+            back.append(leaf if axis is None else self.of_examples(leaf, axis, lead, of_one))
         if not any([isinstance(x, Tensor) for x in back]):
             raise TypeError(
                 "from_module: the forward must return tensors, or nested dicts, lists and tuples of them. Found "
@@ -420,13 +420,13 @@ class _Call:
             )
         return pytree.tree_unflatten(back, structure)
 
-    def of_examples(self, x: Tensor, axis: Axis, lead: tuple[int, ...], one_lane: bool) -> Tensor:
-        parts = split(x, axis, self.per_lane if one_lane else self.count)
+    def of_examples(self, x: Tensor, axis: Axis, lead: tuple[int, ...], of_one: bool) -> Tensor:
+        parts = split(x, axis, self.per_copy if of_one else self.count)
         if axis.before * axis.after == 1:
             parts = parts.squeeze(axis.axis + 1)
-        lanes = (self.at[1],) if self.at[0] and not one_lane else ()
-        parts = parts.reshape((*lanes, *lead, *parts.shape[1:]))
-        return native.handed_back(parts, self.at) if lanes else parts
+        vmapped = (self.at[1],) if self.at[0] and not of_one else ()
+        parts = parts.reshape((*vmapped, *lead, *parts.shape[1:]))
+        return native.handed_back(parts, self.at) if vmapped else parts
 
 
 class _Enough(Exception):

@@ -28,7 +28,7 @@ from .trial import Axis, Step, Trial, joined, split
 
 
 class Region(Drawing):
-    """Runs a forward on the batch of `lanes` examples of a `vmap`, or rather on `per_lane` for each of them."""
+    """Runs a forward on the batch of a `vmap` over `vmapped` examples, each of which holds `per_copy`."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class Region(Drawing):
         trial: Trial,
         *,
         at: tuple[int, int],
-        per_lane: int,
+        per_copy: int,
         keys: Tensor | None,
         lifts: bool,
         decided: Callable[[Any], None] | None = None,
@@ -46,11 +46,11 @@ class Region(Drawing):
         Args:
             params: as the forward gets them.
             trial: of the module, for inputs like these.
-            at: the level of `vmap` and its batch size, the lanes; zeros outside of one.
-            per_lane: how many examples each lane holds.
+            at: the level of `vmap` and its batch size; zeros outside of one.
+            per_copy: how many examples each vmapped example holds.
             keys: (B, 2), of all examples; or none.
-            lifts: whether ops that parameters enter are handed back to one lane.
-            decided: is told the value of each branch on data.
+            lifts: whether ops that parameters enter are handed back to one vmapped example.
+            decided: receives the value of each branch on data.
         """
         super().__init__()
         if trial.fault and (lifts or keys is not None):
@@ -59,7 +59,7 @@ class Region(Drawing):
         self.mine = dict.fromkeys(self.params)  # and what is made of them alone; a tensor's hash is its identity
         self.steps = trial.steps if lifts else tuple([step for step in trial.steps if step.kind == "drawn"])
         self.next = 0
-        self.at, self.lanes, self.per_lane = at, max(at[1], 1), per_lane
+        self.at, self.vmapped, self.per_copy = at, max(at[1], 1), per_copy
         self.keys, self.draws, self.lifts, self.decided = keys, 0, lifts, decided
         self.level = native.level()
 
@@ -91,7 +91,7 @@ class Region(Drawing):
         step = self.step(func)
         self.check(step, func, values)
         if step.kind == "made":
-            args, kwargs = _replaced((args, kwargs), dict([(i, a + b * self.per_lane) for i, a, b in step.integers]))
+            args, kwargs = _replaced((args, kwargs), dict([(i, a + b * self.per_copy) for i, a, b in step.integers]))
             out = func(*args, **kwargs)
             for tensor in flat(out):
                 if isinstance(tensor, Tensor):
@@ -111,13 +111,13 @@ class Region(Drawing):
         name = "one" if torch.compiler.is_dynamo_compiling() else getattr(func, "__name__", func)
         return ValueError(
             "apply: a forward must run the same ops for all inputs of one shape. Found another op than when it was "
-            f"tried: {name}. Does a branch hang on numbers?"
+            f"tried: {name}. Does a branch depend on numbers?"
         )
 
     def check(self, step: Step, func: Any, values: list[Any]) -> None:
-        """Refuses inputs of other shapes than when it was tried: those that hang on the numbers of a batch."""
+        """Refuses inputs of other shapes than when it was tried: those that depend on the numbers of a batch."""
         tensors = [value for value in values if isinstance(value, Tensor)]
-        count = self.lanes * self.per_lane
+        count = self.vmapped * self.per_copy
         if len(tensors) != len(step.inputs):
             raise self.strayed(func)
         for x, axis, shape in zip(tensors, step.inputs, step.shapes, strict=True):
@@ -128,14 +128,14 @@ class Region(Drawing):
             if not fits:
                 raise ValueError(
                     "apply: a forward must run ops of the same shapes for all inputs of one shape. Found that "
-                    f"{getattr(func, '__name__', func)} gets {tuple(x.shape)}. Does a selection hang on numbers? "
+                    f"{getattr(func, '__name__', func)} gets {tuple(x.shape)}. Does a selection depend on numbers? "
                     "Compute for all, and select by torch.where."
                 )
 
     def lifted(self, step: Step, func: Any, args: Any, kwargs: Any, values: list[Any]) -> Any:
-        """Runs an op for one lane: its inputs are handed back, its results taken out."""
+        """Runs an op for one vmapped example: its inputs are handed back, its results taken out."""
         axes = iter(step.inputs)
-        changes: dict[int, Any] = dict([(i, a + b * self.per_lane) for i, a, b in step.integers])
+        changes: dict[int, Any] = dict([(i, a + b * self.per_copy) for i, a, b in step.integers])
         handed: list[tuple[Tensor, Tensor]] = []  # one tensor given twice stays one
         for i, value in enumerate(values):
             axis = next(axes) if isinstance(value, Tensor) else None
@@ -146,7 +146,7 @@ class Region(Drawing):
                     changes[i] = lifted
                     break
             else:
-                changes[i] = native.handed_back(split(value, self.lane(axis), self.lanes), self.at)
+                changes[i] = native.handed_back(split(value, self.vmapped_axis(axis), self.vmapped), self.at)
                 handed.append((value, changes[i]))
         args, kwargs = _replaced((args, kwargs), changes)
         out = func(*args, **kwargs)
@@ -160,13 +160,13 @@ class Region(Drawing):
             axis = next(outputs)
             if axis is None:
                 return value
-            return joined(native.taken_out(value, self.at), self.lane(axis))
+            return joined(native.taken_out(value, self.at), self.vmapped_axis(axis))
 
         return nested(taken, out)
 
-    def lane(self, axis: Axis) -> Axis:
-        """The place of lanes along an axis: each holds `per_lane` examples."""
-        return Axis(axis.axis, axis.before, self.per_lane * axis.after)
+    def vmapped_axis(self, axis: Axis) -> Axis:
+        """The place of the vmapped examples along an axis: each holds `per_copy` examples."""
+        return Axis(axis.axis, axis.before, self.per_copy * axis.after)
 
     # Draws
 
@@ -184,7 +184,7 @@ class Region(Drawing):
 
     def examples_of(self, x: Tensor, name: str) -> tuple[Tensor, Axis | None]:
         """What is drawn for, (B, …) example by example, and where the examples lie; none where there is one alone."""
-        axis, count = self.step(name).outputs[0], self.lanes * self.per_lane
+        axis, count = self.step(name).outputs[0], self.vmapped * self.per_copy
         if axis is None and count > 1:
             raise ValueError(
                 f"apply: each example must have draws of its own. The module calls {name} once for a whole batch. Set "

@@ -59,7 +59,7 @@ class Trial(NamedTuple):
     overwritten: tuple[int, ...]
     """Input tensors that it writes to."""
     fault: str
-    """Why its steps cannot be told, so that only outputs can be had; else empty."""
+    """Why its steps are unknown, so that only its outputs are usable; else empty."""
 
 
 class _Event(NamedTuple):
@@ -163,7 +163,7 @@ def hold_trial(copies: Copies, like: Mapping[str, Tensor], constants: Mapping[st
     fault = ""
     try:
         steps = _steps(params, events, events_changed, events_three)
-    except _Untold as error:
+    except _Unknown as error:
         fault = str(error)
     return Trial(tuple(steps), outputs, tuple(written), tuple(overwritten), fault)
 
@@ -227,9 +227,9 @@ def _steps(
     for a, b, c in itertools.zip_longest(*runs):
         if a is None or b is None or c is None or not a.op == b.op == c.op:
             name = next(getattr(e.op, "__name__", e.op) for e in (a, b, c) if e is not None)
-            raise _Untold(
+            raise _Unknown(
                 f"apply: a forward must run the same ops for all inputs of one shape. Found {name} for one batch, and "
-                "another op for another. Does a branch hang on numbers?"
+                "another op for another. Does a branch depend on numbers?"
             )
         tensors = [[x for x in e.inputs if isinstance(x, Tensor)] for e in (a, b, c)]
         inputs = tuple([None if runs[0].is_mine(x) else _told(a.op, x, z, y) for x, y, z in zip(*tensors, strict=True)])
@@ -262,12 +262,12 @@ def _told(op: Any, two: Tensor, three: Tensor, changed: Tensor) -> Axis | None:
     axis = batch_axis(two, three, changed)
     if isinstance(axis, str):
         name = getattr(op, "__name__", op)
-        raise _Untold(f"apply: examples must not mix. Found that an input or output of {name} {axis}.")
+        raise _Unknown(f"apply: examples must not mix. Found that an input or output of {name} {axis}.")
     return axis
 
 
-class _Untold(Exception):
-    """What a step does with the batch cannot be told."""
+class _Unknown(Exception):
+    """What a step does with the batch is unknown."""
 
 
 class _Relevant:
@@ -290,7 +290,7 @@ class _Relevant:
 
 
 def batch_axis(two: Tensor, three: Tensor, changed: Tensor) -> Axis | str | None:
-    """Where the batch lies in a tensor, none where it does not grow with it, or why that cannot be told.
+    """Where the batch lies in a tensor, none where it does not grow with it, or why that is unknown.
 
     Args:
         two: for a batch of two.
@@ -321,7 +321,7 @@ def batch_axis(two: Tensor, three: Tensor, changed: Tensor) -> Axis | str | None
             fits = torch.equal(rows[owners == 0], rows[owners == 1])
         if fits:
             return Axis(at, before, after)
-    return "holds the batch in no order that can be told"
+    return "holds the batch in no recognised order"
 
 
 def split(x: Tensor, axis: Axis, count: int) -> Tensor:

@@ -95,7 +95,7 @@ def scattering(images: Tensor, filters: Filters) -> Tensor:
         ValueError: the images have another size.
         TypeError: they are not float32.
 
-    Guarantees: an image's features do not depend on the images beside it but for rounding; a multiple c ≥ 0 of an image
+    Guarantees: an image's features do not depend on the other images but for rounding; a multiple c ≥ 0 of an image
         has the multiple of its features; all but S₀ forget a constant added to the image; no image gives no features.
 
     Cost: for 28 by 28, J = 2 and L = 8, 89 Fourier transforms of 36 or 18 pixels square per image, and the memory of 16

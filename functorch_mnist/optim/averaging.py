@@ -28,7 +28,7 @@ def exponential_moving_average(optimizer: Optimizer, *, decay: float | Tensor) -
         a_t = d_t a_{t-1} + (1 - d_t) w_t,    d_t = min(decay, t / (t + 9))
 
     The parameters themselves are not changed by it: it is the average that is to be evaluated. Early on it forgets
-    faster, so that it does not hang on where training started.
+    faster, so that it does not depend on where training started.
 
     Args:
         optimizer: makes the updates.

@@ -18,7 +18,7 @@ class Optimizer(NamedTuple):
     update: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
     """`update(params, state, grads) -> (params, state)`; `grads` is shaped as `params`."""
     elementwise: bool = False
-    """Whether the update of each number hangs on its own gradient and state alone, so that it can be made in shards."""
+    """Whether the update of a number depends on its own gradient and state alone, so that it can be made in shards."""
 
 
 def no_updates(params: Tree) -> Tensor:

@@ -37,6 +37,11 @@ def constant(lr: float | Tensor) -> Schedule:
 def cosine(lr: float | Tensor, *, steps: int, final: float = 0.0) -> Schedule:
     """Half a cosine from `lr` at the first update to `lr · final` after `steps`.
 
+    Args:
+        lr: at the first update, at least 0.
+        steps: updates, at least 1.
+        final: the fraction of `lr` that is left at the end, at least 0.
+
     Reference: Loshchilov and Hutter, "SGDR: stochastic gradient descent with warm restarts", ICLR 2017, equation 5.
 
     Example:
@@ -83,6 +88,11 @@ def one_cycle(
 
 def step_decay(lr: float | Tensor, *, every: int, factor: float = 0.1) -> Schedule:
     """`lr` multiplied by `factor` after each `every` updates.
+
+    Args:
+        lr: at the first update, at least 0.
+        every: updates, at least 1.
+        factor: at least 0.
 
     Example:
         >>> step_decay(1.0, every=10)(torch.tensor(25))

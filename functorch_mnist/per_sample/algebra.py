@@ -34,7 +34,7 @@ class Factored:
     params: Tree
     """The parameters at which they were taken."""
     aux: Tree = ()
-    """What the loss returned beside it, of each example: tensors (B, …)."""
+    """What the loss returned with it, of each example: tensors (B, …)."""
     biases: tuple[int | None, ...] = field(default=(), metadata={"static": True})
     """Of each parameter, the number of the bias that its one op adds, if there is one that no other op has."""
 
@@ -83,9 +83,9 @@ class Factored:
         return self._roots(self.square_norms(group))
 
     def leaf_bounds(self, group: Tensor | None = None) -> Tree:
-        """`leaf_norms`, a trifle larger where rounding could make them smaller than what `weighted_sum` adds.
+        """`leaf_norms`, slightly larger where rounding could make them smaller than what `weighted_sum` adds.
 
-        Positions may cancel, and so may the examples of a group; what is left then hangs on the order of the sums.
+        Positions may cancel, and so may the examples of a group; what is left then depends on the order of the sums.
         """
         if group is not None:
             of = groups(group)

@@ -2,7 +2,7 @@
 
 The survey runs it for one example and notes every op where a parameter, or a weight made of parameters, meets the
 example. The pass then differentiates the loss with zeros, the taps, added to the outputs of those ops: the taps'
-gradients are the cotangents, and the ops' inputs come out beside them. The parameters are constants in that pass, so no
+gradients are the cotangents, and the ops' inputs come out with them. The parameters are constants in that pass, so no
 dense gradient of theirs is formed.
 
 The pass is `grad` of the sum of `vmap(loss)`: its backward pass is that of an ordinary batch, in the memory format of
@@ -36,9 +36,9 @@ from .uses import merge
 from .weights import Pulled, Weight
 
 LossFn = Callable[..., Any]
-"""`loss_fn(params, *example)`, the loss () of one example; where it says so, with something else beside it."""
+"""`loss_fn(params, *example)`, the loss () of one example; where it says so, with an aux."""
 Beside = tuple[Tensor, Tree, list[Any]]
-"""What comes out of the pass beside the gradients: the losses, their aux, and the ops' inputs."""
+"""What comes out of the pass with the gradients: the losses, their aux, and the ops' inputs."""
 
 
 class Use(NamedTuple):
@@ -238,7 +238,7 @@ def factor(
     *,
     has_aux: bool = False,
 ) -> tuple[Tensor, tuple[Term, ...], Tree]:
-    """The losses (B,), the term of each leaf, and what the loss returned beside it, (B, …).
+    """The losses (B,), the term of each leaf, and what the loss returned with it, (B, …).
 
     Raises:
         Strayed: it runs other ops than the survey saw.
@@ -312,10 +312,10 @@ def _grad(fn: Callable[[list[Tensor]], Any], inputs: list[Tensor], *, has_aux: b
     """
     if torch.compiler.is_dynamo_compiling():  # a graph keeps what is used
         return grad(fn, has_aux=has_aux)(inputs)
-    out, pull, *beside = vjp(fn, inputs, has_aux=has_aux)
+    out, pull, *aux = vjp(fn, inputs, has_aux=has_aux)
     again = out.requires_grad
     gradient = pull(torch.ones_like(out), retain_graph=again, create_graph=again)[0]
-    return (gradient, *beside) if has_aux else gradient
+    return (gradient, *aux) if has_aux else gradient
 
 
 def biases(found: Survey) -> tuple[int | None, ...]:

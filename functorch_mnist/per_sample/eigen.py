@@ -6,7 +6,7 @@ eigenvectors are the products u vᵀ, and along them sample gradients have the s
     Λ = Σ_i (Uᵀ ∇_i V)²,    elementwise, (H, D)
 
 which correct the products of eigenvalues: of all matrices with these eigenvectors, that with Λ is the nearest to the
-second moment. A basis may hold the first R eigenvectors alone; the others then share the mean of their second moments.
+second moment. A basis may hold the first R eigenvectors alone; the others then have the mean of their second moments.
 
 Reference: George et al., "Fast approximate natural gradient descent in a Kronecker-factored eigenbasis", NeurIPS 2018,
 section 3.

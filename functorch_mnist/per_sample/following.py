@@ -154,7 +154,7 @@ class Follower(native.PerExample):
         return real
 
     def is_own(self, known: Known) -> bool:
-        """Whether no other tensor shares the numbers of a weight, so that writing to it changes it alone."""
+        """Whether no other tensor has the memory of a weight, so that writing to it changes it alone."""
         made = known.weight.made
         if made is None or known.weight.views or made.op in _SHARING:
             return False

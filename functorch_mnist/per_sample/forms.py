@@ -16,7 +16,7 @@ from .terms import Convolution, Dense, Outer, Strategy, Term, by_pixels
 
 
 class Sizes(NamedTuple):
-    """What the cost of one example's term hangs on."""
+    """What the cost of one example's term depends on."""
 
     groups: int
     positions: int
@@ -127,7 +127,7 @@ class ConvolutionForm:
         cotangent = cotangent.reshape(*saved.shape[:2], *cotangent.shape[-len(self.stride) - 1 :])
         image, cotangent = (cotangent, saved) if self.swapped else (saved, cotangent)
         padding = self.padding
-        if self.swapped:  # output_padding adds places at the end that the kernel does not reach at so many positions
+        if self.swapped:  # output_padding adds places at the end that the kernel does not reach from any position
             reach = [
                 s * (n - 1) + d * (k - 1) + 1
                 for s, n, d, k in zip(self.stride, saved.shape[3:], self.dilation, self.shape[2:], strict=True)

@@ -20,7 +20,7 @@ import torch
 from .. import machine
 
 Place = Mapping[str, Any]
-"""What times hang on: machine, versions, precision, and the op with its sizes."""
+"""What times depend on: machine, versions, precision, and the op with its sizes."""
 
 FORMAT = 1
 LIMIT = 2**24

@@ -25,7 +25,7 @@ _FUNCTIONS: dict[str, Function] = {}
 
 
 def call(name: str, *inputs: Tensor) -> list[Tensor]:
-    """Runs the function of this name, which is told that it is being compiled."""
+    """Runs the function of this name, which sees that it is being compiled."""
     before = torch.compiler._is_compiling_flag
     torch.compiler._is_compiling_flag = torch._guards.detect_fake_mode(inputs) is not None
     try:

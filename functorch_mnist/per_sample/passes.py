@@ -76,8 +76,8 @@ class Pass:
         try:
             found = passed(self.loss, self.params, batch, mask, before)
         except Strayed:  # a module branches on its batch, as on whether there is any padding
-            anew = ways(self.loss, self.params, batch, mask, len(batch[0]))
-            found = passed(self.loss, self.params, batch, mask, anew)
+            again = ways(self.loss, self.params, batch, mask, len(batch[0]))
+            found = passed(self.loss, self.params, batch, mask, again)
         return finish(found, *more)
 
 

@@ -1,4 +1,4 @@
-"""A loss prepared: what hangs on it and on shapes alone is found out once, and not in every call.
+"""A loss prepared: what depends on it and on shapes alone is computed once, not in every call.
 
 In eager mode the survey is kept, and the ops of a pass are recorded when it comes again. The compiler is shown those
 ops and not what leads to them.
@@ -54,7 +54,7 @@ class Recorded(NamedTuple):
     """The ops of a pass and of what is made of it."""
 
     program: Program | None
-    """None where they cannot be told."""
+    """None where they are unknown."""
     structure: Structure | None
     """Of what the program returns."""
     looks: bool = False
@@ -292,7 +292,7 @@ def prepare(
         TypeError, ValueError: the loss does not fit, see `factored`.
 
     Guarantees: results are those of the loss itself. Parameters or examples of other shapes, dtypes or devices are
-        prepared anew. Nothing is kept of a forward that branches on its data, and nothing kept is used where a result
+        prepared again. Nothing is kept of a forward that branches on its data, and nothing kept is used where a result
         may be differentiated: within a transform, or where an input requires a gradient. A batch with a gradient whose
         norm is above 8e6, or below 3e-26 and not zero, is taken again without what is kept.
 

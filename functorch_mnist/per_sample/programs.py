@@ -1,7 +1,7 @@
 """A function of tensors as a program: the ops that it ran, to run again at the cost of no more than they.
 
 In eager mode the transforms of `torch.func`, and following parameters through a loss, take microseconds of Python for
-each op: most of a step of a small network. Which ops come of it hangs on shapes alone. They are recorded while the
+each op: most of a step of a small network. Which ops come of it depends on shapes alone. They are recorded while the
 function runs, and what only the recording needed is left out.
 """
 
@@ -35,7 +35,7 @@ _SHAPED = (
 )  # fmt: skip
 """Ops that look only at the shape of what they get."""
 _SMALL = 2**12
-"""Bytes of numbers that are kept, not made anew."""
+"""Bytes of numbers that are kept, not recomputed."""
 _ZEROS = (_ATEN.zeros.default, _ATEN.new_zeros.default)
 
 
@@ -75,7 +75,7 @@ class Program:
 
 
 class NotRecorded(Exception):
-    """What a function does hangs on more than the shapes of its inputs."""
+    """What a function does depends on more than the shapes of its inputs."""
 
 
 class _Recorder(TorchDispatchMode):
@@ -86,7 +86,7 @@ class _Recorder(TorchDispatchMode):
         self.graph, self.constants = Graph(), torch.nn.Module()
         self.nodes: Any = WeakIdKeyDictionary()  # of tensors, which are let go as ever
         self.variable: set[Node] = set()
-        """What hangs on the inputs."""
+        """What depends on the inputs."""
         for i, x in enumerate(inputs):
             self.nodes[x] = self.noted(self.graph.placeholder(f"input_{i}"), x)
             self.variable.add(self.nodes[x])
@@ -99,7 +99,7 @@ class _Recorder(TorchDispatchMode):
         written = any([self.nodes[x].meta["version"] != x._version for x in tensors(args, kwargs)])
         varies = func not in _SHAPED and (written or any([node in self.variable for node in used]))
         if varies and _asks(func, args):
-            raise NotRecorded(f"{func}: what comes next hangs on the numbers of the inputs")
+            raise NotRecorded(f"{func}: what comes next depends on the numbers of the inputs")
         out = func(*args, **kwargs)
         node = self.graph.call_function(func, *given)
         about = {
@@ -147,7 +147,7 @@ def record(fn: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> Program
 
     Returns:
         A program of the inputs. What follows a backward pass runs as soon as its inputs are there, so that these are
-        let go as the pass goes on.
+        freed during the pass.
 
     Raises:
         NotRecorded: the function branches on numbers of its inputs, or writes to a tensor that it holds.
@@ -220,7 +220,7 @@ def _share(graph: Graph) -> None:
 
 
 def _keep_numbers(graph: Graph, recorder: _Recorder) -> None:
-    """Keeps the few numbers that hang on no input, such as a zero, in place of the ops that make them."""
+    """Keeps the few numbers that depend on no input, such as a zero, in place of the ops that make them."""
     given_out = _given_out(graph)
     for node in list(graph.nodes):
         made = node.target in _SHAPED or all(["number" in x.meta for x in node.all_input_nodes])

@@ -14,16 +14,16 @@ With ∇_i the gradient of example i's loss:
 
 All take `loss_fn(params, *example) -> ()`, a pure function of one example; `params`, a pytree of float tensors; and
 `*batch`, tensors (B, …). All take `mask` (B,) bool: an example with False, whatever it holds, gives exactly zero; and
-`chunk_size`: so many examples are taken at a time, and the result does not depend on it. `torch.compile` compiles one
+`chunk_size`: that many examples are taken at a time, and the result does not depend on it. `torch.compile` compiles one
 chunk, whatever their number; in `grads` and `gram`, and inside a transform of torch.func, it compiles each.
 
-Most take `group` (B,), any integers, whose each example is. ∇_i is then the sum over its group,
+Most take `group` (B,), any integers: the group of each example. ∇_i is then the sum over its group,
 
     G_i = Σ_{j: group_j = group_i} ∇_j
 
 in norms, products and dense gradients, whose row i stays example i's; sums over examples become sums over groups, each
-once. A masked example is of no group: it adds nothing, and its row is zero. Where a chunk has to hold whole groups, one
-with more than `chunk_size` rows is refused, and compiled, where sizes are not known, so is a `chunk_size` below B.
+once. A masked example belongs to no group: it adds nothing, and its row is zero. A chunk holds whole groups, so a group
+of more than `chunk_size` rows is refused, and compiled, where sizes are not known, so is a `chunk_size` below B.
 """
 
 from collections.abc import Callable, Sequence
@@ -91,6 +91,18 @@ def grads(
 ) -> Tree:
     """The dense gradients: a tree with leaves (B, *w). The oracle of all the others: no rule and no factor in it.
 
+    Args:
+        loss_fn: `loss_fn(params, *example) -> ()`, a pure function of one example.
+        params: a pytree of float tensors.
+        batch: tensors (B, …): the examples in their rows.
+        mask: (B,) bool; an example with False gives exactly zero, whatever it holds.
+        group: (B,) integers, the group of each example: ∇_i is then the sum over its group.
+        chunk_size: examples taken at a time, at least 1; by default all. The result does not depend on it.
+
+    Raises:
+        TypeError: a parameter is not a float tensor, or the loss takes other arguments.
+        ValueError: the batch, the mask, the loss or the plan does not fit.
+
     Cost: B times the parameters in memory.
 
     Example:
@@ -125,7 +137,7 @@ def factored(
         batch: tensors (B, …), B at least 1.
         mask: (B,) bool; the gradient of an example with False is exactly zero.
         plan: strategies to take instead of those that would be chosen.
-        has_aux: the loss returns `(loss, aux)`, aux a pytree of tensors that is kept beside the losses.
+        has_aux: the loss returns `(loss, aux)`, aux a pytree of tensors that is kept with the losses.
 
     Raises:
         TypeError: a parameter is not a float tensor.
@@ -150,6 +162,19 @@ def norms(
 ) -> Tensor:
     """|∇_i|: (B,), float32 or wider.
 
+    Args:
+        loss_fn: `loss_fn(params, *example) -> ()`, a pure function of one example.
+        params: a pytree of float tensors.
+        batch: tensors (B, …): the examples in their rows.
+        mask: (B,) bool; an example with False gives exactly zero, whatever it holds.
+        group: (B,) integers, the group of each example: ∇_i is then the sum over its group.
+        chunk_size: examples taken at a time, at least 1; by default all. The result does not depend on it.
+        plan: strategies to take instead of those that would be chosen, from `plan`.
+
+    Raises:
+        TypeError: a parameter is not a float tensor, or the loss takes other arguments.
+        ValueError: the batch, the mask, the loss or the plan does not fit; a group does not fit in a chunk.
+
     Guarantees: right though float32 may not hold the squares, for gradients with numbers from 5e-35.
 
     Example:
@@ -171,6 +196,19 @@ def leaf_norms(
 ) -> Tree:
     """The norm of each parameter's part of ∇_i: a tree with leaves (B,), float32 or wider.
 
+    Args:
+        loss_fn: `loss_fn(params, *example) -> ()`, a pure function of one example.
+        params: a pytree of float tensors.
+        batch: tensors (B, …): the examples in their rows.
+        mask: (B,) bool; an example with False gives exactly zero, whatever it holds.
+        group: (B,) integers, the group of each example: ∇_i is then the sum over its group.
+        chunk_size: examples taken at a time, at least 1; by default all. The result does not depend on it.
+        plan: strategies to take instead of those that would be chosen, from `plan`.
+
+    Raises:
+        TypeError: a parameter is not a float tensor, or the loss takes other arguments.
+        ValueError: the batch, the mask, the loss or the plan does not fit; a group does not fit in a chunk.
+
     Example:
         >>> leaf_norms(lambda p, x: p["a"] * x + p["b"], {"a": torch.zeros(()), "b": torch.zeros(())}, torch.ones(2))
         {'a': tensor([1., 1.]), 'b': tensor([1., 1.])}
@@ -188,7 +226,23 @@ def grad_and_norms(
     chunk_size: int | None = None,
     plan: Plan | None = None,
 ) -> GradAndNorms:
-    """The gradient of the summed loss and all norms, as a training step that is watched needs them.
+    """The gradient of the summed loss and all norms, for a training step that also monitors its gradients.
+
+    Args:
+        loss_fn: `loss_fn(params, *example) -> ()`, a pure function of one example.
+        params: a pytree of float tensors.
+        batch: tensors (B, …): the examples in their rows.
+        mask: (B,) bool; an example with False gives exactly zero, whatever it holds.
+        group: (B,) integers, the group of each example: ∇_i is then the sum over its group.
+        chunk_size: examples taken at a time, at least 1; by default all. The result does not depend on it.
+        plan: strategies to take instead of those that would be chosen, from `plan`.
+
+    Returns:
+        The sum like `params`; norms and losses (B,).
+
+    Raises:
+        TypeError: a parameter is not a float tensor, or the loss takes other arguments.
+        ValueError: the batch, the mask, the loss or the plan does not fit; a group does not fit in a chunk.
 
     Cost: one backward pass. Of a prepared loss, each parameter's factors are let go as soon as its cotangents are
         there, so no more memory than an ordinary backward pass.
@@ -215,6 +269,23 @@ def grad_and_dot(
 ) -> GradAndDot:
     """The gradient of the summed loss and all inner products with v, a tree like `params`.
 
+    Args:
+        loss_fn: `loss_fn(params, *example) -> ()`, a pure function of one example.
+        params: a pytree of float tensors.
+        batch: tensors (B, …): the examples in their rows.
+        direction: v, a tree with the structure and shapes of `params`.
+        mask: (B,) bool; an example with False gives exactly zero, whatever it holds.
+        group: (B,) integers, the group of each example: ∇_i is then the sum over its group.
+        chunk_size: examples taken at a time, at least 1; by default all. The result does not depend on it.
+        plan: strategies to take instead of those that would be chosen, from `plan`.
+
+    Returns:
+        The sum like `params`; products and losses (B,).
+
+    Raises:
+        TypeError: a parameter is not a float tensor, or the loss takes other arguments.
+        ValueError: the batch, the mask, the loss or the plan does not fit; `direction` has other shapes.
+
     Cost: one backward pass, and less than one forward pass; sample gradients that are small are built once for both.
 
     Example:
@@ -239,6 +310,19 @@ def weighted_sum(
     plan: Plan | None = None,
 ) -> Tree:
     """Σ_i c_i ∇_i for weights c (B,): a tree like `params`; of groups it needs none, for these have one weight each.
+
+    Args:
+        loss_fn: `loss_fn(params, *example) -> ()`, a pure function of one example.
+        params: a pytree of float tensors.
+        batch: tensors (B, …): the examples in their rows.
+        weights: (B,) c, of any sign.
+        mask: (B,) bool; an example with False gives exactly zero, whatever it holds.
+        chunk_size: examples taken at a time, at least 1; by default all. The result does not depend on it.
+        plan: strategies to take instead of those that would be chosen, from `plan`.
+
+    Raises:
+        TypeError: a parameter is not a float tensor, or the loss takes other arguments.
+        ValueError: the batch, the mask, the loss or the plan does not fit.
 
     Guarantees: its gradient with respect to the weights is `dot`.
 
@@ -267,14 +351,21 @@ def clipped_sum(
     """Σ_i s_i ∇_i with `s_i = min(1, max_norm / |∇_i|)`, by one backward pass.
 
     Args:
+        loss_fn: `loss_fn(params, *example) -> ()`, a pure function of one example.
+        params: a pytree of float tensors.
+        batch: tensors (B, …): the examples in their rows.
         max_norm: the largest norm that an example keeps, above 0: a number, or a 0-d tensor, whose value is not
             checked. Or another rule: a function of all norms (B,), zero where masked, to the factors s (B,); with
             groups it has to give all examples of one the same, as an elementwise rule does.
-        group: (B,) integers, whose each example is: `norms` are then those of groups' sums, which are clipped.
+        mask: (B,) bool; an example with False gives exactly zero, whatever it holds.
+        group: (B,) integers, the group of each example: the groups' sums are clipped, and `norms` are theirs.
+        chunk_size: examples taken at a time, at least 1; by default all. The result does not depend on it.
+        plan: strategies to take instead of those that would be chosen, from `plan`.
 
     Raises:
-        ValueError: `max_norm` is a number not above 0, a tensor with axes, or a function that does not return (B,); a
-            group does not fit in a chunk.
+        TypeError: a parameter is not a float tensor, the loss takes other arguments, or `max_norm` is none of these.
+        ValueError: the batch, the mask, the loss or the plan does not fit; `max_norm` is a number not above 0, a tensor
+            with axes, or a function that does not return (B,); a group does not fit in a chunk.
 
     Guarantees: an example whose norm is inf or NaN adds exactly zero and is counted; one whose norm is zero adds zero.
         A group whose norm is inf or NaN is left out whole, and counted once.
@@ -333,6 +424,20 @@ def dot(
 ) -> Tensor:
     """⟨∇_i, v⟩ for a tree v like `params`: (B,), float32 or wider.
 
+    Args:
+        loss_fn: `loss_fn(params, *example) -> ()`, a pure function of one example.
+        params: a pytree of float tensors.
+        batch: tensors (B, …): the examples in their rows.
+        direction: v, a tree with the structure and shapes of `params`.
+        mask: (B,) bool; an example with False gives exactly zero, whatever it holds.
+        group: (B,) integers, the group of each example: ∇_i is then the sum over its group.
+        chunk_size: examples taken at a time, at least 1; by default all. The result does not depend on it.
+        plan: strategies to take instead of those that would be chosen, from `plan`.
+
+    Raises:
+        TypeError: a parameter is not a float tensor, or the loss takes other arguments.
+        ValueError: the batch, the mask, the loss or the plan does not fit; `direction` has other shapes.
+
     Example:
         >>> dot(lambda w, x: w * x, torch.tensor(0.0), torch.tensor([1.0, 3.0]), direction=torch.tensor(2.0))
         tensor([2., 6.])
@@ -360,10 +465,19 @@ def gram(
     """⟨∇_i, ∇'_j⟩ for all i of one batch and j of another: (B, B'), float32 or wider.
 
     Args:
-        batch_a, batch_b: tensors (B, …) and (B', …); without `batch_b` all pairs of `batch_a`.
+        loss_fn: `loss_fn(params, *example) -> ()`, a pure function of one example.
+        params: a pytree of float tensors.
+        batch_a, batch_b: tuples of tensors (B, …) and (B', …); without `batch_b` all pairs of `batch_a`.
         mask, mask_b: of the two; without `batch_b`, `mask` holds for both.
         group, group_b: of the two, (B,) and (B',) integers, in the same way.
+        chunk_size: examples taken at a time, at least 1; by default all. The result does not depend on it.
+        plan: strategies to take instead of those that would be chosen, from `plan`.
         world: the processes, all with the same examples, which divide the rows of the result between them.
+
+    Raises:
+        TypeError: a parameter is not a float tensor, or the loss takes other arguments.
+        ValueError: the batch, the mask, the loss or the plan does not fit; `mask_b` or `group_b` comes without
+            `batch_b`.
 
     Cost: one backward pass over each batch, over `batch_b` by each process. With chunks, the factors of `batch_b` (of
         `batch_a`, where it stands for both) are kept, gradients that are smaller than their factors in place of these.
@@ -428,6 +542,19 @@ def second_moment(
 ) -> Tree:
     """Σ_i ∇_i², elementwise: a tree like `params`, float32 or wider.
 
+    Args:
+        loss_fn: `loss_fn(params, *example) -> ()`, a pure function of one example.
+        params: a pytree of float tensors.
+        batch: tensors (B, …): the examples in their rows.
+        mask: (B,) bool; an example with False gives exactly zero, whatever it holds.
+        group: (B,) integers, the group of each example: ∇_i is then the sum over its group.
+        chunk_size: examples taken at a time, at least 1; by default all. The result does not depend on it.
+        plan: strategies to take instead of those that would be chosen, from `plan`.
+
+    Raises:
+        TypeError: a parameter is not a float tensor, or the loss takes other arguments.
+        ValueError: the batch, the mask, the loss or the plan does not fit; a group does not fit in a chunk.
+
     Example:
         >>> second_moment(lambda w, x: w * x, torch.tensor(0.0), torch.tensor([1.0, 3.0]))
         tensor(10.)
@@ -448,6 +575,18 @@ def kronecker(
 
     With a bias that the same op adds come the sums Σ a, for the factor `Kronecker.joined` of both. Positions count one
     by one, so the factors of groups are the same.
+
+    Args:
+        loss_fn: `loss_fn(params, *example) -> ()`, a pure function of one example.
+        params: a pytree of float tensors.
+        batch: tensors (B, …): the examples in their rows.
+        mask: (B,) bool; an example with False gives exactly zero, whatever it holds.
+        chunk_size: examples taken at a time, at least 1; by default all. The result does not depend on it.
+        plan: strategies to take instead of those that would be chosen, from `plan`.
+
+    Raises:
+        TypeError: a parameter is not a float tensor, or the loss takes other arguments.
+        ValueError: the batch, the mask, the loss or the plan does not fit.
 
     Example:
         >>> factors = kronecker(lambda w, x: (w @ x).sum(), torch.zeros(1, 2), torch.tensor([[1.0, 2.0]]))

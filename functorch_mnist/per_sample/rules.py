@@ -62,7 +62,13 @@ def find(op: Callable[..., Any]) -> Rule | None:
 
 
 def shift(parameter: Tensor | None, axes_after: int = 0, *, factor: float = 1) -> Entry:
-    """The entry of a shift: a parameter that the op adds to its output, `axes_after` axes before the last."""
+    """The entry of a shift: a parameter that the op adds to its output, `axes_after` axes before the last.
+
+    Args:
+        parameter: as the op got it; none gives an entry that is ignored.
+        axes_after: axes of the output behind those of the parameter, as 2 for the bias of images (C, height, width).
+        factor: by which the op multiplies it.
+    """
     if parameter is None:
         return Entry(None)
     shape = tuple(parameter.shape)
@@ -104,7 +110,7 @@ def _convolution(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> list[Entry]:
-    """`y = W ⋆ x + b` in so many dimensions of space."""
+    """`y = W ⋆ x + b` in 1, 2 or 3 dimensions of space."""
     strides, dilations = _each(stride, space), _each(dilation, space)
     image = _with_axes(input, space)
     if isinstance(padding, str):

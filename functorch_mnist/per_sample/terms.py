@@ -210,7 +210,7 @@ class Term:
         parts = [tree.wide(part.grads()).square().sum(0) for part in self.in_parts()]
         return functools.reduce(torch.add, parts)
 
-    def kronecker(self, ones: Tensor | None = None) -> Kronecker | None:  # noqa: ARG002 (of a bias beside it)
+    def kronecker(self, ones: Tensor | None = None) -> Kronecker | None:  # noqa: ARG002 (of a bias with it)
         """The Kronecker factors, or none where the parameter has none.
 
         Args:
@@ -477,7 +477,7 @@ class Outer(Term):
 
 
 _AT_ONCE = 128
-"""Examples in one grouped convolution, or nearly so many: fewer bound the copies it makes, and take no more time."""
+"""Examples in one grouped convolution, or nearly that many: fewer bound the copies it makes, and take no more time."""
 
 
 @tree.register

@@ -21,9 +21,9 @@ from .squares import CAREFUL, Plain
 from .terms import Term
 
 MUCH = 4
-"""A way that computes so many times as much as another, or keeps so many times as much, is not tried."""
+"""A strategy that computes, or keeps, this many times as much as another is not tried."""
 NEAR = 4
-"""Where nothing is timed: the times of a batch so many times as large or small are taken."""
+"""Where nothing is timed: the times of a batch up to this many times as large or small are taken."""
 LEAST_GAIN = 0.05
 """The chosen way is changed for one that takes less by this part: what is within it is noise."""
 

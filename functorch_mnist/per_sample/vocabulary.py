@@ -2,13 +2,13 @@
 
 With c_it the cotangent of the loss at position t of example i and e_itv = softmax_v - [v = y_it], the output layer's
 cotangent is g_itv = c_it e_itv: T · V numbers an example. The term keeps what g is made of, the hidden states, c, the
-labels, the logarithm z of the softmax's sum and the weight, and makes g anew, a block of words at a time:
+labels, the logarithm z of the softmax's sum and the weight, and recomputes g, a block of words at a time:
 
     ∇_i[v]      = Σ_t g_itv h_it
     Σ_i c_i ∇_i = an ordinary gradient of the loss, in blocks
     ⟨∇_i, ∇_j⟩  = Σ_{s, t} (h_is · h_jt) Σ_v g_isv g_jtv, or Σ_v ∇_i[v] · ∇_j[v], whichever is less work
 
-The bias is a weight with one input, which is 1. A quantity is one operator to the compiler, for the reasons told in
+The bias is a weight with one input, which is 1. A quantity is one operator to the compiler, for the reasons given in
 `losses/vocabulary.py`.
 """
 
