@@ -312,7 +312,7 @@ def test_parameters_keys_and_inputs_that_do_not_fit_are_refused():
         (({**params, "more": bias}, x), r"apply: .*unexpected \['more'\]"),
         (({"0.weight": weight.T, "0.bias": bias}, x), r"0\.weight has shape \(3, 4\).*Found \(4, 3\)"),
         ((params, x[0, 0]), r"one example of input has 1 axes\. Found \(\)"),
-        ((params, x, random.split(random.key(0), 5)), r"takes 1 inputs, \['input'\]\. Found 2\. Pass a key as key="),
+        ((params, x, random.split(random.key(0), 5)), r"takes the inputs \['input'\]\. Found 2\. Pass a key as key="),
     ]:
         with pytest.raises(ValueError, match=fault):
             model.apply(*arguments)

@@ -128,7 +128,7 @@ def test_examples_may_have_other_numbers_of_axes_by_name():
     "args, kwargs, error, fault",
     [
         ((X, TOKENS[:2]), {}, ValueError, r"same leading axes.*\(2,\) for tokens and \(4,\) for x.*shared="),
-        ((X, TOKENS, X), {}, ValueError, r"takes 2 inputs, \['x', 'tokens'\]\. Found 3\. Pass a key as key="),
+        ((X, TOKENS, X), {}, ValueError, r"takes the inputs \['x', 'tokens'\]\. Found 3\. Pass a key as key="),
         ((X,), {"other": X}, ValueError, r"example_ndim must name each input.*'other'"),
         ((X[0, 0],), {}, ValueError, r"one example of x has 1 axes\. Found \(\)"),
         ((X,), {"pair": namedtuple("Pair", "a b")(X, X)}, TypeError, "dicts, lists and tuples.*Found Pair in pair"),

@@ -439,7 +439,7 @@ STATEFUL = {
     "sgd": (optim.sgd(0.1, momentum=0.9), "velocity/layer/w"),
     "adam": (optim.adam(0.1), "mean/layer/w"),
     "adamw": (optim.clip_by_global_norm(optim.adamw(0.1), max_norm=1.0), "mean/layer/w"),
-    "averaging": (optim.exponential_moving_average(optim.sgd(0.1), decay=0.9), "average/layer/w"),
+    "exponential_moving_average": (optim.exponential_moving_average(optim.sgd(0.1), decay=0.9), "average/layer/w"),
     "stochastic_weight_averaging": (
         optim.stochastic_weight_averaging(optim.sgd(0.1), start=1),
         "average/layer/w",

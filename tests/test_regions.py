@@ -989,7 +989,7 @@ class Hostile(Calls):
 REFUSED = {
     "stacked_in_a_loop": "of linear does not grow", "concatenated_in_a_loop": "of linear does not grow",
     "unbound": "of linear does not grow", "chunked": "of linear does not grow", "padded": "of linear does not grow",
-    "between_padding": "of linear has the shapes", "beside_its_mirror": "of linear holds the batch in no order",
+    "between_padding": "of linear has the shapes", "beside_its_mirror": "holds the batch in no recognised order",
     "beside_a_token": "of cat has the shapes", "to_experts": "of mul does not grow",
     "mapped": "outside of transforms of torch.func. Found linear",
 }  # fmt: skip

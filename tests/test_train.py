@@ -138,7 +138,7 @@ def test_a_state_whose_parameters_were_cast_after_init_is_refused():
         (examples(3), {"mask": torch.ones(2, dtype=torch.bool), "divisor": 3}, r"mask must be bool \(3,\)"),
         (examples(3), {"mask": torch.ones(3), "divisor": 3}, "mask must be bool"),
         (examples(3), {"mask": torch.ones(3, dtype=torch.bool)}, "needs a divisor"),
-        ((), {}, "one leading size"),
+        ((), {}, "at least one tensor"),
         ((torch.tensor(1.0),), {}, "one leading size"),
         ((torch.zeros(0, 6), torch.zeros(0, dtype=torch.int64)), {}, "must have an example"),
     ],

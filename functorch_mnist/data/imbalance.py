@@ -31,7 +31,7 @@ def imbalanced(split: Split, parts: Mapping[int, float], *, key: Tensor) -> Spli
 
     Example:
         >>> four = Split(torch.zeros(4, 1, 28, 28, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]))
-        >>> imbalance(four, {1: 0.5}, key=random.key(0)).labels
+        >>> imbalanced(four, {1: 0.5}, key=random.key(0)).labels
         tensor([0, 1, 0])
     """
     kept = torch.ones_like(split.labels, dtype=torch.bool)
