@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import tree
+from .arguments import shown
 from .losses import one_hot
 
 __all__ = ["disagreement", "mean", "mutual_information", "vote"]
@@ -126,6 +127,10 @@ def _log_probs(where: str, outputs: Tensor) -> Tensor:
 
 
 def _check(where: str, outputs: Tensor) -> None:
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"{where}: outputs must be one tensor (M, ..., K). Found {shown(outputs)}. Pass torch.stack(outputs)?"
+        )
     if outputs.dim() < 2 or len(outputs) == 0:
         raise ValueError(
             f"{where}: outputs must be (M, ..., K) of at least one model. Found {tuple(outputs.shape)}. "

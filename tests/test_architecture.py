@@ -24,6 +24,7 @@ ROWS = [
     {
         "tree": "pytrees",
         "allocator": "glibc's handling of freed memory",
+        "arguments": "what a call is refused for before any number",
         "batch": "a batch and its mask",
         "ops": "kinds of ops: which write to a tensor, draw random numbers or branch on data",
         "hyperparameters": "numbers that may be 0-d tensors",

@@ -10,13 +10,14 @@ Reference: Pruthi et al., "Estimating training data influence by tracing gradien
 section 3.3.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial, reduce
 
 import torch
 from torch import Tensor
 
 from .. import native
+from ..arguments import check_params, check_tensors
 from ..distributed import SINGLE_PROCESS, World, map_rows
 from ..per_sample import Plan, gram, norms
 from ..per_sample.squares import power
@@ -41,6 +42,9 @@ def gradient_cosine(
         train, test: tensors (N, …) and (M, …).
         chunk_size, plan, world: as in `per_sample.gram`.
     """
+    check_params("gradient_cosine", params)
+    for name, batch in (("train", train), ("test", test)):
+        check_tensors("gradient_cosine", name, batch)
     of = partial(norms, loss_fn, params, chunk_size=chunk_size, plan=plan)
     sizes = [map_rows(world, of, *batch, unit=chunk_size) for batch in (train, test)]
     scales = [power(lengths) for lengths in sizes]
@@ -90,6 +94,10 @@ def tracin(
 
     Cost: for each checkpoint one backward pass over each set.
     """
+    for name, batch in (("train", train), ("test", test)):
+        check_tensors("tracin", name, batch)
+    if isinstance(checkpoints, Mapping):
+        raise TypeError("tracin: checkpoints must be a list of parameters. Found a dict. Pass [params]?")
     rates = torch.as_tensor(lrs)
     if len(checkpoints) < 1 or rates.shape != (len(checkpoints),):
         raise ValueError(

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..arguments import check_params
 from ..distributed import SINGLE_PROCESS, World
 from ..per_sample import Plan, gram
 from ..tree import Tree
@@ -44,6 +45,7 @@ def tangent_kernel(
     """
     if isinstance(a, Tensor) or isinstance(b, Tensor) or not a or not len(a[0]):
         raise ValueError("tangent_kernel: a and b must be tuples of tensors, such as (x,), with an example each.")
+    check_params("tangent_kernel", params)
     shape = tuple(outputs_fn(params, *[x[0] for x in a]).shape)
     if len(shape) != 1:
         raise ValueError(f"tangent_kernel: the outputs of one example must be (C,). Found {shape}.")

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .. import batch as batches
 from .. import random, tree
+from ..arguments import check_params, shown
 from ..distributed import SINGLE_PROCESS, World, map_rows
 from ..losses.labels import check_labels, own
 from ..per_sample import Plan, factored
@@ -59,6 +60,7 @@ def projection(params: Tree, *, key: Tensor, size: int) -> Projection:
         >>> projection({"w": torch.zeros(100, 50), "b": torch.zeros(4)}, key=random.key(0), size=64).size
         68
     """
+    check_params("projection", params)
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"projection: size must be a whole number, at least 1. Found {size}.")
     maps = []
@@ -197,6 +199,12 @@ def features(
             rows.append(chunk.unpadded(torch.cat(columns, 1)))
         return torch.cat(rows)
 
+    check_params("attribution.features", params)
+    if not isinstance(projection, Projection):
+        raise TypeError(
+            f"attribution.features: projection must be a Projection. Found {shown(projection)}. "
+            "Make it with attribution.projection(params, key=…, size=…)."
+        )
     batches.size_of_chunks("attribution.features", batch, mask, chunk_size)
     return map_rows(world, of, *batch, mask=mask, unit=chunk_size)
 

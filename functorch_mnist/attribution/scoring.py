@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import batch as batches
 from .. import tree
+from ..arguments import check_params, check_takes, shown
 from ..distributed import SINGLE_PROCESS, World, map_rows
 from ..losses import cross_entropy
 from ..losses.labels import check_labels, own
@@ -94,6 +95,15 @@ def scores(
             rows.append([chunk.unpadded(batches.masked(column, chunk.keep())) for column in found])
         return Scores(*[torch.cat(column) for column in zip(*rows, strict=True)])
 
+    check_params("attribution.scores", params)
+    check_takes(
+        "attribution.scores", "loss_fn", loss_fn, ["outputs", "label"],
+        "It is a function of one example's outputs (K,) and label, such as losses.cross_entropy.",
+    )  # fmt: skip
+    check_takes(
+        "attribution.scores", "outputs_fn", outputs_fn, ["params", *["one input"] * len(inputs)],
+        "It gives the outputs (K,) of one example; the labels are an argument of their own.",
+    )  # fmt: skip
     batches.size_of_chunks("attribution.scores", (*inputs, labels), mask, chunk_size)
     return map_rows(world, of, *inputs, labels, mask=mask, unit=chunk_size)
 
@@ -140,6 +150,11 @@ def self_influence(grand: Tensor, lrs: Tensor) -> Tensor:
         >>> self_influence(torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.tensor([1.0, 0.5]))
         tensor([1.0000, 8.5000], dtype=torch.float64)
     """
+    if not isinstance(grand, Tensor) or not isinstance(lrs, Tensor):
+        raise TypeError(
+            f"self_influence: grand (T, N) and lrs (T,) must be tensors. Found {shown(grand)} and {shown(lrs)}. "
+            "Stack the checkpoints' scores?"
+        )
     if grand.dim() != 2 or lrs.shape != grand.shape[:1]:
         raise ValueError(
             f"self_influence: grand must be (T, N) and lrs (T,). Found {tuple(grand.shape)} and {tuple(lrs.shape)}."

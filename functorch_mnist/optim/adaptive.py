@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import tree
 from ..hyperparameters import AT_LEAST_ZERO, DECAY, add_scaled, check, check_rate, double, like, used
 from ..tree import Tree
-from .optimizer import Optimizer, check_grads, check_state, no_updates
+from .optimizer import Optimizer, check_grads, check_kind, check_state, no_updates
 from .schedules import Schedule
 
 
@@ -146,6 +146,7 @@ def _optimizer(
 
     def update(params: Tree, state: AdamState, grads: Tree) -> tuple[Tree, AdamState]:
         check_grads(where, params, grads)
+        check_kind(where, state, AdamState)
         check_state(where, params, state.updates, mean=state.mean, square=state.square)
         rate = lr(state.updates) if callable(lr) else lr
         if used(weight_decay):

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import tree
 from ..hyperparameters import COUNT, DECAY, PERIOD, check
 from ..tree import Tree
-from .optimizer import Optimizer, check_state, no_updates
+from .optimizer import Optimizer, check_kind, check_state, no_updates
 
 
 class Averaged(NamedTuple):
@@ -56,6 +56,7 @@ def exponential_moving_average(optimizer: Optimizer, *, decay: float | Tensor) -
     check("exponential_moving_average", DECAY, decay=decay)
 
     def update(params: Tree, state: Averaged, grads: Tree) -> tuple[Tree, Averaged]:
+        check_kind("exponential_moving_average", state, Averaged)
         check_state("exponential_moving_average", params, state.updates, least=torch.float32, average=state.average)
         params, inner = optimizer.update(params, state.optimizer, grads)
         updates = state.updates + 1
@@ -108,6 +109,7 @@ def stochastic_weight_averaging(optimizer: Optimizer, *, start: int, every: int 
     check("stochastic_weight_averaging", PERIOD, every=every)
 
     def update(params: Tree, state: Averaged, grads: Tree) -> tuple[Tree, Averaged]:
+        check_kind("stochastic_weight_averaging", state, Averaged)
         check_state("stochastic_weight_averaging", params, state.updates, least=torch.float32, average=state.average)
         params, inner = optimizer.update(params, state.optimizer, grads)
         updates = state.updates + 1

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import tree
 from ..hyperparameters import AT_LEAST_ZERO, FINITE, add_scaled, check, check_rate, like, used
 from ..tree import Tree
-from .optimizer import Optimizer, check_grads, check_state, no_updates
+from .optimizer import Optimizer, check_grads, check_kind, check_state, no_updates
 from .schedules import Schedule
 
 
@@ -81,6 +81,7 @@ def sgd(
 
     def update(params: Tree, state: SGDState, grads: Tree) -> tuple[Tree, SGDState]:
         check_grads("sgd", params, grads)
+        check_kind("sgd", state, SGDState)
         check_state("sgd", params, state.updates, **({"velocity": state.velocity} if used(momentum) else {}))
         rate = lr(state.updates) if callable(lr) else lr
         g = tree.map(torch.neg, grads) if maximize else grads

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import tree
+from ..arguments import shown
 from ..tree import Tree
 
 
@@ -62,6 +63,21 @@ def check_state(where: str, params: Tree, updates: Tensor, *, least: torch.dtype
         for path, v, (shape, dtype, device) in zip(tree.paths(part), values, wanted, strict=True):
             if (v.shape, v.dtype, v.device) != (shape, dtype, device):
                 _refuse(where, f"{name}/{path}".rstrip("/"), _shown(v), f"{dtype} {tuple(shape)} on {device}")
+
+
+def check_kind(where: str, state: object, kind: type) -> None:
+    """Raises TypeError for the state of another optimizer.
+
+    Args:
+        where: the optimizer that the error names.
+        state: as given to `update`.
+        kind: of the states that `init` gives.
+    """
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"{where}: the state must be the {kind.__name__} that init gives. Found {shown(state)}. "
+            "Was it made for another optimizer?"
+        )
 
 
 def _refuse(where: str, path: str, found: str, wanted: str) -> None:

@@ -17,8 +17,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias, get_args
 
+from ..arguments import check_takes, shown
 from .gaussian import gaussian_epsilon
-from .mechanism import Event, Mechanism, Poisson, check_count
+from .mechanism import Event, Mechanism, Poisson, check_count, check_mechanism
 from .pld import LEAST_NOISE, mixture_epsilon, pld_epsilon
 from .rdp import ORDERS, converted, rdp
 
@@ -50,6 +51,7 @@ def epsilon(mechanism: Mechanism, *, steps: int, delta: float, accountant: Accou
         >>> round(epsilon(Poisson(240 / 60_000, 1.1), steps=15_000, delta=1e-5, accountant="rdp"), 3)
         2.503
     """
+    check_mechanism("epsilon", mechanism)
     _check_steps("epsilon", steps, least=0)
     return composed(mechanism.events(steps) if steps else [], delta=delta, accountant=accountant)
 
@@ -74,6 +76,9 @@ def composed(events: Sequence[Event], *, delta: float, accountant: Accountant = 
         0.986
     """
     _check_delta(delta)
+    if isinstance(events, Event) or not all(isinstance(event, Event) for event in events):
+        kinds = shown(events) if isinstance(events, Event) else [shown(event) for event in events]
+        raise TypeError(f"composed: events must be privacy.Events. Found {kinds}. Pass mechanism.events(steps)?")
     _check_accountant(accountant, events)
     counts: Counter[tuple[float, float]] = Counter()
     for rate, sigma, count in events:
@@ -152,6 +157,11 @@ def calibrated(
     _check_budget("calibrated", budget)
     _check_steps("calibrated", steps, least=1)
 
+    check_takes(
+        "calibrated", "make", make, ["noise multiplier"],
+        "Pass a function of the noise multiplier that returns a mechanism: lambda sigma: privacy.Poisson(rate, sigma).",
+    )  # fmt: skip
+
     def spent(sigma: float) -> float:
         return epsilon(make(sigma), steps=steps, delta=delta, accountant=accountant)
 
@@ -190,6 +200,7 @@ def max_steps(mechanism: Mechanism, *, budget: float, delta: float, accountant: 
         >>> max_steps(Shuffled(100, 4.0), budget=1.0, delta=1e-5, accountant="gaussian")
         100
     """
+    check_mechanism("max_steps", mechanism)
     _check_budget("max_steps", budget)
 
     def enough(steps: int) -> bool:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import tree
+from ..arguments import shown
 from ..tree import Tree
 
 
@@ -235,6 +236,8 @@ class Quantile(Clipping):
     """C is never above."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.quantile, bool) or not isinstance(self.quantile, (int, float)):
+            raise TypeError(f"Quantile: quantile must be a number. Found {shown(self.quantile)}.")
         if not 0 <= self.quantile <= 1:
             raise ValueError(f"Quantile: quantile must be from 0 to 1. Found {self.quantile}.")
         for name in ("count_deviation", "initial", "rate", "least", "most"):
@@ -313,6 +316,16 @@ def _scale(max_norm: float | Tensor, norms: Tensor) -> Tensor:
 def _margin(norms: Tensor) -> float:
     """One, less what the norm of a million numbers may have been rounded by."""
     return 1 - 16 * torch.finfo(norms.dtype).eps
+
+
+def check_clipping(where: str, clipping: object) -> None:
+    """Refuses what is no clipping rule, such as a clipping norm alone.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(clipping, Clipping):
+        raise TypeError(f"{where}: clipping must be a rule. Found {shown(clipping)}. Pass privacy.Flat(max_norm)?")
 
 
 def _check_norm(where: str, value: object, name: str = "max_norm") -> None:

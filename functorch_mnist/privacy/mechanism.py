@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, Literal, NamedTuple, TypeAlias, get_args
 
+from ..arguments import shown
 from .correlation import Strategy, Toeplitz
 from .strategies import banded, bisr, lambda_cgd
 
@@ -248,6 +249,20 @@ class FixedOrder(_EachOnce):
 
 Mechanism: TypeAlias = Poisson | Shuffled | BandMF | FixedOrder
 """How batches are sampled and noise is added, as an accountant sees it."""
+
+
+def check_mechanism(where: str, mechanism: object) -> None:
+    """Refuses what is no mechanism, such as a noise multiplier alone.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(mechanism, Mechanism):
+        raise TypeError(
+            f"{where}: mechanism must say how examples are sampled, too. Found {shown(mechanism)}. "
+            "Pass privacy.Poisson(rate, noise_multiplier), Shuffled, BandMF or FixedOrder."
+        )
+
 
 _MOST_CORRELATED = 10**6
 """The sensitivity of so many steps takes a second, and memory for as many numbers."""

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from .. import random, tree
+from ..arguments import check_params, shown
 from ..batch import blanked, check, masked
 from ..per_sample import factored
 from ..per_sample.groups import checked, leads, summed
 from ..tree import Tree
-from .clipping import Clipping
+from .clipping import Clipping, check_clipping
 
 
 class Sums(NamedTuple):
@@ -66,6 +67,8 @@ def clipped_sums(
 
     Cost: one backward pass.
     """
+    check_params("privacy.clipped_sums", params)
+    check_clipping("privacy.clipped_sums", clipping)
     if check("privacy.clipped_sums", batch, mask) == 0:
         return zero_sums(params, clipping, batch[0].device)
     first = None if group is None else checked("privacy.clipped_sums", group, mask, len(batch[0]))
@@ -126,6 +129,17 @@ def noisy_mean(
 
     Cost: memory of the parameters.
     """
+    check_clipping("privacy.noisy_mean", clipping)
+    if not isinstance(sums, Sums):
+        raise TypeError(
+            f"privacy.noisy_mean: sums must be privacy.Sums. Found {shown(sums)}. "
+            "Take them from privacy.clipped_sums, which also bounds their sensitivity."
+        )
+    if not isinstance(noise_multiplier, (int, float, Tensor)):
+        raise TypeError(
+            f"privacy.noisy_mean: noise_multiplier must be a number or a 0-d tensor. Found {shown(noise_multiplier)}. "
+            "Pass mechanism.noise_multiplier?"
+        )
     grads, votes = tree.leaves(sums.grads), sums.votes
     if isinstance(noise_multiplier, Tensor) or noise_multiplier:
         multiplier, votes_deviation = clipping.deviations(noise_multiplier)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import random
 from ..data import Batch
-from .mechanism import BandMF, FixedOrder, Mechanism, Poisson
+from .mechanism import BandMF, FixedOrder, Mechanism, Poisson, check_mechanism
 
 _WORDS = 2**32
 _ALWAYS = 2**32 - 1
@@ -99,6 +99,7 @@ def draw(
         >>> len(draw(Poisson(1e-9, 1.0), random.key(0), step=0, population=1000))
         0
     """
+    check_mechanism("draw", mechanism)
     if isinstance(mechanism, Poisson):
         return Draw(mask_fn(key, step, population, mechanism.rate).nonzero()[:, 0])
     always = random.fold_in(key, _ALWAYS)
@@ -133,6 +134,7 @@ def chunk_sizes(mechanism: Mechanism, examples: int, *, most: int = 1024, count:
         >>> chunk_sizes(Poisson(256 / 60_000, 1.0), 60_000)
         (248, 256, 272, 280, 304)
     """
+    check_mechanism("chunk_sizes", mechanism)
     if min(examples, most, count) < 1:
         raise ValueError(
             f"chunk_sizes: examples, most and count must be at least 1. Found {examples}, {most} and {count}."

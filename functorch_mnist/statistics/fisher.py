@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import layers, random, tree
+from ..arguments import check_key, check_params
 from ..batch import check
 from ..per_sample import Eigenbasis, Kronecker, Plan
 from ..tree import Tree
@@ -130,16 +131,17 @@ def _over_labels(
     plan: Plan | None,
 ) -> tuple[S, int]:
     """The statistic over all passes, whose gradients are so weighted that their second moments add up, and how many."""
+    check_params("statistics.fisher", params)
+    if key is not None:
+        check_key("statistics.fisher", key)
     if check("statistics.fisher", inputs, mask) < 1 or not isinstance(draws, int) or draws < 1:
         raise ValueError(f"fisher: at least one example and one draw. Found {len(inputs[0])} and {draws}.")
     if key is None and draws != 1:
         raise ValueError(f"fisher: draws need a key. Found {draws} draws and no key.")
-    if key is not None and key.shape != (2,):
-        raise ValueError(f"fisher: key must be (2,). Found {tuple(key.shape)}.")
     count, device = len(inputs[0]), inputs[0].device
     shape = tuple(outputs_fn(params, *[x[0] for x in inputs]).shape)
     if len(shape) != 1:
-        raise ValueError(f"fisher: the outputs of one example must be (K,). Found {shape}.")
+        raise ValueError(f"fisher: the outputs of one example must be (K,). Found {shape}. Is it a loss?")
     columns: list[Tensor]
     if key is None:
         columns = [torch.full((count,), label, device=device) for label in range(shape[0])]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import batch as batches
 from .. import tree
+from ..arguments import check_fn, check_params, check_takes, shown
 from ..distributed import SINGLE_PROCESS, World, all_gather
 from ..distributed.rows import split_rows
 from ..distributed.sums import pairwise_sum
@@ -115,6 +116,8 @@ def fold(
         >>> found.mean, found.variance
         (tensor(2., dtype=torch.float64), tensor(2., dtype=torch.float64))
     """
+    _check_of(of)
+    check_params("statistics.fold", params)
     found = []
     for rows, size in _parts(world, batch, mask, chunk_size):
         some, keep = tuple([x[rows] for x in batch]), None if mask is None else mask[rows]
@@ -127,6 +130,24 @@ def fold(
         return mine
     everyone: S = all_gather(world, tree.map(lambda leaf: leaf[None], mine))
     return pairwise_sum([tree.map(lambda leaf, rank=rank: leaf[rank], everyone) for rank in range(world.size)], merge)
+
+
+def _check_of(of: object) -> None:
+    """Refuses what is no function of `Gradients`."""
+    if isinstance(of, type) and issubclass(of, Sums):
+        raise TypeError(
+            f"fold: of must be a function of Gradients. Found the class {of.__name__}. Pass {of.__name__}.of?"
+        )
+    if isinstance(of, (tuple, list, dict)):
+        raise TypeError(
+            f"fold: of must be one function of Gradients. Found {shown(of)}. "
+            "For several statistics in one pass let it return them: lambda g: (Norms.of(g), Moments.of(g))."
+        )
+    check_fn("fold", "of", of, "Pass Norms.of, Moments.of, …")
+    check_takes(
+        "fold", "of", of, ["gradients"],  # type: ignore[arg-type]
+        "Name what else it needs: partial(Alignment.of, direction=…), partial(Eigenvalues.of, bases=…).",
+    )  # fmt: skip
 
 
 def _parts(
@@ -152,6 +173,7 @@ def gradients(
     plan: Plan | None,
 ) -> Iterator[Gradients]:
     """The gradients of the examples, chunk by chunk."""
+    check_params(f"statistics.{where}", params)
     params = tree.map(torch.Tensor.detach, params)  # else every chunk's graph would stay alive
     for chunk in batches.chunks(f"statistics.{where}", batch, mask, chunk_size):
         part = factored(loss_fn, params, *chunk.batch, mask=chunk.mask, plan=plan)

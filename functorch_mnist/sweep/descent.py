@@ -80,6 +80,12 @@ def tune(
         raise ValueError(
             f"tune: rounds must be at least 1, and scales for {list(start)}. Found {rounds}, {list(scales)}."
         )
+    for name, scale in scales.items():
+        if not isinstance(scale, Scale) or not isinstance(start[name], Tensor):
+            raise TypeError(
+                f"tune: a scale must be a sweep.Scale and a start a 0-d tensor. Found {scale!r:.40} and "
+                f"{start[name]!r:.40} of {name}. Pass sweep.LOG and torch.tensor(…)?"
+            )
     numbers = {name: scales[name].to(value.double()) for name, value in start.items()}
     for name, number in numbers.items():
         if not math.isfinite(number):

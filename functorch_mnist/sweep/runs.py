@@ -71,6 +71,8 @@ def grid(*, seeds: Sequence[int] = (0,), **values: Sequence[float]) -> Runs:
         {'lr': tensor([0.1000, 0.1000, 0.2000, 0.2000]), 'seed': tensor([0, 1, 0, 1])}
     """
     for name, column in values.items():
+        if isinstance(column, (int, float, str)):
+            raise TypeError(f"grid: {name} must be a list of numbers. Found {column!r}. Pass [{column!r}]?")
         if not len(column):
             raise ValueError(f"grid: each hyperparameter needs a value. Found none for {name}.")
     rows = list(itertools.product(*values.values()))
@@ -108,6 +110,11 @@ def random_search(
     for place, (name, one) in enumerate(ranges.items()):
         if isinstance(one, OneOf):
             good = len(one.values) > 0
+        elif not isinstance(one, (Uniform, LogUniform)):
+            raise TypeError(
+                f"random_search: {name} must be a Uniform, LogUniform or OneOf. Found {one!r:.60}. "
+                "Pass sweep.Uniform(low, high)?"
+            )
         else:
             good = one.low <= one.high and (one.low > 0 or isinstance(one, Uniform))
         if not good:
@@ -120,6 +127,8 @@ def random_search(
 
 def with_seeds(columns: Mapping[str, Tensor], seeds: Sequence[int], *, settings: int) -> Runs:
     """Each row of some columns (settings,) once for each seed, one after the other."""
+    if isinstance(seeds, int):
+        raise TypeError(f"sweep: seeds must be a list. Found {seeds}. Pass range({seeds})?")
     if not len(seeds) or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise ValueError(f"sweep: seeds must be different numbers from 0, at least one. Found {list(seeds)}.")
     runs = {name: column.repeat_interleave(len(seeds)) for name, column in columns.items()}

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vjp
 
 from .. import tree
+from ..arguments import check_fn
 from ..train import compiled
 from ..tree import Tree
 
@@ -112,20 +113,28 @@ class Unrolled:
         for path, leaf in zip(tree.paths(hyper), tree.leaves(hyper), strict=True):
             if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
                 raise TypeError(f"hypergradient: hyperparameters must be float tensors. Found {path}: {leaf!r:.80}.")
+        check_fn("hypergradient", "inputs", inputs, "Pass a function of the step: lambda t: (x[t],).")
+
+        def rows(t: int) -> tuple[Tensor, ...]:
+            found = inputs(t)
+            if isinstance(found, Tensor):
+                raise TypeError("hypergradient: inputs(t) must be a tuple of tensors. Found one tensor. Return (x,)?")
+            return found
+
         kept = []
         for t in range(steps):
             if t % every == 0:
                 kept.append(state)
-            state = self._onward(hyper, state, *inputs(t))
+            state = self._onward(hyper, state, *rows(t))
         last = state
         (grads, cotangents), loss = self._end(hyper, last)
         for first in reversed(range(0, steps, every)):
             states = [kept.pop()]
             for t in range(first, min(first + every, steps) - 1):
-                states.append(self._onward(hyper, states[-1], *inputs(t)))
+                states.append(self._onward(hyper, states[-1], *rows(t)))
             while states:
                 t = first + len(states) - 1
-                more, cotangents = self._back(hyper, states.pop(), cotangents, *inputs(t))
+                more, cotangents = self._back(hyper, states.pop(), cotangents, *rows(t))
                 grads = tree.map(torch.add, grads, more)
         return Hypergradient(loss, grads, last)
 

@@ -32,11 +32,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import random, tree
+from ..arguments import check_key, check_tensors
 from ..batch import check
 from ..optim import Optimizer
 from ..privacy import Clipping, LowerBound, Mechanism, lower_bound
+from ..privacy.clipping import check_clipping
+from ..privacy.mechanism import check_mechanism
 from ..tree import Tree
-from .step import State
+from .step import State, check_loss, check_optimizer
 
 LENGTHS = (100.0, 0.99)
 """Of a canary's gradient, in clipping norms. The first shows a missing clip; the second is for rules that leave out
@@ -126,6 +129,12 @@ def plant_canaries(
         >>> planted.included[:3], planted.examples[1][[0, 8, 9, 10]]
         (tensor([False, False,  True]), tensor([  -1, 1000, 1000,    2]))
     """
+    check_optimizer("plant_canaries", optimizer)
+    check_tensors("plant_canaries", "examples", examples)
+    check_clipping("plant_canaries", clipping)
+    check_mechanism("plant_canaries", mechanism)
+    check_key("plant_canaries", key)
+    check_loss("plant_canaries", "loss_fn", loss_fn, (*examples, key[None]))
     if canaries < 2:
         raise ValueError(f"plant_canaries: at least 2 canaries. Found {canaries}.")
     if tree.leaves(clipping.init()):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import data, random
+from ..arguments import shown
 
 Order: TypeAlias = Callable[[Tensor, int], Tensor]
 """`order(key, epoch) -> (N,) int64`: as many examples as there are, some of them perhaps several times."""
@@ -36,7 +37,7 @@ def epoch_draws(key: Tensor, examples: int, *, epoch: int, batch_size: int, orde
         order: which examples an epoch sees; by default each once, at random.
 
     Raises:
-        ValueError: the order is not (N,) int64.
+        TypeError, ValueError: the order is not (N,) int64, or names examples that there are not.
 
     Guarantees: the key of an example's first draw in an epoch is `fold_in(fold_in(half, step), example)`; that of its
         r-th repetition in the epoch folds in example + r N.
@@ -47,8 +48,14 @@ def epoch_draws(key: Tensor, examples: int, *, epoch: int, batch_size: int, orde
         numbers = drawn
     else:
         drawn = order(order_key, epoch)
+        if not isinstance(drawn, Tensor):
+            raise TypeError(f"fit: an order must be int64 ({examples},). Found {shown(drawn)}.")
         if drawn.shape != (examples,) or drawn.dtype != torch.int64:
             raise ValueError(f"fit: an order must be int64 ({examples},). Found {drawn.dtype} {tuple(drawn.shape)}.")
+        if not 0 <= int(drawn.min()) <= int(drawn.max()) < examples:
+            raise ValueError(
+                f"fit: an order must have numbers in [0, {examples}). Found {int(drawn.min())} to {int(drawn.max())}."
+            )
         numbers = drawn + examples * _repetitions(drawn)
     first_step = epoch * data.steps_per_epoch(examples, batch_size)
     steps = first_step + torch.arange(examples, device=key.device) // batch_size

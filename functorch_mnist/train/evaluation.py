@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..arguments import check_fn, check_params, check_takes
 from ..batch import check
 from ..distributed import SINGLE_PROCESS, World, map_rows
 from ..losses.labels import check_labels
@@ -84,16 +85,32 @@ def evaluate(
         world: the processes, which divide the calls between them.
 
     Raises:
-        ValueError: there is no example, `batch_size` is below 1, or labels are not (N,) in [0, K).
-        TypeError: the labels are not integers.
+        ValueError: there is no example, `batch_size` is below 1, outputs are not (N, K), labels are not (N,) in [0, K),
+            or the losses are not one per example.
+        TypeError: the labels are not integers, the parameters are a module or a state, or the loss does not take
+            outputs and labels.
 
     Guarantees: the counts do not depend on `batch_size`, nor any bit of the result on the number of processes.
     """
+    check_takes(
+        "evaluate", "loss_fn", loss_fn, ["outputs", "labels"],
+        "It is a function of outputs (B, K) and labels (B,), such as losses.cross_entropy, not of parameters.",
+    )  # fmt: skip
     outputs = predictions(apply_fn, params, x, batch_size=batch_size, world=world)
+    if outputs.dim() != 2:
+        raise ValueError(
+            f"evaluate: outputs must be (N, K). Found {tuple(outputs.shape)}. Is there an axis of positions?"
+        )
     check_labels("evaluate", outputs, labels.cpu())  # where the error can tell what was found
     classes = outputs.shape[-1]
     pairs = torch.bincount(labels.long() * classes + outputs.argmax(-1), minlength=classes**2)
-    return Evaluation(pairs.view(classes, classes), loss_fn(outputs, labels).double().mean())
+    losses = loss_fn(outputs, labels)
+    if losses.shape != labels.shape:
+        raise ValueError(
+            f"evaluate: loss_fn must return one loss per example, ({len(labels)},). Found {tuple(losses.shape)}. "
+            "Does it take a mean, or is it for a single example?"
+        )
+    return Evaluation(pairs.view(classes, classes), losses.double().mean())
 
 
 def predictions(
@@ -109,6 +126,13 @@ def predictions(
     Raises:
         ValueError: there is no example, the inputs differ in their number, or `batch_size` is below 1.
     """
+    check_params("evaluate", params)
+    if isinstance(apply_fn, nn.Module):
+        raise TypeError(
+            f"evaluate: apply_fn must be a function of params and inputs. Found the module {type(apply_fn).__name__}. "
+            "Take params, model = models.from_module(module), and model.apply?"
+        )
+    check_fn("evaluate", "apply_fn", apply_fn)
     inputs = x if isinstance(x, tuple) else (x,)
     if check("evaluate", inputs, None) < 1 or batch_size < 1:
         raise ValueError(

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from .. import data
+from ..arguments import check_fn, check_takes, check_tensors, shown
 from ..distributed import SINGLE_PROCESS, World, rows_of
 from .agreement import CHECK_EVERY, check_examples, check_state
 from .draws import Order, epoch_draws
-from .step import State, Step
+from .step import State, Step, check_is_state
 
 
 class Progress(NamedTuple):
@@ -42,6 +43,17 @@ class Watch(NamedTuple):
     step: Step
     every: int
     """It is made at the first step and whenever so many have been made since; at least 1."""
+
+
+def listed(where: str, callbacks: Iterable[Callable[[Progress], None]]) -> tuple[Callable[[Progress], None], ...]:
+    """The callbacks as a tuple.
+
+    Raises:
+        TypeError: they are one function.
+    """
+    if callable(callbacks):
+        raise TypeError(f"{where}: callbacks must be a list of functions. Found one function. Pass [callback]?")
+    return tuple(callbacks)
 
 
 def fit(
@@ -85,8 +97,22 @@ def fit(
     Guarantees: bit for bit the same on one machine, however often it was stopped and resumed. Equal up to rounding for
         any number of processes; with `world.shards` bit for bit.
     """
-    if isinstance(examples, Tensor):
-        raise TypeError("fit: examples must be a tuple of tensors. Found one tensor. Pass (x,)?")
+    check_tensors("fit", "examples", examples)
+    check_is_state("fit", state)
+    if hasattr(step, "mechanism"):
+        raise TypeError("fit: a private step draws its own examples. Found a PrivateStep. Use fit_private.")
+    check_takes(
+        "fit", "step", step, ["state", *["rows"] * len(examples), "keys"],
+        "Make it with train.make_step(loss_fn, optimizer).", keywords=("mask", "divisor"),
+    )  # fmt: skip
+    if watch is not None and not isinstance(watch, Watch):
+        raise TypeError(f"fit: watch must be a train.Watch. Found {shown(watch)}. Pass Watch(step, every)?")
+    if order is not None:
+        check_fn("fit", "order", order, "Pass a function order(key, epoch) -> (N,) int64.")
+    for name, number in (("epochs", epochs), ("batch_size", batch_size)):
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise TypeError(f"fit: {name} must be a whole number. Found {number!r}.")
+    callbacks = listed("fit", callbacks)
     sizes = {len(tensor) for tensor in examples}
     if len(sizes) != 1 or 0 in sizes or batch_size < 1 or epochs < 0:
         raise ValueError(
@@ -96,7 +122,6 @@ def fit(
     if watch is not None and watch.every < 1:
         raise ValueError(f"fit: watch.every must be at least 1. Found {watch.every}.")
     (total,) = sizes
-    callbacks = tuple(callbacks)
     check_examples(world, examples)
     check_state(world, state)
     per_epoch = data.steps_per_epoch(total, batch_size)

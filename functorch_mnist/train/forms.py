@@ -24,6 +24,8 @@ def in_precision(apply: Apply, dtype: torch.dtype) -> Apply:
     Returns:
         A function of float32 parameters, whose gradients are float32. For float32 it is `apply` itself.
     """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"in_precision: dtype must be a float type of torch. Found {dtype!r}. Pass torch.bfloat16?")
     if dtype == torch.float32:
         return apply
 

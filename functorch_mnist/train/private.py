@@ -16,18 +16,20 @@ import torch
 from torch import Tensor
 
 from .. import privacy, random, tree
+from ..arguments import check_fn, check_tensors, shown
 from ..data import Batch
 from ..distributed import SINGLE_PROCESS, World, all_reduce, broadcast, rows_of
 from ..distributed.rows import parts_of
 from ..distributed.sums import pairwise_sum
 from ..optim import Optimizer
 from ..privacy import Clipping, Mechanism, Secret, Sums, Users, clipped_sums, noise_draws, noisy_mean
-from ..privacy.mechanism import column
+from ..privacy.clipping import check_clipping
+from ..privacy.mechanism import check_count, check_mechanism, column
 from ..tree import Tree
 from .agreement import CHECK_EVERY, check_examples, check_state
-from .fitting import Progress
+from .fitting import Progress, listed
 from .forms import compiled
-from .step import State, init_state
+from .step import Estimator, State, check_is_state, check_loss, check_optimizer, init_state
 
 
 class _Parts(NamedTuple):
@@ -70,14 +72,28 @@ class PrivateStep:
         Raises:
             ValueError: it does not.
         """
+        if isinstance(self.loss_fn, Estimator):
+            raise TypeError(
+                "private step: loss_fn must be the loss of one example: the step clips its gradient itself. "
+                "Found an Estimator. Pass the loss that it was made from."
+            )
+        check_fn("private step", "loss_fn", self.loss_fn)
+        check_optimizer("private step", self.optimizer)
+        check_clipping("private step", self.clipping)
+        check_mechanism("private step", self.mechanism)
+        if not isinstance(self.population, Users):
+            if isinstance(self.population, Tensor) or type(self.population) is not int:
+                raise TypeError(
+                    f"private step: examples must be N, an int, or privacy.Users. Found "
+                    f"{shown(self.population)}. Pass len(x), or Users(ids, most=…)?"
+                )
+            check_count("private step", "examples", self.population)
         unit = "user" if isinstance(self.population, Users) else "example"
         if unit != self.mechanism.unit:
             raise ValueError(
                 f"private step: a mechanism of each {self.mechanism.unit} must be given {self.mechanism.unit}s. Found "
                 f"{unit}s: examples=N takes a number of examples, or privacy.Users for unit='user'."
             )
-        if self.size < 1:
-            raise ValueError(f"private step: there must be an example. Found {self.size}.")
         if unit == "user" and self.world.parts > 1:
             raise ValueError("private step: a user's examples must be on one process. Found several, or shards.")
         if self.mechanism.noise_multiplier:
@@ -103,6 +119,15 @@ class PrivateStep:
         Raises:
             ValueError: there are not as many examples as it was made for.
         """
+        check_is_state("private step", state)
+        if len(tree.leaves(state.estimator)) != len(tree.leaves(self.clipping.init())):
+            raise ValueError(
+                f"private step: the state must hold what {type(self.clipping).__name__} adapts. Found "
+                f"{len(tree.leaves(state.estimator))} tensors. Make it with init_private_state(…, clipping)."
+            )
+        if not isinstance(roots, Tensor) or roots.shape != (4, 2):
+            found = tuple(roots.shape) if isinstance(roots, Tensor) else f"one of type {type(roots).__name__}"
+            raise TypeError(f"private step: roots must be secret.roots(), (4, 2). Found {found}. Pass secret.roots()?")
         users = self.population if isinstance(self.population, Users) else None
         count = self.population if users is None else len(users.ids)
         if {len(tensor) for tensor in examples} != {count}:
@@ -110,6 +135,7 @@ class PrivateStep:
                 f"private step: it must get the {count:,} examples that it was made for: their number "
                 f"divides its sums. Found {[len(tensor) for tensor in examples]}."
             )
+        check_loss("private step", "loss_fn", self.loss_fn, (*examples, roots[2:3]))
         drawn = privacy.draw(
             self.mechanism, roots[0], step=state.step, population=self.size, mask_fn=self._parts.poisson_mask
         )  # fmt: skip
@@ -196,6 +222,7 @@ def init_private_state(params: Tree, optimizer: Optimizer, key: Tensor, clipping
         key: (2,), of what need not be secret.
         clipping: gives its own initial state.
     """
+    check_clipping("init_private_state", clipping)
     return init_state(params, optimizer, key)._replace(estimator=clipping.init())
 
 
@@ -239,12 +266,15 @@ def make_private_step(
 
     Reference: Abadi et al., "Deep learning with differential privacy", CCS 2016, algorithm 1.
     """
+    check_mechanism("make_private_step", mechanism)
+    if isinstance(chunk_sizes, int):
+        raise TypeError(f"make_private_step: chunk_sizes must be several sizes. Found {chunk_sizes}. Pass (size,)?")
     if chunk_sizes is not None:
         sizes = tuple(chunk_sizes)
     elif isinstance(examples, Users):
         sizes = examples.chunk_sizes(mechanism)
     else:
-        sizes = privacy.chunk_sizes(mechanism, examples)
+        sizes = privacy.chunk_sizes(mechanism, examples) if type(examples) is int and examples > 0 else ()
     return PrivateStep(loss_fn, optimizer, clipping, mechanism, examples, sizes, world)
 
 
@@ -277,9 +307,21 @@ def fit_private(
         ValueError: there are not the examples that the step was made for, or a number is out of its range.
         DisagreementError: examples or states differ between processes.
     """
-    if steps < 0:
-        raise ValueError(f"fit_private: steps must be at least 0. Found {steps}.")
-    world, callbacks = step.world, tuple(callbacks)
+    if not isinstance(step, PrivateStep):
+        raise TypeError(
+            f"fit_private: step must be a PrivateStep, as make_private_step gives it. Found {shown(step)}. "
+            "For a step of make_step use fit."
+        )
+    check_is_state("fit_private", state)
+    check_tensors("fit_private", "examples", examples)
+    if not isinstance(secret, Secret):
+        raise TypeError(
+            f"fit_private: secret must be a privacy.Secret. Found one of type {type(secret).__name__}. Pass Secret(): "
+            "draws and noise must not be guessed, as those of a seed can be. For a reproduction Secret(seed)."
+        )
+    if type(steps) is not int or steps < 0:
+        raise ValueError(f"fit_private: steps must be a whole number, at least 0. Found {steps}.")
+    world, callbacks = step.world, listed("fit_private", callbacks)
     check_examples(world, examples)
     check_state(world, state)
     roots = broadcast(world, secret.roots(examples[0].device))

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from .. import random, tree
+from ..arguments import check_fn, check_key, check_params, check_takes, shown
 from ..batch import blanked, check
 from ..distributed import SINGLE_PROCESS, Sharded, World, all_gather, all_reduce
 from ..distributed.sums import pairwise_sum
@@ -82,6 +83,46 @@ class Estimator:
         return grads, self.finish(grads, aux)
 
 
+def check_is_state(where: str, state: object) -> None:
+    """Refuses what is no training state, such as parameters alone.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(state, State):
+        raise TypeError(
+            f"{where}: the first argument must be a train.State. Found {shown(state)}. Are these the "
+            "parameters? Make a state of them with train.init_state(params, optimizer, key), or init_private_state."
+        )
+
+
+def check_optimizer(where: str, optimizer: object) -> None:
+    """Refuses what is no optimizer of this library.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(optimizer, (Optimizer, Sharded)):
+        raise TypeError(
+            f"{where}: optimizer must be an optim.Optimizer. Found {shown(optimizer)}. One of torch.optim "
+            "changes parameters in place: take optim.sgd, optim.adam, … of this library?"
+        )
+
+
+def check_loss(where: str, name: str, loss_fn: Callable[..., Tensor], batch: Sequence[Tensor]) -> None:
+    """Refuses a loss whose signature does not take the parameters and each tensor of a batch.
+
+    Raises:
+        TypeError: it does not.
+    """
+    tensors = [f"a tensor {(*x.shape[1:],)}".replace(",)", ")") for x in batch]
+    check_takes(
+        where, name, loss_fn, ["params", *tensors],
+        "fit and fit_private append a key (2,) of each example, for dropout and augmentation: write "
+        "loss_fn(params, x, y, key), also where it does not use the key.",
+    )  # fmt: skip
+
+
 def init_state(params: Tree, optimizer: Optimizer | Sharded, key: Tensor, estimator: Estimator | None = None) -> State:
     """The state before the first step.
 
@@ -91,6 +132,9 @@ def init_state(params: Tree, optimizer: Optimizer | Sharded, key: Tensor, estima
         key: (2,), the root of the order of examples, of dropout and of what an estimator draws.
         estimator: gives what it keeps, if it does.
     """
+    check_params("init_state", params)
+    check_optimizer("init_state", optimizer)
+    check_key("init_state", key)
     kept = optimizer.keep(params) if isinstance(optimizer, Sharded) else params
     theirs = () if estimator is None or estimator.shared is None else estimator.shared.init(params)
     step = torch.zeros((), dtype=torch.int64, device=key.device)
@@ -107,6 +151,8 @@ def gradient(loss_fn: Callable[..., Tensor]) -> Estimator:
         ValueError: from the estimator, for a loss that is not 0-d, or a batch that does not fit.
     """
 
+    check_fn("gradient", "loss_fn", loss_fn, "Pass a function of params and one example.")
+
     def one(params: Tree, *example: Tensor) -> Tensor:
         loss = loss_fn(params, *example)
         if loss.shape != ():
@@ -115,7 +161,12 @@ def gradient(loss_fn: Callable[..., Tensor]) -> Estimator:
             )
         return loss
 
-    return batch_gradient(lambda params, *batch: vmap(one, in_dims=(None, *[0] * len(batch)))(params, *batch))
+    def losses(params: Tree, *batch: Tensor) -> Tensor:
+        check_loss("gradient", "loss_fn", loss_fn, batch)
+        found: Tensor = vmap(one, in_dims=(None, *[0] * len(batch)))(params, *batch)
+        return found
+
+    return batch_gradient(losses)
 
 
 def batch_gradient(losses_fn: Callable[..., Tensor]) -> Estimator:
@@ -130,6 +181,7 @@ def batch_gradient(losses_fn: Callable[..., Tensor]) -> Estimator:
 
     def estimate(params: Tree, *batch: Tensor, mask: Tensor | None) -> tuple[Tree, dict[str, Tensor]]:
         rows = check("gradient", batch, mask)
+        check_loss("batch_gradient", "losses_fn", losses_fn, batch)
 
         def total(params: Tree) -> tuple[Tensor, Tensor]:
             losses = losses_fn(params, *blanked(batch, mask))
@@ -187,6 +239,7 @@ def make_step(
         >>> state.params, aux["loss"]
         (tensor(2.), tensor(10.))
     """
+    check_optimizer("make_step", optimizer)
     estimator = loss_fn if isinstance(loss_fn, Estimator) else gradient(loss_fn)
     if estimator.whole and world.parts > 1:
         raise ValueError(
@@ -196,6 +249,7 @@ def make_step(
     def step(
         state: State, *batch: Tensor, mask: Tensor | None = None, divisor: float | Tensor | None = None
     ) -> tuple[State, dict[str, Tensor]]:
+        check_is_state("step", state)
         rows = check("step", batch, mask)
         if divisor is None and (mask is not None or world.size > 1):
             which = (

@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from .. import per_sample, random, tree
+from ..arguments import check_fn, check_takes, check_tensors
 from ..batch import check
 from ..tree import Tree
-from .step import Estimator, Shared
+from .step import Estimator, Shared, check_loss
 
 
 class _Direction(NamedTuple):
@@ -95,6 +96,8 @@ def gradient_with_data_values(
 
     Reference: Wang et al., "Data Shapley in one training run", ICLR 2025, theorems 3 and 4.
     """
+    check_fn("gradient_with_data_values", "loss_fn", loss_fn)
+    check_tensors("gradient_with_data_values", "validation", validation)
     total = check("gradient_with_data_values", validation, None)
     smooth = smoothing is None or 0 <= smoothing < 1
     if total < 1 or (draw is not None and draw < 1) or not smooth or order not in (1, 2):
@@ -109,6 +112,10 @@ def gradient_with_data_values(
         )
     one = loss_fn if validation_loss is None else validation_loss
     examples = tuple(validation)
+    check_takes(
+        "gradient_with_data_values", "validation_loss", one, ["params", *["a tensor"] * len(examples)],
+        "By default it is loss_fn. One that takes a key needs a validation_loss without it, or keys in validation.",
+    )  # fmt: skip
 
     def mean_loss(params: Tree, rows: tuple[Tensor, ...]) -> Tensor:
         return vmap(one, in_dims=(None, *[0] * len(rows)))(params, *rows).mean()
@@ -120,6 +127,12 @@ def gradient_with_data_values(
         return wide, torch.zeros((), dtype=torch.float64, device=examples[0].device)
 
     def shared(params: Tree, kept: Tree, key: Tensor) -> tuple[Tree, _Direction]:
+        if len(tree.leaves(kept)) != (0 if smoothing is None else 1 + len(tree.leaves(params))):
+            raise ValueError(
+                "gradient_with_data_values: the state must keep what this estimator needs. Found "
+                f"{len(tree.leaves(kept))} tensors in state.estimator. "
+                "Make it with init_state(params, optimizer, key, estimator)."
+            )
         if not renew:
             mean, weight = kept
             return kept, _Direction(mean, weight, ())
@@ -140,6 +153,7 @@ def gradient_with_data_values(
         params: Tree, *batch: Tensor, mask: Tensor | None, shared: _Direction
     ) -> tuple[Tree, dict[str, Tensor]]:
         count = check("gradient_with_data_values", batch, mask)
+        check_loss("gradient_with_data_values", "loss_fn", loss_fn, batch)
         keep = torch.ones(count, dtype=torch.bool, device=batch[0].device) if mask is None else mask
         if count == 0:
             nothing = torch.zeros(0, device=batch[0].device)

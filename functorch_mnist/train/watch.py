@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import per_sample, statistics, tree
 from ..batch import check
 from ..tree import Tree
-from .step import Estimator
+from .step import Estimator, check_loss
 
 
 def gradient_with_noise(loss_fn: Callable[..., Tensor]) -> Estimator:
@@ -27,7 +27,9 @@ def gradient_with_noise(loss_fn: Callable[..., Tensor]) -> Estimator:
     """
 
     def estimate(params: Tree, *batch: Tensor, mask: Tensor | None) -> tuple[Tree, dict[str, Tensor]]:
-        if check("gradient_with_noise", batch, mask) == 0:
+        rows = check("gradient_with_noise", batch, mask)
+        check_loss("gradient_with_noise", "loss_fn", loss_fn, batch)
+        if rows == 0:
             nothing = torch.zeros(0, device=batch[0].device)
             return tree.zeros_like(params), _aux(nothing, nothing, mask)
         grads, norms, losses = per_sample.grad_and_norms(loss_fn, params, *batch, mask=mask)
