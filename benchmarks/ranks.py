@@ -195,7 +195,7 @@ def started(problem: Problem, threads: int) -> Start:
 def main(arm: str, rows: int, shards: int) -> None:
     """Joins the others, and does what the lines say."""
     allocator.keep_freed_memory()
-    with distributed.joined(shards=shards or None, seconds=600) as world:
+    with distributed.joined(shards=shards or None, timeout=600) as world:
         distributed.bind_cores(world, int(os.environ["OMP_NUM_THREADS"]))
         work = ARMS[arm](cnn(rows), world)
         for line in sys.stdin:

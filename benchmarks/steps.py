@@ -118,7 +118,12 @@ def valued_steps(problem: Problem, *, compile: bool) -> Work:
     validation = [rows[:1000].to(problem.labels.device) for rows in test]
     renewing, keeping = (
         train.gradient_with_data_values(
-            loss_fn, validation, validation_loss=losses_fn, draw=VALUE_DRAW, smoothing=VALUE_SMOOTHING, renew=renew
+            loss_fn,
+            validation,
+            validation_loss=losses_fn,
+            validation_batch=VALUE_DRAW,
+            ema_decay=VALUE_SMOOTHING,
+            refresh=renew,
         )
         for renew in (True, False)
     )

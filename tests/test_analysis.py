@@ -284,7 +284,7 @@ def test_planted_flips_are_found_better_than_at_random(linear, mnist, tmp_path):
     )
     found = table(tmp_path / "out" / "scores.csv")
     labels = part(mnist, TRAIN, TEST).train.labels
-    planted, flipped = fm.attribution.label_noise(labels, 10, key=random.key(3), part=0.2)
+    planted, flipped = fm.attribution.label_noise(labels, 10, key=random.key(3), fraction=0.2)
     assert torch.equal(found["given_label"].long(), labels)
     assert torch.equal(found["noisy_label"].long(), planted)
     assert torch.equal(found["flipped"].bool(), flipped)

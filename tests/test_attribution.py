@@ -330,11 +330,11 @@ def test_weights_of_one_are_ordinary_training():
     assert difference(attribution.trained(run, torch.ones(12, dtype=D)), by_hand(run)) <= EXACT
 
 
-@pytest.mark.parametrize("at_once", [1, 32])
-def test_leaving_one_out_is_training_without_it(at_once):
+@pytest.mark.parametrize("chunk_size", [1, 32])
+def test_leaving_one_out_is_training_without_it(chunk_size):
     run, test = small_run()
     which = torch.tensor([0, 5, 11])
-    found = attribution.leave_one_out(run, test, which, at_once=at_once)
+    found = attribution.leave_one_out(run, test, which, chunk_size=chunk_size)
     for row, i in zip(found, which.tolist(), strict=True):
         for j in range(3):
             example = [x[j] for x in test]
@@ -344,7 +344,7 @@ def test_leaving_one_out_is_training_without_it(at_once):
 
 def test_the_unrolled_derivative_is_that_of_finite_differences():
     run, test = small_run()
-    found = attribution.unrolled(run, test, at_once=2)
+    found = attribution.unrolled(run, test, chunk_size=2)
     step = 1e-5
     for i in (0, 4, 11):
         ends = torch.ones(2, 12, dtype=D)
@@ -398,18 +398,18 @@ def test_the_rank_correlation_is_pearsons_of_mean_ranks(pairs):
     assert abs(found - expected) <= 1e-12
 
 
-@given(count=st.integers(1, 60), part=st.floats(0, 1), classes=st.integers(2, 10), seed=st.integers(0, 5))
-def test_planted_labels_differ_where_they_say_and_nowhere_else(count, part, classes, seed):
+@given(count=st.integers(1, 60), fraction=st.floats(0, 1), classes=st.integers(2, 10), seed=st.integers(0, 5))
+def test_planted_labels_differ_where_they_say_and_nowhere_else(count, fraction, classes, seed):
     before = torch.arange(count) % classes
-    after, flipped = attribution.label_noise(before, classes, key=random.key(seed), part=part)
+    after, flipped = attribution.label_noise(before, classes, key=random.key(seed), fraction=fraction)
     assert torch.equal(after != before, flipped)
-    assert int(flipped.sum()) == round(part * count)
+    assert int(flipped.sum()) == round(fraction * count)
     assert after.min() >= 0
     assert after.max() < classes
 
 
 def test_a_flipped_label_is_any_other_class_alike():
-    after, flipped = attribution.label_noise(torch.zeros(9000, dtype=torch.int64), 10, key=random.key(0), part=1.0)
+    after, flipped = attribution.label_noise(torch.zeros(9000, dtype=torch.int64), 10, key=random.key(0), fraction=1.0)
     assert flipped.all()
     counts = after.bincount(minlength=10)
     assert counts[0] == 0
@@ -473,7 +473,7 @@ ONES = torch.ones(3)
     ("call", "said"),
     [
         (lambda: attribution.trained(RUN, torch.ones(3)), "trained: weights must be"),
-        (lambda: attribution.retrained(RUN, TEST, torch.ones(2, 12), at_once=0), "at_once"),
+        (lambda: attribution.retrained(RUN, TEST, torch.ones(2, 12), chunk_size=0), "chunk_size"),
         (lambda: attribution.tracin(RUN.loss_fn, [], RUN.examples, TEST, lrs=[]), "tracin: at least one checkpoint"),
         (
             lambda: attribution.tracin(RUN.loss_fn, [RUN.params], RUN.examples, TEST, lrs=[1, 2]),
@@ -489,17 +489,20 @@ ONES = torch.ones(3)
         (lambda: attribution.fisher_influence(torch.eye(3), torch.ones(2, 3), damping=1), "fisher_influence"),
         (lambda: attribution.fisher_influence(torch.eye(3), torch.ones(3, 2), damping=0), "fisher_influence"),
         (lambda: attribution.kernel_regression(torch.eye(3), torch.ones(3, 1), torch.ones(3, 2), ridge=1), "kernel"),
-        (lambda: attribution.label_noise(torch.zeros(3).long(), 1, key=random.key(0), part=0.1), "label_noise"),
-        (lambda: attribution.label_noise(torch.zeros(3).long(), 3, key=random.key(0), part=math.nan), "label_noise"),
+        (lambda: attribution.label_noise(torch.zeros(3).long(), 1, key=random.key(0), fraction=0.1), "label_noise"),
+        (
+            lambda: attribution.label_noise(torch.zeros(3).long(), 3, key=random.key(0), fraction=math.nan),
+            "label_noise",
+        ),
         (lambda: attribution.auc(ONES * math.nan, ONES > 0), "auc: scores"),
         (lambda: attribution.recall_at(ONES, ONES > 0, 1.1), "recall_at: checked"),
         (lambda: attribution.recall_at(ONES, ONES > 2, 0.1), "something positive"),
         (lambda: attribution.rank_correlation(ONES, torch.ones(2)), "rank_correlation"),
         (lambda: attribution.rank_correlation(ONES, ONES * math.nan), "rank_correlation: .* NaN"),
-        (lambda: attribution.label_noise(torch.full((3,), 9), 3, key=random.key(0), part=0.1), "labels must be in"),
+        (lambda: attribution.label_noise(torch.full((3,), 9), 3, key=random.key(0), fraction=0.1), "labels must be in"),
         (lambda: attribution.trak(torch.ones(3, 5), torch.ones(3, 5), ONES, damping=0), "fewer examples than features"),
         (lambda: attribution.projection(RUN.params, key=random.key(0), size=2.5), "whole number"),
-        (lambda: attribution.unrolled(RUN, TEST, at_once=0), "unrolled: at_once"),
+        (lambda: attribution.unrolled(RUN, TEST, chunk_size=0), "unrolled: chunk_size"),
         (lambda: attribution.retrained(RUN, TEST, torch.ones(2, 7)), r"retrained: weights must be \(R, 12\)"),
         (lambda: attribution.leave_one_out(RUN, TEST, torch.ones(2)), "leave_one_out: which"),
         (lambda: attribution.trained(RUN._replace(order=RUN.order.float()), torch.ones(12)), "order integers"),

@@ -21,17 +21,17 @@ def score(influence, subsets, outputs):
 # ---- subsets
 
 
-@given(examples=st.integers(1, 40), count=st.integers(1, 6), part=st.floats(0, 1), seed=st.integers(0, 3))
-def test_subsets_have_the_size_asked_for_and_do_not_hang_on_their_number(examples, count, part, seed):
-    found = attribution.subsets(examples, key=random.key(seed), count=count, part=part)
+@given(examples=st.integers(1, 40), count=st.integers(1, 6), fraction=st.floats(0, 1), seed=st.integers(0, 3))
+def test_subsets_have_the_size_asked_for_and_do_not_hang_on_their_number(examples, count, fraction, seed):
+    found = attribution.subsets(examples, key=random.key(seed), count=count, fraction=fraction)
     assert found.shape == (count, examples)
-    assert found.sum(1).tolist() == [round(part * examples)] * count
-    more = attribution.subsets(examples, key=random.key(seed), count=count + 2, part=part)
+    assert found.sum(1).tolist() == [round(fraction * examples)] * count
+    more = attribution.subsets(examples, key=random.key(seed), count=count + 2, fraction=fraction)
     assert torch.equal(more[:count], found)
 
 
 def test_each_example_is_in_about_as_many_subsets():
-    found = attribution.subsets(20, key=KEY, count=2000, part=0.3).double().mean(0)
+    found = attribution.subsets(20, key=KEY, count=2000, fraction=0.3).double().mean(0)
     assert (found - 0.3).abs().max() < 4.5 * math.sqrt(0.3 * 0.7 / 2000)
 
 
@@ -47,7 +47,7 @@ def test_three_models_give_the_score_by_hand():
 
 
 def test_influences_of_a_linear_datamodel_have_a_score_of_one_and_their_negative_minus_one():
-    influence, subsets = normals(12, 5), attribution.subsets(12, key=KEY, count=20, part=0.5)
+    influence, subsets = normals(12, 5), attribution.subsets(12, key=KEY, count=20, fraction=0.5)
     outputs = 3 - subsets.to(D) @ influence
     one = torch.ones(5, dtype=D)
     torch.testing.assert_close(score(influence, subsets, outputs), one, rtol=0, atol=1e-12)
@@ -57,7 +57,7 @@ def test_influences_of_a_linear_datamodel_have_a_score_of_one_and_their_negative
 @given(seed=st.integers(0, 20), factor=st.floats(0.01, 100), shift=st.floats(-10, 10))
 def test_units_of_influence_and_rising_functions_of_losses_change_nothing(seed, factor, shift):
     influence, outputs = normals(9, 3, seed=seed), normals(6, 3, seed=seed + 1)
-    subsets = attribution.subsets(9, key=random.key(seed), count=6, part=0.4)
+    subsets = attribution.subsets(9, key=random.key(seed), count=6, fraction=0.4)
     expected = score(influence, subsets, outputs)
     torch.testing.assert_close(score(factor * influence + shift, subsets, outputs), expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(score(influence, subsets, outputs.exp()), expected, rtol=0, atol=1e-12)
@@ -66,7 +66,7 @@ def test_units_of_influence_and_rising_functions_of_losses_change_nothing(seed, 
 @given(seed=st.integers(0, 20))
 def test_the_order_of_examples_and_of_models_does_not_matter(seed):
     influence, outputs = normals(9, 3, seed=seed), normals(6, 3, seed=seed + 1)
-    subsets = attribution.subsets(9, key=random.key(seed), count=6, part=0.4)
+    subsets = attribution.subsets(9, key=random.key(seed), count=6, fraction=0.4)
     a, b = (random.permutation(random.fold_in(KEY, seed), n) for n in (9, 6))
     moved = score(influence[a], subsets[b][:, a], outputs[b])
     torch.testing.assert_close(moved, score(influence, subsets, outputs), rtol=0, atol=1e-12)
@@ -80,7 +80,7 @@ def test_of_the_run_itself_the_unrolled_derivative_foretells_models_without_few_
     run = attribution.Run(
         lambda p, x, y: losses.cross_entropy(model.apply(p, x), y), optim.sgd(0.1, momentum=0.5), params, train, order
     )
-    subsets = attribution.subsets(32, key=KEY, count=12, part=0.9)
+    subsets = attribution.subsets(32, key=KEY, count=12, fraction=0.9)
     outputs = attribution.retrained(run, test, subsets.to(D))
     at_one, inside = (attribution.unrolled(run, test, w) for w in (None, torch.full((32,), 0.9, dtype=D)))
     assert score(at_one, subsets, outputs).mean() > 0.95
@@ -94,9 +94,9 @@ def test_of_the_run_itself_the_unrolled_derivative_foretells_models_without_few_
 def test_the_interval_holds_the_mean_and_narrows_with_what_is_measured():
     def found(subset_count, tests):
         influence = normals(30, tests, seed=1)
-        subsets = attribution.subsets(30, key=KEY, count=subset_count, part=0.5)
+        subsets = attribution.subsets(30, key=KEY, count=subset_count, fraction=0.5)
         outputs = 2 * normals(subset_count, tests, seed=2) - subsets.to(D) @ influence
-        interval = attribution.datamodeling_interval(influence, subsets, outputs, key=random.key(3), draws=60)
+        interval = attribution.datamodeling_interval(influence, subsets, outputs, key=random.key(3), resamples=60)
         assert interval.low < interval.mean < interval.high
         assert math.isclose(interval.mean, score(influence, subsets, outputs).mean(), rel_tol=1e-12)
         return interval.high - interval.low
@@ -109,7 +109,7 @@ def test_an_interval_comes_from_its_key():
     influence, outputs = normals(4, 3), normals(3, 3, seed=1)
 
     def found(key):
-        return attribution.datamodeling_interval(influence, HALVES, outputs, key=key, draws=9)
+        return attribution.datamodeling_interval(influence, HALVES, outputs, key=key, resamples=9)
 
     assert found(KEY) == found(KEY)
     assert found(KEY)[1:] != found(random.key(1))[1:]
@@ -123,9 +123,12 @@ INFLUENCE, OUTPUTS = torch.ones(4, 2), torch.ones(3, 2)
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: attribution.subsets(0, key=KEY, count=1, part=0.5), "subsets: examples and count"),
-        (lambda: attribution.subsets(3, key=KEY, count=0, part=0.5), "subsets: examples and count"),
-        (lambda: attribution.subsets(3, key=KEY, count=1, part=math.nan), "part from 0 to 1. Found 3, 1 and nan"),
+        (lambda: attribution.subsets(0, key=KEY, count=1, fraction=0.5), "subsets: examples and count"),
+        (lambda: attribution.subsets(3, key=KEY, count=0, fraction=0.5), "subsets: examples and count"),
+        (
+            lambda: attribution.subsets(3, key=KEY, count=1, fraction=math.nan),
+            "fraction from 0 to 1. Found 3, 1 and nan",
+        ),
         (lambda: score(INFLUENCE.T, HALVES, OUTPUTS), r"Found torch.float32 \(2, 4\)"),
         (lambda: score(INFLUENCE, HALVES.float(), OUTPUTS), r"subsets \(R, N\) bool"),
         (lambda: score(INFLUENCE, HALVES, OUTPUTS.T), r"torch.float32 \(2, 3\)"),
@@ -136,7 +139,7 @@ INFLUENCE, OUTPUTS = torch.ones(4, 2), torch.ones(3, 2)
         (lambda: score(INFLUENCE * math.nan, HALVES, OUTPUTS), "influence must be finite. Found 8 of 8"),
         (lambda: score(INFLUENCE, HALVES, OUTPUTS / 0), "outputs must be finite. Found 6 of 6"),
         (
-            lambda: attribution.datamodeling_interval(INFLUENCE, HALVES, OUTPUTS, key=KEY, draws=0),
+            lambda: attribution.datamodeling_interval(INFLUENCE, HALVES, OUTPUTS, key=KEY, resamples=0),
             "draws must be at least 1",
         ),
         (lambda: attribution.datamodeling_interval(INFLUENCE, HALVES[:1], OUTPUTS[:1], key=KEY), "interval: two subs"),

@@ -130,7 +130,7 @@ PUBLIC = {
     "gram": lambda: fm.per_sample.gram(loss_fn, PARAMS, BATCH, chunk_size=3),
     "dot": lambda: fm.per_sample.dot(loss_fn, PARAMS, *BATCH, direction=PARAMS),
     "grad_and_dot": lambda: tuple(fm.per_sample.grad_and_dot(loss_fn, PARAMS, *BATCH, direction=PARAMS, mask=MASK)),
-    "valuing": lambda: fm.train.gradient_with_data_values(loss_fn, BATCH, draw=2, smoothing=0.9, order=2)(
+    "valuing": lambda: fm.train.gradient_with_data_values(loss_fn, BATCH, validation_batch=2, ema_decay=0.9, order=2)(
         PARAMS, *BATCH, key=KEYS[0]
     ),
     "second_moment": lambda: fm.per_sample.second_moment(loss_fn, PARAMS, *BATCH),
@@ -165,7 +165,7 @@ PUBLIC = {
     "randint": lambda: fm.random.randint(KEYS[0], (3,), 0, 5),
     "split": lambda: fm.random.split(KEYS[0], 3),
     "permutation": lambda: fm.random.permutation(KEYS[0], 5),
-    "subsets": lambda: fm.attribution.subsets(5, key=KEYS[0], count=2, part=0.5),
+    "subsets": lambda: fm.attribution.subsets(5, key=KEYS[0], count=2, fraction=0.5),
     "draws": lambda: fm.train.epoch_draws(KEYS[0], 9, epoch=1, batch_size=4),
     "joins": lambda: fm.privacy.poisson_mask(KEYS[0], 3, 9, 0.5),
     "focal": lambda: fm.losses.focal(LOGITS, LABELS, gamma=2.0),

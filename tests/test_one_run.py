@@ -154,7 +154,7 @@ def test_scores_count_by_their_order():
         (lambda s, i: privacy.lower_bound(s[:3], i), "scores must be"),
         (lambda s, i: privacy.lower_bound(s, i.float()), "included bool"),
         (lambda s, i: privacy.lower_bound(s[:1], i[:1]), "from 1 to half of the canaries. Found 1 and 1"),
-        (lambda s, i: privacy.lower_bound(s, i, each=9), "from 1 to half"),
+        (lambda s, i: privacy.lower_bound(s, i, guesses_per_side=9), "from 1 to half"),
         (lambda s, i: privacy.lower_bound(s, i, delta=0.0), "delta and confidence must be in"),
         (lambda s, i: privacy.lower_bound(s, i, confidence=1.0), "delta and confidence must be in"),
     ],
@@ -301,11 +301,11 @@ def test_a_canary_moves_its_own_number_alone_and_one_that_is_not_in_moves_nothin
 @pytest.mark.parametrize("mechanism", [Poisson(1.0, 0.9), Poisson(0.3, 1.7), Shuffled(4, 1.1)], ids=str)
 def test_scores_are_log_likelihood_ratios_of_what_is_let_out(mechanism, rule, kept):
     planted = planted_run(mechanism, rule=rule, canaries=5)
-    rate, sigma = mechanism.share, mechanism.noise_multiplier
+    rate, sigma = mechanism.sampling_rate, mechanism.noise_multiplier
     params, state, expected = planted.params, planted.optimizer.init(planted.params), torch.zeros(5).double()
     for step in range(3):
         x = 2 * random.normal(random.key(step), (5, 1))
-        mean = rule.sensitivity() * x / (mechanism.share * (N + 5))
+        mean = rule.sensitivity() * x / (mechanism.sampling_rate * (N + 5))
         grads = train.CanaryParams(tree.zeros_like(params.model), mean)
         params, state = planted.optimizer.update(params, state, grads)
         for i, value in enumerate(x[:, 0].tolist()):
@@ -360,7 +360,7 @@ def test_a_compiled_step_has_the_sums_and_scores_of_an_eager_one():
 
 def test_what_cannot_be_planted_is_refused():
     with pytest.raises(ValueError, match="must be the same in all steps"):
-        planted_run(Poisson(0.5, 1.0), rule=Quantile(0.5, count_deviation=3.0))
+        planted_run(Poisson(0.5, 1.0), rule=Quantile(0.5, count_stddev=3.0))
     with pytest.raises(ValueError, match=r"at least 2 canaries\. Found 1"):
         planted_run(Poisson(0.5, 1.0), canaries=1)
     for rows, said in (((X[:0],), "there must be an example"), ((X, Y[:3]), "one leading size")):

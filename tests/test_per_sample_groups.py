@@ -535,7 +535,7 @@ RULES = [
     privacy.Global(0.8),
     privacy.PerLayer(0.5),
     privacy.PerGroup({"": 0.5}),
-    privacy.Quantile(0.5, 1.0, initial=0.6),
+    privacy.Quantile(0.5, 1.0, initial_norm=0.6),
 ]
 
 
@@ -575,7 +575,7 @@ def test_a_group_with_a_loss_that_is_not_finite_moves_nothing():
 
 def test_one_group_moves_the_sums_by_no_more_than_the_sensitivity():
     case = mlp()
-    rule, group = privacy.Quantile(0.5, 1.0, initial=0.6), torch.tensor([1, 1, 2, 2])
+    rule, group = privacy.Quantile(0.5, 1.0, initial_norm=0.6), torch.tensor([1, 1, 2, 2])
 
     def sums(mask):
         return privacy.clipped_sums(

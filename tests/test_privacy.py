@@ -35,7 +35,7 @@ RULES = {
     "global": Global(1.5),
     "per-layer": PerLayer(1.5),
     "per-group": PerGroup({"a": 0.5, "b.weight": 2.0, "b": 1.0}),
-    "quantile": Quantile(0.5, count_deviation=3.0, initial=1.5),
+    "quantile": Quantile(0.5, count_stddev=3.0, initial_norm=1.5),
 }
 SIZES = {"a.weight": (2, 3), "b.weight": (4,), "b.bias": ()}
 FLOAT = [0.0, 1e-30, 1e-20, 1e-3, 1.0, -1.5, 7.0, 1e6, -1e18, 1e25, 3e38, math.inf, -math.inf, math.nan]
@@ -223,7 +223,7 @@ def test_mistake_11_clipping_norms_that_mean_nothing_are_refused(bad):
 
 
 def test_a_quantile_follows_the_norms_and_its_votes_are_paid_for():
-    rule = Quantile(0.5, count_deviation=2.0, initial=1e-2, rate=0.3)
+    rule = Quantile(0.5, count_stddev=2.0, initial_norm=1e-2, lr=0.3)
     gradient, votes = rule.deviations(1.0)
     assert votes == 2.0
     assert gradient**-2 + (2 * votes) ** -2 == pytest.approx(1.0)  # Andrew et al., theorem 1
@@ -236,13 +236,13 @@ def test_a_quantile_follows_the_norms_and_its_votes_are_paid_for():
         )
     assert (rows.norm(dim=1) <= state).double().mean() == pytest.approx(0.5, abs=0.05)
     with pytest.raises(ValueError, match="votes alone would cost more"):
-        Quantile(0.5, count_deviation=0.5).deviations(1.0)
+        Quantile(0.5, count_stddev=0.5).deviations(1.0)
 
 
 @pytest.mark.parametrize("rate", [0.2, 10.0])
 @pytest.mark.parametrize("quantile", [0.0, 0.5, 1.0])
 def test_the_norm_of_a_quantile_stays_within_its_bounds_in_10_000_steps(quantile, rate):
-    rule = Quantile(quantile, 10.0, rate=rate)
+    rule = Quantile(quantile, 10.0, lr=rate)
     deviations = torch.tensor([0.6, 10.0, 1e6, 1e12]) / 1e-3  # a thousandth of an example expected
     votes = random.normal(random.key(0), (10_000, 1))[..., None] * deviations
     state, seen = rule.init().expand(4), []
@@ -250,12 +250,12 @@ def test_the_norm_of_a_quantile_stays_within_its_bounds_in_10_000_steps(quantile
         state = rule.adapt(state, vote)
         seen.append(state)
     seen = torch.stack(seen)
-    assert rule.least <= seen.min() <= seen.max() <= float(torch.tensor(rule.most))
+    assert rule.min_norm <= seen.min() <= seen.max() <= float(torch.tensor(rule.max_norm))
     assert len(seen[-1000:].unique()) > 1 or quantile != 0.5  # it still moves
 
 
 def test_without_noise_a_run_takes_its_quantile_to_the_one_asked_for():
-    rule, optimizer = Quantile(0.5, count_deviation=1.0), optim.sgd(0.0)
+    rule, optimizer = Quantile(0.5, count_stddev=1.0), optim.sgd(0.0)
     step = train.make_private_step(
         lambda p, x, key: linear_loss(p, x), optimizer, clipping=rule, mechanism=Poisson(0.5, 0.0), examples=400
     )
@@ -266,11 +266,11 @@ def test_without_noise_a_run_takes_its_quantile_to_the_one_asked_for():
 
 
 @pytest.mark.parametrize(
-    "changed", [{"rate": 11.0}, {"count_deviation": 1e13}, {"least": 1.0}, {"most": 0.01}, {"least": 1e-13}]
+    "changed", [{"lr": 11.0}, {"count_stddev": 1e13}, {"min_norm": 1.0}, {"max_norm": 0.01}, {"min_norm": 1e-13}]
 )
 def test_a_quantile_whose_norm_would_be_all_noise_is_refused(changed):
     with pytest.raises(ValueError, match="Quantile"):
-        Quantile(**{"quantile": 0.5, "count_deviation": 10.0} | changed)
+        Quantile(**{"quantile": 0.5, "count_stddev": 10.0} | changed)
 
 
 # Noise
@@ -379,7 +379,7 @@ def test_a_shuffled_epoch_sees_each_example_once_and_the_next_in_another_order()
         assert torch.equal(torch.cat(epoch).sort().values, torch.arange(50))
         assert {len(part) for part in epoch} == {7, 8}
     assert not torch.equal(torch.cat(epochs[0]), torch.cat(epochs[1]))
-    assert mechanism.share == 1 / 7
+    assert mechanism.sampling_rate == 1 / 7
 
 
 @given(st.integers(0, 500), st.lists(st.integers(1, 64), min_size=1, max_size=5))
@@ -399,7 +399,7 @@ def test_no_size_of_chunks_or_one_below_1_is_refused():
             privacy.chunks(Draw(torch.arange(3)), sizes)
     for examples, most, count in ((0, 8, 5), (8, 0, 5), (8, 8, 0)):
         with pytest.raises(ValueError, match="must be at least 1"):
-            privacy.chunk_sizes(Poisson(0.1, 1.0), examples, most=most, count=count)
+            privacy.chunk_sizes(Poisson(0.1, 1.0), examples, max_size=most, count=count)
 
 
 def test_more_sizes_of_chunks_pad_less():
@@ -742,7 +742,7 @@ def test_a_step_gets_the_examples_that_it_was_made_for():
     with pytest.raises(ValueError, match="Found examples"):
         make(mechanism=Poisson(0.1, 1.0, unit="user"))
     with pytest.raises(ValueError, match="Found users"):
-        make(examples=privacy.Users(torch.arange(40), most=2))
+        make(examples=privacy.Users(torch.arange(40), max_examples=2))
 
 
 # The audit
@@ -771,7 +771,7 @@ def test_the_audit_finds_no_more_than_is_accounted_in_correct_code(sigma):
             length=length, key=random.key(number),
         )  # fmt: skip
         assert found.passed
-        assert found.found > 0.2 * found.claimed  # it has teeth
+        assert found.lower_bound > 0.2 * found.claimed  # it has teeth
         assert found.steps == {0.7: 1, 1.1: 3, 2.0: 9}[sigma]  # (1.5 σ)², so that μ is near 1.5
         mu = math.sqrt(found.steps) / sigma
         below, above = mu / 2 - found.claimed / mu, -mu / 2 - found.claimed / mu  # Balle, Wang, theorem 8
@@ -784,7 +784,7 @@ def test_the_audit_finds_no_more_than_is_accounted_in_correct_code(sigma):
 def test_the_audit_catches_a_planted_fault(fault, sigma):
     found = privacy.audit(planted(fault, Flat(1.5), sigma), noise_multiplier=sigma, max_norm=1.5, key=random.key(0))
     assert not found.passed
-    assert found.found > 1.2 * found.claimed
+    assert found.lower_bound > 1.2 * found.claimed
 
 
 def test_the_audit_covers_the_step_that_training_makes():

@@ -189,7 +189,7 @@ def test_confident_examples_have_norms_cosines_and_scores():
     close(scores.grand, rows.norm(dim=1))
     close(scores.el2n[:2], 2 * torch.tensor([-60.0, -60.0], dtype=D).exp())
     norms = statistics.fold(loss_fn, params, x, y, of=statistics.Norms.of)
-    assert norms.whole.least > 0
+    assert norms.whole.minimum > 0
     found = attribution.self_influence(scores.grand[None], torch.ones(1))
     close(found, rows.square().sum(1))
 

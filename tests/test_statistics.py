@@ -39,8 +39,8 @@ def answers(found):
     return {
         "norm mean": norms.whole.mean,
         "norm root mean square": norms.whole.root_mean_square,
-        "norm least": norms.whole.least,
-        "norm most": norms.whole.most,
+        "norm least": norms.whole.minimum,
+        "norm most": norms.whole.maximum,
         "leaf norm mean": {path: leaf.mean for path, leaf in norms.leaves.items()},
         "mean": moments.mean,
         "variance": moments.variance,
@@ -139,12 +139,12 @@ def test_a_quantile_is_that_of_the_numbers_rounded_to_bfloat16(values, q, at):
     if not values:
         assert found.quantile(q).isnan()
         assert found.mean.isnan()
-        assert (found.least, found.most) == (math.inf, -math.inf)
+        assert (found.minimum, found.maximum) == (math.inf, -math.inf)
         return
     rounded = np.sort(numbers.bfloat16().double().numpy())
     place = min(max(math.ceil(q * len(values)), 1), len(values)) - 1
     assert found.quantile(q) == rounded[place]
-    assert (found.least, found.most) == (numbers.min(), numbers.max())
+    assert (found.minimum, found.maximum) == (numbers.min(), numbers.max())
 
 
 def test_a_quantile_must_be_from_0_to_1():

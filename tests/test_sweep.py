@@ -54,9 +54,9 @@ RUNS = sweep.grid(lr=[0.1, 0.5, 2.0], momentum=[0.0, 0.9], smoothing=[0.1], seed
 
 
 def made(runs=RUNS, width=4, *, compile=False, begun=None, batch_size=BATCH, **options):
-    lanes = sweep.VmappedStep(PROGRAM, EXAMPLES, batch_size=batch_size, compile=compile)
+    vmapped = sweep.VmappedStep(PROGRAM, EXAMPLES, batch_size=batch_size, compile=compile)
     begun = sweep.init_sweep(PROGRAM, runs, epochs=EPOCHS) if begun is None else begun
-    return sweep.fit(lanes, runs, begun, width=width, **options)
+    return sweep.fit(vmapped, runs, begun, width=width, **options)
 
 
 @pytest.fixture(scope="module")
@@ -173,10 +173,10 @@ def test_the_last_batch_of_an_epoch_may_be_smaller():
 def test_compiled_lanes_equal_eager_ones_and_compile_once_for_each_width():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    lanes = sweep.VmappedStep(PROGRAM, EXAMPLES, batch_size=BATCH, compile=True)
-    found = sweep.fit(lanes, RUNS, sweep.init_sweep(PROGRAM, RUNS, epochs=EPOCHS), width=6)
+    vmapped = sweep.VmappedStep(PROGRAM, EXAMPLES, batch_size=BATCH, compile=True)
+    found = sweep.fit(vmapped, RUNS, sweep.init_sweep(PROGRAM, RUNS, epochs=EPOCHS), width=6)
     torch.testing.assert_close(found.states.params, made(width=6).states.params, rtol=1e-4, atol=1e-5)
-    assert list(lanes._steps) == [6]
+    assert list(vmapped._steps) == [6]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
@@ -226,10 +226,10 @@ def test_a_run_that_no_longer_improves_is_stopped_and_its_best_parameters_are_ke
 
 
 def test_each_width_is_measured_on_copies():
-    lanes = sweep.VmappedStep(PROGRAM, EXAMPLES, batch_size=BATCH, compile=False)
+    vmapped = sweep.VmappedStep(PROGRAM, EXAMPLES, batch_size=BATCH, compile=False)
     begun = sweep.init_sweep(PROGRAM, RUNS, epochs=EPOCHS)
     before = tree.map(torch.clone, begun.states)
-    found = sweep.measure_throughput(lanes, RUNS, begun.states, [1, 4], steps=3)
+    found = sweep.measure_throughput(vmapped, RUNS, begun.states, [1, 4], steps=3)
     assert set(found.seconds) == {1, 4}
     assert found.best in (1, 4)
     assert equal(begun.states, before)
@@ -417,11 +417,11 @@ def test_lanes_map_draws_and_keys_of_each_run():
 
 
 def test_a_run_on_a_subset_is_a_run_on_those_examples_alone():
-    subsets = attribution.subsets(N, key=random.key(3), count=3, part=0.5)
+    subsets = attribution.subsets(N, key=random.key(3), count=3, fraction=0.5)
     runs = rows(RUNS, torch.tensor([0, 0, 2, 4])) | {"subset": torch.tensor([0, 2, 1, 1])}
     runs["seed"] = torch.arange(4)
-    lanes = sweep.on_subsets(PROGRAM, EXAMPLES, subsets, batch_size=7, compile=False)  # the last batch is padded
-    found = sweep.fit(lanes, runs, sweep.init_sweep(lanes.program, runs, epochs=2), width=4)
+    vmapped = sweep.on_subsets(PROGRAM, EXAMPLES, subsets, batch_size=7, compile=False)  # the last batch is padded
+    found = sweep.fit(vmapped, runs, sweep.init_sweep(vmapped.program, runs, epochs=2), width=4)
     for run in range(4):
         of_run = [x[subsets[runs["subset"][run]]] for x in EXAMPLES]
         alone = {name: column[[run, run]] for name, column in runs.items() if name != "subset"}

@@ -524,7 +524,7 @@ def test_the_valuing_estimator_is_the_plain_one_with_products_beside_it(order):
     which = random.randint(key, (3,), 0, 7)
     drawn = flat_loss([x[which] for x in HELD_OUT])
     point, rows = tree.ravel(BENT), sample_rows(ROWS)[mask]
-    valuing = train.gradient_with_data_values(bent, HELD_OUT, draw=3, order=order)
+    valuing = train.gradient_with_data_values(bent, HELD_OUT, validation_batch=3, order=order)
     for estimator in (valuing, train.compiled(valuing)):
         grads, aux = estimator(BENT, *poisoned, mask=mask, key=key)
         torch.testing.assert_close(grads, plain, rtol=1e-12, atol=1e-12)
@@ -538,7 +538,7 @@ def test_the_valuing_estimator_is_the_plain_one_with_products_beside_it(order):
 
 
 def test_the_smoothed_validation_gradient_is_the_moving_average_of_each_steps_draw():
-    estimator = train.gradient_with_data_values(bent, HELD_OUT, draw=2, smoothing=0.6)
+    estimator = train.gradient_with_data_values(bent, HELD_OUT, validation_batch=2, ema_decay=0.6)
     step = train.make_step(estimator, optim.sgd(0.0))
     state = train.init_state(BENT, optim.sgd(0.0), random.key(3), estimator)
     draws, rows = [], sample_rows(ROWS)
@@ -551,7 +551,7 @@ def test_the_smoothed_validation_gradient_is_the_moving_average_of_each_steps_dr
         torch.testing.assert_close(aux["gradient_dot"], rows @ mean, rtol=1e-10, atol=1e-10)
     assert not torch.equal(draws[0], draws[1])
     keeping = train.make_step(
-        train.gradient_with_data_values(bent, HELD_OUT, smoothing=0.6, renew=False), optim.sgd(0.0)
+        train.gradient_with_data_values(bent, HELD_OUT, ema_decay=0.6, refresh=False), optim.sgd(0.0)
     )
     new, aux = keeping(state, *ROWS)
     torch.testing.assert_close(aux["gradient_dot"], rows @ mean, rtol=1e-10, atol=1e-10)
@@ -568,13 +568,13 @@ def test_valuing_an_empty_batch_changes_nothing():
 @pytest.mark.parametrize(
     "options",
     [
-        {"draw": 0},
-        {"smoothing": 1.0},
-        {"smoothing": -0.1},
+        {"validation_batch": 0},
+        {"ema_decay": 1.0},
+        {"ema_decay": -0.1},
         {"order": 3},
         {"validation": (torch.zeros(0),)},
-        {"renew": False},
-        {"renew": False, "smoothing": 0.5, "order": 2},
+        {"refresh": False},
+        {"refresh": False, "ema_decay": 0.5, "order": 2},
     ],
 )
 def test_what_cannot_be_valued_is_refused(options):

@@ -91,7 +91,7 @@ MISTAKES = [
      lambda: train.make_step(loss, optim.exponential_moving_average(SGD, decay=0.9))(STATE, X, Y), TypeError,
      r"exponential_moving_average: .*Averaged that init gives\. Found SGDState"),
     ("a plain state meets an estimator that keeps something",
-     lambda: train.make_step(train.gradient_with_data_values(loss, (X, Y), smoothing=0.5), SGD)(STATE, X, Y),
+     lambda: train.make_step(train.gradient_with_data_values(loss, (X, Y), ema_decay=0.5), SGD)(STATE, X, Y),
      ValueError, r"gradient_with_data_values: the state must keep.*Found 0 .*init_state\(.*, estimator\)"),
     ("a plain state meets an adaptive rule",
      lambda: private(clipping=privacy.Quantile(0.5, 2.0))(STATE, SECRET.roots(), X, Y), ValueError,

@@ -348,7 +348,7 @@ def test_failures_and_cuts_are_told_of(data_dir, tmp_path):
     assert rows[3]["status"] == "failed"
     assert rows[3]["held_out_accuracy"] == ""
     assert int(rows[3]["failed_at_step"]) < 6
-    assert "cut" in {row["status"] for row in rows}
+    assert "pruned" in {row["status"] for row in rows}
     assert f"Not finite after step {rows[3]['failed_at_step']}: lr 3e+37, seed 0" in out
     out = ask("sweep", "--data-dir", data_dir, *LINES, "--over", "lr=3e37", "--epochs", 1, "--out", tmp_path / "none")
     assert out.status == 1

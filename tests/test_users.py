@@ -27,7 +27,7 @@ FLAT = Flat(0.5)
 def made(sigma=0.0, rate=1.0, most=100, rule=FLAT, **more):
     return train.make_private_step(
         loss_fn, optim.sgd(1.0), clipping=rule, mechanism=Poisson(rate, sigma, unit="user"),
-        examples=Users(IDS, most=most), **more,
+        examples=Users(IDS, max_examples=most), **more,
     )  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def test_a_user_whose_gradient_is_not_finite_moves_nothing():
 )
 def test_chunks_hold_at_most_so_many_examples_of_each_drawn_user_all_in_one_chunk(ids, most, sizes):
     ids = torch.tensor(ids)
-    users = Users(ids, most=most)
+    users = Users(ids, max_examples=most)
     every = Draw(torch.arange(len(users)))
     batches = users.chunks(every, random.key(0), sizes)
     assert {len(batch.examples) for batch in batches} <= set(sizes)
@@ -97,7 +97,7 @@ def test_chunks_hold_at_most_so_many_examples_of_each_drawn_user_all_in_one_chun
 
 
 def test_the_examples_of_a_user_are_chosen_anew_in_each_step_and_alike():
-    users = Users(torch.zeros(50, dtype=torch.int64), most=10)
+    users = Users(torch.zeros(50, dtype=torch.int64), max_examples=10)
     one = Draw(torch.tensor([0]))
     drawn = [users.rows(one, random.fold_in(random.key(0), step))[0] for step in range(400)]
     counts = torch.cat(drawn).bincount(minlength=50).double()
@@ -140,11 +140,11 @@ def test_the_account_of_users_is_that_of_their_coins_and_says_what_is_protected(
 def test_what_is_no_users_is_refused():
     for ids, kind in ((torch.zeros(3), TypeError), (torch.zeros(0, dtype=torch.int64), ValueError), ([1], TypeError)):
         with pytest.raises(kind, match="ids must be"):
-            Users(ids, most=1)
-    with pytest.raises(ValueError, match="most must be at least 1"):
-        Users(IDS, most=0)
+            Users(ids, max_examples=1)
+    with pytest.raises(ValueError, match="max_examples must be at least 1"):
+        Users(IDS, max_examples=0)
     with pytest.raises(ValueError, match="must hold a user's examples"):
-        Users(IDS, most=4).chunks(Draw(torch.arange(4)), random.key(0), (3,))
+        Users(IDS, max_examples=4).chunks(Draw(torch.arange(4)), random.key(0), (3,))
     with pytest.raises(ValueError, match="on one process"):
         made(world=World(shards=2))
     with pytest.raises(ValueError, match="it must get the 10 examples"):

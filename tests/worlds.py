@@ -91,7 +91,9 @@ def watched_training(world):
 def valued_training(world):
     """By drawn validation examples, whose smoothed gradient is a part of the state."""
     return fitted(
-        world, train.gradient_with_data_values(loss_fn, (X[:5], Y[:5]), draw=2, smoothing=0.5), optim.sgd(0.1)
+        world,
+        train.gradient_with_data_values(loss_fn, (X[:5], Y[:5]), validation_batch=2, ema_decay=0.5),
+        optim.sgd(0.1),
     )
 
 
@@ -163,9 +165,9 @@ def swept(world):
         return {"accuracy": (outputs(state.params, X).argmax(-1) == Y).double().mean()}
 
     program = sweep.Program(init, step, judge)
-    lanes = sweep.VmappedStep(program, (X, Y), batch_size=BATCH, compile=False)
+    vmapped = sweep.VmappedStep(program, (X, Y), batch_size=BATCH, compile=False)
     begun = sweep.init_sweep(program, runs, epochs=3)
-    return tuple(sweep.fit(lanes, runs, begun, width=2, halving=sweep.Halving(2, 0.5), world=world))
+    return tuple(sweep.fit(vmapped, runs, begun, width=2, halving=sweep.Halving(2, 0.5), world=world))
 
 
 def shards(world):
@@ -296,7 +298,7 @@ def main(out, shards, *cases):
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with distributed.joined(shards=int(shards) or None, seconds=float(os.environ.get("SECONDS", 100))) as world:
+        with distributed.joined(shards=int(shards) or None, timeout=float(os.environ.get("SECONDS", 100))) as world:
             found = {case: (CASES | {"faulty": faulty})[case](world) for case in cases}
     except (distributed.JoinError, distributed.LostError, distributed.DisagreementError, ValueError) as error:
         end(1, f"{type(error).__name__}: {error}")

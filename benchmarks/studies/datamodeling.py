@@ -236,7 +236,7 @@ def _trained(settings: Settings, train: Examples, test: Examples, stored: Stored
     """All models; those that are stored already are read."""
     subsets_key, others_key = random.split(random.key(0))
     graded, others = (
-        attribution.subsets(settings.train, key=key, count=count, part=settings.part)
+        attribution.subsets(settings.train, key=key, count=count, fraction=settings.part)
         for key, count in ((subsets_key, settings.subsets), (others_key, settings.others))
     )
     program = _program(settings)
@@ -517,7 +517,7 @@ def _stand_in(case: Case, kind: Own) -> Iterator[Influence]:
     run = _own_run(case.settings, kind, case.train, random.key(4))
     images, labels = (x[: case.settings.stand_in_test] for x in case.test)
     name = f"unrolled, {kind}, no dropout"
-    yield Influence(name, 1, None, False, attribution.unrolled(run, (images, labels), at_once=10))
+    yield Influence(name, 1, None, False, attribution.unrolled(run, (images, labels), chunk_size=10))
 
 
 # ---- own runs
@@ -544,21 +544,21 @@ def _own(settings: Settings, kind: Own, train: Examples, test: Examples, stored:
     run = _own_run(settings, kind, train, random.key(4))
     few = test[0][: settings.own_test], test[1][: settings.own_test]
     count = settings.own_test
-    at_one = stored(f"unrolled, {kind}", lambda: attribution.unrolled(run, few, at_once=count))
+    at_one = stored(f"unrolled, {kind}", lambda: attribution.unrolled(run, few, chunk_size=count))
     rows = []
     for number, part in enumerate(kind.left_out):
         key = random.fold_in(random.key(5), number)
-        kept = attribution.subsets(settings.train, key=key, count=settings.own_subsets, part=1 - part)
-        again = partial(attribution.retrained, run, few, kept.float(), at_once=6)
+        kept = attribution.subsets(settings.train, key=key, count=settings.own_subsets, fraction=1 - part)
+        again = partial(attribution.retrained, run, few, kept.float(), chunk_size=6)
         found = stored(f"own, {kind}, {part:g}", again)
         derivatives = {"one": at_one}
         if part == 0.5:
             middle = torch.full((settings.train,), 1 - part)
-            at_middle = partial(attribution.unrolled, run, few, middle, at_once=count)
+            at_middle = partial(attribution.unrolled, run, few, middle, chunk_size=count)
             derivatives["the middle"] = stored(f"unrolled, {kind}, {part:g}", at_middle)
         for at, influence in derivatives.items():
             interval = attribution.datamodeling_interval(
-                influence, kept, found, key=random.key(6), draws=settings.draws
+                influence, kept, found, key=random.key(6), resamples=settings.draws
             )
             rows.append({"run": str(kind), "left_out": part, "weights": at, **interval._asdict()})
     return rows
@@ -611,7 +611,7 @@ def _grades(case: Case, subsets: Tensor, found: Sequence[Influence]) -> list[Row
         best = max(same, key=lambda row: row["score"])
         outputs = case.trained.losses[:, : best["test"]]
         interval = attribution.datamodeling_interval(
-            best["values"], subsets, outputs, key=random.key(7), draws=case.settings.draws
+            best["values"], subsets, outputs, key=random.key(7), resamples=case.settings.draws
         )
         best |= {"low": interval.low, "high": interval.high}
     for row in rows:

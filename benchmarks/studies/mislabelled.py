@@ -245,7 +245,7 @@ def _trained(
 ) -> dict[str, Any]:
     """The record of one seed: trained on flipped labels, scored after each epoch; with clean images, valued as well."""
     init_key, train_key, flip_key, control_key = random.split(random.key(seed), 4).unbind()
-    labels, flipped = attribution.label_noise(examples.labels, CLASSES, key=flip_key, part=PART)
+    labels, flipped = attribution.label_noise(examples.labels, CLASSES, key=flip_key, fraction=PART)
     optimizer = optim.sgd(lr, momentum=momentum)
 
     def losses_fn(params: models.Params, images: Tensor, labels: Tensor, keys: Tensor) -> Tensor:
@@ -284,11 +284,11 @@ def _trained(
 
         for kind, validation in {"clean": clean, "noisy": data.Split(examples.images, labels)}.items():
             valuing = partial(
-                train.gradient_with_data_values, loss_fn, validation, validation_loss=validation_loss, draw=how.draw,
-                smoothing=how.smoothing,
+                train.gradient_with_data_values, loss_fn, validation, validation_loss=validation_loss,
+                validation_batch=how.draw, ema_decay=how.smoothing,
             )  # fmt: skip
             valuer, order = _Valuer(len(labels), lr), 2 if how.second and kind == "clean" else 1
-            fitted(valuing(renew=False), valuer, valuing(order=order))
+            fitted(valuing(refresh=False), valuer, valuing(order=order))
             for name, rows in valuer.by_epoch(kind).items():
                 by_epoch[name], rankings[name] = rows, rows[-1]
         if how.classes:
@@ -297,10 +297,10 @@ def _trained(
                 chosen = clean.labels == label
                 valuing = partial(
                     train.gradient_with_data_values, loss_fn, data.Split(*[x[chosen] for x in clean]),
-                    validation_loss=validation_loss, draw=how.draw, smoothing=how.smoothing,
+                    validation_loss=validation_loss, validation_batch=how.draw, ema_decay=how.smoothing,
                 )  # fmt: skip
                 valuer = _Valuer(len(labels), lr)
-                fitted(valuing(renew=False), valuer, valuing())
+                fitted(valuing(refresh=False), valuer, valuing())
                 by_class.append(valuer.by_epoch(BY_CLASS)[f"data value, {BY_CLASS} validation, first order"])
             name = "data value, clean validation, class hurt most"
             by_epoch[name] = torch.stack(by_class).amax(0)

@@ -29,14 +29,14 @@ class Interval(NamedTuple):
     high: float
 
 
-def subsets(examples: int, *, key: Tensor, count: int, part: float) -> Tensor:
+def subsets(examples: int, *, key: Tensor, count: int, fraction: float) -> Tensor:
     """Random subsets of the training examples, all of one size, drawn without replacement.
 
     Args:
         examples: N, at least 1.
         key: (2,).
         count: R, at least 1.
-        part: from 0 to 1: a subset has `round(part N)` examples.
+        fraction: from 0 to 1: a subset has `round(fraction N)` examples.
 
     Returns:
         (R, N) bool.
@@ -44,18 +44,19 @@ def subsets(examples: int, *, key: Tensor, count: int, part: float) -> Tensor:
     Raises:
         ValueError: a number is out of its range.
 
-    Guarantees: subset r depends on the key, on r, on N and on `part`, not on how many there are.
+    Guarantees: subset r depends on the key, on r, on N and on `fraction`, not on how many there are.
 
     Example:
-        >>> subsets(10, key=random.key(0), count=3, part=0.5).sum(1)
+        >>> subsets(10, key=random.key(0), count=3, fraction=0.5).sum(1)
         tensor([5, 5, 5])
     """
-    if examples < 1 or count < 1 or not 0 <= part <= 1:
+    if examples < 1 or count < 1 or not 0 <= fraction <= 1:
         raise ValueError(
-            f"subsets: examples and count must be at least 1, part from 0 to 1. Found {examples}, {count} and {part}."
+            "subsets: examples and count must be at least 1, fraction from 0 to 1. "
+            f"Found {examples}, {count} and {fraction}."
         )
     keys = random.fold_in(key.expand(count, 2), torch.arange(count, device=key.device))
-    chosen = random.permutation(keys, examples)[:, : round(part * examples)]
+    chosen = random.permutation(keys, examples)[:, : round(fraction * examples)]
     return torch.zeros(count, examples, dtype=torch.bool, device=key.device).scatter(1, chosen, True)
 
 
@@ -89,41 +90,41 @@ def linear_datamodeling_score(influence: Tensor, subsets: Tensor, outputs: Tenso
 
 
 def datamodeling_interval(
-    influence: Tensor, subsets: Tensor, outputs: Tensor, *, key: Tensor, draws: int = 1000
+    influence: Tensor, subsets: Tensor, outputs: Tensor, *, key: Tensor, resamples: int = 1000
 ) -> Interval:
     """The mean linear datamodeling score of the test examples, with its bootstrap interval of 95 %.
 
     A draw takes as many subsets and as many test examples as there are, both with replacement. The interval is from the
-    2.5 % to the 97.5 % quantile of the draws' means.
+    2.5 % to the 97.5 % quantile of the resamples' means.
 
     Args:
         influence, subsets, outputs: as in `linear_datamodeling_score`.
-        key: (2,), of the draws.
-        draws: at least 1.
+        key: (2,), of the resamples.
+        resamples: at least 1.
 
     Raises:
-        ValueError: as in `linear_datamodeling_score`, or `draws` is below 1.
+        ValueError: as in `linear_datamodeling_score`, or `resamples` is below 1.
 
-    Guarantees: two influences with one key are graded on the same draws.
+    Guarantees: two influences with one key are graded on the same resamples.
 
     Cost: the score, for each draw.
 
     Example:
         >>> left_out = torch.eye(3, dtype=torch.bool)
         >>> influence = losses = torch.tensor([[3.0], [2.0], [1.0]])
-        >>> found = datamodeling_interval(influence, ~left_out, losses, key=random.key(0), draws=9)
+        >>> found = datamodeling_interval(influence, ~left_out, losses, key=random.key(0), resamples=9)
         >>> round(found.mean, 9)
         1.0
 
     Reference: Efron and Tibshirani, "An introduction to the bootstrap", 1993, chapter 13.
     """
-    if draws < 1:
-        raise ValueError(f"datamodeling_interval: draws must be at least 1. Found {draws}.")
+    if resamples < 1:
+        raise ValueError(f"datamodeling_interval: resamples must be at least 1. Found {resamples}.")
     sums, targets = _foretold("datamodeling_interval", influence, subsets, outputs)
     count, tests = sums.shape
     subset_key, test_key = random.split(key)
-    of_subsets = random.randint(subset_key, (draws, count), 0, count).long()
-    of_tests = random.randint(test_key, (draws, tests), 0, tests).long()
+    of_subsets = random.randint(subset_key, (resamples, count), 0, count).long()
+    of_tests = random.randint(test_key, (resamples, tests), 0, tests).long()
     means = torch.stack(
         [rank_correlation(sums[a], targets[a])[b].mean() for a, b in zip(of_subsets, of_tests, strict=True)]
     )

@@ -6,28 +6,30 @@ from torch import Tensor
 from .. import random
 
 
-def label_noise(labels: Tensor, classes: int, *, key: Tensor, part: float) -> tuple[Tensor, Tensor]:
+def label_noise(labels: Tensor, classes: int, *, key: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     """The labels with a part of them flipped, each to another class, all of which are equally likely.
 
     Args:
         labels: (N,) integers in [0, classes).
         classes: at least 2.
         key: (2,).
-        part: from 0 to 1: `round(part N)` labels are flipped, drawn without replacement.
+        fraction: from 0 to 1: `round(fraction N)` labels are flipped, drawn without replacement.
 
     Returns:
         The new labels (N,), and which are flipped, (N,) bool.
 
     Raises:
-        ValueError: `part` or `classes` is out of its range.
+        ValueError: `fraction` or `classes` is out of its range.
 
     Example:
-        >>> labels, flipped = label_noise(torch.zeros(10, dtype=torch.int64), 2, key=random.key(0), part=0.3)
+        >>> labels, flipped = label_noise(torch.zeros(10, dtype=torch.int64), 2, key=random.key(0), fraction=0.3)
         >>> int(labels.sum()), bool((flipped == (labels == 1)).all())
         (3, True)
     """
-    if not 0 <= part <= 1 or classes < 2:
-        raise ValueError(f"label_noise: part must be from 0 to 1, classes at least 2. Found {part} and {classes}.")
+    if not 0 <= fraction <= 1 or classes < 2:
+        raise ValueError(
+            f"label_noise: fraction must be from 0 to 1, classes at least 2. Found {fraction} and {classes}."
+        )
     if labels.dim() != 1 or labels.dtype not in (torch.uint8, torch.int32, torch.int64):
         raise TypeError(f"label_noise: labels must be integers (N,). Found {labels.dtype} {tuple(labels.shape)}.")
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
@@ -35,7 +37,7 @@ def label_noise(labels: Tensor, classes: int, *, key: Tensor, part: float) -> tu
             f"label_noise: labels must be in [0, {classes}). Found {int(labels.min())} to {int(labels.max())}."
         )
     which_key, shift_key = random.split(key)
-    chosen = random.permutation(which_key, len(labels))[: round(part * len(labels))]
+    chosen = random.permutation(which_key, len(labels))[: round(fraction * len(labels))]
     flipped = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
     flipped[chosen] = True
     shift = random.randint(shift_key, (len(labels),), 1, classes)
@@ -80,7 +82,7 @@ def recall_at(scores: Tensor, positive: Tensor, checked: float) -> float:
         >>> recall_at(torch.tensor([3.0, 1.0, 2.0, 0.0]), torch.tensor([True, True, False, False]), 0.5)
         0.5
     """
-    _check("found", scores, positive)
+    _check("recall_at", scores, positive)
     if not 0 <= checked <= 1 or not positive.any():
         raise ValueError(f"recall_at: checked must be from 0 to 1, and something positive. Found {checked}.")
     count = round(checked * len(scores))

@@ -76,43 +76,43 @@ def _after(run: Run, start: tuple[Tree, Tree], order: Tensor, weights: Tensor) -
     return params, state
 
 
-def retrained(run: Run, test: tuple[Tensor, ...], weights: Tensor, *, at_once: int = 32) -> Tensor:
+def retrained(run: Run, test: tuple[Tensor, ...], weights: Tensor, *, chunk_size: int = 32) -> Tensor:
     """The losses of test examples after runs with other weights.
 
     Args:
         run: the run.
         test: tensors (M, …), as the loss takes them.
         weights: (R, N), those of each run.
-        at_once: runs made side by side, at least 1: so many copies of the parameters are held.
+        chunk_size: runs made side by side, at least 1: so many copies of the parameters are held.
 
     Returns:
         (R, M).
 
     Raises:
-        ValueError: the weights are not (R, N), or `at_once` is below 1.
+        ValueError: the weights are not (R, N), or `chunk_size` is below 1.
     """
-    if weights.dim() != 2 or weights.shape[1] != len(run.examples[0]) or at_once < 1:
+    if weights.dim() != 2 or weights.shape[1] != len(run.examples[0]) or chunk_size < 1:
         raise ValueError(
-            f"retrained: weights must be (R, {len(run.examples[0])}) and at_once at least 1. "
-            f"Found {tuple(weights.shape)} and {at_once}."
+            f"retrained: weights must be (R, {len(run.examples[0])}) and chunk_size at least 1. "
+            f"Found {tuple(weights.shape)} and {chunk_size}."
         )
     return torch.cat(
-        [vmap(lambda row: _test_losses(run, test, trained(run, row)))(part) for part in weights.split(at_once)]
+        [vmap(lambda row: _test_losses(run, test, trained(run, row)))(part) for part in weights.split(chunk_size)]
     )
 
 
-def leave_one_out(run: Run, test: tuple[Tensor, ...], which: Tensor, *, at_once: int = 32) -> Tensor:
+def leave_one_out(run: Run, test: tuple[Tensor, ...], which: Tensor, *, chunk_size: int = 32) -> Tensor:
     """What leaving single examples out adds to the losses of test examples, by training anew without each.
 
     Args:
-        run, test, at_once: as in `retrained`.
+        run, test, chunk_size: as in `retrained`.
         which: (R,) int64, numbers of training examples.
 
     Returns:
         (R, M): above zero where the example helped.
 
     Raises:
-        ValueError: `which` is not (R,) int64, or `at_once` is below 1.
+        ValueError: `which` is not (R,) int64, or `chunk_size` is below 1.
 
     Cost: R + 1 training runs.
     """
@@ -120,11 +120,11 @@ def leave_one_out(run: Run, test: tuple[Tensor, ...], which: Tensor, *, at_once:
         raise ValueError(f"leave_one_out: which must be int64 (R,). Found {which.dtype} {tuple(which.shape)}.")
     ones = _ones(run)
     without = ones.repeat(len(which), 1).scatter(1, which[:, None], 0.0)
-    losses = retrained(run, test, torch.cat([ones[None], without]), at_once=at_once)
+    losses = retrained(run, test, torch.cat([ones[None], without]), chunk_size=chunk_size)
     return losses[1:] - losses[0]
 
 
-def unrolled(run: Run, test: tuple[Tensor, ...], weights: Tensor | None = None, *, at_once: int = 8) -> Tensor:
+def unrolled(run: Run, test: tuple[Tensor, ...], weights: Tensor | None = None, *, chunk_size: int = 8) -> Tensor:
     """What each training example's weight takes from the losses of test examples, by differentiating the whole run.
 
     Args:
@@ -132,19 +132,19 @@ def unrolled(run: Run, test: tuple[Tensor, ...], weights: Tensor | None = None, 
         test: tensors (M, …), as the loss takes them.
         weights: (N,), those of the run that is differentiated; all one by default. Where about a part p of the examples
             is to be left out, 1 - p is the middle of the runs in question.
-        at_once: test examples differentiated side by side, at least 1.
+        chunk_size: test examples differentiated side by side, at least 1.
 
     Returns:
         (N, M): `-d loss_j / d c_i`; above zero where the example helped.
 
     Raises:
-        ValueError: the weights are not (N,), or `at_once` is below 1.
+        ValueError: the weights are not (N,), or `chunk_size` is below 1.
 
     Cost: the states at √T of the T steps, the activations of √T steps and M adjoints are held. Two runs forward, and
         one backward pass through the run for each test example.
     """
-    if at_once < 1:
-        raise ValueError(f"unrolled: at_once must be at least 1. Found {at_once}.")
+    if chunk_size < 1:
+        raise ValueError(f"unrolled: chunk_size must be at least 1. Found {chunk_size}.")
     weights = _ones(run) if weights is None else weights
     _check("unrolled", run, weights)
     stretches = run.order.split(max(1, math.isqrt(len(run.order))))
@@ -158,7 +158,7 @@ def unrolled(run: Run, test: tuple[Tensor, ...], weights: Tensor | None = None, 
 
     losses, pull, *_ = vjp(last, _floats(starts[-1]), weights)
     units = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
-    adjoints, found = _pulled(pull, [units], at_once)
+    adjoints, found = _pulled(pull, [units], chunk_size)
     for start, order in zip(starts[-2::-1], stretches[-2::-1], strict=True):
 
         def onward(
@@ -167,16 +167,16 @@ def unrolled(run: Run, test: tuple[Tensor, ...], weights: Tensor | None = None, 
             return _floats(_after(run, _joined(start, floats), order, weights))
 
         _, pull, *_ = vjp(onward, _floats(start), weights)
-        adjoints, more = _pulled(lambda *cotangents, pull=pull: pull(list(cotangents)), adjoints, at_once)
+        adjoints, more = _pulled(lambda *cotangents, pull=pull: pull(list(cotangents)), adjoints, chunk_size)
         found = found + more
     return -found.T
 
 
 def _pulled(
-    pull: Callable[..., tuple[list[Tensor], Tensor]], cotangents: list[Tensor], at_once: int
+    pull: Callable[..., tuple[list[Tensor], Tensor]], cotangents: list[Tensor], chunk_size: int
 ) -> tuple[list[Tensor], Tensor]:
     """Of each test example the cotangents (M, …) of what a stretch starts from, and those of the weights, (M, N)."""
-    parts = zip(*[rows.split(at_once) for rows in cotangents], strict=True)
+    parts = zip(*[rows.split(chunk_size) for rows in cotangents], strict=True)
     pulled = [vmap(pull)(*part) for part in parts]
     adjoints = [torch.cat(rows) for rows in zip(*[floats for floats, _ in pulled], strict=True)]
     return adjoints, torch.cat([of_weights for _, of_weights in pulled])

@@ -382,7 +382,7 @@ def clipping(options: Train) -> privacy.Clipping:
         "automatic": lambda: privacy.Automatic(norm),
         "global": lambda: privacy.Global(norm),
         "per-layer": lambda: privacy.PerLayer(norm),
-        "quantile": lambda: privacy.Quantile(0.5, count_deviation=options.batch_size / 20, initial=norm),
+        "quantile": lambda: privacy.Quantile(0.5, count_stddev=options.batch_size / 20, initial_norm=norm),
     }
     return rules[options.clipping]()
 
@@ -419,9 +419,9 @@ def valuing(
         loss_fn,
         (prepared(made, images), labels),
         validation_loss=held_out_loss,
-        draw=VALUE_DRAW,
-        smoothing=VALUE_SMOOTHING,
-        renew=renew,
+        validation_batch=VALUE_DRAW,
+        ema_decay=VALUE_SMOOTHING,
+        refresh=renew,
     )
 
 

@@ -39,7 +39,7 @@ def _mislabelled(options: Mislabelled, world: World) -> int:
         scored = _scored(options, options.run, names, clean, folder, world)
         return 0 if world.rank else _rank(options, folder, clean, scored)
     noisy, flipped = attribution.label_noise(
-        labels, dataset.classes, key=random.key(options.seed, device=world.device), part=options.label_noise
+        labels, dataset.classes, key=random.key(options.seed, device=world.device), fraction=options.label_noise
     )
     if not flipped.any() or flipped.all():
         raise UsageError(

@@ -151,7 +151,7 @@ class Private:
 
     def _without_canaries(self, callback: Callable[[training.Progress], Any]) -> Callable[[training.Progress], Any]:
         """The callback as it is without an audit."""
-        expected = self.mechanism.share * self.total
+        expected = self.mechanism.sampling_rate * self.total
 
         def call(progress: training.Progress) -> Any:
             state = progress.state
@@ -167,7 +167,7 @@ class Private:
         """What is about to be spent."""
         return (
             f"Private training: noise multiplier {self.mechanism.noise_multiplier:g}, "
-            f"{self.mechanism.share * self.total:g} images expected of a step, {self.steps:,} steps: "
+            f"{self.mechanism.sampling_rate * self.total:g} images expected of a step, {self.steps:,} steps: "
             f"ε = {self.epsilon(self.steps):.3f} at δ = {self.options.delta:g}."
         )
 

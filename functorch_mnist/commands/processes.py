@@ -49,7 +49,7 @@ def processes(options: Train | Analysis, command: Any = None) -> Iterator[World]
     sources.device(options.device)
     shards = options.shards if isinstance(options, Train) else None
     allocator.keep_freed_memory()
-    with distributed.joined(device=options.device, shards=shards, seconds=options.timeout) as world:
+    with distributed.joined(device=options.device, shards=shards, timeout=options.timeout) as world:
         one = 1 if world.shards and options.threads is None else options.threads  # bits hang on it
         threads = distributed.bind_cores(world, one)
         if world.size > 1:  # one alone need not read its own sources

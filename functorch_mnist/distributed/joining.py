@@ -39,22 +39,22 @@ class _Place(NamedTuple):
 
 
 @contextmanager
-def joined(*, device: str = "cpu", shards: int | None = None, seconds: float = SECONDS) -> Iterator[World]:
+def joined(*, device: str = "cpu", shards: int | None = None, timeout: float = SECONDS) -> Iterator[World]:
     """The world of the processes that a launcher has started, left at the end.
 
     Args:
         device: "cpu", or "cuda" for the GPU of the local rank.
         shards: as in `World`.
-        seconds: how long to wait for others: to come, and in each sum.
+        timeout: seconds to wait for other processes: to join, and in each sum.
 
     Raises:
-        JoinError: within `seconds`: the environment is not whole, the shards do not fit, the port is in use, the
+        JoinError: within `timeout`: the environment is not whole, the shards do not fit, the port is in use, the
             address does not answer, or processes are missing; it names them.
-        LostError: a process is gone, or keeps the others waiting for longer than `seconds`; it names it. Told by one
+        LostError: a process is gone, or keeps the others waiting for longer than `timeout`; it names it. Told by one
             process; the others raise `EndedError`.
         EndedError: another process has ended with an error of its own, and has told it.
 
-    Guarantees: within `seconds` and a few more, no process waits for one that does not come.
+    Guarantees: within `timeout` and a few more, no process waits for one that does not come.
     """
     place = _place()
     if place is None:
@@ -65,17 +65,17 @@ def joined(*, device: str = "cpu", shards: int | None = None, seconds: float = S
         World(place.rank, place.size, where, "to be joined", shards)  # refuses before anything is opened
     except ValueError as error:
         raise JoinError(str(error)) from error
-    timeout = timedelta(seconds=seconds)
-    store = _store(place, timeout)
-    attendance = Attendance(store, _client(place, timeout), place.rank, place.size, hosted=place.hosted)
+    limit = timedelta(seconds=timeout)
+    store = _store(place, limit)
+    attendance = Attendance(store, _client(place, limit), place.rank, place.size, hosted=place.hosted)
     try:
-        _wait_for_all(attendance, seconds)
+        _wait_for_all(attendance, timeout)
         if where.type == "cuda":
             torch.cuda.set_device(where)
         try:
             dist.init_process_group(
                 "nccl" if where.type == "cuda" else "gloo",
-                store=dist.PrefixStore("group", store), rank=place.rank, world_size=place.size, timeout=timeout,
+                store=dist.PrefixStore("group", store), rank=place.rank, world_size=place.size, timeout=limit,
             )  # fmt: skip
             yield World(place.rank, place.size, where, dist.group.WORLD.group_name, shards)  # type: ignore[union-attr]
         except Ended:

@@ -211,7 +211,7 @@ class PerGroup(Clipping):
 class Quantile(Clipping):
     """Flat clipping whose norm follows a quantile of the norms, which is itself released with noise.
 
-        b = (Σ_i ([|∇_i| ≤ C] - 1/2) + N(0, σ_b²)) / expected batch + 1/2,    C ← C exp(-rate (b - quantile))
+        b = (Σ_i ([|∇_i| ≤ C] - 1/2) + N(0, σ_b²)) / expected batch + 1/2,    C ← C exp(-lr (b - quantile))
 
     The votes take a part of the step's noise multiplier σ, so the gradients get `σ_Δ = (σ⁻² - (2 σ_b)⁻²)^(-1/2)`, and
     the two together cost what one Gaussian of σ costs. The noisy b is taken as a part, in [0, 1], and C stays within
@@ -223,16 +223,16 @@ class Quantile(Clipping):
 
     quantile: float
     """γ in [0, 1]: the part of the gradients that are to stay as they are."""
-    count_deviation: float
+    count_stddev: float
     """σ_b, above half the step's noise multiplier: the standard deviation of the noise on the count. The authors take a
     twentieth of the expected batch."""
-    initial: float = 0.1
+    initial_norm: float = 0.1
     """C of the first step, above 0."""
-    rate: float = 0.2
+    lr: float = 0.2
     """η, above 0 and at most 10: how fast C follows."""
-    least: float = 1e-4
+    min_norm: float = 1e-4
     """C is never below, above 0."""
-    most: float = 1e4
+    max_norm: float = 1e4
     """C is never above."""
 
     def __post_init__(self) -> None:
@@ -240,25 +240,25 @@ class Quantile(Clipping):
             raise TypeError(f"Quantile: quantile must be a number. Found {shown(self.quantile)}.")
         if not 0 <= self.quantile <= 1:
             raise ValueError(f"Quantile: quantile must be from 0 to 1. Found {self.quantile}.")
-        for name in ("count_deviation", "initial", "rate", "least", "most"):
+        for name in ("count_stddev", "initial_norm", "lr", "min_norm", "max_norm"):
             _check_norm("Quantile", getattr(self, name), name)
-        if self.rate > 10 or self.count_deviation > 1e12:
+        if self.lr > 10 or self.count_stddev > 1e12:
             raise ValueError(
-                f"Quantile: rate must be at most 10, count_deviation at most 1e12. Found {self.rate} and "
-                f"{self.count_deviation}: the norm would be all noise."
+                f"Quantile: lr must be at most 10, count_stddev at most 1e12. Found {self.lr} and "
+                f"{self.count_stddev}: the norm would be all noise."
             )
-        if not 1e-12 <= self.least <= self.initial <= self.most <= 1e12:
+        if not 1e-12 <= self.min_norm <= self.initial_norm <= self.max_norm <= 1e12:
             raise ValueError(
-                "Quantile: least, initial and most must increase, from 1e-12 to 1e12. "
-                f"Found {self.least}, {self.initial}, {self.most}."
+                "Quantile: min_norm, initial_norm and max_norm must increase, from 1e-12 to 1e12. "
+                f"Found {self.min_norm}, {self.initial_norm}, {self.max_norm}."
             )
 
     def init(self) -> Tensor:
-        return torch.tensor(self.initial)
+        return torch.tensor(self.initial_norm)
 
     def sensitivity(self, state: Tree = ()) -> float | Tensor:
         """C, the state; without one, its first value."""
-        return state if isinstance(state, Tensor) else self.initial
+        return state if isinstance(state, Tensor) else self.initial_norm
 
     def factors(self, norms: Tree, state: Tree = ()) -> Tree:
         return _everywhere(norms, lambda whole: _scale(self.sensitivity(state), whole))
@@ -268,17 +268,17 @@ class Quantile(Clipping):
         return ((whole <= self.sensitivity(state)).to(whole.dtype) - 0.5)[:, None]
 
     def deviations(self, noise_multiplier: float | Tensor) -> tuple[float | Tensor, float]:
-        if not 2 * self.count_deviation > noise_multiplier:
+        if not 2 * self.count_stddev > noise_multiplier:
             raise ValueError(
-                f"Quantile: count_deviation must be above half the noise multiplier. Found {self.count_deviation} and "
+                f"Quantile: count_stddev must be above half the noise multiplier. Found {self.count_stddev} and "
                 f"{noise_multiplier}: the votes alone would cost more than the step may."
             )
-        return (noise_multiplier**-2 - (2 * self.count_deviation) ** -2) ** -0.5, self.count_deviation
+        return (noise_multiplier**-2 - (2 * self.count_stddev) ** -2) ** -0.5, self.count_stddev
 
     def adapt(self, state: Tree, votes: Tensor) -> Tensor:
         below = (votes[0] + 0.5).clamp(0, 1).to(state.dtype)  # the state's stays: another would compile the step again
-        adapted: Tensor = state * torch.exp(-self.rate * (below - self.quantile))
-        return adapted.clamp(self.least, self.most)
+        adapted: Tensor = state * torch.exp(-self.lr * (below - self.quantile))
+        return adapted.clamp(self.min_norm, self.max_norm)
 
 
 def _total(norms: list[Tensor]) -> Tensor:

@@ -67,7 +67,7 @@ class Poisson:
         return f"Poisson, each {self.unit} with a chance of {self.rate:.6g} in each step"
 
     @property
-    def share(self) -> float:
+    def sampling_rate(self) -> float:
         """The expected part of all that joins a step."""
         return self.rate
 
@@ -91,7 +91,7 @@ class _EachOnce:
     """Which data sets are neighbours, in words."""
 
     @property
-    def share(self) -> float:
+    def sampling_rate(self) -> float:
         """The part of all that is in a step."""
         return 1 / self.steps_per_epoch
 
@@ -183,7 +183,7 @@ class BandMF:
         )
 
     @property
-    def share(self) -> float:
+    def sampling_rate(self) -> float:
         """The expected part of all that joins a step."""
         return self.rate
 

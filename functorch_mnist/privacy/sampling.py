@@ -112,13 +112,13 @@ def draw(
     return Draw(order.tensor_split(mechanism.steps_per_epoch)[part].sort().values)
 
 
-def chunk_sizes(mechanism: Mechanism, examples: int, *, most: int = 1024, count: int = 5) -> tuple[int, ...]:
+def chunk_sizes(mechanism: Mechanism, examples: int, *, max_size: int = 1024, count: int = 5) -> tuple[int, ...]:
     """A few sizes for `chunks` that pad the draws of a mechanism little.
 
     Args:
         mechanism: says how examples are sampled.
         examples: N, at least 1.
-        most: how many examples to take at once, at least 1: what memory allows.
+        max_size: how many examples to take at once, at least 1: what memory allows.
         count: how many sizes, at least 1.
 
     Returns:
@@ -135,14 +135,14 @@ def chunk_sizes(mechanism: Mechanism, examples: int, *, most: int = 1024, count:
         (248, 256, 272, 280, 304)
     """
     check_mechanism("chunk_sizes", mechanism)
-    if min(examples, most, count) < 1:
+    if min(examples, max_size, count) < 1:
         raise ValueError(
-            f"chunk_sizes: examples, most and count must be at least 1. Found {examples}, {most} and {count}."
+            f"chunk_sizes: examples, max_size and count must be at least 1. Found {examples}, {max_size} and {count}."
         )
-    expected = mechanism.share * examples
+    expected = mechanism.sampling_rate * examples
     varies = isinstance(mechanism, (Poisson, BandMF))
-    deviation = math.sqrt(expected * (1 - mechanism.share)) if varies else 0.0
-    return sizes_of(expected, deviation, most, count)
+    deviation = math.sqrt(expected * (1 - mechanism.sampling_rate)) if varies else 0.0
+    return sizes_of(expected, deviation, max_size, count)
 
 
 def sizes_of(expected: float, deviation: float, most: int, count: int = 5) -> tuple[int, ...]:

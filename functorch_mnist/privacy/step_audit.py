@@ -44,7 +44,7 @@ class Audit(NamedTuple):
 
     claimed: float
     """ε of a canary in each of the steps, at δ, if the noise and the clipping are as stated."""
-    found: float
+    lower_bound: float
     """ε that the code has at least, at δ, with the stated confidence."""
     steps: int
     trials: int
@@ -52,7 +52,7 @@ class Audit(NamedTuple):
     @property
     def passed(self) -> bool:
         """Whether the attack has found no more than was claimed."""
-        return self.found <= self.claimed
+        return self.lower_bound <= self.claimed
 
 
 def audit(

@@ -1,6 +1,7 @@
 """Whose the examples are: users are sampled as a whole, each with so many of its examples at most.
 
-    user u joins step t by a coin of its own, with chance q;  of its examples, `most` of the least words, keyed by t
+    user u joins step t independently with probability q;  of its examples, the `max_examples` with the least random
+    words of step t
 
 A user's rows stay in one chunk, where its summed gradient is clipped: so the user, not an example, moves a sum by at
 most the sensitivity. Neighbours differ by a user.
@@ -25,26 +26,26 @@ from .sampling import Draw, check_sizes, padded, sizes_of
 class Users:
     """Whose each example of a data set is."""
 
-    def __init__(self, ids: Tensor, *, most: int) -> None:
+    def __init__(self, ids: Tensor, *, max_examples: int) -> None:
         """Orders the examples by their users.
 
         Args:
             ids: (N,) int64, N at least 1: the number of each example's user, any whole numbers.
-            most: how many of a user's examples a step takes at most, at least 1.
+            max_examples: how many of a user's examples a step takes at most, at least 1.
 
         Raises:
-            TypeError, ValueError: `ids` is no such tensor, or `most` is below 1.
+            TypeError, ValueError: `ids` is no such tensor, or `max_examples` is below 1.
 
         Example:
-            >>> len(Users(torch.tensor([7, 7, 3]), most=1))
+            >>> len(Users(torch.tensor([7, 7, 3]), max_examples=1))
             2
         """
         if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
             raise TypeError(f"Users: ids must be an int64 tensor. Found {getattr(ids, 'dtype', type(ids).__name__)}.")
         if ids.dim() != 1 or not len(ids):
             raise ValueError(f"Users: ids must be (N,), N at least 1. Found {tuple(ids.shape)}.")
-        check_count("Users", "most", most)
-        self.ids, self.most = ids, most
+        check_count("Users", "max_examples", max_examples)
+        self.ids, self.max_examples = ids, max_examples
         _, self._user, counts = ids.unique(return_inverse=True, return_counts=True)
         self._order = self._user.argsort(stable=True)
         self._ends = counts.cumsum(0)
@@ -55,21 +56,23 @@ class Users:
         return len(self._counts)
 
     def rows(self, drawn: Draw, key: Tensor) -> list[Tensor]:
-        """The rows of each user of a draw: `most` at most, chosen by the key alike.
+        """The rows of each user of a draw: `max_examples` at most, chosen by the key alike.
 
         Args:
             drawn: users, by their number in the order of their ids.
             key: (2,), of this step and of nothing else.
 
         Returns:
-            For each user (n,) int64, n from 1 to `most`.
+            For each user (n,) int64, n from 1 to `max_examples`.
         """
         words = random.bits(key, (len(self.ids),)).long()
         found = []
         for user in drawn.numbers.tolist():
             end, count = int(self._ends[user]), int(self._counts[user])
             rows = self._order[end - count : end]
-            found.append(rows if count <= self.most else rows[words[rows].argsort(stable=True)[: self.most]])
+            found.append(
+                rows if count <= self.max_examples else rows[words[rows].argsort(stable=True)[: self.max_examples]]
+            )
         return found
 
     def chunk_sizes(self, mechanism: Mechanism, *, rows: int = 1024) -> tuple[int, ...]:
@@ -79,8 +82,8 @@ class Users:
             mechanism: says how users are sampled.
             rows: how many examples to take at once, at least 1: what memory allows.
         """
-        taken = self._counts.clamp(max=self.most).double()
-        expected = mechanism.share * float(taken.sum())
+        taken = self._counts.clamp(max=self.max_examples).double()
+        expected = mechanism.sampling_rate * float(taken.sum())
         rate = mechanism.rate if isinstance(mechanism, Poisson) else 1.0
         deviation = math.sqrt(rate * (1 - rate) * float(taken.square().sum()))
         most = int(taken.max())
@@ -93,9 +96,10 @@ class Users:
             ValueError: there is no size, or the largest does not hold a user's rows.
         """
         check_sizes(sizes)
-        if max(sizes) < self.most and max(sizes) < int(self._counts.max()):
+        if max(sizes) < self.max_examples and max(sizes) < int(self._counts.max()):
             raise ValueError(
-                f"Users.chunks: the largest size must hold a user's examples, {self.most} at most. Found {max(sizes)}."
+                f"Users.chunks: the largest size must hold a user's examples, {self.max_examples} at most. "
+                f"Found {max(sizes)}."
             )
         packed: list[list[Tensor]] = [[]]
         free = max(sizes)

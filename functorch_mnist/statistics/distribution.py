@@ -30,9 +30,9 @@ class Distribution(Sums):
     """0-d float64: their sum."""
     squares: Tensor
     """0-d float64: the sum of their squares."""
-    least: Tensor
+    minimum: Tensor
     """0-d float64: infinity where there is none."""
-    most: Tensor
+    maximum: Tensor
     """0-d float64: minus infinity where there is none."""
     bins: Tensor
     """(65536,) int64: how often each value of bfloat16 occurs, in the order of values."""
@@ -62,8 +62,8 @@ class Distribution(Sums):
             added.count,
             added.total,
             added.squares,
-            torch.minimum(self.least, other.least),
-            torch.maximum(self.most, other.most),
+            torch.minimum(self.minimum, other.minimum),
+            torch.maximum(self.maximum, other.maximum),
             added.bins,
         )
 

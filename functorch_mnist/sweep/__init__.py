@@ -1,7 +1,7 @@
 """Training runs as functions: many at once, and differentiated by what they are set to.
 
     runs = sweep.grid(lr=[0.01, 0.1], seeds=range(5))           a table, one row for each run
-    found = sweep.fit(lanes, runs, sweep.init_sweep(…), width=…)     all of them, epoch by epoch
+    found = sweep.fit(vmapped, runs, sweep.init_sweep(…), width=…)     all of them, epoch by epoch
     sweep.hypergradient(step, loss_fn, hyper, state, …)         d validation loss / d hyperparameters
 
 | file | what it holds |
@@ -15,18 +15,18 @@
 """
 
 from .descent import LOG, LOG_FROM_ONE, Scale, Trial, Tuned, tune
-from .fitting import CUT, FAILED, FINISHED, RUNNING, STATUSES, STOPPED, Halving, Sweep, fit, init_sweep
+from .fitting import FAILED, FINISHED, PRUNED, RUNNING, STATUSES, STOPPED, Halving, Sweep, fit, init_sweep
 from .runs import SEED, LogUniform, OneOf, Runs, Uniform, grid, random_search, settings, with_seeds
 from .subsets import SUBSET, on_subsets
 from .unrolling import Hypergradient, Unrolled, hypergradient
 from .vmapped import Program, Throughput, Values, VmappedStep, measure_throughput, stacked
 
 __all__ = [
-    "CUT",
     "FAILED",
     "FINISHED",
     "LOG",
     "LOG_FROM_ONE",
+    "PRUNED",
     "RUNNING",
     "SEED",
     "STATUSES",

@@ -56,7 +56,7 @@ def tune(
     scales: Mapping[str, Scale],
     rounds: int,
     first_step: float = 0.5,
-    most: float = 1.0,
+    max_step: float = 1.0,
     callback: Callable[[Trial], None] = lambda _: None,
 ) -> Tuned:
     """The best hyperparameters that some rounds of descent find.
@@ -67,7 +67,7 @@ def tune(
         scales: of each hyperparameter, its scale.
         rounds: how often the objective is asked, at least 1.
         first_step: of the first move, on the scale.
-        most: the longest move.
+        max_step: the longest move.
         callback: told of each trial.
 
     Raises:
@@ -103,7 +103,7 @@ def tune(
             best, best_loss = numbers, trials[-1].loss
         if not math.isfinite(loss) or not all(map(math.isfinite, slopes.values())):
             if best_loss == math.inf or best is numbers:  # there is no way back: try smaller ones
-                numbers = {name: number - most for name, number in numbers.items()}
+                numbers = {name: number - max_step for name, number in numbers.items()}
             else:
                 numbers = {name: (number + best[name]) / 2 for name, number in numbers.items()}
             steps = {name: step / 2 for name, step in steps.items()}
@@ -113,7 +113,7 @@ def tune(
         for name, number in numbers.items():
             sign = math.copysign(1.0, slopes[name]) if slopes[name] else 0.0
             turned = sign * signs[name]
-            steps[name] = min(most, steps[name] * (1.2 if turned > 0 else 0.5 if turned < 0 else 1.0))
+            steps[name] = min(max_step, steps[name] * (1.2 if turned > 0 else 0.5 if turned < 0 else 1.0))
             moved[name], signs[name] = number - sign * steps[name], sign
         numbers = moved
     found = {name: scales[name].back(number).to(start[name].dtype) for name, number in best.items()}

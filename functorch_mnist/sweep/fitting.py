@@ -19,9 +19,9 @@ from ..tree import Tree
 from .runs import Runs, count, settings
 from .vmapped import Program, VmappedStep, init, judged, put_, take
 
-RUNNING, FINISHED, CUT, STOPPED, FAILED = range(5)
+RUNNING, FINISHED, PRUNED, STOPPED, FAILED = range(5)
 """The state of a run, in `Sweep.ended`: still running, or why it ended."""
-STATUSES = ("running", "finished", "cut", "stopped", "failed")
+STATUSES = ("running", "finished", "pruned", "stopped", "failed")
 """The same in words."""
 
 
@@ -144,7 +144,7 @@ def fit(
         if patience is not None:
             _end_(sweep, (made - 1 - sweep.best_epoch) >= patience, STOPPED)
         if halving is not None and made % halving.every == 0 and made < epochs:
-            _end_(sweep, _worse(runs, sweep, halving.keep), CUT)
+            _end_(sweep, _worse(runs, sweep, halving.keep), PRUNED)
         if made == epochs:
             _end_(sweep, torch.ones_like(sweep.ended, dtype=torch.bool), FINISHED)
         for callback in callbacks:

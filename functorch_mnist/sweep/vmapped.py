@@ -36,8 +36,8 @@ class Program(NamedTuple):
     """`init(hyper, key) -> state`, before the first step. The key is of the run's seed."""
     step: Callable[..., tuple[State, dict[str, Tensor]]]
     """`step(hyper, state, *rows, keys, mask=…, divisor=…) -> (state, aux)`, a `train.Step` of these hyperparameters."""
-    judge: Callable[[Values, State], dict[str, Tensor]]
-    """`judge(hyper, state) -> {name: ()}`: what a run is worth, such as its accuracy on a held-out split. The first
+    score: Callable[[Values, State], dict[str, Tensor]]
+    """`score(hyper, state) -> {name: ()}`: what a run is worth, such as its accuracy on a held-out split. The first
     counts: the higher, the better."""
     kept: Callable[[State], Tree] = lambda state: state.params
     """What is kept of a run's best epoch: some leaves of its state, such as the parameters or their average."""
@@ -152,9 +152,9 @@ def _step_(program: Program, *, mapped: bool) -> Callable[..., Tensor]:
 def judged(program: Program, runs: Runs, states: State) -> dict[str, Tensor]:
     """What the program says each lane is worth: (L,) each."""
     if len(states.key) == 1:
-        found = program.judge(_lane(runs), _lane(states))
+        found = program.score(_lane(runs), _lane(states))
         return {name: value[None] for name, value in found.items()}
-    return vmap(program.judge)(runs, states)
+    return vmap(program.score)(runs, states)
 
 
 def measure_throughput(

@@ -165,7 +165,7 @@ def _scoring(
     optimizer: Optimizer, clipping: Clipping, mechanism: Mechanism, ordinary: int, canaries: int, kept: float
 ) -> Optimizer:
     """The optimizer of the model, beside which the canaries' scores are kept."""
-    rate, rows = mechanism.share, ordinary + canaries
+    rate, rows = mechanism.sampling_rate, ordinary + canaries
     sigma, _ = clipping.deviations(mechanism.noise_multiplier)
     unit = rate * rows / clipping.sensitivity()
     missed = math.log1p(-rate) if rate < 1 else -math.inf

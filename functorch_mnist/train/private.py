@@ -107,7 +107,7 @@ class PrivateStep:
     @property
     def expected(self) -> float:
         """What sums are divided by: the expected number of examples, or users, of a step of all processes."""
-        return self.mechanism.share * self.size
+        return self.mechanism.sampling_rate * self.size
 
     def compiled(self) -> "PrivateStep":
         """The same with all parts compiled, for the fixed shapes of chunks."""
@@ -325,7 +325,7 @@ def fit_private(
     check_examples(world, examples)
     check_state(world, state)
     roots = broadcast(world, secret.roots(examples[0].device))
-    per_epoch = max(1, round(1 / step.mechanism.share))
+    per_epoch = max(1, round(1 / step.mechanism.sampling_rate))
     for done in range(int(state.step), steps):
         state, aux = step(state, roots, *examples)
         if (done + 1) % CHECK_EVERY == 0 or done + 1 == steps:

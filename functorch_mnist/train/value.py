@@ -45,9 +45,9 @@ def gradient_with_data_values(
     validation: Sequence[Tensor],
     *,
     validation_loss: Callable[..., Tensor] | None = None,
-    draw: int | None = None,
-    smoothing: float | None = None,
-    renew: bool = True,
+    validation_batch: int | None = None,
+    ema_decay: float | None = None,
+    refresh: bool = True,
     order: int = 1,
 ) -> Estimator:
     """The estimator of the plain gradient that also says what each example is worth to the loss on validation examples.
@@ -58,14 +58,14 @@ def gradient_with_data_values(
             gradient is worth |∇_i|² to itself.
         validation_loss: `validation_loss(params, *validation example) -> ()`, pure; by default `loss_fn`. Without
             dropout and augmentation it needs no keys.
-        draw: each step takes so many validation examples, drawn with replacement by the state's key and the step, so
-            that their mean gradient has the mean of all for its expectation; by default all.
-        smoothing: decay d, from 0 and below 1, of a moving average of the validation gradients of such steps, which is
-            kept in the state, in place of the step's own: with draws, its variance is (1 - d) / (1 + d) of theirs, and
-            it lags d / (1 - d) steps. By default nothing is kept.
-        renew: without it, the average that is kept stands, and no validation example is looked at: for steps between
-            those of an estimator that renews it, see `Watch`. Before the first of these all values are NaN.
-        order: 1 or 2.
+        validation_batch: how many validation examples a step draws, at least 1, with replacement, by the state's key
+            and the step: their mean gradient is an unbiased estimate of that of all. By default each step takes all.
+        ema_decay: decay d in [0, 1) of an exponential moving average of the validation gradients, which is kept in the
+            state and takes the place of the step's own. With draws its variance is (1 - d) / (1 + d) of theirs, and it
+            lags d / (1 - d) steps. By default nothing is kept.
+        refresh: False leaves the moving average as it is and evaluates no validation example: for the steps between
+            those of an estimator that refreshes it, see `Watch`. Before the first refresh all values are NaN.
+        order: 1 or 2, of the Taylor expansion.
 
     Returns:
         The estimator. Its gradient is that of `gradient(loss_fn)`, up to rounding. Its aux holds, besides `"loss"`:
@@ -99,16 +99,15 @@ def gradient_with_data_values(
     check_fn("gradient_with_data_values", "loss_fn", loss_fn)
     check_tensors("gradient_with_data_values", "validation", validation)
     total = check("gradient_with_data_values", validation, None)
-    smooth = smoothing is None or 0 <= smoothing < 1
-    if total < 1 or (draw is not None and draw < 1) or not smooth or order not in (1, 2):
+    smooth = ema_decay is None or 0 <= ema_decay < 1
+    if total < 1 or (validation_batch is not None and validation_batch < 1) or not smooth or order not in (1, 2):
         raise ValueError(
-            "gradient_with_data_values: at least one validation example, a draw of 1 or more, smoothing in [0, 1), "
-            f"order 1 or 2. Found {total} examples, draw {draw}, smoothing {smoothing}, order {order}."
+            "gradient_with_data_values: at least one validation example, validation_batch at least 1, ema_decay in "
+            f"[0, 1), order 1 or 2. Found {total} examples, {validation_batch}, {ema_decay} and {order}."
         )
-    if not renew and (smoothing is None or order == 2):
+    if not refresh and (ema_decay is None or order == 2):
         raise ValueError(
-            "gradient_with_data_values: what is not renewed must be kept, and is of first order. Found smoothing "
-            f"{smoothing}, order {order}."
+            f"gradient_with_data_values: refresh=False needs an ema_decay and order 1. Found {ema_decay} and {order}."
         )
     one = loss_fn if validation_loss is None else validation_loss
     examples = tuple(validation)
@@ -121,32 +120,32 @@ def gradient_with_data_values(
         return vmap(one, in_dims=(None, *[0] * len(rows)))(params, *rows).mean()
 
     def init(params: Tree) -> Tree:
-        if smoothing is None:
+        if ema_decay is None:
             return ()
         wide = tree.map(lambda w: torch.zeros_like(tree.wide(w)), params)
         return wide, torch.zeros((), dtype=torch.float64, device=examples[0].device)
 
     def shared(params: Tree, kept: Tree, key: Tensor) -> tuple[Tree, _Direction]:
-        if len(tree.leaves(kept)) != (0 if smoothing is None else 1 + len(tree.leaves(params))):
+        if len(tree.leaves(kept)) != (0 if ema_decay is None else 1 + len(tree.leaves(params))):
             raise ValueError(
                 "gradient_with_data_values: the state must keep what this estimator needs. Found "
                 f"{len(tree.leaves(kept))} tensors in state.estimator. "
                 "Make it with init_state(params, optimizer, key, estimator)."
             )
-        if not renew:
+        if not refresh:
             mean, weight = kept
             return kept, _Direction(mean, weight, ())
         rows = examples
-        if draw is not None:
-            which = random.randint(key, (draw,), 0, total)
+        if validation_batch is not None:
+            which = random.randint(key, (validation_batch,), 0, total)
             rows = tuple([x[which] for x in examples])
         gradient = grad(mean_loss)(params, rows)
-        if smoothing is None:
+        if ema_decay is None:
             one_alone = torch.ones((), dtype=torch.float64, device=rows[0].device)
             return kept, _Direction(gradient, one_alone, rows)
         before, weight = kept
-        mean = tree.map(lambda a, b: torch.lerp(tree.wide(b), a, smoothing), before, gradient)
-        weight = weight * smoothing + (1 - smoothing)
+        mean = tree.map(lambda a, b: torch.lerp(tree.wide(b), a, ema_decay), before, gradient)
+        weight = weight * ema_decay + (1 - ema_decay)
         return (mean, weight), _Direction(mean, weight, rows)
 
     def estimate(
