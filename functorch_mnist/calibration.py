@@ -1,7 +1,7 @@
-"""Whether a classifier is as sure as it is right, and a temperature that makes it so. With p the probabilities,
+"""Calibration of a classifier: reliability diagram, ECE, Brier score, temperature scaling. With p the probabilities,
 
     confidence             max_k p_k
-    expected error         Σ_b n_b / N |accuracy_b - confidence_b|,  over bins b of equal width of the confidence
+    ECE                    Σ_b n_b / N |accuracy_b - confidence_b|,  over bins b of equal width of the confidence
     temperature            argmin over T of the mean cross-entropy of softmax(output / T)
     Brier score            mean of Σ_k (p_k - onehot(label)_k)²
 
@@ -31,23 +31,23 @@ _MOST = 100.0
 
 
 class Reliability(NamedTuple):
-    """How often a classifier is right where it is how sure: for each bin of the confidence, (bins,) each."""
+    """The reliability diagram: confidence and accuracy in each bin of the confidence, (bins,) each."""
 
     confidence: Tensor
     """float64: the mean confidence; NaN in an empty bin."""
     accuracy: Tensor
-    """float64: the part of examples that are right; NaN in an empty bin."""
+    """float64: the fraction of examples classified correctly; NaN in an empty bin."""
     examples: Tensor
-    """int64: how many examples there are."""
+    """int64: the number of examples in the bin."""
 
     @property
     def expected_error(self) -> Tensor:
-        """0-d float64: the expected calibration error, the mean over examples of their bin's gap."""
+        """The expected calibration error (ECE), 0-d float64: the mean over examples of their bin's gap."""
         return (self._gaps * self.examples).sum() / self.examples.sum()
 
     @property
     def maximum_error(self) -> Tensor:
-        """0-d float64: the largest gap of a bin."""
+        """The maximum calibration error (MCE), 0-d float64: the largest gap of a bin."""
         return self._gaps.amax()
 
     @property
@@ -57,12 +57,15 @@ class Reliability(NamedTuple):
 
 
 def reliability(probs: Tensor, labels: Tensor, *, bins: int = 15) -> Reliability:
-    """Accuracy against confidence, in bins of equal width of the confidence.
+    """The reliability diagram, from which ECE follows: accuracy against confidence, in bins of equal width.
 
     Args:
         probs: (N, K) probabilities, N at least 1: `outputs.softmax(-1)`.
         labels: (N,) integers in [0, K).
-        bins: how many; bin b holds the confidences in (b / bins, (b + 1) / bins].
+        bins: how many, at least 1; bin b holds the confidences in (b / bins, (b + 1) / bins].
+
+    Returns:
+        Mean confidence, accuracy and number of examples of each bin. `expected_error` is ECE, `maximum_error` MCE.
 
     Raises:
         ValueError: shapes do not agree, there is no example, or `bins` is below 1.
@@ -74,14 +77,17 @@ def reliability(probs: Tensor, labels: Tensor, *, bins: int = 15) -> Reliability
     Cost: N · bins float64.
 
     Example:
-        >>> found = reliability(torch.tensor([[0.75, 0.25], [0.25, 0.75]]), torch.tensor([0, 0]), bins=2)
-        >>> found.examples, found.expected_error
+        >>> diagram = reliability(torch.tensor([[0.75, 0.25], [0.25, 0.75]]), torch.tensor([0, 0]), bins=2)
+        >>> diagram.examples, diagram.expected_error
         (tensor([0, 2]), tensor(0.2500, dtype=torch.float64))
+
+    Reference: Naeini, Cooper, Hauskrecht, "Obtaining well calibrated probabilities using Bayesian binning", AAAI 2015
+        (ECE, MCE); Guo, Pleiss, Sun, Weinberger, "On calibration of modern neural networks", ICML 2017, section 2.
     """
     _check("reliability", probs, labels)
     if bins < 1:
         raise ValueError(f"reliability: bins must be at least 1. Found {bins}.")
-    confidence, given = probs.double().max(-1)
+    confidence, predicted = probs.double().max(-1)
     inner = torch.arange(1, bins, dtype=torch.float64, device=probs.device) / bins
     member = one_hot((confidence[:, None] > inner).sum(-1), bins).double()  # (N, bins)
     count = member.sum(0)
@@ -89,31 +95,31 @@ def reliability(probs: Tensor, labels: Tensor, *, bins: int = 15) -> Reliability
     def mean(values: Tensor) -> Tensor:
         return torch.where(count > 0, values @ member / count.clamp(min=1), math.nan)
 
-    return Reliability(mean(confidence), mean((given == labels).double()), count.long())
+    return Reliability(mean(confidence), mean((predicted == labels).double()), count.long())
 
 
 def temperature(outputs: Tensor, labels: Tensor, *, steps: int = 50) -> Tensor:
-    """The temperature T at which softmax(output / T) has the least mean cross-entropy.
+    """Temperature scaling: the T at which softmax(output / T) has the least mean cross-entropy.
 
-    The cross-entropy is convex in 1 / T, so its derivative changes sign once: that place is found by bisection of
-    log T. Take examples that the model was not trained on. The class of the largest output stays the same at any T.
+    The cross-entropy is convex in 1 / T, so its derivative has one root, by bisection of log T. Take held-out examples.
+    The predicted class is the same at any T.
 
     Args:
         outputs: (N, K) logits or log-probabilities, N at least 1.
         labels: (N,) integers in [0, K).
-        steps: halvings, at least 1; 50 reach the precision of float64.
+        steps: bisections, at least 1; 50 reach the precision of float64.
 
     Returns:
-        0-d float64 in [0.01, 100], within a factor `100^(2 / 2^steps)` of the least; no gradient flows to it. An end
-        of the range is the best in it: where the model is always right T tends to 0, where it knows nothing to
-        infinity. It is 1 where every T is as good.
+        0-d float64 in [0.01, 100], within a factor `100^(2 / 2^steps)` of the minimiser; no gradient flows to it. At
+        an end of the range the minimum lies beyond: T tends to 0 for a model that is always right, to infinity for one
+        whose outputs carry no information. It is 1 where every T is equally good.
 
     Raises:
         ValueError: shapes do not agree, there is no example, or `steps` is below 1.
         TypeError: the labels are not integers.
 
     Guarantees: outputs multiplied by a factor have their temperature multiplied by it, within the range. Works under
-        `vmap`, over models say.
+        `vmap`, for example over models.
 
     Cost: each step is one softmax in float64.
 
@@ -148,7 +154,7 @@ def brier(probs: Tensor, labels: Tensor) -> Tensor:
         labels: (N,) integers in [0, K).
 
     Returns:
-        0-d float64: 0 for certainty that is right, 2 for certainty that is wrong.
+        0-d float64: 0 for confident correct predictions, 2 for confident wrong ones.
 
     Raises:
         ValueError: shapes do not agree, or there is no example.
@@ -157,6 +163,8 @@ def brier(probs: Tensor, labels: Tensor) -> Tensor:
     Example:
         >>> brier(torch.tensor([[0.5, 0.5], [1.0, 0.0]]), torch.tensor([0, 0]))
         tensor(0.2500, dtype=torch.float64)
+
+    Reference: Brier, "Verification of forecasts expressed in terms of probability", Monthly Weather Review 78, 1950.
     """
     _check("brier", probs, labels)
     return (probs.double() - one_hot(labels, probs.shape[-1])).square().sum(-1).mean()

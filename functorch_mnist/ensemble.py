@@ -1,16 +1,17 @@
-"""What several models say together. With p_m = softmax(output_m) of model m of M, p̄ their mean and H the entropy,
+"""Deep ensembles. With p_m = softmax(output_m) of model m of M, p̄ their mean and H the entropy,
 
     mean                   log p̄
-    vote                   how many models give the class, / M
-    disagreement           pairs of models that give different classes, / pairs
+    vote                   models that predict the class / M
+    disagreement           pairs of models that predict different classes / pairs
     mutual information     H(p̄) - mean_m H(p_m)
 
-An entropy has two parts: the mutual information, about which model is right, would go away with more data to train on
-(epistemic), and mean_m H(p_m), about what models agree to be uncertain, would not (aleatoric).
+The predictive entropy H(p̄) has two parts: the mutual information, which more training data would reduce (epistemic
+uncertainty), and mean_m H(p_m), which they would not (aleatoric uncertainty).
 
 Reference: Lakshminarayanan, Pritzel, Blundell, "Simple and scalable predictive uncertainty estimation using deep
 ensembles", NeurIPS 2017, https://arxiv.org/abs/1612.01474. The two parts: Depeweg, Hernández-Lobato, Doshi-Velez,
-Udluft, "Decomposition of uncertainty in Bayesian deep learning", ICML 2018, https://arxiv.org/abs/1710.07283.
+Udluft, "Decomposition of uncertainty in Bayesian deep learning for efficient and risk-sensitive learning", ICML
+2018, https://arxiv.org/abs/1710.07283.
 """
 
 import math
@@ -30,35 +31,43 @@ def __dir__() -> list[str]:
 
 
 def mean(outputs: Tensor) -> Tensor:
-    """The logarithm of the mean of the models' probabilities: outputs again, for a loss or an evaluation.
+    """The prediction of a deep ensemble: the logarithm of the mean of the models' probabilities.
 
     Args:
         outputs: (M, ..., K) logits or log-probabilities of M models, at least one.
 
     Returns:
-        (..., K) log-probabilities, float32 or wider.
+        (..., K) log-probabilities, float32 or wider: outputs again, for a loss or an evaluation.
 
     Raises:
-        ValueError: there is no model or no axis of classes; so do the others.
+        ValueError: there is no model or no axis of classes.
+        TypeError: the outputs are no tensor, such as a list of them.
 
     Guarantees: the mean cross-entropy is at most the models' average; of one model, its log-softmax.
 
     Example:
         >>> mean(torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()).exp()
         tensor([0.7000, 0.3000])
+
+    Reference: Lakshminarayanan, Pritzel, Blundell, "Simple and scalable predictive uncertainty estimation using deep
+        ensembles", NeurIPS 2017, https://arxiv.org/abs/1612.01474.
     """
     return _mean(_log_probs("ensemble.mean", outputs))
 
 
 def vote(outputs: Tensor) -> Tensor:
-    """The share of models that give each class; a model gives the class of its largest output.
+    """Majority voting: the fraction of models that predict each class, that of their largest output.
 
     Args:
         outputs: (M, ..., K) logits or log-probabilities of M models, at least one.
 
     Returns:
-        (..., K) in [0, 1], float32 or wider. Of several classes with the most votes, the one with the highest mean
-        probability keeps its share, and the others have the next smaller float: so the largest is the class voted for.
+        (..., K) in [0, 1], float32 or wider. Ties are broken by the mean probability: of several classes with the most
+        votes the most probable one keeps its fraction, and the others get the next smaller float. So the argmax is the
+        class voted for.
+
+    Raises:
+        ValueError, TypeError: as in `mean`.
 
     Example:
         >>> vote(torch.tensor([[2.0, 0.0, 0.0], [2.0, 0.0, 0.0], [0.0, 0.0, 9.0]]))
@@ -68,18 +77,21 @@ def vote(outputs: Tensor) -> Tensor:
     votes = _votes(outputs)
     first = votes == votes.amax(-1, keepdim=True)
     winner = one_hot(_mean(log_probs).masked_fill(~first, -torch.inf).argmax(-1), votes.shape[-1]).bool()
-    shares = votes.to(log_probs.dtype) / len(outputs)
-    return torch.where(first & ~winner, torch.nextafter(shares, torch.zeros_like(shares)), shares)
+    fractions = votes.to(log_probs.dtype) / len(outputs)
+    return torch.where(first & ~winner, torch.nextafter(fractions, torch.zeros_like(fractions)), fractions)
 
 
 def disagreement(outputs: Tensor) -> Tensor:
-    """The share of pairs of models that give different classes.
+    """The fraction of pairs of models that predict different classes.
 
     Args:
         outputs: (M, ..., K) logits or log-probabilities of M models, at least one.
 
     Returns:
         (...) float32 in [0, 1]; 0 of one model.
+
+    Raises:
+        ValueError, TypeError: as in `mean`.
 
     Example:
         >>> disagreement(torch.tensor([[2.0, 0.0, 0.0], [2.0, 0.0, 0.0], [0.0, 0.0, 9.0]]))
@@ -91,7 +103,7 @@ def disagreement(outputs: Tensor) -> Tensor:
 
 
 def mutual_information(outputs: Tensor) -> Tensor:
-    """What the models differ in, in nats: the entropy of their mean less the mean of their entropies.
+    """The epistemic uncertainty of an ensemble, in nats: the entropy of the mean minus the mean entropy.
 
     Args:
         outputs: (M, ..., K) logits or log-probabilities of M models, at least one.
@@ -99,11 +111,18 @@ def mutual_information(outputs: Tensor) -> Tensor:
     Returns:
         (...) from 0 to log M, float32 or wider.
 
+    Raises:
+        ValueError, TypeError: as in `mean`.
+
     Guarantees: 0 where all models give the same probabilities. A probability of 0 adds nothing.
 
     Example:
         >>> mutual_information(torch.tensor([[1.0, 0.0], [0.0, 1.0]]).log())
         tensor(0.6931)
+
+    Reference: Depeweg, Hernández-Lobato, Doshi-Velez, Udluft, "Decomposition of uncertainty in Bayesian deep learning
+        for efficient and risk-sensitive learning", ICML 2018, https://arxiv.org/abs/1710.07283; BALD: Houlsby, Huszár,
+        Ghahramani, Lengyel, "Bayesian active learning for classification and preference learning", 2011.
     """
     # The mean divergence of a model from the mean: the same number, without the difference of two sums.
     log_probs = _log_probs("ensemble.mutual_information", outputs)
@@ -117,7 +136,7 @@ def _mean(log_probs: Tensor) -> Tensor:
 
 
 def _votes(outputs: Tensor) -> Tensor:
-    """How many models give each class: (M, ..., K) to (..., K), float32."""
+    """How many models predict each class: (M, ..., K) to (..., K), float32."""
     return one_hot(outputs.argmax(-1), outputs.shape[-1]).sum(0)
 
 

@@ -233,7 +233,7 @@ def test_each_width_is_measured_on_copies():
     assert set(found.seconds) == {1, 4}
     assert found.best in (1, 4)
     assert equal(begun.states, before)
-    assert str(found).endswith(f"made {'one after the other' if found.best == 1 else '4 at once'}.")
+    assert str(found).endswith(f"trained {'in a loop' if found.best == 1 else '4 vmapped'}.")
     assert sweep.Throughput({1: 3.0, 8: 2.0}).best == 8
 
 

@@ -3,15 +3,16 @@
     fold(a + b) = merge(fold(a), fold(b))
 
 A statistic is a function of some examples' gradients (`Gradients`) to sums over them. The sums are a pytree of tensors
-whose size does not hang on the number of examples; what is asked of them, such as a mean or a quantile, is a property.
+whose size does not depend on the number of examples; what is computed from them, such as a mean or a quantile, is a
+property.
 
     folds.py          sums, how they merge, and the fold over chunks
     distribution.py   the distribution of numbers, with quantiles
     gradients.py      what a fold can take: norms, moments, alignment, Kronecker factors, their corrected eigenvalues
-    noise.py          their noise: the noise scale with an error bar, the batch size that it advises, the diversity
+    noise.py          the gradient noise scale with an error bar, the critical batch size, the gradient diversity
     fisher.py         the Fisher information of a classifier: its diagonal, its Kronecker factors, their eigenvalues
 
-What goes over data takes `loss_fn`, `params` and `*batch` as `per_sample` does, and `mask`, `chunk_size` and `plan`.
+Functions over data take `loss_fn`, `params` and `*batch` as `per_sample` does, and `mask`, `chunk_size` and `plan`.
 Sums are in float64 and cannot be differentiated.
 """
 

@@ -1,4 +1,4 @@
-"""The distribution of numbers, in memory that does not hang on how many there are.
+"""The distribution of numbers, in memory that does not depend on how many there are.
 
 Each number is counted in the bin of its value rounded to bfloat16: the 65,536 values of that type cover all of float32
 with steps of 2^-8 of a value, so no range has to be known, the bins of any two parts are the same, and counts add up
@@ -22,10 +22,18 @@ _BINS, _ZERO = 1 << 16, 1 << 15
 @tree.register
 @dataclass(frozen=True)
 class Distribution(Sums):
-    """How numbers are distributed."""
+    """A histogram of numbers, with their moments and quantiles.
+
+    Distributions of two parts of a data set merge exactly, see `statistics.merge`.
+
+    Example:
+        >>> values = torch.tensor([1.0, 3.0])
+        >>> Distribution.of(values, values > 0).mean
+        tensor(2., dtype=torch.float64)
+    """
 
     count: Tensor
-    """0-d float64: how many there are."""
+    """0-d float64: how many numbers there are."""
     total: Tensor
     """0-d float64: their sum."""
     squares: Tensor
@@ -39,7 +47,12 @@ class Distribution(Sums):
 
     @classmethod
     def of(cls, values: Tensor, keep: Tensor) -> Distribution:
-        """The distribution of the numbers (B,) for which `keep` (B,) bool is True."""
+        """The distribution of some numbers.
+
+        Args:
+            values: (B,) floats.
+            keep: (B,) bool; a number with False is left out.
+        """
         numbers = torch.where(keep, values.double(), 0.0)
         least = torch.where(keep, numbers, math.inf)
         most = torch.where(keep, numbers, -math.inf)
@@ -69,16 +82,22 @@ class Distribution(Sums):
 
     @property
     def mean(self) -> Tensor:
-        """0-d float64; NaN where there is none."""
+        """The mean, 0-d float64; NaN of no number."""
         return self.total / self.count
 
     @property
     def root_mean_square(self) -> Tensor:
-        """0-d float64; NaN where there is none."""
+        """The root of the mean square, 0-d float64; NaN of no number."""
         return (self.squares / self.count).sqrt()
 
     def quantile(self, q: float) -> Tensor:
-        """The least number that at least the part `q` of all numbers do not exceed: 0-d float64, NaN of none.
+        """The q-quantile: the least number that at least a fraction `q` of all numbers do not exceed.
+
+        Args:
+            q: from 0 to 1.
+
+        Returns:
+            0-d float64; NaN of no number.
 
         Guarantees: exactly that quantile of the numbers rounded to bfloat16, so within 2^-8 of the value relatively,
             for sizes from 1.2e-38 to 3.3e38. NaN counts as more than infinity.

@@ -27,7 +27,15 @@ from .folds import Gradients, Sums, wide_sums
 @tree.register
 @dataclass(frozen=True)
 class Norms(Sums):
-    """How the norms of sample gradients are distributed."""
+    """The distribution of the norms of per-sample gradients: `fold(…, of=Norms.of)`.
+
+    GraNd is the norm itself, see `per_sample.norms` and `attribution.scores`.
+
+    Example:
+        >>> from functorch_mnist.statistics import fold
+        >>> fold(lambda w, x: w * x, torch.tensor(0.0), torch.tensor([1.0, 3.0]), of=Norms.of).whole.maximum
+        tensor(3., dtype=torch.float64)
+    """
 
     whole: Distribution
     """Of |∇_i|."""
@@ -54,7 +62,10 @@ class Norms(Sums):
 @tree.register
 @dataclass(frozen=True)
 class Moments(Sums):
-    """The first two moments of sample gradients, elementwise. Properties are trees like `params`, in float64."""
+    """The first two moments of per-sample gradients, elementwise: `fold(…, of=Moments.of)`.
+
+    Properties are trees like `params`, in float64.
+    """
 
     count: Tensor
     """0-d float64: N."""
@@ -70,12 +81,12 @@ class Moments(Sums):
 
     @property
     def mean(self) -> Tree:
-        """G; NaN without an example."""
+        """The mean gradient G, like `params`; NaN without an example."""
         return tree.map(lambda total: total / self.count, self.total)
 
     @property
     def variance(self) -> Tree:
-        """`Σ (∇_i - G)² / (N - 1)`, unbiased; NaN for fewer than two examples."""
+        """The variance `Σ (∇_i - G)² / (N - 1)`, like `params`, unbiased; NaN for fewer than two examples."""
 
         def one(total: Tensor, squares: Tensor) -> Tensor:
             variance = (squares - total.square() / self.count).clamp(min=0) / (self.count - 1)
@@ -85,7 +96,9 @@ class Moments(Sums):
 
     @property
     def signal_to_noise(self) -> Tree:
-        """`G² / variance`; 0 where the mean is 0, infinite where only the variance is.
+        """The gradient signal-to-noise ratio (GSNR) `G² / variance`, like `params`.
+
+        0 where the mean is 0, infinite where only the variance is 0.
 
         Reference: Liu et al., "Understanding why neural networks generalize well through GSNR of parameters", ICLR
             2020, equation 1.
@@ -98,8 +111,10 @@ class Moments(Sums):
 
     @property
     def fisher(self) -> Tree:
-        """The diagonal of the empirical Fisher information, `Σ ∇_i² / N`: of the labels as they are, for a loss that
-        is a negative log-likelihood.
+        """The diagonal of the empirical Fisher information, `Σ ∇_i² / N`, like `params`.
+
+        It takes the labels of the data, for a loss that is a negative log-likelihood; `fisher_diagonal` takes the
+        model's.
 
         Reference: Kunstner et al., "Limitations of the empirical Fisher approximation", NeurIPS 2019.
         """
@@ -109,13 +124,22 @@ class Moments(Sums):
 @tree.register
 @dataclass(frozen=True)
 class Alignment(Sums):
-    """How sample gradients point along a direction. An example without a gradient has the cosine 0."""
+    """The distribution of the cosines of per-sample gradients with a direction.
+
+    `fold(…, of=partial(Alignment.of, direction=direction))`. An example without a gradient has the cosine 0.
+    """
 
     cosines: Distribution
+    """Of ⟨∇_i, v⟩ / (|∇_i| |v|)."""
 
     @classmethod
     def of(cls, gradients: Gradients, *, direction: Tree) -> Alignment:
-        """The distribution over some examples, for a direction like `params`: `partial(Alignment.of, direction=…)`."""
+        """The distribution over some examples.
+
+        Args:
+            gradients: of the examples.
+            direction: v, a tree like `params`, such as a mean gradient.
+        """
         found = _cosines(gradients.factored, gradients.norms, direction)
         return cls(Distribution.of(found, gradients.keep))
 
@@ -126,7 +150,10 @@ class Alignment(Sums):
 @tree.register
 @dataclass(frozen=True)
 class KroneckerFactors(Sums):
-    """Kronecker factors of the sample gradients' second moment."""
+    """The Kronecker factors of the per-sample gradients' second moment: `fold(…, of=KroneckerFactors.of)`.
+
+    Reference: Martens, Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", ICML 2015.
+    """
 
     count: Tensor
     """0-d float64: N."""
@@ -140,14 +167,16 @@ class KroneckerFactors(Sums):
 
     @property
     def mean(self) -> dict[str, Kronecker]:
-        """The factors per example."""
+        """The factors per example, by path, in float64."""
         return tree.map(lambda factor: factor / self.count, self.sums)
 
 
 @tree.register
 @dataclass(frozen=True)
 class Eigenvalues(Sums):
-    """Second moments of sample gradients along the eigenvectors of Kronecker factors: the corrected eigenvalues.
+    """Second moments of per-sample gradients along the eigenvectors of Kronecker factors: EK-FAC's eigenvalues.
+
+    `fold(…, of=partial(Eigenvalues.of, bases=bases))`.
 
     Reference: George et al., "Fast approximate natural gradient descent in a Kronecker-factored eigenbasis", NeurIPS
         2018, equation 7.
@@ -160,12 +189,17 @@ class Eigenvalues(Sums):
 
     @classmethod
     def of(cls, gradients: Gradients, *, bases: Mapping[str, Eigenbasis]) -> Eigenvalues:
-        """The sums over some examples, for the bases of parameters: `partial(Eigenvalues.of, bases=…)`."""
+        """The sums over some examples.
+
+        Args:
+            gradients: of the examples.
+            bases: by the path of a parameter, `per_sample.eigenbasis` of its Kronecker factors.
+        """
         return cls(gradients.count, wide_sums(gradients.factors.eigenvalues(bases)))
 
     @property
     def mean(self) -> dict[str, Tensor]:
-        """The second moments per example."""
+        """The second moments per example, by path, in float64."""
         return {path: sums / self.count for path, sums in self.sums.items()}
 
 
@@ -178,11 +212,23 @@ def cosines(
     chunk_size: int | None = None,
     plan: Plan | None = None,
 ) -> Tensor:
-    """The cosine of each ∇_i with a direction, such as the mean gradient: (B,), 0 where either is zero.
+    """The cosine of each per-sample gradient with a direction, such as the mean gradient.
 
     Args:
-        loss_fn, params, batch, mask, chunk_size, plan: as in `per_sample.dot`.
-        direction: a tree like `params`.
+        loss_fn: `loss_fn(params, *example) -> ()`, pure.
+        params: a pytree of float tensors.
+        batch: tensors (B, …).
+        direction: v, a tree like `params`.
+        mask: (B,) bool; an example with False, whatever it holds, has the cosine 0.
+        chunk_size: examples taken at a time, at least 1; by default all.
+        plan: how `per_sample` computes each parameter; by default the cheapest way.
+
+    Returns:
+        (B,) in [-1, 1], float32 or wider: ⟨∇_i, v⟩ / (|∇_i| |v|), 0 where either is zero.
+
+    Raises:
+        ValueError: the batch, the mask, the direction, the chunk size or the plan does not fit.
+        TypeError: a parameter is no float tensor.
 
     Cost: one backward pass.
 

@@ -35,7 +35,7 @@ from .folds import Gradients, Sums, fold, gradients, merge, wide_sums
 @tree.register
 @dataclass(frozen=True)
 class Noise(Sums):
-    """What the noise of sample gradients follows from. Properties are 0-d float64."""
+    """The sums that the gradient noise scale follows from: `fold(…, of=Noise.of)`. Properties are 0-d float64."""
 
     count: Tensor
     """0-d float64: N."""
@@ -80,17 +80,20 @@ class Noise(Sums):
 
 
 class NoiseScale(NamedTuple):
-    """A noise scale and what it is made of, with standard errors."""
+    """The gradient noise scale, its two parts, and their standard errors (jackknife)."""
 
     scale: float
     """B_simple, in examples; infinite where the estimate of |E ∇|² is not above zero."""
     error: float
+    """Standard error of `scale`, in examples."""
     trace: float
-    """tr Σ."""
+    """tr Σ, the trace of the covariance of per-sample gradients."""
     trace_error: float
+    """Standard error of `trace`."""
     square_norm: float
-    """|E ∇|², which can be below zero."""
+    """|E ∇|², the squared norm of the expected gradient; its unbiased estimate can be below zero."""
     square_norm_error: float
+    """Standard error of `square_norm`."""
     samples: int
     """How many examples, or steps, it was estimated from."""
 
@@ -99,22 +102,34 @@ class NoiseScale(NamedTuple):
 
 
 class Efficiency(NamedTuple):
-    """What a batch size costs against the two extremes, by the model of the reference, equation 2.11."""
+    """What a batch size costs, relative to the two extremes.
+
+    Reference: McCandlish et al., "An empirical model of large-batch training", 2018, equation 2.11.
+    """
 
     steps: float
-    """Steps to a given loss, over the fewest, those of very large batches."""
+    """Steps to a given loss, over the minimum, that of very large batches: at least 1."""
     examples: float
-    """Examples to a given loss, over the fewest, those of very small batches."""
+    """Examples to a given loss, over the minimum, that of very small batches: at least 1."""
 
 
 def efficiency(scale: float, batch_size: int) -> Efficiency:
     """What training with a batch size costs, for a noise scale.
 
     Batches well below the scale waste no example, batches well above it save no step; at the scale, the critical batch
-    size, both take twice their least.
+    size, both take twice their minimum.
+
+    Args:
+        scale: the noise scale, in examples, at least 0; infinity is allowed.
+        batch_size: B, at least 1.
+
+    Returns:
+        Steps 1 + scale / B and examples 1 + B / scale, in units of their minima.
 
     Raises:
         ValueError: the scale is below 0 or the batch size below 1.
+
+    Reference: McCandlish et al., "An empirical model of large-batch training", 2018, equation 2.11.
 
     Example:
         >>> efficiency(900.0, 900)
@@ -134,15 +149,25 @@ def _estimates(count: Tensor, square_of_sum: Tensor, squares: Tensor) -> tuple[T
 
 
 def batch_noise(norms: Tensor, sums: Tree, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The unbiased tr Σ and |E ∇|² of one batch, as a training step sees them: 0-d float64, NaN of fewer than two.
+    """The unbiased tr Σ and |E ∇|² of one batch, from what a training step has.
 
     Args:
-        norms: (B,), of the sample gradients, zero where masked.
-        sums: the sum of the gradients, like `params`.
-        mask: (B,) bool.
+        norms: (B,), |∇_i| of the per-sample gradients, zero where masked.
+        sums: Σ ∇_i, a tree like `params`.
+        mask: (B,) bool; by default all examples count.
+
+    Returns:
+        `(trace, square_norm)`, 0-d float64 each; NaN for fewer than two examples. Average both over steps with
+        `mean_noise_scale`.
 
     Raises:
         ValueError: the norms are not (B,), or the mask does not fit.
+
+    Example:
+        >>> batch_noise(torch.tensor([1.0, 3.0]), torch.tensor(4.0))
+        (tensor(2., dtype=torch.float64), tensor(3., dtype=torch.float64))
+
+    Reference: McCandlish et al., "An empirical model of large-batch training", 2018, appendix A.1.
     """
     batches.check("batch_noise", (norms,), mask)
     norms = norms if mask is None else batches.masked(norms, mask)
@@ -159,16 +184,29 @@ def noise_scale(
     plan: Plan | None = None,
     world: World = SINGLE_PROCESS,
 ) -> NoiseScale:
-    """The noise scale at one point, from the gradients of single examples.
+    """The gradient noise scale at one point, from per-sample gradients.
 
     Args:
-        loss_fn, params, batch, mask, chunk_size, plan, world: as in `fold`; at least three examples that count.
+        loss_fn: `loss_fn(params, *example) -> ()`, pure.
+        params: a pytree of float tensors.
+        batch: tensors (N, …), with at least three examples that count.
+        mask: (N,) bool; an example with False, whatever it holds, is left out.
+        chunk_size: examples taken at a time, at least 1; by default all. Memory is that of one chunk.
+        plan: how `per_sample` computes each parameter; by default the cheapest way.
+        world: the processes, all with the same examples, which divide the chunks between them.
+
+    Returns:
+        B_simple = tr Σ / |E ∇|² in examples, with the standard error of the jackknife over examples.
 
     Raises:
-        ValueError: there are fewer than three examples.
+        ValueError: fewer than three examples count, or the batch, the mask, the chunk size or the plan does not fit.
+        TypeError: the parameters are a module or not float tensors.
 
     Cost: two backward passes over the data: one for the sum, one for what leaving an example out would change. One
         where there is one chunk.
+
+    Reference: McCandlish, Kaplan, Amodei and the OpenAI Dota team, "An empirical model of large-batch training", 2018,
+        section 2.2.
 
     Example:
         >>> found = noise_scale(lambda w, x: w * x, torch.tensor(0.0), torch.tensor([1.0, 2.0, 3.0, 4.0]))
@@ -202,8 +240,12 @@ def mean_noise_scale(traces: Tensor, square_norms: Tensor) -> NoiseScale:
     """The noise scale of several steps: the mean of tr Σ over the mean of |E ∇|².
 
     Args:
-        traces, square_norms: (T,) unbiased estimates of single steps, such as `batch_noise` or `two_batch_sizes` give,
-            at least three, independent of each other. Steps of a run are not quite so: what they estimate drifts.
+        traces, square_norms: (T,) unbiased estimates of single steps, such as those of `batch_noise` or
+            `two_batch_sizes`, T at least 3, independent of each other. Steps of a run are so only nearly: what they
+            estimate drifts.
+
+    Returns:
+        B_simple in examples, with the standard error of the jackknife over steps.
 
     Raises:
         ValueError: they are not (T,) both, fewer than three, or not finite, as those of a batch of one example.
@@ -231,8 +273,8 @@ def two_batch_sizes(small: Tensor, large: Tensor, *, small_size: int, large_size
     """Unbiased tr Σ and |E ∇|² from the squared norms of mean gradients of two batch sizes.
 
     Args:
-        small, large: (T,) squared norms of the mean gradients of independent pairs of batches.
-        small_size, large_size: how many examples a batch has.
+        small, large: (T,) squared norms |G|² of the mean gradients of independent pairs of batches.
+        small_size, large_size: examples in a small and in a large batch, 1 ≤ small_size < large_size.
 
     Returns:
         `(traces, square_norms)`, (T,) each, for `mean_noise_scale`.
@@ -240,7 +282,11 @@ def two_batch_sizes(small: Tensor, large: Tensor, *, small_size: int, large_size
     Raises:
         ValueError: the sizes are not in order, or the tensors not of one shape.
 
-    Reference: McCandlish et al., 2018, equations A.2 and A.3.
+    Example:
+        >>> two_batch_sizes(torch.tensor([3.0]), torch.tensor([2.0]), small_size=1, large_size=2)
+        (tensor([2.], dtype=torch.float64), tensor([1.], dtype=torch.float64))
+
+    Reference: McCandlish et al., "An empirical model of large-batch training", 2018, equations A.2 and A.3.
     """
     if small.shape != large.shape:
         raise ValueError(
@@ -256,7 +302,7 @@ def two_batch_sizes(small: Tensor, large: Tensor, *, small_size: int, large_size
 @tree.register
 @dataclass(frozen=True)
 class _LeftOut(Sums):
-    """How the estimates change where one example is left out, of tr Σ, |E ∇|² and their ratio."""
+    """The jackknife's leave-one-out deviations of tr Σ, |E ∇|² and their ratio."""
 
     deviations: Tensor
     """(3,): their sums over the examples."""

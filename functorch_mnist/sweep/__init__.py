@@ -1,4 +1,4 @@
-"""Training runs as functions: many at once, and differentiated by what they are set to.
+"""Hyperparameter search: many training runs in one `vmap`, and gradients by hyperparameters through training.
 
     runs = sweep.grid(lr=[0.01, 0.1], seeds=range(5))           a table, one row for each run
     found = sweep.fit(vmapped, runs, sweep.init_sweep(…), width=…)     all of them, epoch by epoch
@@ -7,9 +7,9 @@
 | file | what it holds |
 |---|---|
 | `runs.py` | tables of runs: grids and random draws |
-| `vmapped.py` | a step of many runs in one call; what it costs side by side and one after the other |
+| `vmapped.py` | a step of many runs in one call of `vmap`; what it costs vmapped and in a loop |
 | `fitting.py` | the sweep: successive halving, early stopping, failures |
-| `subsets.py` | runs that are each trained on a part of the examples of its own |
+| `subsets.py` | runs that are each trained on their own subset of the examples |
 | `unrolling.py` | the gradient through training, in memory that grows with the root of the steps |
 | `descent.py` | descent on hyperparameters by that gradient |
 """

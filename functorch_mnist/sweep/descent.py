@@ -1,8 +1,8 @@
-"""Descent on hyperparameters by the gradient through training.
+"""Descent on hyperparameters by hypergradients.
 
-Each hyperparameter moves on a scale of its own, on which any number stands for a value it may take. There it moves by a
-step that grows while the gradient keeps its sign and shrinks where it turns (Rprop): hypergradients differ by many
-powers of ten from one hyperparameter and one place to the next, and their signs say most of what they know.
+Each hyperparameter is reparameterised, on a scale such as the logarithm, as an unbounded number. This number moves by a
+step that grows while the gradient keeps its sign and shrinks where the sign changes (Rprop): hypergradients differ by
+orders of magnitude between hyperparameters and between points, and most of their information is in the sign.
 
 Reference: Riedmiller, Braun, "A direct adaptive method for faster backpropagation learning: the RPROP algorithm", IEEE
 International Conference on Neural Networks, 1993.
@@ -19,10 +19,12 @@ from .vmapped import Values
 
 
 class Scale(NamedTuple):
-    """How a hyperparameter is written as an unbounded number."""
+    """How a hyperparameter is reparameterised as an unbounded number."""
 
     to: Callable[[Tensor], Tensor]
+    """From the hyperparameter to the number, 0-d tensors."""
     back: Callable[[Tensor], Tensor]
+    """The inverse, from any number to an allowed value."""
 
 
 LOG = Scale(torch.log, torch.exp)
@@ -32,21 +34,23 @@ LOG_FROM_ONE = Scale(lambda value: -torch.log1p(-value), lambda number: -torch.e
 
 
 class Trial(NamedTuple):
-    """What was tried in a round."""
+    """One evaluation of the objective."""
 
     hyper: Values
+    """The hyperparameters, 0-d tensors by name."""
     loss: float
-    """What it gave; infinite where training did not stay finite."""
+    """Their loss; infinite where training diverged."""
 
 
 class Tuned(NamedTuple):
-    """What descent has found."""
+    """The result of `tune`."""
 
     hyper: Values
-    """Those of the least loss of all trials."""
+    """The hyperparameters of the trial with the least loss."""
     loss: float
+    """That loss; infinite where every trial diverged."""
     trials: list[Trial]
-    """In order."""
+    """All trials, in order."""
 
 
 def tune(
@@ -59,22 +63,37 @@ def tune(
     max_step: float = 1.0,
     callback: Callable[[Trial], None] = lambda _: None,
 ) -> Tuned:
-    """The best hyperparameters that some rounds of descent find.
+    """Descent on hyperparameters by sign-based steps (Rprop).
 
     Args:
-        objective: `objective(hyper) -> (loss, grads)`, such as a hypergradient's; the same for the same values.
-        start: where to begin, 0-d float tensors.
-        scales: of each hyperparameter, its scale.
-        rounds: how often the objective is asked, at least 1.
-        first_step: of the first move, on the scale.
-        max_step: the longest move.
-        callback: told of each trial.
+        objective: `objective(hyper) -> (loss, grads)`, a deterministic function, such as a `hypergradient`'s. `loss` is
+            0-d, `grads` 0-d tensors by the names of `hyper`.
+        start: the first values, 0-d float tensors by name.
+        scales: of each hyperparameter, `LOG`, `LOG_FROM_ONE` or another `Scale`.
+        rounds: evaluations of the objective, at least 1.
+        first_step: length of the first move, on the scale: for `LOG` a factor of exp(first_step).
+        max_step: length of the longest move, on the scale.
+        callback: called with each trial.
+
+    Returns:
+        The best hyperparameters, their loss, and all trials.
 
     Raises:
         ValueError: `rounds` is below 1, a scale is missing, or a start lies at the end of its scale.
+        TypeError: a scale is no `Scale`, or a start no tensor.
 
-    Guarantees: never gives a place worse than the start. From a place where training is not finite it goes back half
-        the way to the best one.
+    Guarantees: the result is never worse than the start. From a point where training diverges, the next trial is half
+        way back to the best one.
+
+    Example:
+        >>> def objective(hyper):  # (log lr)²
+        ...     log = hyper["lr"].log()
+        ...     return log**2, {"lr": 2 * log / hyper["lr"]}
+        >>> round(tune(objective, {"lr": torch.tensor(10.0)}, scales={"lr": LOG}, rounds=9).loss, 2)
+        0.01
+
+    Reference: Riedmiller, Braun, "A direct adaptive method for faster backpropagation learning: the RPROP algorithm",
+        IEEE International Conference on Neural Networks, 1993.
     """
     if rounds < 1 or set(start) != set(scales):
         raise ValueError(
@@ -102,7 +121,7 @@ def tune(
         if trials[-1].loss < best_loss:
             best, best_loss = numbers, trials[-1].loss
         if not math.isfinite(loss) or not all(map(math.isfinite, slopes.values())):
-            if best_loss == math.inf or best is numbers:  # there is no way back: try smaller ones
+            if best_loss == math.inf or best is numbers:  # no better point to return to: try smaller values
                 numbers = {name: number - max_step for name, number in numbers.items()}
             else:
                 numbers = {name: (number + best[name]) / 2 for name, number in numbers.items()}
@@ -112,9 +131,9 @@ def tune(
         moved = {}
         for name, number in numbers.items():
             sign = math.copysign(1.0, slopes[name]) if slopes[name] else 0.0
-            turned = sign * signs[name]
-            steps[name] = min(max_step, steps[name] * (1.2 if turned > 0 else 0.5 if turned < 0 else 1.0))
+            kept = sign * signs[name]
+            steps[name] = min(max_step, steps[name] * (1.2 if kept > 0 else 0.5 if kept < 0 else 1.0))
             moved[name], signs[name] = number - sign * steps[name], sign
         numbers = moved
-    found = {name: scales[name].back(number).to(start[name].dtype) for name, number in best.items()}
-    return Tuned(found, best_loss, trials)
+    values = {name: scales[name].back(number).to(start[name].dtype) for name, number in best.items()}
+    return Tuned(values, best_loss, trials)

@@ -1,8 +1,7 @@
-"""The sweep: epoch by epoch, all runs that are still in it, until they end one way or another.
+"""The sweep: all runs that are still running, epoch by epoch.
 
-A run ends when its epochs are made, when others are better (successive halving), when it has not become better for a
-while (early stopping), or when its loss or parameters are no longer finite. What ends makes room: the runs that are
-left are put together anew.
+A run ends when its epochs are made, when successive halving prunes it, when its score has not improved for some epochs
+(early stopping), or when its loss or parameters are no longer finite. The remaining runs are then regrouped.
 """
 
 import math
@@ -17,48 +16,48 @@ from ..distributed import SINGLE_PROCESS, World, map_rows
 from ..train import State
 from ..tree import Tree
 from .runs import Runs, count, settings
-from .vmapped import Program, VmappedStep, init, judged, put_, take
+from .vmapped import Program, VmappedStep, init, put_, score, take
 
 RUNNING, FINISHED, PRUNED, STOPPED, FAILED = range(5)
 """The state of a run, in `Sweep.ended`: still running, or why it ended."""
 STATUSES = ("running", "finished", "pruned", "stopped", "failed")
-"""The same in words."""
+"""Their names, by number."""
 
 
 class Halving(NamedTuple):
-    """Successive halving: now and then only the best settings go on.
+    """Successive halving: at intervals, only the best settings continue.
 
     Reference: Jamieson, Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization",
         AISTATS 2016.
     """
 
     every: int
-    """Epochs from one cut to the next, at least 1."""
+    """Epochs between two prunings, at least 1."""
     keep: float
-    """The part of the settings that goes on, in (0, 1), rounded up."""
+    """The fraction of the settings that continues, in (0, 1), rounded up."""
 
 
 class Sweep(NamedTuple):
-    """Where a sweep stands: one pytree of tensors of fixed shapes, to be saved and gone on with."""
+    """The state of a sweep of K runs over E epochs: one pytree of tensors of fixed shapes, to be saved and resumed."""
 
     states: State
-    """Leaves (K, …): each run's, where it stands or ended."""
+    """Leaves (K, …): each run's training state, current or final."""
     best: Tree
-    """Leaves (K, …): what the program keeps of each run's best epoch, its parameters by default."""
+    """Leaves (K, …): what the program keeps of each run's best epoch, by default its parameters."""
     ended: Tensor
     """(K,) int64: `RUNNING` or why it has ended."""
     failed: Tensor
     """(K,) int64: the step whose loss was not finite, -1 for none."""
     losses: Tensor
-    """(K, E) float64: mean training loss of each epoch, NaN where it was not made."""
+    """(K, E) float64: the mean training loss of each epoch, NaN where the run did not train."""
     scores: dict[str, Tensor]
-    """(K, E) float64 each: what the program's judge said after each epoch."""
+    """(K, E) float64 each: the program's scores after each epoch, by name."""
     epoch: Tensor
     """0-d int64: how many epochs have been made."""
 
     @property
     def score(self) -> Tensor:
-        """(K, E): the score that counts, NaN where an epoch was not made."""
+        """(K, E) float64: the first score, by which runs are compared, NaN where the run did not train."""
         return next(iter(self.scores.values()))
 
     @property
@@ -69,7 +68,14 @@ class Sweep(NamedTuple):
         return torch.where(some, score.nan_to_num(nan=-torch.inf).argmax(1), -1)
 
     def at_best(self, name: str) -> Tensor:
-        """(K,): a score after each run's best epoch, NaN for a run without one."""
+        """A score after each run's best epoch.
+
+        Args:
+            name: of the score.
+
+        Returns:
+            (K,) float64, NaN for a run without a best epoch.
+        """
         place = self.best_epoch
         value = self.scores[name].gather(1, place.clamp(min=0)[:, None]).squeeze(1)
         return torch.where(place >= 0, value, torch.nan)
@@ -78,6 +84,14 @@ class Sweep(NamedTuple):
 def init_sweep(program: Program, runs: Runs, *, epochs: int) -> Sweep:
     """A sweep before its first epoch.
 
+    Args:
+        program: what a run is.
+        runs: columns (K,), K at least 1, with `seed`.
+        epochs: E, at least 1.
+
+    Returns:
+        The initial states of all runs, each the program's own, bit for bit, and no score.
+
     Raises:
         ValueError: the runs are no columns of one length with a seed, or `epochs` is below 1.
     """
@@ -85,7 +99,7 @@ def init_sweep(program: Program, runs: Runs, *, epochs: int) -> Sweep:
         raise ValueError(f"sweep: epochs must be at least 1. Found {epochs}.")
     total = count(runs)
     states = init(program, runs)
-    scores = judged(program, take(runs, torch.arange(1)), take(states, torch.arange(1)))
+    scores = score(program, take(runs, torch.arange(1)), take(states, torch.arange(1)))
     nothing = torch.full((total, epochs), torch.nan, dtype=torch.float64)
     return Sweep(
         states,
@@ -99,7 +113,7 @@ def init_sweep(program: Program, runs: Runs, *, epochs: int) -> Sweep:
 
 
 def fit(
-    lanes: VmappedStep,
+    vmapped: VmappedStep,
     runs: Runs,
     sweep: Sweep,
     *,
@@ -112,23 +126,28 @@ def fit(
     """The sweep after all its runs have ended.
 
     Args:
-        lanes: makes the steps.
-        runs: (K,) each.
-        sweep: where it stands, of `start` or of an earlier call with the same arguments.
-        width: how many runs are made at once, at least 1; see `measure`.
-        halving: now and then cut all but the best settings, by the mean score of each one's runs; of a setting with a
-            failed run the failed one counts as worst.
-        patience: end a run after so many epochs without a higher score, at least 1.
-        callbacks: called after each epoch with where the sweep stands, a value of its own.
+        vmapped: makes the steps.
+        runs: columns (K,), those of the sweep.
+        sweep: its state, from `init_sweep`, or from a callback of an earlier call with the same arguments, to resume.
+        width: how many runs one call of `vmap` trains, at least 1; see `measure_throughput`.
+        halving: prune all but the best settings at intervals, by the mean score of a setting's runs. A failed run has
+            the worst score.
+        patience: stop a run after this many epochs without a higher score, at least 1; by default never.
+        callbacks: called after each epoch with a copy of the sweep's state.
         world: the processes, which divide the runs of each epoch between them; all then hold all runs.
 
-    Raises:
-        ValueError: a number is out of its range, or there are other runs than in the sweep.
+    Returns:
+        The state in which no run is running.
 
-    Guarantees: a run's numbers are those of the same run alone, bit for bit, at any width from 2 on, and at width 1,
-        for any number of processes.
-        A run that fails leaves the others as they are. One that was broken off goes on from any value given to a
-        callback, to the same bits.
+    Raises:
+        ValueError: a number is out of its range, or the runs are not the sweep's.
+
+    Guarantees: a run's numbers do not depend on the runs trained with it: bit for bit at any width from 2 on, and at
+        width 1, for any number of processes. A run that fails leaves the others as they are. A sweep that was
+        interrupted and resumed from a callback's state ends with the same bits.
+
+    Reference: successive halving: Jamieson, Talwalkar, AISTATS 2016, see `Halving`. Early stopping by patience:
+        Prechelt, "Early stopping - but when?", 1998.
     """
     if width < 1 or (patience is not None and patience < 1):
         raise ValueError(f"sweep: width and patience must be at least 1. Found {width} and {patience}.")
@@ -139,7 +158,7 @@ def fit(
     callbacks, epochs = tuple(callbacks), sweep.losses.shape[1]
     sweep = tree.map(torch.clone, sweep)
     while int(sweep.epoch) < epochs and bool((sweep.ended == RUNNING).any()):
-        _epoch_(lanes, runs, sweep, width, world)
+        _epoch_(vmapped, runs, sweep, width, world)
         made = int(sweep.epoch)
         if patience is not None:
             _end_(sweep, (made - 1 - sweep.best_epoch) >= patience, STOPPED)
@@ -152,30 +171,30 @@ def fit(
     return sweep
 
 
-def _epoch_(lanes: VmappedStep, runs: Runs, sweep: Sweep, width: int, world: World) -> None:
+def _epoch_(vmapped: VmappedStep, runs: Runs, sweep: Sweep, width: int, world: World) -> None:
     """One more epoch of all runs that have not ended, in place."""
     epoch = int(sweep.epoch)
     alive = (sweep.ended == RUNNING).nonzero().squeeze(1)
     before = sweep.score.nan_to_num(nan=-torch.inf).amax(1)
 
     def trained(alive: Tensor) -> _Trained:
-        groups = [_trained(lanes, runs, sweep, some, width) for some in alive.split(_fitting(width, len(alive)))]
+        groups = [_trained(vmapped, runs, sweep, some, width) for some in alive.split(_fitting(width, len(alive)))]
         return tree.map(lambda *parts: torch.cat(parts), *groups)
 
-    found = map_rows(world, trained, alive)
-    sweep.losses[alive, epoch] = found.losses.to(sweep.losses)
-    sweep.failed[alive] = found.failed.to(sweep.failed)
+    after = map_rows(world, trained, alive)
+    sweep.losses[alive, epoch] = after.losses.to(sweep.losses)
+    sweep.failed[alive] = after.failed.to(sweep.failed)
     for name, column in sweep.scores.items():
-        column[alive, epoch] = torch.where(found.failed < 0, found.scores[name], torch.nan).to(column)
-    put_(sweep.states, alive, found.states)
+        column[alive, epoch] = torch.where(after.failed < 0, after.scores[name], torch.nan).to(column)
+    put_(sweep.states, alive, after.states)
     better = (sweep.score[alive, epoch] > before[alive]).nonzero().squeeze(1)
-    put_(sweep.best, alive[better], take(lanes.program.kept(found.states), better))
+    put_(sweep.best, alive[better], take(vmapped.program.kept(after.states), better))
     sweep.epoch.add_(1)
     _end_(sweep, sweep.failed >= 0, FAILED)
 
 
 class _Trained(NamedTuple):
-    """Some runs after an epoch: leaves (L, …)."""
+    """Some runs after an epoch: leaves (W, …)."""
 
     states: State
     losses: Tensor
@@ -183,20 +202,20 @@ class _Trained(NamedTuple):
     scores: dict[str, Tensor]
 
 
-def _trained(lanes: VmappedStep, runs: Runs, sweep: Sweep, some: Tensor, width: int) -> _Trained:
-    """Some runs, at most `width`, after one more epoch of them side by side."""
+def _trained(vmapped: VmappedStep, runs: Runs, sweep: Sweep, some: Tensor, width: int) -> _Trained:
+    """Some runs, at most `width`, after one more epoch, vmapped."""
     real = len(some)
-    which = torch.cat([some, some[:1].expand(_fitting(width, real) - real)])  # idle lanes are copies, dropped below
+    which = torch.cat([some, some[:1].expand(_fitting(width, real) - real)])  # the padding is copies, dropped below
     part, states = take(runs, which), take(sweep.states, which)
-    losses, failed = lanes.epoch_(part, states, epoch=int(sweep.epoch))
-    scores = judged(lanes.program, part, states)
+    losses, failed = vmapped.epoch_(part, states, epoch=int(sweep.epoch))
+    scores = score(vmapped.program, part, states)
     finite = torch.stack([leaf.flatten(1).isfinite().all(1) for leaf in tree.leaves(states.params)]).all(0)
     failed = torch.where((failed < 0) & ~finite, states.step - 1, failed)
     return take(_Trained(states, losses, failed, scores), torch.arange(real))
 
 
 def _fitting(width: int, runs: int) -> int:
-    """The width for so many runs: half as wide, again and again, as long as all fit."""
+    """The width for a number of runs: halved as long as all fit."""
     while width > 2 and width // 2 >= runs:
         width = (width + 1) // 2
     return width

@@ -1,7 +1,7 @@
 """The runs of a sweep: a table of hyperparameters, one row for each run.
 
-`Runs` is a dict of tensors (K,), so it is what `vmap` maps over. The name `seed` is of the random streams; runs that
-differ in nothing else are one setting, of which means and error bars are taken.
+`Runs` is a dict of tensors (K,), which `vmap` maps over. The column `seed` names a run's random streams; runs that
+differ only in their seed are repetitions of one setting, over which means and error bars are computed.
 """
 
 import itertools
@@ -21,50 +21,56 @@ SEED = "seed"
 
 
 class Uniform(NamedTuple):
-    """A range to draw from evenly."""
+    """The uniform distribution on [low, high)."""
 
     low: float
+    """The lower end."""
     high: float
+    """The upper end, at least `low`."""
 
-    def at(self, part: Tensor) -> Tensor:
-        """The values at these parts of the range, in [0, 1)."""
-        return self.low + part * (self.high - self.low)
+    def at(self, quantile: Tensor) -> Tensor:
+        """The values at quantiles in [0, 1)."""
+        return self.low + quantile * (self.high - self.low)
 
 
 class LogUniform(NamedTuple):
-    """A range above 0 to draw from evenly in the logarithm."""
+    """The log-uniform distribution on [low, high)."""
 
     low: float
+    """The lower end, above 0."""
     high: float
+    """The upper end, at least `low`."""
 
-    def at(self, part: Tensor) -> Tensor:
-        """The values at these parts of the range, in [0, 1)."""
-        return self.low * (self.high / self.low) ** part
+    def at(self, quantile: Tensor) -> Tensor:
+        """The values at quantiles in [0, 1)."""
+        return self.low * (self.high / self.low) ** quantile
 
 
 class OneOf(NamedTuple):
-    """Values to draw from evenly."""
+    """The uniform distribution over some values."""
 
     values: tuple[float, ...]
+    """At least one."""
 
-    def at(self, part: Tensor) -> Tensor:
-        """The values at these parts of the list, in [0, 1)."""
-        index = (part * len(self.values)).long().clamp(max=len(self.values) - 1)
-        return torch.tensor(self.values, dtype=part.dtype)[index]
+    def at(self, quantile: Tensor) -> Tensor:
+        """The values at quantiles in [0, 1)."""
+        index = (quantile * len(self.values)).long().clamp(max=len(self.values) - 1)
+        return torch.tensor(self.values, dtype=quantile.dtype)[index]
 
 
 def grid(*, seeds: Sequence[int] = (0,), **values: Sequence[float]) -> Runs:
     """All combinations of some values, each with all seeds.
 
     Args:
-        seeds: from 0, each once.
-        values: by the hyperparameter's name, each at least one.
+        seeds: whole numbers from 0, each once: repetitions of each setting.
+        values: by the hyperparameter's name, a list of at least one number.
 
     Returns:
-        Runs: the last name's values change fastest but for the seeds.
+        Columns (K,) by name, float32, and `seed` int64. The seeds vary fastest, then the last name's values.
 
     Raises:
-        ValueError: a list is empty, or a seed is negative or there twice.
+        ValueError: a list is empty, or a seed is negative or repeated.
+        TypeError: a number in place of a list.
 
     Example:
         >>> grid(lr=[0.1, 0.2], seeds=[0, 1])
@@ -85,18 +91,22 @@ def grid(*, seeds: Sequence[int] = (0,), **values: Sequence[float]) -> Runs:
 def random_search(
     key: Tensor, count: int, *, seeds: Sequence[int] = (0,), **ranges: Uniform | LogUniform | OneOf
 ) -> Runs:
-    """Settings drawn at random, each with all seeds.
+    """Random search: settings drawn at random, each with all seeds.
 
     Args:
-        key: (2,).
+        key: (2,), of the draws.
         count: how many settings, at least 1.
         seeds: as in `grid`.
-        ranges: by the hyperparameter's name.
+        ranges: by the hyperparameter's name, a distribution.
+
+    Returns:
+        Columns (K,) by name, K = count · seeds, float32, and `seed` int64.
 
     Raises:
-        ValueError: a range is empty or, of logarithms, not above 0; `count` is below 1.
+        ValueError: a range is empty or, if logarithmic, not above 0; `count` is below 1.
+        TypeError: a range is no `Uniform`, `LogUniform` or `OneOf`.
 
-    Guarantees: setting i and each hyperparameter's values do not depend on `count`, or on the other ranges that follow.
+    Guarantees: setting i and each hyperparameter's values do not depend on `count`, or on the ranges that follow.
 
     Example:
         >>> random_search(random.key(0), 2, lr=LogUniform(0.01, 1.0))["lr"].shape
@@ -126,7 +136,20 @@ def random_search(
 
 
 def with_seeds(columns: Mapping[str, Tensor], seeds: Sequence[int], *, settings: int) -> Runs:
-    """Each row of some columns (settings,) once for each seed, one after the other."""
+    """Each row of some columns, repeated for each seed.
+
+    Args:
+        columns: by name, (S,) each.
+        seeds: whole numbers from 0, each once.
+        settings: S.
+
+    Returns:
+        Columns (S · seeds,), and `seed` int64, which varies fastest.
+
+    Raises:
+        ValueError: there is no seed, or one is negative or repeated.
+        TypeError: `seeds` is a number.
+    """
     if isinstance(seeds, int):
         raise TypeError(f"sweep: seeds must be a list. Found {seeds}. Pass range({seeds})?")
     if not len(seeds) or len(set(seeds)) != len(seeds) or min(seeds) < 0:
@@ -150,7 +173,13 @@ def count(runs: Runs) -> int:
 
 
 def settings(runs: Runs) -> Tensor:
-    """The number of each run's setting: (K,) int64. Runs that differ in their seed alone have one number.
+    """Which setting each run is of.
+
+    Args:
+        runs: columns (K,).
+
+    Returns:
+        (K,) int64 from 0, in the order of first occurrence. Runs that differ only in their seed have one number.
 
     Example:
         >>> settings(grid(lr=[0.1, 0.2], seeds=[0, 1]))
@@ -158,5 +187,5 @@ def settings(runs: Runs) -> Tensor:
     """
     columns = zip(*[column.tolist() for name, column in runs.items() if name != SEED], strict=True)
     numbers: dict[tuple[float, ...], int] = {}
-    found = [numbers.setdefault(row, len(numbers)) for row in columns]
-    return torch.tensor(found or [0] * count(runs))
+    of_each = [numbers.setdefault(row, len(numbers)) for row in columns]
+    return torch.tensor(of_each or [0] * count(runs))

@@ -1,10 +1,12 @@
-"""Runs of which each is trained on a part of the examples, as if it had no others: what attribution is graded by.
+"""Runs that are each trained on their own subset of the examples: the ground truth of the linear datamodeling score.
 
-    runs = {"subset": torch.arange(R), "seed": torch.arange(R)}      subset r, from a start of its own
-    lanes = sweep.on_subsets(program, examples, subsets, …)
-    found = sweep.fit(lanes, runs, sweep.init_sweep(lanes.program, runs, …), width=…)
+    runs = {"subset": torch.arange(R), "seed": torch.arange(R)}      run r: subset r, its own initialisation
+    vmapped = sweep.on_subsets(program, examples, subsets, …)
+    result = sweep.fit(vmapped, runs, sweep.init_sweep(vmapped.program, runs, …), width=…)
 
-Runs of one subset with several seeds are averaged to lessen the noise of starts and orders.
+Average runs of one subset over several seeds to reduce the variance of initialisations and orders.
+
+Reference: Ilyas, Park, Engstrom, Leclerc, Madry, "Datamodels: predicting predictions from training data", ICML 2022.
 """
 
 from collections.abc import Sequence
@@ -22,13 +24,14 @@ SUBSET = "subset"
 def on_subsets(
     program: Program, examples: Sequence[Tensor], subsets: Tensor, *, batch_size: int, compile: bool
 ) -> VmappedStep:
-    """A `VmappedStep` whose runs see the examples of their own subset alone, in an order and in batches of their own.
+    """A `VmappedStep` whose runs see only the examples of their own subset, each in its own order and batches.
 
     Args:
         program: what a run is, as if the examples of its subset were all; it may ignore the column `subset`.
         examples: tensors (N, …).
-        subsets: (R, N) bool, all of one size, at least 1; see `attribution.subsets`.
-        batch_size, compile: as in `VmappedStep`.
+        subsets: (R, N) bool, all of one size n, at least 1; see `attribution.subsets`.
+        batch_size: B, at least 1: examples in a step of a run.
+        compile: compile a step for each width.
 
     Returns:
         A `VmappedStep`; its program is the one to start the sweep with. The runs need a column `subset` (K,) of numbers

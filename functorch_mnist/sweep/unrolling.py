@@ -1,11 +1,12 @@
-"""The gradient of what training ends with by what it was set to: reverse mode through every step.
+"""Hypergradients: the gradient of the final loss with respect to hyperparameters, in reverse mode through every step.
 
     s_{t+1} = step(h, s_t, x_t),  t = 0 … T - 1;    L = loss(h, s_T)
 
     λ_T = ∂L/∂s_T,  g = ∂L/∂h;    for t = T - 1 … 0:  g += λ_{t+1} ∂step/∂h,  λ_t = λ_{t+1} ∂step/∂s
 
-The states of every ⌈√T⌉-th step are kept; those between two of them are computed once more when their turn comes. So
-memory holds 2 √T states and the activations of one step, and the work is that of two forward passes and one backward.
+Memory-efficient unrolling by checkpointing: every ⌈√T⌉-th state is kept, and the states between two checkpoints are
+recomputed in the backward pass. So memory holds 2 √T states and the activations of one step, and the work is that of
+two forward passes and one backward pass.
 
 Reference: Maclaurin, Duvenaud, Adams, "Gradient-based hyperparameter optimization through reversible learning", ICML
 2015; Franceschi et al., "Forward and reverse gradient-based hyperparameter optimization", ICML 2017. Checkpoints: Chen
@@ -27,18 +28,18 @@ from ..tree import Tree
 
 
 class Hypergradient(NamedTuple):
-    """What a training run ends with, and how that hangs on its hyperparameters."""
+    """The final loss of a training run, and its gradient with respect to the hyperparameters."""
 
     loss: Tensor
-    """0-d: of the last state."""
+    """0-d: the loss of the final state."""
     grads: Tree
-    """Like the hyperparameters: d loss / d each."""
+    """d loss / d hyper, like the hyperparameters."""
     state: Tree
-    """The last state."""
+    """The final state."""
 
 
 class Unrolled:
-    """A training run of a fixed kind of step, to be differentiated; its parts are compiled once, if at all."""
+    """An unrolled training run that can be differentiated; its parts are compiled at most once."""
 
     def __init__(
         self,
@@ -51,9 +52,15 @@ class Unrolled:
         Args:
             step: `step(hyper, state, *inputs) -> state`, pure. Of the state's leaves the float ones are differentiated;
                 others, such as keys and counts, are carried along.
-            loss_fn: `loss_fn(hyper, state) -> ()`, of the last state: such as the mean loss of held-out examples.
+            loss_fn: `loss_fn(hyper, state) -> ()`, of the final state, such as the mean loss of held-out examples.
             compile: compile the step and its backward pass: worth it for many steps.
+
+        Raises:
+            TypeError: `step` or `loss_fn` is no function.
         """
+
+        check_fn("hypergradient", "step", step)
+        check_fn("hypergradient", "loss_fn", loss_fn)
 
         def onward(hyper: Tree, state: Tree, *inputs: Tensor) -> Tree:
             return step(hyper, state, *inputs)
@@ -89,37 +96,40 @@ class Unrolled:
         steps: int,
         every: int | None = None,
     ) -> Hypergradient:
-        """The loss after so many steps, and its gradient by the hyperparameters.
+        """The loss after T steps, and its gradient with respect to the hyperparameters.
 
         Args:
             hyper: a pytree of float tensors: learning rates, weights of examples (N,), strengths of augmentation.
-            state: where training starts, a pytree.
-            inputs: `inputs(t)` is what step t takes besides, such as its rows and keys; called up to twice for each t,
-                it must give the same both times.
+            state: the initial state, a pytree of tensors.
+            inputs: `inputs(t)` is the tuple of the further arguments of step t, such as its rows and keys. It is called
+                up to twice for each t, and must return the same both times.
             steps: T, at least 1.
-            every: keep the state of every so many steps; ⌈√T⌉ by default.
+            every: steps between two checkpoints of the state, at least 1; ⌈√T⌉ by default.
+
+        Returns:
+            The final loss, its gradient, and the final state.
 
         Raises:
             ValueError: a number is out of its range, or the loss is not 0-d.
-            TypeError: a hyperparameter is no float tensor.
+            TypeError: a hyperparameter is no float tensor, `inputs` is no function, or it returns a bare tensor.
 
-        Guarantees: equal for every `every`, to the bit. The derivative is exact: it is that of the unrolled run.
+        Guarantees: the same bits for every `every`. The derivative is exact, not truncated: that of the unrolled run.
 
         Cost: two forward passes and a backward pass of each step; memory for T / every + every states.
         """
+        check_fn("hypergradient", "inputs", inputs, "Pass a function of the step: lambda t: (x[t],).")
         every = max(1, math.isqrt(max(0, steps - 1)) + 1) if every is None else every
         if steps < 1 or every < 1:
             raise ValueError(f"hypergradient: steps and every must be at least 1. Found {steps} and {every}.")
         for path, leaf in zip(tree.paths(hyper), tree.leaves(hyper), strict=True):
             if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
                 raise TypeError(f"hypergradient: hyperparameters must be float tensors. Found {path}: {leaf!r:.80}.")
-        check_fn("hypergradient", "inputs", inputs, "Pass a function of the step: lambda t: (x[t],).")
 
         def rows(t: int) -> tuple[Tensor, ...]:
-            found = inputs(t)
-            if isinstance(found, Tensor):
+            row = inputs(t)
+            if isinstance(row, Tensor):
                 raise TypeError("hypergradient: inputs(t) must be a tuple of tensors. Found one tensor. Return (x,)?")
-            return found
+            return row
 
         kept = []
         for t in range(steps):
@@ -149,15 +159,33 @@ def hypergradient(
     steps: int,
     every: int | None = None,
 ) -> Hypergradient:
-    """The gradient of a training run's last loss by its hyperparameters: `Unrolled(step, loss_fn).hypergradient(…)`.
+    """The gradient of a training run's final loss with respect to its hyperparameters.
+
+    It is `Unrolled(step, loss_fn).hypergradient(hyper, state, inputs, steps=steps, every=every)`; an `Unrolled` can be
+    compiled and used again.
+
+    Args:
+        step: `step(hyper, state, *inputs) -> state`, pure. Of the state's leaves the float ones are differentiated.
+        loss_fn: `loss_fn(hyper, state) -> ()`, of the final state.
+        hyper, state, inputs, steps, every: as in `Unrolled.hypergradient`.
+
+    Returns:
+        The final loss (), its gradient like `hyper`, and the final state.
+
+    Raises:
+        ValueError, TypeError: as in `Unrolled.hypergradient`.
 
     Example:
         >>> def step(lr, w, x):  # of (w - x)² / 2
         ...     return w - lr * (w - x)
-        >>> found = hypergradient(step, lambda lr, w: w * w / 2, torch.tensor(0.5), torch.tensor(1.0),
+        >>> result = hypergradient(step, lambda lr, w: w * w / 2, torch.tensor(0.5), torch.tensor(1.0),
         ...                       lambda t: (torch.tensor(0.0),), steps=2)
-        >>> found.loss, found.grads  # (1 - lr)⁴ / 2, and -2 (1 - lr)³
+        >>> result.loss, result.grads  # (1 - lr)⁴ / 2, and -2 (1 - lr)³
         (tensor(0.0312), tensor(-0.2500))
+
+    Reference: Maclaurin, Duvenaud, Adams, "Gradient-based hyperparameter optimization through reversible learning",
+        ICML 2015; Franceschi, Donini, Frasconi, Pontil, "Forward and reverse gradient-based hyperparameter
+        optimization", ICML 2017.
     """
     return Unrolled(step, loss_fn).hypergradient(hyper, state, inputs, steps=steps, every=every)
 
