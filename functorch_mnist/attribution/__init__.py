@@ -1,19 +1,20 @@
-"""Which training examples matter: scores of each, influence of each on others, and the ground truth to grade both by.
+"""Training data attribution: scores of examples, influence of training on test examples, and their ground truth.
 
-A score says how a training example stands to the model. An influence says what a training example does to a test
-example, and has one sign everywhere: above zero, training on it lowers the test example's loss.
+A score is a number per training example, such as EL2N, GraNd or forgetting events. An influence is a number per pair of
+a training and a test example (TracIn, TRAK, influence functions, EK-FAC). Its sign is the same everywhere: above zero,
+training on the one lowers the loss of the other.
 
-    scoring.py         loss, EL2N, GraNd and margin; over checkpoints self-influence and forgetting
-    influence.py      gradient dot and cosine, TracIn; sums over groups of examples
-    projections.py       projections of sample gradients from their factors, random or principal, and TRAK
+    scoring.py        loss, EL2N, GraNd and margin; over checkpoints self-influence and forgetting events
+    influence.py      gradient dot and cosine, TracIn (TracInCP); sums over groups of examples
+    projections.py    projections of per-sample gradients from their factors, random or principal, and TRAK
     kronecker.py      influence functions: the damped Fisher information, exact by the Gram matrix or
-                      Kronecker-factored, with eigenvalues corrected
-    store/            gradients under a projection on disk, built once and asked again and again
+                      Kronecker-factored, K-FAC or EK-FAC
+    store/            projected gradients on disk, computed once and queried many times
     kernel.py         the empirical neural tangent kernel, and regression with it
     solve.py          solves with Gram matrices and moments, refused where singular
     truth.py          leave-one-out retraining, and the derivative of a whole training run by an example's weight
-    grading.py        planted label noise, AUC, rank correlation
-    datamodeling.py   the linear datamodeling score: retraining on parts of the data
+    grading.py        synthetic label noise, AUC, recall, rank correlation
+    datamodeling.py   the linear datamodeling score (LDS): retraining on subsets of the data
 """
 
 from . import store

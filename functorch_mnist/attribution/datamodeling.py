@@ -1,14 +1,14 @@
-"""The linear datamodeling score: how well influences foretell models that were trained on parts of the data.
+"""The linear datamodeling score (LDS): how well influences predict models that were trained on subsets of the data.
 
     LDS_j = ρ( -loss_j(θ(S_r)),  Σ_{i in S_r} τ_ij ),    over subsets r = 1 … R
 
 with ρ Spearman's rank correlation, θ(S) the model trained on the subset S, and τ_ij the influence of training example i
-on test example j. An influence above zero says that training on it lowers the loss, so what it foretells is the loss
-with its sign turned. Outputs are losses here: where a model's output is one that rises with a better fit, such as the
-log-odds of the label, give its negative.
+on test example j. An influence above zero says that training on i lowers the loss of j, so it predicts the negative
+loss. Outputs are losses here: for an output that rises with a better fit, such as the log-odds of the label, pass its
+negative.
 
-Reference: Park et al., "TRAK: attributing model behavior at scale", ICML 2023, definition 2.3. Linear models of what
-subsets give: Ilyas et al., "Datamodels: predicting predictions from training data", ICML 2022.
+Reference: Park et al., "TRAK: attributing model behavior at scale", ICML 2023, definition 2.3. Datamodels: Ilyas et
+al., "Datamodels: predicting predictions from training data", ICML 2022.
 """
 
 from typing import NamedTuple
@@ -21,30 +21,32 @@ from .grading import rank_correlation
 
 
 class Interval(NamedTuple):
-    """A mean with its bootstrap interval."""
+    """A mean with its 95 % bootstrap confidence interval."""
 
     mean: float
-    """Over all test examples and subsets, as they are."""
+    """The estimate from all test examples and subsets."""
     low: float
+    """The 2.5 % quantile of the bootstrap."""
     high: float
+    """The 97.5 % quantile of the bootstrap."""
 
 
 def subsets(examples: int, *, key: Tensor, count: int, fraction: float) -> Tensor:
     """Random subsets of the training examples, all of one size, drawn without replacement.
 
     Args:
-        examples: N, at least 1.
-        key: (2,).
-        count: R, at least 1.
-        fraction: from 0 to 1: a subset has `round(fraction N)` examples.
+        examples: N, the number of training examples, at least 1.
+        key: (2,), of the draw.
+        count: R, the number of subsets, at least 1.
+        fraction: α from 0 to 1: a subset has `round(fraction N)` examples.
 
     Returns:
-        (R, N) bool.
+        (R, N) bool: which examples each subset holds.
 
     Raises:
         ValueError: a number is out of its range.
 
-    Guarantees: subset r depends on the key, on r, on N and on `fraction`, not on how many there are.
+    Guarantees: subset r depends on the key, on r, on N and on `fraction`, not on R.
 
     Example:
         >>> subsets(10, key=random.key(0), count=3, fraction=0.5).sum(1)
@@ -61,66 +63,72 @@ def subsets(examples: int, *, key: Tensor, count: int, fraction: float) -> Tenso
 
 
 def linear_datamodeling_score(influence: Tensor, subsets: Tensor, outputs: Tensor) -> Tensor:
-    """The rank correlation, over subsets, of the summed influences with the losses of models trained on the subsets.
+    """LDS: the rank correlation, over subsets, of summed influences with the losses of models trained on the subsets.
 
     Args:
         influence: (N, M), of each training on each test example: above zero where training on it lowers the loss.
-        subsets: (R, N) bool, at least two: what each model was trained on.
-        outputs: (R, M), each model's losses of the test examples. Several models of one subset are averaged before.
+        subsets: (R, N) bool, R at least 2: which examples each model was trained on.
+        outputs: (R, M), the models' losses of the test examples. Average several models of one subset before.
 
     Returns:
-        (M,) float64 from -1 to 1: 1 where the summed influence orders all subsets as their losses fall; 0 where all
-        sums or all losses are equal.
+        (M,) float64 from -1 to 1, Spearman's: 1 where the summed influence orders all subsets by falling loss; 0 where
+        all sums or all losses are equal.
 
     Raises:
         ValueError: shapes do not fit, there are fewer than two subsets, or a number is not finite.
 
-    Guarantees: a positive factor on an example's column of influences, and with subsets of one size a number added to
-        it, change nothing; nor does a rising function of the losses.
+    Guarantees: invariant to a positive factor on a test example's column of influences, to a constant added to it for
+        subsets of one size, and to a rising function of the losses.
 
     Example:
-        Of three examples each model leaves one out; the losses say that the first helps most, the last least.
+        Each of three models leaves out one example. Their losses say that the first example helps most, the last least.
 
         >>> left_out = torch.eye(3, dtype=torch.bool)
         >>> losses = torch.tensor([[0.9], [0.5], [0.1]])
         >>> linear_datamodeling_score(torch.tensor([[3.0], [2.0], [1.0]]), ~left_out, losses).round(decimals=9)
         tensor([1.], dtype=torch.float64)
+
+    Reference: Park, Georgiev, Ilyas, Leclerc, Madry, "TRAK: attributing model behavior at scale", ICML 2023, definition
+        2.3.
     """
-    return rank_correlation(*_foretold("linear_datamodeling_score", influence, subsets, outputs))
+    return rank_correlation(*_predicted("linear_datamodeling_score", influence, subsets, outputs))
 
 
 def datamodeling_interval(
     influence: Tensor, subsets: Tensor, outputs: Tensor, *, key: Tensor, resamples: int = 1000
 ) -> Interval:
-    """The mean linear datamodeling score of the test examples, with its bootstrap interval of 95 %.
+    """The mean linear datamodeling score of the test examples, with its 95 % bootstrap confidence interval.
 
-    A draw takes as many subsets and as many test examples as there are, both with replacement. The interval is from the
-    2.5 % to the 97.5 % quantile of the resamples' means.
+    A resample draws R subsets and M test examples, both with replacement. The interval is from the 2.5 % to the 97.5 %
+    quantile of the resamples' means.
 
     Args:
         influence, subsets, outputs: as in `linear_datamodeling_score`.
         key: (2,), of the resamples.
-        resamples: at least 1.
+        resamples: the number of bootstrap resamples, at least 1.
+
+    Returns:
+        The mean score of the data as they are, and the ends of the interval.
 
     Raises:
         ValueError: as in `linear_datamodeling_score`, or `resamples` is below 1.
 
-    Guarantees: two influences with one key are graded on the same resamples.
+    Guarantees: two influences with one key are graded on the same resamples, so that their difference is paired.
 
-    Cost: the score, for each draw.
+    Cost: the score, once per resample.
 
     Example:
         >>> left_out = torch.eye(3, dtype=torch.bool)
         >>> influence = losses = torch.tensor([[3.0], [2.0], [1.0]])
-        >>> found = datamodeling_interval(influence, ~left_out, losses, key=random.key(0), resamples=9)
-        >>> round(found.mean, 9)
+        >>> interval = datamodeling_interval(influence, ~left_out, losses, key=random.key(0), resamples=9)
+        >>> round(interval.mean, 9)
         1.0
 
     Reference: Efron and Tibshirani, "An introduction to the bootstrap", 1993, chapter 13.
     """
     if resamples < 1:
         raise ValueError(f"datamodeling_interval: resamples must be at least 1. Found {resamples}.")
-    sums, targets = _foretold("datamodeling_interval", influence, subsets, outputs)
+    sums, targets = _predicted("datamodeling_interval", influence, subsets, outputs)
     count, tests = sums.shape
     subset_key, test_key = random.split(key)
     of_subsets = random.randint(subset_key, (resamples, count), 0, count).long()
@@ -132,8 +140,8 @@ def datamodeling_interval(
     return Interval(float(rank_correlation(sums, targets).mean()), low, high)
 
 
-def _foretold(where: str, influence: Tensor, subsets: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
-    """The summed influences (R, M) float64, and the losses with their sign turned."""
+def _predicted(where: str, influence: Tensor, subsets: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """The summed influences (R, M) float64, and the negative losses."""
     dims = influence.dim() == subsets.dim() == outputs.dim() == 2
     fits = dims and outputs.shape == (len(subsets), influence.shape[1]) and len(influence) == subsets.shape[1]
     if not fits or subsets.dtype != torch.bool or not influence.is_floating_point() or not outputs.is_floating_point():

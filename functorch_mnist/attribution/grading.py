@@ -1,4 +1,4 @@
-"""How good a ranking is: planted label noise, and the measures of what a ranking finds of it."""
+"""How good a ranking is: synthetic label noise, and AUC, recall and rank correlation to measure its detection."""
 
 import torch
 from torch import Tensor
@@ -7,19 +7,20 @@ from .. import random
 
 
 def label_noise(labels: Tensor, classes: int, *, key: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
-    """The labels with a part of them flipped, each to another class, all of which are equally likely.
+    """Symmetric label noise: a fraction of the labels flipped, each to another class, all of which are equally likely.
 
     Args:
         labels: (N,) integers in [0, classes).
-        classes: at least 2.
-        key: (2,).
+        classes: K, at least 2.
+        key: (2,), of the draw.
         fraction: from 0 to 1: `round(fraction N)` labels are flipped, drawn without replacement.
 
     Returns:
-        The new labels (N,), and which are flipped, (N,) bool.
+        The noisy labels (N,), and which are flipped, (N,) bool.
 
     Raises:
-        ValueError: `fraction` or `classes` is out of its range.
+        ValueError: `fraction` or `classes` is out of its range, or a label is.
+        TypeError: the labels are not integers (N,).
 
     Example:
         >>> labels, flipped = label_noise(torch.zeros(10, dtype=torch.int64), 2, key=random.key(0), fraction=0.3)
@@ -45,11 +46,14 @@ def label_noise(labels: Tensor, classes: int, *, key: Tensor, fraction: float) -
 
 
 def auc(scores: Tensor, positive: Tensor) -> float:
-    """The area under the ROC curve: how likely a positive example has a higher score than another, ties as half.
+    """The area under the ROC curve: the probability that a positive example scores higher than a negative, ties half.
 
     Args:
-        scores: (N,).
-        positive: (N,) bool.
+        scores: (N,), higher for examples that are taken for positive, without NaN.
+        positive: (N,) bool, such as which labels are flipped.
+
+    Returns:
+        From 0 to 1; 0.5 for scores that carry no information.
 
     Raises:
         ValueError: shapes differ, a score is NaN, or all examples are of one kind.
@@ -68,15 +72,18 @@ def auc(scores: Tensor, positive: Tensor) -> float:
 
 
 def recall_at(scores: Tensor, positive: Tensor, checked: float) -> float:
-    """The part of the positive examples among those of the highest scores, on average over the orders of ties.
+    """The recall of the highest scores: the fraction of the positive examples among them, averaged over orders of ties.
 
     Args:
-        scores: (N,).
+        scores: (N,), without NaN.
         positive: (N,) bool, at least one True.
-        checked: from 0 to 1: the part of all examples that is checked.
+        checked: from 0 to 1: the fraction of all examples that is checked, those with the highest scores.
+
+    Returns:
+        From 0 to 1.
 
     Raises:
-        ValueError: shapes differ, a score is NaN, nothing is positive, or `checked` is out of its range.
+        ValueError: shapes differ, a score is NaN, no example is positive, or `checked` is out of its range.
 
     Example:
         >>> recall_at(torch.tensor([3.0, 1.0, 2.0, 0.0]), torch.tensor([True, True, False, False]), 0.5)
@@ -95,13 +102,16 @@ def recall_at(scores: Tensor, positive: Tensor, checked: float) -> float:
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Spearman's rank correlation along the first axis, ties with their mean rank; 0 where all numbers are equal.
+    """Spearman's rank correlation along the first axis; ties have their mean rank.
 
     Args:
-        a, b: (N, …).
+        a, b: (N, …), N at least 2, without NaN.
 
     Returns:
-        (…), float64.
+        (…) float64 from -1 to 1; 0 where all numbers of `a` or of `b` are equal.
+
+    Raises:
+        ValueError: shapes differ, N is below 2, or a number is NaN.
 
     Example:
         >>> rank_correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 5.0, 0.0])).round(decimals=9)
@@ -121,7 +131,7 @@ def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
 
 
 def ranks(values: Tensor) -> Tensor:
-    """The ranks of numbers along the first axis, the least with 1, equal ones with the mean of theirs.
+    """The ranks of numbers along the first axis: the least has 1, ties have their mean rank.
 
     Args:
         values: (N, …), without NaN.

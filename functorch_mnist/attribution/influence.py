@@ -1,8 +1,8 @@
 """Influence by inner products of gradients. With ∇_i of a training and ∇'_j of a test example:
 
-    gradient dot       ⟨∇_i, ∇'_j⟩, which is `per_sample.gram`
+    gradient dot       ⟨∇_i, ∇'_j⟩, the Gram matrix, which is `per_sample.gram`
     gradient cosine    ⟨∇_i, ∇'_j⟩ / (|∇_i| |∇'_j|)
-    TracIn             Σ_t lr_t ⟨∇_i, ∇'_j⟩ at checkpoints t
+    TracIn             Σ_t lr_t ⟨∇_i, ∇'_j⟩ at checkpoints t (TracInCP)
 
 A step of SGD on example i lowers the loss of example j by lr ⟨∇_i, ∇'_j⟩, to first order.
 
@@ -34,13 +34,31 @@ def gradient_cosine(
     plan: Plan | None = None,
     world: World = SINGLE_PROCESS,
 ) -> Tensor:
-    """The cosine of the gradients of each training and each test example: (N, M), 0 where one is zero.
+    """The cosine of the gradients of each training and each test example.
 
     Args:
         loss_fn: `loss_fn(params, *example) -> ()`, pure.
         params: a pytree of float tensors.
-        train, test: tensors (N, …) and (M, …).
-        chunk_size, plan, world: as in `per_sample.gram`.
+        train, test: tuples of tensors (N, …) and (M, …), as the loss takes them.
+        chunk_size: examples taken at a time, at least 1; by default all.
+        plan: how `per_sample` computes each parameter; by default the cheapest way.
+        world: the processes, all with the same examples, which divide the training examples between them.
+
+    Returns:
+        (N, M) in [-1, 1], float32 or wider; 0 where a gradient is zero. Above zero, the training example helps.
+
+    Raises:
+        TypeError: the parameters are a module, or `train` or `test` is one tensor.
+        ValueError: the batches, the chunk size or the plan does not fit.
+
+    Guarantees: also where inner products of gradients would overflow or underflow float32.
+
+    Cost: two backward passes over each set.
+
+    Example:
+        >>> gradient_cosine(lambda w, x: w @ x, torch.zeros(2), (torch.eye(2),), (torch.tensor([[3.0, 4.0]]),))
+        tensor([[0.6000],
+                [0.8000]])
     """
     check_params("gradient_cosine", params)
     for name, batch in (("train", train), ("test", test)):
@@ -79,20 +97,32 @@ def tracin(
     plan: Plan | None = None,
     world: World = SINGLE_PROCESS,
 ) -> Tensor:
-    """TracIn of each training on each test example: (N, M).
+    """TracIn of each training on each test example, over checkpoints (TracInCP).
 
     Args:
         loss_fn: `loss_fn(params, *example) -> ()`, pure.
-        checkpoints: the parameters at T moments of training, at least one.
-        train, test: tensors (N, …) and (M, …).
-        lrs: (T,), the learning rate at each checkpoint. With momentum μ a step goes 1 / (1 - μ) times as far in all,
-            which changes no order.
-        chunk_size, plan, world: as in `per_sample.gram`.
+        checkpoints: a list of the parameters at T checkpoints of training, T at least 1.
+        train, test: tuples of tensors (N, …) and (M, …), as the loss takes them.
+        lrs: (T,), the learning rate at each checkpoint. Momentum μ scales each step's effect by 1 / (1 - μ), which
+            changes no ranking.
+        chunk_size, plan, world: as in `gradient_cosine`.
+
+    Returns:
+        (N, M), float32 or wider: `Σ_t lr_t ⟨∇_i, ∇'_j⟩`. Above zero, training on i lowers the loss of j.
 
     Raises:
-        ValueError: there is no checkpoint, or there are not as many learning rates.
+        ValueError: there is no checkpoint, or not one learning rate for each.
+        TypeError: `checkpoints` is a dict, or `train` or `test` one tensor.
 
-    Cost: for each checkpoint one backward pass over each set.
+    Cost: one backward pass over each set per checkpoint.
+
+    Example:
+        >>> one = (torch.tensor([[1.0, 2.0]]),)
+        >>> tracin(lambda w, x: w @ x, [torch.zeros(2)], one, one, lrs=[0.1])
+        tensor([[0.5000]])
+
+    Reference: Pruthi, Liu, Kale, Sundararajan, "Estimating training data influence by tracing gradient descent",
+        NeurIPS 2020, section 3.3 (TracInCP).
     """
     for name, batch in (("train", train), ("test", test)):
         check_tensors("tracin", name, batch)
@@ -108,23 +138,23 @@ def tracin(
         lr * gram(loss_fn, params, train, test, chunk_size=chunk_size, plan=plan, world=world)
         for params, lr in zip(checkpoints, lrs, strict=True)
     )
-    found: Tensor = reduce(torch.add, parts)
-    return found
+    total: Tensor = reduce(torch.add, parts)
+    return total
 
 
 def group_sums(values: Tensor, groups: Tensor, *, count: int | None = None) -> Tensor:
     """Sums over groups of examples, such as those of a class, a user, a source or a document.
 
-    An influence adds up: that of a group is the sum over its examples. So does a gradient: the Gram matrix of groups'
-    gradients is `group_sums(group_sums(gram, groups).T, groups)`, whose diagonal has their squared norms.
+    The influence of a group is the sum over its examples. So is its gradient: the Gram matrix of groups' gradients is
+    `group_sums(group_sums(gram, groups).T, groups)`, whose diagonal has their squared norms.
 
     Args:
         values: (N, …), such as influences (N, M) or features (N, F).
         groups: (N,) int64, the group of each example, at least 0.
-        count: K, how many groups there are; by default one more than the largest number.
+        count: K, the number of groups; by default one more than the largest group.
 
     Returns:
-        (K, …).
+        (K, …), of the type of `values`; zero for a group without examples.
 
     Raises:
         ValueError: shapes do not agree, or a group is out of range.

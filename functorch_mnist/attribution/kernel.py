@@ -33,18 +33,38 @@ def tangent_kernel(
     plan: Plan | None = None,
     world: World = SINGLE_PROCESS,
 ) -> Tensor:
-    """The trace form of the empirical neural tangent kernel: (N, M).
+    """The empirical neural tangent kernel (NTK) of a model, in its trace form.
 
     Args:
         outputs_fn: `outputs_fn(params, *input) -> (C,)`, of one example.
         params: a pytree of float tensors.
-        a, b: tuples of inputs (N, …) and (M, …); without `b` all pairs of `a`.
-        chunk_size, plan, world: as in `per_sample.gram`.
+        a, b: tuples of inputs (N, …) and (M, …), with at least one example; without `b` all pairs of `a`.
+        chunk_size: examples taken at a time, at least 1; by default all.
+        plan: how `per_sample` computes each parameter; by default the cheapest way.
+        world: the processes, all with the same examples, which divide the rows between them.
+
+    Returns:
+        (N, M), or (N, N) without `b`: `(1 / C) Σ_c ⟨∇f_c(x_i), ∇f_c(x_j)⟩`.
+
+    Raises:
+        ValueError: `a` or `b` is no tuple of tensors with an example, or the outputs are not (C,).
+        TypeError: the parameters are a module.
 
     Cost: C backward passes over each set.
+
+    Example:
+        >>> tangent_kernel(lambda w, x: w @ x, torch.zeros(2, 2), (torch.eye(2),))
+        tensor([[1., 0.],
+                [0., 1.]])
+
+    Reference: Jacot, Gabriel, Hongler, "Neural tangent kernel: convergence and generalization in neural networks",
+        NeurIPS 2018; the trace form: Novak, Sohl-Dickstein, Schoenholz, "Fast finite width neural tangent kernel", ICML
+        2022.
     """
     if isinstance(a, Tensor) or isinstance(b, Tensor) or not a or not len(a[0]):
-        raise ValueError("tangent_kernel: a and b must be tuples of tensors, such as (x,), with an example each.")
+        raise ValueError(
+            "tangent_kernel: a and b must be tuples of tensors, such as (x,), with an example each. Found others."
+        )
     check_params("tangent_kernel", params)
     shape = tuple(outputs_fn(params, *[x[0] for x in a]).shape)
     if len(shape) != 1:
@@ -62,18 +82,27 @@ def tangent_kernel(
 
 
 def kernel_regression(kernel: Tensor, residuals: Tensor, cross: Tensor, *, ridge: float) -> Tensor:
-    """What the regression adds to the outputs of new examples: `cross (kernel + λ)⁻¹ residuals`, (M, C) in float64.
+    """Kernel ridge regression with a tangent kernel: the correction of new examples' outputs.
 
     Args:
         kernel: (N, N), of the training examples.
-        residuals: (N, C), their targets less the model's outputs.
+        residuals: (N, C), their targets minus the model's outputs.
         cross: (M, N), of new and training examples.
         ridge: λ, at least 0.
 
+    Returns:
+        (M, C) float64: `cross (kernel + λ)⁻¹ residuals`, to be added to the model's outputs.
+
     Raises:
         ValueError: shapes do not fit, the kernel is not symmetric, a number is not finite, the ridge is below 0, or the
-            kernel with it is singular or so nearly that its rounding would be divided by. Compiled, the last gives NaN
+            kernel with it is so nearly singular that its rounding would be divided by. Compiled, the last gives NaN
             instead.
+
+    Example:
+        >>> kernel_regression(torch.eye(2), torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0, 1.0]]), ridge=1.0)
+        tensor([[1.5000]], dtype=torch.float64)
+
+    Reference: Jacot, Gabriel, Hongler, NeurIPS 2018, section 5.
     """
     count = len(kernel)
     good = residuals.dim() == 2 and len(residuals) == count
@@ -84,5 +113,5 @@ def kernel_regression(kernel: Tensor, residuals: Tensor, cross: Tensor, *, ridge
         )
     finite("kernel_regression", cross)
     weights = solve("kernel_regression", kernel, residuals, damping=ridge, least=rounding(kernel), name="ridge")
-    found: Tensor = cross.double() @ weights
-    return found
+    corrections: Tensor = cross.double() @ weights
+    return corrections

@@ -1,19 +1,20 @@
-"""Influence functions: the change of a test loss when a training example is weighted up and the model settles anew.
+"""Influence functions: the change of a test loss when a training example is upweighted and the model is retrained.
 
     ⟨∇'_j, (F + λ)⁻¹ ∇_i⟩,    F = (1 / N) Σ_i ∇_i ∇_iᵀ
 
-in two ways. Exactly: F has rank N, and with K = J Jᵀ the Gram matrix of the training gradients
+in two ways. Exactly, for a few thousand examples: F has rank N, and with K = J Jᵀ the Gram matrix of the training
+gradients
 
     J' (F + λ)⁻¹ Jᵀ = N J' Jᵀ (K + N λ)⁻¹
 
-so no gradient is formed, for any model, and some thousands of examples. Or with each parameter's block of F taken in
-the eigenbasis of its Kronecker factors, U and V of G and A,
+so no gradient is formed, for any model. Or, for any number of examples, with each parameter's block of F approximated
+in the eigenbasis of its Kronecker factors, U and V of G and A,
 
     F ≈ (U ⊗ V) diag(Λ) (U ⊗ V)ᵀ
 
-for a direction like `params`, such as one test gradient, and any number of examples: `per_sample.dot` with the solution
-gives the influences. Λ is the product of eigenvalues (K-FAC), or the second moment of the gradients along the
-eigenvectors (EK-FAC). The bias that an op adds is a column of its weight.
+which is inverted for a direction like `params`, such as a test gradient: `per_sample.dot` with the solution gives the
+influences. Λ is the product of eigenvalues (K-FAC), or the second moment of the gradients along the eigenvectors
+(EK-FAC). The bias of an op is one more column of its weight.
 
 Reference: Koh and Liang, "Understanding black-box predictions via influence functions", ICML 2017. Kronecker-factored,
 with corrected eigenvalues: Grosse et al., "Studying large language model generalization with influence functions",
@@ -74,29 +75,32 @@ class Block:
 
 @dataclass(frozen=True)
 class Curvature:
-    """The Fisher information, block by block, ready to be damped and inverted."""
+    """The Fisher information, block by block (K-FAC or EK-FAC), for damped inverses."""
 
     blocks: dict[str, Block]
-    """Of each parameter that has Kronecker factors, by its path; that of its bias is in it."""
+    """The block of each parameter that has Kronecker factors, with its bias, by the parameter's path."""
     diagonal: dict[str, Tensor]
-    """Of the other parameters, by path."""
+    """The diagonal of the other parameters, by path."""
 
     @property
     def trace(self) -> float:
-        """The sum of all eigenvalues, by which a damping can be chosen."""
+        """The sum of all eigenvalues; its mean over parameters is a scale for the damping."""
         parts = [block.trace for block in self.blocks.values()] + [d.sum() for d in self.diagonal.values()]
         return float(torch.stack(parts).sum())
 
     def solve(self, vector: Tree, *, damping: float) -> Tree:
-        """`(F + λ)⁻¹ v`: a tree like `vector`.
+        """The damped inverse Fisher-vector product `(F + λ)⁻¹ v`.
 
         Args:
             vector: v, a tree like `params`, or several: leaves (*lead, *w).
             damping: λ, above 0.
 
+        Returns:
+            A tree like `vector`.
+
         Raises:
-            ValueError: v is not like `params` or not finite, the damping is not above 0 and finite, or so small a part
-                of a block's largest eigenvalue that rounding would be divided by it.
+            ValueError: v is not like `params` or not finite, the damping is not above 0 and finite, or so small
+                relative to a block's largest eigenvalue that rounding would be divided by it.
         """
         if not 0 < damping < math.inf:
             raise ValueError(f"solve: damping must be above 0 and finite. Found {damping}.")
@@ -122,7 +126,7 @@ class Curvature:
         return tree.unflatten(vector, [solved[path].to(v.dtype) for path, v in given.items()])
 
     def _check(self, given: Mapping[str, Tensor]) -> None:
-        """Refuses a vector of other parameters."""
+        """Refuses a vector that is not like the parameters."""
         shapes = {path: tuple(d.shape) for path, d in self.diagonal.items()}
         for path, block in self.blocks.items():
             shapes[path] = block.basis.shape
@@ -147,26 +151,36 @@ def fisher_curvature(
     chunk_size: int | None = None,
     plan: Plan | None = None,
 ) -> Curvature:
-    """The Fisher information of a classifier in the eigenbases of its Kronecker factors, ready to be applied.
+    """The Fisher information of a classifier by EK-FAC, or by K-FAC, for influence functions.
 
     Args:
         outputs_fn: `outputs_fn(params, *input) -> (K,)`, of one example, whose softmax are the probabilities.
         params: a pytree of float tensors.
         inputs: tensors (N, …), at least one example.
-        corrected: the second moments along the eigenvectors as eigenvalues (EK-FAC); else the products of the factors'
+        corrected: eigenvalues are second moments along the eigenvectors (EK-FAC); else the products of the factors'
             eigenvalues (K-FAC).
-        rank: how many eigenvectors of each factor are kept, those of the largest eigenvalues; by default all. The
-            others share one eigenvalue, their mean.
+        rank: R, eigenvectors of each factor that are kept, those of the largest eigenvalues; by default all. The others
+            are given one eigenvalue, their mean.
         key, draws, mask, chunk_size, plan: as in `statistics.fisher_diagonal`.
 
-    Cost: with a key `draws` forward and backward passes, else as many as there are classes, and as many again. An
-        eigendecomposition of each factor, D³; with a rank R, some D² R.
+    Returns:
+        The curvature, whose `solve` applies the damped inverse.
+
+    Raises:
+        ValueError, TypeError: as in `statistics.fisher_diagonal`.
+
+    Cost: two forward and backward passes per class, or per draw with a key. An eigendecomposition of each factor, D³;
+        with a rank R, about D² R.
 
     Example:
         >>> curvature = fisher_curvature(lambda w, x: w @ x, torch.zeros(2, 1), torch.ones(4, 1))
         >>> curvature.solve(torch.tensor([[1.0], [-1.0]]), damping=0.5)
         tensor([[ 1.0000],
                 [-1.0000]])
+
+    Reference: EK-FAC influence functions: Grosse et al., "Studying large language model generalization with influence
+        functions", 2023, section 3; George et al., "Fast approximate natural gradient descent in a Kronecker-factored
+        eigenbasis", NeurIPS 2018. K-FAC: Martens, Grosse, ICML 2015.
     """
 
     def fisher(of: Callable[..., T], **more: Any) -> T:
@@ -181,19 +195,24 @@ def fisher_curvature(
 
 
 def curvature(factors: Mapping[str, Kronecker], diagonal: Tree, *, rank: int | None = None) -> Curvature:
-    """The Kronecker-factored second moment of gradients, such as the empirical Fisher information.
+    """The Kronecker-factored second moment of gradients (K-FAC), such as the empirical Fisher information.
 
     Args:
         factors: by the path of a parameter, from `statistics.fisher_kronecker` or `KroneckerFactors.mean`.
-        diagonal: like `params`, from `statistics.fisher_diagonal` or `Moments.fisher`. It stands for parameters
-            without factors, and sets the scale of a block, whose trace is the diagonal's sum: with several positions
-            the factors alone would be too large by their number.
+        diagonal: like `params`, from `statistics.fisher_diagonal` or `Moments.fisher`. It is used as it is for
+            parameters without factors, and sets the scale of a block, whose trace is the diagonal's sum: with T
+            positions the product of the factors alone would be too large by T.
         rank: as in `fisher_curvature`.
+
+    Returns:
+        The curvature, whose `solve` applies the damped inverse.
 
     Raises:
         ValueError: a number is not finite.
 
-    Cost: an eigendecomposition of each factor, D³ and H³; with a rank R, some D² R and H² R.
+    Cost: an eigendecomposition of each factor, D³ and H³; with a rank R, about D² R and H² R.
+
+    Reference: Martens, Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", ICML 2015.
     """
     finite("curvature", *tree.leaves(diagonal), *[x for pair in factors.values() for x in tree.leaves(pair)])
     leaves = dict(zip(tree.paths(diagonal), tree.leaves(diagonal), strict=True))
@@ -209,11 +228,20 @@ def curvature(factors: Mapping[str, Kronecker], diagonal: Tree, *, rank: int | N
 
 
 def corrected_curvature(bases: Mapping[str, Eigenbasis], values: Mapping[str, Tensor]) -> Curvature:
-    """The second moment of gradients in the eigenbases of its Kronecker factors, with corrected eigenvalues.
+    """The second moment of gradients with corrected eigenvalues in its Kronecker factors' eigenbases (EK-FAC).
 
     Args:
         bases: by the path of a parameter, `per_sample.eigenbasis` of its factors.
-        values: from `statistics.fisher_eigenvalues` or `Eigenvalues.mean`, with these bases.
+        values: by path, from `statistics.fisher_eigenvalues` or `Eigenvalues.mean`, with these bases.
+
+    Returns:
+        The curvature, whose `solve` applies the damped inverse.
+
+    Raises:
+        ValueError: a number is not finite.
+
+    Reference: George, Laurent, Bouthillier, Ballas, Vincent, "Fast approximate natural gradient descent in a
+        Kronecker-factored eigenbasis", NeurIPS 2018.
     """
     finite("corrected_curvature", *values.values())
     blocks = {path: Block(basis, values[path]) for path, basis in bases.items()}
@@ -221,7 +249,7 @@ def corrected_curvature(bases: Mapping[str, Eigenbasis], values: Mapping[str, Te
 
 
 def fisher_influence(gram: Tensor, cross: Tensor, *, damping: float) -> Tensor:
-    """Influence functions with the damped empirical Fisher information, exactly.
+    """Influence functions with the damped empirical Fisher information, exactly, by the Gram matrix.
 
     Args:
         gram: (N, N), of the training gradients: `per_sample.gram(loss_fn, params, train)`.
@@ -229,11 +257,21 @@ def fisher_influence(gram: Tensor, cross: Tensor, *, damping: float) -> Tensor:
         damping: λ, above 0.
 
     Returns:
-        (N, M), in float64: above zero where the training example helps.
+        (N, M) float64: ⟨∇'_j, (F + λ)⁻¹ ∇_i⟩; above zero where training on i lowers the loss of j.
 
     Raises:
         ValueError: shapes do not fit, `gram` is not symmetric, a number is not finite, the damping is not above 0, or
             it is so small that rounding of `gram` would be divided by. Compiled, the last gives NaN instead.
+
+    Cost: N³ + N² M.
+
+    Example:
+        >>> fisher_influence(torch.eye(2), torch.eye(2), damping=0.5)  # ∇_i = e_i, F = 1 / 2
+        tensor([[1., 0.],
+                [0., 1.]], dtype=torch.float64)
+
+    Reference: Koh, Liang, "Understanding black-box predictions via influence functions", ICML 2017, with the Fisher
+        information in place of the Hessian.
     """
     count = len(gram)
     if gram.shape != (count, count) or cross.dim() != 2 or len(cross) != count or not 0 < damping < math.inf:

@@ -1,4 +1,4 @@
-"""Random projections of sample gradients, from their factors.
+"""Projections of per-sample gradients, computed from their factors, and TRAK.
 
 A parameter is read as a matrix (H, D), its first axis by the others. Its gradient `Σ_t g_t a_tᵀ` is projected from both
 sides,
@@ -34,31 +34,41 @@ from .solve import LEAST, finite, solve
 
 
 class Projection(NamedTuple):
-    """Maps of a model's gradients to features: a pytree."""
+    """A linear map from a model's gradients to features, one pair of matrices per parameter: a pytree."""
 
     maps: list[tuple[Tensor, Tensor]]
     """`(L (h, H), R (d, D))` of each parameter, in the order of `tree.leaves`."""
 
     @property
     def size(self) -> int:
-        """How many features an example has."""
+        """F, the number of features of an example."""
         return sum([len(left) * len(right) for left, right in self.maps])
 
 
 def projection(params: Tree, *, key: Tensor, size: int) -> Projection:
-    """The random maps that a key names.
+    """A random projection of gradients, with independent normal entries (Johnson-Lindenstrauss).
 
     Args:
         params: a pytree of float tensors.
-        key: (2,).
-        size: how many features a parameter has at most, at least 1. One that is no larger is kept as it is.
+        key: (2,), of the entries.
+        size: features per parameter at most, at least 1. A parameter of no more entries is kept as it is.
+
+    Returns:
+        `L (h, H)` and `R (d, D)` of each parameter, h d ≤ size.
 
     Raises:
         ValueError: the size is below 1.
+        TypeError: the parameters are a module.
+
+    Guarantees: a function of the key and the shapes alone. Inner products of projections have those of gradients for
+        their expectation.
 
     Example:
         >>> projection({"w": torch.zeros(100, 50), "b": torch.zeros(4)}, key=random.key(0), size=64).size
         68
+
+    Reference: Johnson, Lindenstrauss, "Extensions of Lipschitz mappings into a Hilbert space", 1984; from both sides of
+        a matrix: Choe et al., "What is your data worth to GPT?", 2024, section 3.1.
     """
     check_params("projection", params)
     if not isinstance(size, int) or size < 1:
@@ -85,19 +95,24 @@ def principal_projection(
     chunk_size: int | None = None,
     plan: Plan | None = None,
 ) -> Projection:
-    """The maps that keep most of the gradients of some examples: their principal directions on either side.
+    """The projection that keeps most of the gradients of some examples: their principal directions on both sides.
 
     Of a parameter as a matrix (H, D), L and R are the eigenvectors of `Σ_i ∇_i ∇_iᵀ / |∇_i|²` and of
-    `Σ_i ∇_iᵀ ∇_i / |∇_i|²` with the largest eigenvalues, so that each example counts alike, and h and d share the size
-    so that most is kept.
+    `Σ_i ∇_iᵀ ∇_i / |∇_i|²` with the largest eigenvalues, so that each example has the same weight. h and d are chosen
+    so that most of the trace is kept.
 
     Args:
         loss_fn: `loss_fn(params, *example) -> ()`, pure.
         params: a pytree of float tensors.
-        batch: tensors (N, …): some thousand examples do.
-        size: how many numbers an example's features have in all, at least one for each parameter. Those of an outer
-            product count as `attribution.store` keeps them, h + d.
-        mask, chunk_size, plan: as in `per_sample.norms`.
+        batch: tensors (N, …): a few thousand examples suffice.
+        size: features of an example over all parameters, at least one per parameter. Those of an outer product count as
+            `attribution.store` keeps them, h + d.
+        mask: (N,) bool; an example with False is left out.
+        chunk_size: examples taken at a time, at least 1; by default all.
+        plan: how `per_sample` computes each parameter; by default the cheapest way.
+
+    Returns:
+        `L (h, H)` and `R (d, D)` of each parameter, with orthonormal rows.
 
     Raises:
         ValueError: the size is too small, or the batch does not fit.
@@ -130,7 +145,7 @@ def principal_projection(
 
 
 def _spectrum(side: Tensor, rank: int) -> tuple[list[float], Tensor]:
-    """The parts of the trace that the first eigenvectors hold together, R of them, and these, (D, R)."""
+    """The fraction of the trace that the first 1, …, R eigenvectors hold, and the eigenvectors, (D, R)."""
     vectors = leading_eigenvectors(side[None], min(rank, len(side)))[0]
     values = ((side @ vectors) * vectors).sum(0).clamp(min=0)
     total = side.diagonal().sum()
@@ -138,7 +153,7 @@ def _spectrum(side: Tensor, rank: int) -> tuple[list[float], Tensor]:
 
 
 def _shares(sizes: Sequence[tuple[int, int, bool]], total: int) -> list[int]:
-    """How many numbers each parameter has: all as many, but for those that need no more, `total` in all at most."""
+    """The number of features of each parameter: equal, but for those that need fewer; `total` in all at most."""
     most = [h + d if pair and h + d < h * d else h * d for h, d, pair in sizes]
     shares = [0] * len(most)
     left = total
@@ -149,7 +164,7 @@ def _shares(sizes: Sequence[tuple[int, int, bool]], total: int) -> list[int]:
 
 
 def _sizes(held: list[float], kept: list[float], share: int, *, pair: bool) -> tuple[int, int]:
-    """h and d, whose features are no more than the share, with the largest product of the parts that they hold."""
+    """h and d of at most `share` features, with the largest product of the fractions of the trace that they hold."""
     best, found = -1.0, (1, 1)
     for h in range(1, min(len(held), share) + 1):
         for d in {share // h, share - h if pair else 0}:
@@ -160,7 +175,7 @@ def _sizes(held: list[float], kept: list[float], share: int, *, pair: bool) -> t
 
 
 def _map(key: Tensor, small: int, large: int, like: Tensor) -> Tensor:
-    """(small, large): random, or the identity where nothing is shortened."""
+    """(small, large): random entries, or the identity where the sizes are equal."""
     dtype = tree.wide(like).dtype
     if small == large:
         return torch.eye(large, dtype=dtype, device=like.device)
@@ -178,17 +193,34 @@ def features(
     plan: Plan | None = None,
     world: World = SINGLE_PROCESS,
 ) -> Tensor:
-    """The projected gradients of each example: (N, F), whose inner products are those of the gradients on average.
+    """The projected gradients of each example: the features of TRAK.
 
     Args:
         loss_fn: `loss_fn(params, *example) -> ()`, pure; for TRAK the log-odds of the label, see `log_odds`.
         params: a pytree of float tensors.
         batch: tensors (N, …).
-        projection: of these parameters.
-        mask, chunk_size, plan: as in `per_sample.norms`.
+        projection: of these parameters, from `projection` or `principal_projection`.
+        mask: (N,) bool; an example with False, whatever it holds, has features of zero.
+        chunk_size: examples taken at a time, at least 1; by default all.
+        plan: how `per_sample` computes each parameter; by default the cheapest way.
         world: the processes, all with the same examples, which divide the chunks between them.
 
-    Cost: one backward pass, and F numbers for each example.
+    Returns:
+        (N, F): under a random projection their inner products are, in expectation, those of the gradients.
+
+    Raises:
+        TypeError: `projection` is no `Projection`, or the parameters are a module.
+        ValueError: the batch, the mask, the chunk size or the plan does not fit.
+
+    Cost: one backward pass, and F numbers per example.
+
+    Example:
+        >>> params, x = torch.zeros(2), torch.eye(2)
+        >>> features(lambda w, x: w @ x, params, x, projection=projection(params, key=random.key(0), size=2))
+        tensor([[1., 0.],
+                [0., 1.]])
+
+    Reference: Park et al., "TRAK: attributing model behavior at scale", ICML 2023, section 3.
     """
 
     def of(*batch: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -217,7 +249,7 @@ def log_odds(outputs: Tensor, labels: Tensor) -> Tensor:
         labels: (...) integers in [0, K).
 
     Returns:
-        (...).
+        (...), float32 or wider.
 
     Raises:
         ValueError: shapes do not agree, a label is out of range, or K is below 2.
@@ -227,6 +259,8 @@ def log_odds(outputs: Tensor, labels: Tensor) -> Tensor:
     Example:
         >>> log_odds(torch.zeros(2), torch.tensor(0))
         tensor(0.)
+
+    Reference: Park et al., "TRAK: attributing model behavior at scale", ICML 2023, section 3.
     """
     labels = check_labels("log_odds", outputs, labels)
     if outputs.shape[-1] < 2:
@@ -239,21 +273,30 @@ def log_odds(outputs: Tensor, labels: Tensor) -> Tensor:
 def trak(train: Tensor, test: Tensor, probabilities: Tensor, *, damping: float | None = None) -> Tensor:
     """TRAK of each training on each test example, of one model.
 
-    Gradients of log-odds are not independent: those by the last bias add up to zero over the classes. So ΦᵀΦ of a plain
-    classifier is singular, and a little damping stands for its pseudo-inverse, to the ratio of λ to the eigenvalues
-    that are not zero.
+    It is `τ_ij = φ'_jᵀ (Φᵀ Φ + λ)⁻¹ φ_i (1 - p_i)`. Gradients of log-odds are linearly dependent: those by the last
+    bias add up to zero over the classes. So ΦᵀΦ of a plain classifier is singular, and a small damping approximates its
+    pseudo-inverse, up to the ratio of λ to the nonzero eigenvalues.
 
     Args:
-        train, test: (N, F) and (M, F) features of log-odds.
-        probabilities: (N,), which the model gives the training examples' labels.
-        damping: λ, at least 0; without it a millionth of the mean eigenvalue of ΦᵀΦ, for any N.
+        train, test: (N, F) and (M, F), `features` of the log-odds of training and test examples.
+        probabilities: (N,), the model's probability p_i of each training example's label.
+        damping: λ, at least 0; by default a millionth of the mean eigenvalue of ΦᵀΦ, for any N.
 
     Returns:
-        (N, M), in float64: the mean over several models, trained on parts of the data, is the method of the reference.
+        (N, M) float64: above zero where training on i lowers the loss of j. Average over several models, trained on
+        subsets of the data, for the method of the reference.
 
     Raises:
-        ValueError: shapes do not fit, a number is not finite, the damping is below 0, or it is so small that what
-            rounding left of a zero eigenvalue would be divided by. Compiled, the last gives NaN instead.
+        ValueError: shapes do not fit, a number is not finite, the damping is below 0, or it is so small that the
+            rounding of a zero eigenvalue would be divided by. Compiled, the last gives NaN instead.
+
+    Example:
+        >>> trak(torch.eye(2), torch.eye(2), torch.tensor([0.5, 0.9]), damping=0.0).round(decimals=6)
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.1000]], dtype=torch.float64)
+
+    Reference: Park, Georgiev, Ilyas, Leclerc, Madry, "TRAK: attributing model behavior at scale", ICML 2023, equations
+        13 to 17.
     """
     if train.dim() != 2 or test.shape[1:] != train.shape[1:] or probabilities.shape != train.shape[:1]:
         raise ValueError(
@@ -273,8 +316,8 @@ def trak(train: Tensor, test: Tensor, probabilities: Tensor, *, damping: float |
     moment = train.T @ train
     mean = moment.trace() / max(1, len(moment))
     small = torch.where(mean > 0, _MEAN * mean, 1.0) if damping is None else damping
-    found: Tensor = train @ solve("trak", moment, test.T, damping=small, least=least)
-    return found * (1 - probabilities.double())[:, None]
+    influence: Tensor = train @ solve("trak", moment, test.T, damping=small, least=least)
+    return influence * (1 - probabilities.double())[:, None]
 
 
 _MEAN = 1e-6

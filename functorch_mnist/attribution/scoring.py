@@ -5,7 +5,7 @@
     GraNd            |∇|
     margin           outputs[label] - the largest other output
     self-influence   Σ_t lr_t |∇_t|², over checkpoints t: TracIn of an example on itself
-    forgetting       how often an example that was right at one checkpoint is wrong at the next
+    forgetting       events in which an example is classified correctly at one checkpoint and wrongly at the next
 
 Reference: EL2N and GraNd: Paul et al., "Deep learning on a data diet", NeurIPS 2021. Self-influence: Pruthi et al.,
 "Estimating training data influence by tracing gradient descent", NeurIPS 2020. Forgetting: Toneva et al., "An empirical
@@ -30,24 +30,29 @@ from ..tree import Tree
 
 
 class OutputScores(NamedTuple):
-    """What outputs and labels alone say, (N,) each."""
+    """The scores that need outputs and labels alone, (N,) each."""
 
     prediction: Tensor
-    """int64: the class of the largest output."""
+    """int64: the predicted label, that of the largest output."""
     el2n: Tensor
+    """EL2N, |p - onehot(label)|, in [0, √2]."""
     margin: Tensor
+    """The label's output minus the largest other: below zero where the prediction is wrong."""
 
 
 class Scores(NamedTuple):
     """The scores of examples at one checkpoint, (N,) each, float32 or wider."""
 
     loss: Tensor
+    """The loss of the example."""
     grand: Tensor
-    """|∇|."""
+    """GraNd, the gradient norm |∇|."""
     prediction: Tensor
-    """int64: the class of the largest output."""
+    """int64: the predicted label, that of the largest output."""
     el2n: Tensor
+    """EL2N, |p - onehot(label)|, in [0, √2]."""
     margin: Tensor
+    """The label's output minus the largest other: below zero where the prediction is wrong."""
 
 
 def scores(
@@ -61,7 +66,7 @@ def scores(
     plan: Plan | None = None,
     world: World = SINGLE_PROCESS,
 ) -> Scores:
-    """All scores of each example at one checkpoint, in one backward pass.
+    """Loss, GraNd, EL2N, margin and predicted label of each example at one checkpoint, in one backward pass.
 
     Args:
         outputs_fn: `outputs_fn(params, *input) -> (K,)`, of one example, without dropout.
@@ -69,17 +74,29 @@ def scores(
         inputs: tensors (N, …).
         labels: (N,) integers in [0, K).
         loss_fn: `loss_fn(outputs (K,), label ()) -> ()`.
-        mask: (N,) bool; the numbers of an example with False are zero.
-        chunk_size: examples taken at a time.
-        plan: of `per_sample`.
+        mask: (N,) bool; an example with False, whatever it holds, has scores of zero.
+        chunk_size: examples taken at a time, at least 1; by default all.
+        plan: how `per_sample` computes each parameter; by default the cheapest way.
         world: the processes, all with the same examples, which divide the chunks between them.
+
+    Returns:
+        The scores, (N,) each.
 
     Raises:
         ValueError: tensors differ in N, a label is out of range, or the chunk size or the plan does not fit.
-        TypeError: the labels are not integers.
+        TypeError: the labels are not integers, the parameters are a module, or a function takes other arguments.
         RuntimeError: compiled or on a GPU, a label is out of range.
 
     Cost: that of `per_sample.norms`.
+
+    Example:
+        >>> result = scores(lambda w, x: w * x, torch.zeros(2), torch.ones(1, 2), labels=torch.tensor([0]))
+        >>> result.grand, result.el2n
+        (tensor([0.7071]), tensor([0.7071]))
+
+    Reference: EL2N and GraNd: Paul, Ganguli, Dziugaite, "Deep learning on a data diet: finding important examples early
+        in training", NeurIPS 2021, definitions 2.1 and 2.3; margin: Pleiss et al., "Identifying mislabeled data using
+        the area under the margin ranking", NeurIPS 2020.
     """
 
     def both_fn(params: Tree, *example: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,9 +107,9 @@ def scores(
         rows = []
         for chunk in batches.chunks("attribution.scores", batch, mask, chunk_size):
             part = factored(both_fn, params, *chunk.batch, mask=chunk.mask, plan=plan, has_aux=True)
-            (given,) = batches.blanked(chunk.batch[-1:], chunk.mask)
-            found = Scores(tree.wide(part.losses), part.norms(), *output_scores(part.aux, given))
-            rows.append([chunk.unpadded(batches.masked(column, chunk.keep())) for column in found])
+            (of_chunk,) = batches.blanked(chunk.batch[-1:], chunk.mask)
+            columns = Scores(tree.wide(part.losses), part.norms(), *output_scores(part.aux, of_chunk))
+            rows.append([chunk.unpadded(batches.masked(column, chunk.keep())) for column in columns])
         return Scores(*[torch.cat(column) for column in zip(*rows, strict=True)])
 
     check_params("attribution.scores", params)
@@ -109,11 +126,14 @@ def scores(
 
 
 def output_scores(outputs: Tensor, labels: Tensor) -> OutputScores:
-    """The scores that need no gradient.
+    """Predicted label, EL2N and margin: the scores that need no gradient.
 
     Args:
         outputs: (N, K) logits or log-probabilities, K at least 2.
         labels: (N,) integers in [0, K).
+
+    Returns:
+        The scores, (N,) each, float32 or wider.
 
     Raises:
         ValueError: shapes do not agree, a label is out of range, or K is below 2.
@@ -123,6 +143,8 @@ def output_scores(outputs: Tensor, labels: Tensor) -> OutputScores:
     Example:
         >>> output_scores(torch.tensor([[2.0, 0.0]]), torch.tensor([1])).margin
         tensor([-2.])
+
+    Reference: as of `scores`.
     """
     labels = check_labels("output_scores", outputs, labels)
     if outputs.shape[-1] < 2:
@@ -137,18 +159,26 @@ def output_scores(outputs: Tensor, labels: Tensor) -> OutputScores:
 
 
 def self_influence(grand: Tensor, lrs: Tensor) -> Tensor:
-    """`Σ_t lr_t |∇_t|²`: TracIn of each example on itself.
+    """Self-influence `Σ_t lr_t |∇_t|²`: TracIn of each example on itself.
+
+    At a single checkpoint it ranks examples as GraNd does.
 
     Args:
-        grand: (T, N), the gradient norms at T checkpoints.
+        grand: (T, N), GraNd at T checkpoints.
         lrs: (T,), the learning rate at each.
 
     Returns:
-        (N,) in float64, for squares of small norms are below float32's range.
+        (N,) float64, for squares of small norms are below float32's range.
+
+    Raises:
+        ValueError: shapes do not fit.
+        TypeError: `grand` or `lrs` is no tensor.
 
     Example:
         >>> self_influence(torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.tensor([1.0, 0.5]))
         tensor([1.0000, 8.5000], dtype=torch.float64)
+
+    Reference: Pruthi et al., "Estimating training data influence by tracing gradient descent", NeurIPS 2020.
     """
     if not isinstance(grand, Tensor) or not isinstance(lrs, Tensor):
         raise TypeError(
@@ -163,18 +193,24 @@ def self_influence(grand: Tensor, lrs: Tensor) -> Tensor:
 
 
 def forgetting_events(correct: Tensor) -> Tensor:
-    """How often each example was forgotten: right at one checkpoint, wrong at the next.
+    """Forgetting events: how often each example was classified correctly at one checkpoint and wrongly at the next.
 
     Args:
-        correct: (T, N) bool, in the order of training.
+        correct: (T, N) bool, whether each example was classified correctly, in the order of training.
 
     Returns:
-        (N,) int64; T for an example that was never right, more than any other can have.
+        (N,) int64; T for an example that was never learned, more than any other can have.
+
+    Raises:
+        ValueError: `correct` is not (T, N) bool.
 
     Example:
         >>> right = torch.tensor([[True, True, False], [False, True, False], [True, True, False]])
         >>> forgetting_events(right)
         tensor([1, 0, 3])
+
+    Reference: Toneva et al., "An empirical study of example forgetting during deep neural network learning", ICLR 2019,
+        section 3.
     """
     if correct.dim() != 2 or correct.dtype != torch.bool:
         raise ValueError(

@@ -2,12 +2,12 @@
 
     X = (M + λ)⁻¹ B
 
-by Cholesky's factorisation. An eigenvalue of M that is small beside the largest is what rounding of M's numbers left of
-a zero, and can be below zero. A λ that does not reach it leaves a solution in which that rounding is divided by itself:
-ordinary to look at, and noise. So the least and the largest eigenvalue of M + λ are estimated, by a few steps of the
-power method on its inverse and on itself, which cost N² each beside the N³ of the factorisation.
+by the Cholesky factorisation. An eigenvalue of M that is small relative to the largest is the rounding of a zero, and
+can be below zero. A λ below it leaves a solution in which this rounding is divided by itself: it looks ordinary, and is
+noise. So the smallest and the largest eigenvalue of M + λ are estimated, by a few steps of the power method on its
+inverse and on itself, which cost N² each, besides the N³ of the factorisation.
 
-Where the program may look at numbers, it raises. Compiled, where it may not, the solution is NaN.
+Eagerly a nearly singular matrix raises. Compiled, where no value can be read, the solution is NaN.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,26 +18,26 @@ from torch import Tensor
 from .. import native, tree
 
 LEAST = 1e-12
-"""The least part of the largest eigenvalue that an eigenvalue can be: of the 16 digits of float64, 4 are left."""
+"""The least ratio of an eigenvalue to the largest: of the 16 digits of float64, 4 are left."""
 _ULPS = 8
 """Independent errors of u in each number move an eigenvalue by 2 u of the largest, whatever N is."""
 _STEPS = 8
 _STARTS = 4
 _EVEN = 1e-3
-"""The part of its largest number by which a matrix may miss its transpose: far more than float32 rounds."""
+"""The asymmetry that a matrix may have, relative to its largest entry: far more than float32's rounding."""
 
 
 def solve(
     where: str, matrix: Tensor, right: Tensor, *, damping: float | Tensor, least: float, name: str = "damping"
 ) -> Tensor:
-    """`(M + λ)⁻¹ B`: (N, M) in float64, NaN where it is refused but the program may not look.
+    """`(M + λ)⁻¹ B`: (N, M) in float64; when compiled, NaN in place of an error.
 
     Args:
         where: the function that an error names.
         matrix: M (N, N), symmetric positive semidefinite.
         right: B (N, M).
         damping: λ, at least 0.
-        least: the least part of the largest eigenvalue of M + λ that its least may be.
+        least: the least ratio of the smallest to the largest eigenvalue of M + λ.
         name: what the function calls λ.
 
     Raises:
@@ -60,17 +60,17 @@ def solve(
         raise ValueError(f"{where}: the matrix must be symmetric. Found one that is not. Are its two batches one?")
     if looked[1] is not None and not looked[1].all():
         raise ValueError(_refusal(where, name, damping, looked))
-    found: Tensor = torch.where(symmetric & definite, torch.cholesky_solve(right, factor), torch.nan)
-    return found
+    solution: Tensor = torch.where(symmetric & definite, torch.cholesky_solve(right, factor), torch.nan)
+    return solution
 
 
 def rounding(matrix: Tensor) -> float:
-    """The part of its largest eigenvalue that rounding of a matrix's numbers may move an eigenvalue by, a few times."""
+    """How far rounding of a matrix's entries may move an eigenvalue, relative to the largest, with a margin."""
     return max(LEAST, _ULPS * torch.finfo(tree.wide(matrix).dtype).eps)
 
 
 def finite(where: str, *values: Tensor) -> None:
-    """Refuses what is not finite, where the program may look."""
+    """Refuses what is not finite, where values can be read: not when compiled."""
     for value in values:
         looked = native.numbers(value)
         if looked is not None and not looked.isfinite().all():

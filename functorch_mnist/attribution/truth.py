@@ -1,9 +1,10 @@
-"""What attribution is graded by: the training run itself, as a pure function of the weights of its examples.
+"""The ground truth of attribution: the training run itself, as a pure function of the weights of its examples.
 
     w_T(c):  w ← optimizer(w, (1 / B) Σ_{i in batch} c_i ∇_i(w)),   T steps
 
-With all weights one it is ordinary training. A weight of zero leaves an example out: retraining. Its derivative at one
-is what the example contributes, through every step: unrolled differentiation. Both keep batches, order and divisor.
+With all weights 1 it is ordinary training. A weight of 0 leaves an example out: leave-one-out retraining. The
+derivative at 1 is the example's contribution through every step: unrolled differentiation. Both keep batches, order and
+divisor.
 
 Reference: leave-one-out: Cook and Weisberg, "Residuals and influence in regression", 1982. Through training: Hara et
 al., "Data cleansing for models trained with SGD", NeurIPS 2019; Bae et al., "Training data attribution via approximate
@@ -25,24 +26,40 @@ from ..tree import Tree
 
 
 class Run(NamedTuple):
-    """A training run: all that its result hangs on, but the weights of its examples."""
+    """A training run: everything that determines its result, except the weights of its examples."""
 
     loss_fn: Callable[..., Tensor]
     """`loss_fn(params, *example) -> ()`, pure."""
     optimizer: Optimizer
+    """Gets the mean gradient of each step, weighted."""
     params: Tree
-    """Where it starts."""
+    """The initial parameters."""
     examples: tuple[Tensor, ...]
-    """Tensors (N, …)."""
+    """The training examples, tensors (N, …)."""
     order: Tensor
-    """(T, B) int64: which examples each step sees."""
+    """(T, B) int64: the examples of the batch of each step."""
 
 
 def trained(run: Run, weights: Tensor) -> Tree:
-    """The parameters after the run with these weights (N,) of its examples. Differentiable by them.
+    """The final parameters of a run with given weights of its examples.
+
+    Args:
+        run: the run.
+        weights: (N,): the factor of each example's gradient, 1 for ordinary training.
+
+    Returns:
+        A tree like `run.params`, differentiable with respect to the weights.
 
     Raises:
         ValueError: the weights are not (N,), or the order is not (T, B).
+
+    Cost: the run; differentiated, the activations of all its steps: `unrolled` needs the square root of them.
+
+    Example:
+        >>> from functorch_mnist import optim
+        >>> run = Run(lambda w, x: w * x, optim.sgd(1.0), torch.tensor(0.0), (torch.ones(2),), torch.tensor([[0, 1]]))
+        >>> trained(run, torch.tensor([1.0, 0.0]))
+        tensor(-0.5000)
     """
     _check("trained", run, weights)
     return _after(run, _start(run), run.order, weights)[0]
@@ -77,19 +94,21 @@ def _after(run: Run, start: tuple[Tree, Tree], order: Tensor, weights: Tensor) -
 
 
 def retrained(run: Run, test: tuple[Tensor, ...], weights: Tensor, *, chunk_size: int = 32) -> Tensor:
-    """The losses of test examples after runs with other weights.
+    """The losses of test examples after retraining with other weights.
 
     Args:
         run: the run.
-        test: tensors (M, …), as the loss takes them.
-        weights: (R, N), those of each run.
-        chunk_size: runs made side by side, at least 1: so many copies of the parameters are held.
+        test: a tuple of tensors (M, …), as the loss takes them.
+        weights: (R, N), the weights of each of R runs; 0 leaves an example out.
+        chunk_size: runs in one call of `vmap`, at least 1. As many copies of the parameters are held.
 
     Returns:
         (R, M).
 
     Raises:
         ValueError: the weights are not (R, N), or `chunk_size` is below 1.
+
+    Cost: R training runs.
     """
     if weights.dim() != 2 or weights.shape[1] != len(run.examples[0]) or chunk_size < 1:
         raise ValueError(
@@ -102,19 +121,21 @@ def retrained(run: Run, test: tuple[Tensor, ...], weights: Tensor, *, chunk_size
 
 
 def leave_one_out(run: Run, test: tuple[Tensor, ...], which: Tensor, *, chunk_size: int = 32) -> Tensor:
-    """What leaving single examples out adds to the losses of test examples, by training anew without each.
+    """Leave-one-out retraining: how much the losses of test examples rise without each of some training examples.
 
     Args:
         run, test, chunk_size: as in `retrained`.
-        which: (R,) int64, numbers of training examples.
+        which: (R,) int64, the training examples to leave out, one per run.
 
     Returns:
-        (R, M): above zero where the example helped.
+        (R, M): the loss without the example minus the loss with it; above zero where the example helped.
 
     Raises:
         ValueError: `which` is not (R,) int64, or `chunk_size` is below 1.
 
     Cost: R + 1 training runs.
+
+    Reference: Cook, Weisberg, "Residuals and influence in regression", 1982.
     """
     if which.dim() != 1 or which.dtype != torch.int64:
         raise ValueError(f"leave_one_out: which must be int64 (R,). Found {which.dtype} {tuple(which.shape)}.")
@@ -125,14 +146,14 @@ def leave_one_out(run: Run, test: tuple[Tensor, ...], which: Tensor, *, chunk_si
 
 
 def unrolled(run: Run, test: tuple[Tensor, ...], weights: Tensor | None = None, *, chunk_size: int = 8) -> Tensor:
-    """What each training example's weight takes from the losses of test examples, by differentiating the whole run.
+    """Unrolled differentiation: the derivative of test losses with respect to each training example's weight, negated.
 
     Args:
         run: the run.
-        test: tensors (M, …), as the loss takes them.
-        weights: (N,), those of the run that is differentiated; all one by default. Where about a part p of the examples
-            is to be left out, 1 - p is the middle of the runs in question.
-        chunk_size: test examples differentiated side by side, at least 1.
+        test: a tuple of tensors (M, …), as the loss takes them.
+        weights: (N,), at which the run is differentiated; by default all 1. To predict runs that leave out a fraction p
+            of the examples, 1 - p is the midpoint.
+        chunk_size: test examples in one call of `vmap`, at least 1.
 
     Returns:
         (N, M): `-d loss_j / d c_i`; above zero where the example helped.
@@ -140,8 +161,13 @@ def unrolled(run: Run, test: tuple[Tensor, ...], weights: Tensor | None = None, 
     Raises:
         ValueError: the weights are not (N,), or `chunk_size` is below 1.
 
-    Cost: the states at √T of the T steps, the activations of √T steps and M adjoints are held. Two runs forward, and
-        one backward pass through the run for each test example.
+    Guarantees: exact: the derivative of the whole run, through all its steps.
+
+    Cost: memory for √T of the T states, the activations of √T steps and M adjoints. Two runs forward, and one backward
+        pass through the run per test example.
+
+    Reference: Hara, Nitanda, Maehara, "Data cleansing for models trained with SGD", NeurIPS 2019; Bae, Lin, Lorraine,
+        Grosse, "Training data attribution via approximate unrolled differentiation", NeurIPS 2024.
     """
     if chunk_size < 1:
         raise ValueError(f"unrolled: chunk_size must be at least 1. Found {chunk_size}.")

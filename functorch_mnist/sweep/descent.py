@@ -89,8 +89,9 @@ def tune(
         >>> def objective(hyper):  # (log lr)²
         ...     log = hyper["lr"].log()
         ...     return log**2, {"lr": 2 * log / hyper["lr"]}
-        >>> round(tune(objective, {"lr": torch.tensor(10.0)}, scales={"lr": LOG}, rounds=9).loss, 2)
-        0.01
+        >>> tuned = tune(objective, {"lr": torch.tensor(10.0)}, scales={"lr": LOG}, rounds=9)
+        >>> round(float(tuned.hyper["lr"]), 1)
+        1.1
 
     Reference: Riedmiller, Braun, "A direct adaptive method for faster backpropagation learning: the RPROP algorithm",
         IEEE International Conference on Neural Networks, 1993.

@@ -36,10 +36,10 @@ class Program(NamedTuple):
     init: Callable[[Values, Tensor], State]
     """`init(hyper, key) -> state`, before the first step. The key (2,) is `random.key(seed)` of the run's seed."""
     step: Callable[..., tuple[State, dict[str, Tensor]]]
-    """`step(hyper, state, *rows, keys, mask=…, divisor=…) -> (state, aux)`: a `train.Step` with hyperparameters."""
+    """`step(hyper, state, *rows, keys, mask=…, divisor=…) -> (state, aux)`, a `train.Step` of the run."""
     score: Callable[[Values, State], dict[str, Tensor]]
-    """`score(hyper, state) -> {name: ()}`: metrics of a run, such as its accuracy on a held-out split. Runs are compared
-    by the first: the higher, the better."""
+    """`score(hyper, state) -> {name: ()}`: metrics of a run, such as its held-out accuracy. Runs are compared by the
+    first: the higher, the better."""
     kept: Callable[[State], Tree] = lambda state: state.params
     """What is kept of a run's best epoch: some leaves of its state, such as the parameters or their EMA."""
 
