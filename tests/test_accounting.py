@@ -394,7 +394,7 @@ def test_more_than_certain_sampling_delta_one_and_unknown_accountants_are_refuse
 def test_without_dp_accounting_the_pld_accountant_says_what_to_install_and_the_renyi_one_works(monkeypatch):
     monkeypatch.setitem(sys.modules, "dp_accounting.pld", None)
     mechanism = Poisson(0.0123, 1.2345)  # not known from before
-    with pytest.raises(ImportError, match=r"pip install 'functorch-mnist\[privacy\]'"):
+    with pytest.raises(ImportError, match=r"pip install dp-accounting"):
         privacy.epsilon(mechanism, steps=10, delta=DELTA)
     assert privacy.epsilon(mechanism, steps=10, delta=DELTA, accountant="rdp") > 0
 

@@ -189,7 +189,7 @@ def test_mistake_19_the_rate_that_is_drawn_is_the_rate_that_is_accounted():
 
 @pytest.mark.parametrize("numbers", [[3, 3, 3], [0, 5, 5], [4, 2]])
 def test_mistake_19_who_is_drawn_twice_is_refused(numbers):
-    with pytest.raises(ValueError, match="who is drawn twice moves a sum by twice the sensitivity"):
+    with pytest.raises(ValueError, match="an example drawn twice moves a sum by twice the sensitivity"):
         Draw(torch.tensor(numbers))
     with pytest.raises(TypeError, match="it must be a Draw"):
         privacy.chunks(torch.tensor(numbers), (8,))

@@ -1,4 +1,4 @@
-"""Differential privacy: clipping rules, sampling, noise, and an account of what was spent.
+"""Differential privacy (DP-SGD): clipping rules, sampling, noise, accountants (PLD, RDP, GDP), ledger and audits.
 
     mechanism = privacy.Poisson(rate=256 / 60_000, noise_multiplier=1.1)
 

@@ -1,14 +1,14 @@
-"""What steps of a mechanism spend, and what may be spent on them.
+"""Accountants: ε of steps of a mechanism, and the noise or steps that a budget allows.
 
-| accountant | of | how |
+| accountant | for | method |
 |---|---|---|
-| `pld` | all | privacy loss distribution, by `dp-accounting`: the tightest, never below the true ε |
-| `rdp` | all | Rényi, improved conversion |
+| `pld` | all | privacy loss distribution (PLD), by `dp-accounting`: the tightest, never below the true ε |
+| `rdp` | all | Rényi differential privacy (RDP), improved conversion |
 | `rdp-old` | all | Rényi, the conversion that most papers before 2021 report |
-| `gaussian` | what is not sampled | exact |
+| `gaussian` | mechanisms without sampling | Gaussian differential privacy (GDP), exact |
 
-Each counts what the mechanism says of itself, `Mechanism.events`: an epoch of `Shuffled` is one release without
-amplification by sampling, whoever counts.
+Each composes the mechanism's own events, `Mechanism.events`: for every accountant an epoch of `Shuffled` is one release
+without amplification by sampling.
 """
 
 import math
@@ -32,24 +32,31 @@ MAX_STEPS = 10**8
 
 
 def epsilon(mechanism: Mechanism, *, steps: int, delta: float, accountant: Accountant = "pld") -> float:
-    """ε of so many steps, at δ.
+    """The privacy budget ε that a number of steps spends, at δ.
 
     Args:
         mechanism: of each step.
-        steps: at least 0, at most `MAX_STEPS`.
+        steps: from 0 to `MAX_STEPS`.
         delta: δ in (0, 1).
-        accountant: see above.
+        accountant: "pld" (tightest), "rdp", "rdp-old" or "gaussian".
 
     Returns:
-        At least 0; 0 for no step.
+        ε, at least 0; 0 for no step; infinite without noise.
 
     Raises:
-        ValueError: a number is out of its range or not finite; the accountant is unknown, or not of this sampling.
-        ImportError: `dp-accounting` is not installed.
+        ValueError: a number is out of its range or not finite; the accountant is unknown, or does not apply to this
+            sampling.
+        TypeError: `mechanism` is none, such as a noise multiplier alone.
+
+    Guarantees: an upper bound on the true ε for neighbours as `mechanism.relation` says.
 
     Example:
         >>> round(epsilon(Poisson(240 / 60_000, 1.1), steps=15_000, delta=1e-5, accountant="rdp"), 3)
         2.503
+
+    Reference: PLD: Koskela, Jälkö, Honkela, "Computing tight differential privacy guarantees using FFT", AISTATS 2020,
+        and Doroshenko et al., PoPETs 2022. RDP: Mironov, "Rényi differential privacy", CSF 2017. GDP: Dong, Roth, Su,
+        "Gaussian differential privacy", JRSS B 84, 2022.
     """
     check_mechanism("epsilon", mechanism)
     _check_steps("epsilon", steps, least=0)
@@ -57,19 +64,19 @@ def epsilon(mechanism: Mechanism, *, steps: int, delta: float, accountant: Accou
 
 
 def composed(events: Sequence[Event], *, delta: float, accountant: Accountant = "pld") -> float:
-    """ε of several events together, at δ.
+    """ε of the composition of several events, at δ.
 
     Args:
-        events: what `Mechanism.events` says, of one mechanism or of many.
+        events: from `Mechanism.events`, of one mechanism or of several.
         delta: δ in (0, 1).
-        accountant: see above.
+        accountant: as in `epsilon`.
 
     Returns:
-        At least 0; 0 for no event; infinite where one has no noise.
+        ε, at least 0; 0 for no event; infinite where one has no noise.
 
     Raises:
         ValueError: δ is out of its range; the accountant is unknown, or is `gaussian` and an event is sampled.
-        ImportError: `dp-accounting` is not installed.
+        TypeError: one is no `Event`, such as a mechanism.
 
     Example:
         >>> round(composed([Event(1.0, 10.0, 3), Event(1.0, 5.0, 1)], delta=1e-5, accountant="gaussian"), 3)
@@ -98,21 +105,23 @@ def composed(events: Sequence[Event], *, delta: float, accountant: Accountant = 
 
 
 def user_epsilon(mechanism: Poisson, *, examples_per_user: int, steps: int, delta: float) -> float:
-    """ε of all examples of one user, where examples are sampled and clipped one by one.
+    """User-level ε, where examples are sampled and clipped one by one.
 
-    Neighbours differ by a user of at most so many examples. How many of them join a step is binomial, so a step is a
-    mixture of Gaussians. Where users are sampled and clipped as a whole, `Poisson(unit="user")`, their account is
-    `epsilon`.
+    Neighbours differ by a user of at most `examples_per_user` examples. How many of them join a step is binomial, so a
+    step is a mixture of Gaussians. Where users are sampled and clipped as a whole, `Poisson(unit="user")`, their
+    account is `epsilon`.
 
     Args:
-        mechanism: of examples.
-        examples_per_user: the most that any user has, at least 1.
-        steps: at least 0.
+        mechanism: Poisson sampling of examples.
+        examples_per_user: the most examples of any user, at least 1.
+        steps: from 0 to `MAX_STEPS`.
         delta: δ in (0, 1).
 
+    Returns:
+        ε by PLD, at least 0; infinite without noise.
+
     Raises:
-        ValueError: a number is out of its range, or the mechanism samples users.
-        ImportError: `dp-accounting` is not installed.
+        ValueError: a number is out of its range, or the mechanism does not sample examples by Poisson sampling.
 
     Example:
         >>> one = Poisson(0.01, 2.0)
@@ -123,7 +132,7 @@ def user_epsilon(mechanism: Poisson, *, examples_per_user: int, steps: int, delt
         2407.07737, section 3.
     """
     if not isinstance(mechanism, Poisson) or mechanism.unit != "example":
-        raise ValueError(f"user_epsilon: examples must be sampled, each by its own coin. Found {mechanism}.")
+        raise ValueError(f"user_epsilon: examples must be sampled by Poisson sampling. Found {mechanism}.")
     check_count("user_epsilon", "examples_per_user", examples_per_user)
     _check_steps("user_epsilon", steps, least=0)
     _check_delta(delta)
@@ -137,17 +146,23 @@ def user_epsilon(mechanism: Poisson, *, examples_per_user: int, steps: int, delt
 def calibrated(
     make: Callable[[float], Mechanism], *, budget: float, delta: float, steps: int, accountant: Accountant = "pld"
 ) -> float:
-    """The least noise multiplier σ that spends at most `budget` in so many steps: four digits, rounded up.
+    """The least noise multiplier σ that spends at most a budget ε.
 
     Args:
-        make: the mechanism of a noise multiplier.
+        make: `make(sigma) -> Mechanism`, such as `lambda sigma: Poisson(rate, sigma)`.
         budget: ε, above 0 and finite.
         delta: δ in (0, 1).
-        steps: at least 1.
+        steps: from 1 to `MAX_STEPS`.
         accountant: as in `epsilon`.
+
+    Returns:
+        σ, four digits, rounded up.
 
     Raises:
         ValueError: a number is out of its range, or no σ up to 10⁶ is enough.
+        TypeError: `make` is no function of σ, or returns no mechanism.
+
+    Guarantees: `epsilon(make(σ), …)` is at most the budget.
 
     Example:
         >>> from functorch_mnist.privacy import Shuffled
@@ -176,24 +191,34 @@ def calibrated(
         low, high, gap = low / 2, low, above
         above = _gap(spent(low), budget)
     moved = ""
-    while _next(low) < high:  # the secant of log ε over log σ, then the numbers beside it
-        part = above / (above - gap) if math.isfinite(above) and above > 0 else 0.5
-        middle = min(max(_rounded_up(low * (high / low) ** min(max(part, 0.0), 1.0)), _next(low)), _previous(high))
-        found = _gap(spent(middle), budget)
-        if found > 0:
-            low, above, gap = middle, found, gap / 2 if moved == "low" else gap
+    while _next(low) < high:  # the secant of log ε over log σ, then the neighbouring numbers
+        secant = above / (above - gap) if math.isfinite(above) and above > 0 else 0.5
+        middle = min(max(_rounded_up(low * (high / low) ** min(max(secant, 0.0), 1.0)), _next(low)), _previous(high))
+        there = _gap(spent(middle), budget)
+        if there > 0:
+            low, above, gap = middle, there, gap / 2 if moved == "low" else gap
             moved = "low"
         else:
-            high, gap, above = middle, found, above / 2 if moved == "high" else above
+            high, gap, above = middle, there, above / 2 if moved == "high" else above
             moved = "high"
     return _rounded_up(high)
 
 
 def max_steps(mechanism: Mechanism, *, budget: float, delta: float, accountant: Accountant = "pld") -> int:
-    """The most steps that spend at most ε = `budget`; `MAX_STEPS` where there is no end to them before.
+    """The most steps that spend at most a budget ε.
+
+    Args:
+        mechanism: of each step.
+        budget: ε, above 0 and finite.
+        delta: δ in (0, 1).
+        accountant: as in `epsilon`.
+
+    Returns:
+        The number of steps, from 0; `MAX_STEPS` where the budget lasts longer.
 
     Raises:
         ValueError: a number is out of its range.
+        TypeError: `mechanism` is none.
 
     Example:
         >>> from functorch_mnist.privacy import Shuffled
@@ -220,7 +245,25 @@ def max_steps(mechanism: Mechanism, *, budget: float, delta: float, accountant: 
 def epsilon_curve(
     mechanism: Mechanism, *, steps: Sequence[int], delta: float, accountant: Accountant = "pld"
 ) -> list[float]:
-    """ε after each of some numbers of steps."""
+    """ε after each of several numbers of steps.
+
+    Args:
+        mechanism: of each step.
+        steps: numbers of steps, each from 0 to `MAX_STEPS`.
+        delta: δ in (0, 1).
+        accountant: as in `epsilon`.
+
+    Returns:
+        ε of each, in the same order.
+
+    Raises:
+        ValueError, TypeError: as in `epsilon`.
+
+    Example:
+        >>> from functorch_mnist.privacy import Shuffled
+        >>> [round(e, 2) for e in epsilon_curve(Shuffled(9, 4.0), steps=[0, 9], delta=1e-5, accountant="gaussian")]
+        [0.0, 0.92]
+    """
     return [epsilon(mechanism, steps=count, delta=delta, accountant=accountant) for count in steps]
 
 

@@ -1,16 +1,16 @@
-"""Clipping rules: how much of its gradient an example keeps, and by how much it can then move the sum.
+"""Clipping rules: the factor of each per-sample gradient, and the sensitivity of the sum of clipped gradients.
 
 With ∇_i the gradient of example i, ∇_i^k its part in group k of the parameters, a rule gives each part a factor
 
     Flat         s_i   = min(1, C / |∇_i|)                          Abadi et al. 2016
-    Automatic    s_i   = C / (|∇_i| + γ)                            Bu et al. 2023
+    Automatic    s_i   = C / (|∇_i| + γ), AUTO-S                    Bu et al. 2023
     Global       s_i   = 1 where |∇_i| ≤ C, else 0                  Bu et al. 2021
     PerLayer     s_i^k = min(1, C_k / |∇_i^k|), C_k = C / √K        McMahan et al. 2018
     PerGroup     the same, with any C_k
-    Quantile     Flat, whose C follows a quantile of the norms      Andrew et al. 2021
+    Quantile     Flat with adaptive C: a quantile of the norms      Andrew et al. 2021
 
-and carries its sensitivity, the largest norm that `Σ_i s_i ∇_i` can change by when an example comes or goes: C, and for
-groups √(Σ C_k²). An example whose gradient is not finite gets zero from every rule.
+and its sensitivity, the largest norm by which `Σ_i s_i ∇_i` can change when an example is added or removed: C, and for
+groups √(Σ C_k²). An example whose gradient is not finite has the factor 0 under every rule.
 """
 
 import math
@@ -26,25 +26,29 @@ from ..tree import Tree
 
 
 class Clipping:
-    """A rule. It is a value: what evolves is a state that it makes and is given."""
+    """A clipping rule. It is immutable: what an adaptive rule adapts is a state, made by `init` and passed in."""
 
     def init(self) -> Tree:
-        """What evolves: nothing, for a rule that does not adapt."""
+        """The initial state: empty, for a rule that does not adapt."""
         return ()
 
     def sensitivity(self, state: Tree = ()) -> float | Tensor:
-        """The largest norm by which one example can change the sum of clipped gradients."""
+        """The largest norm by which one example can change the sum of clipped gradients.
+
+        Args:
+            state: of the rule, for one that adapts.
+        """
         raise NotImplementedError
 
     def factors(self, norms: Tree, state: Tree = ()) -> Tree:
-        """What each example's gradient is multiplied by.
+        """The factor of each per-sample gradient.
 
         Args:
             norms: the norm of each parameter's part of ∇_i: a tree like the parameters with leaves (B,), finite.
             state: of the rule.
 
         Returns:
-            The factors of the parts: a tree with leaves (B,).
+            The factor of each parameter's part, in [0, 1] for most rules: a tree with leaves (B,).
 
         Raises:
             ValueError: the rule's groups do not fit the parameters.
@@ -52,22 +56,27 @@ class Clipping:
         raise NotImplementedError
 
     def votes(self, norms: Tree, state: Tree = ()) -> Tensor:  # noqa: ARG002
-        """What each example adds to the second thing that a step releases, for the rule to adapt to: (B, V).
+        """What each example adds to the step's second release, by which an adaptive rule adapts.
 
-        One example's row has norm 1/2 at most.
+        Args:
+            norms: as in `factors`.
+            state: of the rule.
+
+        Returns:
+            (B, V); an example's row has norm 1/2 at most. V is 0 for a rule that does not adapt.
         """
         leaf = tree.leaves(norms)[0]
         return leaf.new_zeros(len(leaf), 0)
 
     def deviations(self, noise_multiplier: float | Tensor) -> tuple[float | Tensor, float]:
-        """How the noise of a step is divided between what it releases.
+        """How a step's noise multiplier is divided between its releases.
 
         Args:
-            noise_multiplier: of all that a step releases together.
+            noise_multiplier: σ of the step as a whole.
 
         Returns:
-            The noise multiplier of the gradients, above the whole one where there are votes, and the standard deviation
-            of the noise on the sum of votes.
+            The noise multiplier of the gradients, above σ for an adaptive rule, and the standard deviation of the noise
+            on the sum of votes.
 
         Raises:
             ValueError: there is not enough noise for both.
@@ -75,19 +84,28 @@ class Clipping:
         return noise_multiplier, 0.0
 
     def adapt(self, state: Tree, votes: Tensor) -> Tree:  # noqa: ARG002
-        """The state for the next step, from the noisy mean of the votes (V,)."""
+        """The state for the next step.
+
+        Args:
+            state: of the rule.
+            votes: (V,), the noisy mean of the votes.
+        """
         return state
 
 
 @dataclass(frozen=True)
 class Flat(Clipping):
-    """Gradients longer than `max_norm` are scaled down to it.
+    """Flat clipping, that of DP-SGD: gradients longer than `max_norm` are scaled down to it.
+
+    Example:
+        >>> Flat(1.0).factors({"w": torch.tensor([0.5, 4.0])})["w"]
+        tensor([1.0000, 0.2500])
 
     Reference: Abadi et al., "Deep learning with differential privacy", CCS 2016, algorithm 1.
     """
 
     max_norm: float | Tensor
-    """C, above 0, or a 0-d tensor, whose value is not read: so many runs differ in it under `vmap`."""
+    """C, above 0; or a 0-d tensor, whose value is not read, so that it can differ between vmapped runs."""
 
     def __post_init__(self) -> None:
         if not (isinstance(self.max_norm, Tensor) and self.max_norm.shape == ()):
@@ -102,16 +120,16 @@ class Flat(Clipping):
 
 @dataclass(frozen=True)
 class Automatic(Clipping):
-    """Every gradient is scaled to a norm just below `max_norm`, however long it was: there is no norm to tune.
+    """Automatic clipping (AUTO-S): gradients are normalised, to a norm just below `max_norm`. There is no norm to tune.
 
     Reference: Bu, Wang, Zha, Karypis, "Automatic clipping: differentially private deep learning made easier and
         stronger", NeurIPS 2023, equation 4.
     """
 
     max_norm: float = 1.0
-    """C, above 0: it scales gradients and noise alike."""
+    """C, above 0: it scales gradients and noise equally, as a learning rate does."""
     gamma: float = 0.01
-    """γ, above 0: gradients shorter than this stay short."""
+    """γ, above 0: the stability constant. Gradients shorter than it stay short."""
 
     def __post_init__(self) -> None:
         _check_norm("Automatic", self.max_norm)
@@ -126,7 +144,7 @@ class Automatic(Clipping):
 
 @dataclass(frozen=True)
 class Global(Clipping):
-    """Gradients up to `max_norm` stay as they are, and longer ones are left out.
+    """Global clipping: gradients up to `max_norm` are kept as they are, longer ones are dropped.
 
     Reference: Bu, Dong, Long, Su, "On the convergence and calibration of deep learning with differential privacy", TMLR
         2023 (arXiv 2106.07830), section 4.
@@ -147,16 +165,16 @@ class Global(Clipping):
 
 @dataclass(frozen=True)
 class PerLayer(Clipping):
-    """Each layer's part of a gradient is clipped on its own; all layers have the same share of `max_norm`.
+    """Per-layer clipping: each layer's part of a gradient is clipped on its own, to an equal norm C / √K.
 
-    The parameters of a layer have one path but for its last part, such as `conv1.weight` and `conv1.bias`.
+    The parameters of a layer share their path up to its last part, such as `conv1.weight` and `conv1.bias`.
 
     Reference: McMahan, Ramage, Talwar, Zhang, "Learning differentially private recurrent language models", ICLR 2018,
         section 3.
     """
 
     max_norm: float
-    """C, above 0, of all layers together: each of K has C / √K."""
+    """C, above 0, the clipping norm of all K layers together: each has C / √K."""
 
     def __post_init__(self) -> None:
         _check_norm("PerLayer", self.max_norm)
@@ -166,23 +184,26 @@ class PerLayer(Clipping):
 
     def factors(self, norms: Tree, state: Tree = ()) -> Tree:  # noqa: ARG002
         layers = [path[: max(path.rfind("."), path.rfind("/"), 0)] or path for path in tree.paths(norms)]
-        share = self.max_norm / math.sqrt(len(set(layers)))
-        return _by_group(norms, layers, dict.fromkeys(layers, share))
+        of_each = self.max_norm / math.sqrt(len(set(layers)))
+        return _by_group(norms, layers, dict.fromkeys(layers, of_each))
 
 
 @dataclass(frozen=True)
 class PerGroup(Clipping):
-    """Each group's part of a gradient is clipped to a norm of its own.
+    """Per-group clipping: each group's part of a gradient is clipped to its own norm.
 
     Example:
         >>> rule = PerGroup({"conv1": 3.0, "fc": 4.0})
         >>> rule.sensitivity()
         5.0
+
+    Reference: McMahan, Andrew, Erlingsson et al., "A general approach to adding differential privacy to iterative
+        training procedures", 2018, section 2.
     """
 
     max_norms: Mapping[str, float]
-    """C_k, above 0, by how the paths of the group's parameters begin. A parameter is in the group with the longest
-    beginning that fits; `""` fits all."""
+    """C_k, above 0, by a prefix of the paths of the group's parameters. A parameter is in the group of its longest
+    prefix; `""` is a prefix of all."""
 
     def __post_init__(self) -> None:
         if not self.max_norms:
@@ -209,31 +230,36 @@ class PerGroup(Clipping):
 
 @dataclass(frozen=True)
 class Quantile(Clipping):
-    """Flat clipping whose norm follows a quantile of the norms, which is itself released with noise.
+    """Adaptive clipping: flat clipping whose norm follows a quantile of the norms, estimated with noise.
 
         b = (Σ_i ([|∇_i| ≤ C] - 1/2) + N(0, σ_b²)) / expected batch + 1/2,    C ← C exp(-lr (b - quantile))
 
-    The votes take a part of the step's noise multiplier σ, so the gradients get `σ_Δ = (σ⁻² - (2 σ_b)⁻²)^(-1/2)`, and
-    the two together cost what one Gaussian of σ costs. The noisy b is taken as a part, in [0, 1], and C stays within
-    bounds, so that no noise and no quantile takes it to zero or beyond all numbers.
+    The votes use up some of the step's noise multiplier σ: the gradients get `σ_Δ = (σ⁻² - (2 σ_b)⁻²)^(-1/2)`, and both
+    releases together cost what one Gaussian of σ costs. The noisy b is clamped to [0, 1], and C to its bounds, so that
+    no noise and no quantile takes it to zero or infinity.
+
+    Example:
+        >>> rule = Quantile(0.5, count_stddev=1.0)
+        >>> rule.adapt(torch.tensor(1.0), torch.tensor([-0.5]))  # no gradient is below C: C grows by exp(0.2 · 0.5)
+        tensor(1.1052)
 
     Reference: Andrew, Thakkar, McMahan, Ramaswamy, "Differentially private learning with adaptive clipping", NeurIPS
         2021, algorithm 1 and theorem 1.
     """
 
     quantile: float
-    """γ in [0, 1]: the part of the gradients that are to stay as they are."""
+    """γ in [0, 1]: the target fraction of gradients that are not clipped."""
     count_stddev: float
-    """σ_b, above half the step's noise multiplier: the standard deviation of the noise on the count. The authors take a
-    twentieth of the expected batch."""
+    """σ_b, above half the step's noise multiplier: the standard deviation of the noise on the count of unclipped
+    gradients. The authors take a twentieth of the expected batch."""
     initial_norm: float = 0.1
     """C of the first step, above 0."""
     lr: float = 0.2
-    """η, above 0 and at most 10: how fast C follows."""
+    """η, above 0 and at most 10: the learning rate of log C."""
     min_norm: float = 1e-4
-    """C is never below, above 0."""
+    """The lower bound of C, above 0."""
     max_norm: float = 1e4
-    """C is never above."""
+    """The upper bound of C."""
 
     def __post_init__(self) -> None:
         if isinstance(self.quantile, bool) or not isinstance(self.quantile, (int, float)):
@@ -309,12 +335,12 @@ def _by_group(norms: Tree, groups: list[str], max_norms: Mapping[str, float]) ->
 
 
 def _scale(max_norm: float | Tensor, norms: Tensor) -> Tensor:
-    """min(1, C / norm), a little less where it is not 1, so that rounding does not make a gradient longer than C."""
+    """min(1, C / norm), slightly less where it is not 1, so that rounding does not make a gradient longer than C."""
     return (max_norm / norms.clamp(min=torch.finfo(norms.dtype).tiny) * _margin(norms)).clamp(max=1)
 
 
 def _margin(norms: Tensor) -> float:
-    """One, less what the norm of a million numbers may have been rounded by."""
+    """1 minus a bound on the relative rounding error of the norm of a million numbers."""
     return 1 - 16 * torch.finfo(norms.dtype).eps
 
 

@@ -1,21 +1,21 @@
-"""Noise that is correlated over steps, made anew at every step from the keys of past draws.
+"""Correlated noise (DP-FTRL, DP-MF): the matrix mechanism, with past draws regenerated from their keys.
 
-With a lower triangular C, the strategy, and z_t a standard normal vector that the key of step t alone draws:
+With a lower triangular C, the strategy, and z_t a standard normal vector that only the key of step t determines:
 
     the noise of step t       Σ_{k<K} r_{t,k} z_{t-k},   r the rows of C⁻¹, from the diagonal back
     so all steps release      G + C⁻¹ Z = C⁻¹ (C G + Z),   which is as private as C G + Z
 
-C spreads what an example moves over later steps, by its sensitivity; in exchange the noise of one step is taken back by
-the next ones, so the sums of gradients that training adds up carry less of it. Independent noise is C = 1. Where C⁻¹
-has K bands, a step needs K - 1 past draws, and a draw is a function of its key: a run keeps none of its noise, and goes
-on from any step with the same noise, bit for bit.
+C increases the sensitivity to an example; in exchange later steps subtract a part of the noise of earlier ones, so the
+sums of gradients that training accumulates carry less noise. Independent noise is C = 1. Where C⁻¹ has K bands, a step
+needs K - 1 past draws, and a draw is a function of its key: a run stores no noise, and resumes from any step with the
+same noise, bit for bit.
 
-The account of n steps with draws of deviation σ, in units of the clipping norm, is one of two:
+The account of n steps with draws of standard deviation σ, in units of the clipping norm, is one of two:
 
-    an example takes part every `min_separation` steps, say once in each epoch of a fixed order:
-        one Gaussian mechanism of μ = sensitivity / σ, for any C that has no negative entry
-    C has b bands, and step t takes each example of the group t mod b of b groups by an own coin of chance p:
-        ⌈n / b⌉ steps of DP-SGD of sampling rate p and noise multiplier σ / κ, κ the greatest norm of a column of C
+    an example participates every `min_separation` steps, such as once per epoch of a fixed order:
+        one Gaussian mechanism of μ = sensitivity / σ, for any C without negative entries
+    C has b bands, and step t takes each example of the group t mod b of b groups independently with probability p:
+        ⌈n / b⌉ steps of DP-SGD of sampling rate p and noise multiplier σ / κ, κ the largest column norm of C
 
 Reference: Denisov et al., "Improved differential privacy for SGD via optimal private linear operators on adaptive
 streams", NeurIPS 2022, theorem 2.1 (gradients may depend on what was released); Choquette-Choo et al., "(Amplified)
@@ -35,17 +35,27 @@ from .. import random
 
 @dataclass(frozen=True)
 class Toeplitz:
-    """A strategy that treats all steps alike: C and C⁻¹ are constant along diagonals."""
+    """A Toeplitz strategy: C and C⁻¹ are constant along diagonals, the same for all steps.
+
+    Raises:
+        ValueError: a number is not finite, or the first is not above 0.
+    """
 
     noise: tuple[float, ...]
-    """(K,): r, the coefficients of C⁻¹, the first above 0. They are numbers of float32 where a run draws with them."""
+    """(K,): r, the coefficients of C⁻¹, the first above 0. For a run they must be exact in float32."""
 
     def __post_init__(self) -> None:
         if not self.noise or not all(map(math.isfinite, self.noise)) or self.noise[0] <= 0:
             raise ValueError(f"Toeplitz: noise must have finite numbers, the first above 0. Found {self.noise!r:.99}.")
 
     def coefficients(self, steps: int) -> Tensor:
-        """The coefficients of C: (steps,) float64, to about 1e-15 of the first.
+        """The coefficients of C.
+
+        Args:
+            steps: n, at least 1.
+
+        Returns:
+            (n,) float64, exact to about 1e-15 of the first.
 
         Example:
             >>> Toeplitz((1.0, -0.5)).coefficients(4)
@@ -54,15 +64,18 @@ class Toeplitz:
         return inverse(torch.tensor(self.noise, dtype=torch.float64), steps)
 
     def sensitivity(self, steps: int, *, min_separation: int = 1, participations: int | None = None) -> float:
-        """How far one example moves C G: in the Euclidean norm, over its own clipping norm.
+        """The sensitivity of C G to one example: the largest Euclidean norm, over the clipping norm.
 
         Args:
             steps: n, at least 1.
-            min_separation: the fewest steps from one participation of an example to its next, at least 1.
-            participations: the most of an example, at least 1; by default as many as the separation allows.
+            min_separation: the fewest steps between two participations of an example, at least 1.
+            participations: the most participations of an example, at least 1; by default as the separation allows.
+
+        Returns:
+            The sensitivity, in clipping norms.
 
         Raises:
-            ValueError: a number is out of its range; C has a negative coefficient, or one above the one before it.
+            ValueError: a number is out of its range; a coefficient of C is negative, or above the one before it.
 
         Guarantees: exact, for gradients of any dimension.
 
@@ -81,13 +94,19 @@ class Toeplitz:
             raise ValueError(
                 f"Toeplitz.sensitivity: the coefficients of C must fall and be at least 0. Found {c[:8].tolist()} …"
             )
-        # The worst pattern starts at once: column 0 plus those a separation apart, as rows of one separation each.
+        # The worst pattern starts at step 0: column 0 plus those a separation apart, as rows of one separation each.
         rows = torch.cat([c, c.new_zeros(-steps % min_separation)]).view(-1, min_separation).cumsum(0)
         rows[most:] = rows[most:] - rows[:-most]
         return float(rows.flatten()[:steps].norm())
 
     def errors(self, steps: int) -> Tensor:
-        """The variance of the noise in the sum of the first 1, …, n gradients, for σ = 1: (steps,) float64.
+        """The variance of the noise in prefix sums of gradients, per coordinate, for σ = 1.
+
+        Args:
+            steps: n, at least 1.
+
+        Returns:
+            (n,) float64: in the sum of the first 1, …, n gradients.
 
         Example:
             >>> Toeplitz((1.0, -0.5)).errors(3)
@@ -98,7 +117,13 @@ class Toeplitz:
         return r.cumsum(0).square().cumsum(0)
 
     def weights(self, step: int | Tensor) -> Tensor:
-        """r_{t,k}, of the draws at steps t, t - 1, …: (K,) float32; 0 before step 0.
+        """The weights r_{t,k} of the draws at steps t, t - 1, ….
+
+        Args:
+            step: t, from 0, an int or a 0-d tensor.
+
+        Returns:
+            (K,) float32; 0 before step 0.
 
         Example:
             >>> Toeplitz((1.0, -0.5)).weights(0)
@@ -110,11 +135,14 @@ class Toeplitz:
 
 @dataclass(frozen=True)
 class BlockDiagonal:
-    """A strategy that starts anew every b steps: C is block diagonal, so C has b bands and so has C⁻¹."""
+    """A strategy that restarts every b steps: C is block diagonal, so both C and C⁻¹ have b bands.
+
+    Raises:
+        ValueError: the rows are not of 1, 2, …, b finite numbers with a diagonal above 0.
+    """
 
     noise: tuple[tuple[float, ...], ...]
-    """b rows of 1, …, b numbers: those of C⁻¹ within a block, lower triangular, the last of each above 0. They are
-    numbers of float32."""
+    """b rows of 1, …, b numbers: C⁻¹ within a block, lower triangular, with a diagonal above 0, exact in float32."""
 
     def __post_init__(self) -> None:
         lengths = [len(row) for row in self.noise]
@@ -125,7 +153,7 @@ class BlockDiagonal:
 
     @property
     def bands(self) -> int:
-        """b."""
+        """b, the length of a block."""
         return len(self.noise)
 
     def block(self) -> Tensor:
@@ -139,14 +167,17 @@ class BlockDiagonal:
         return inverse_block(self._inverse())
 
     def sensitivity(self, steps: int, *, min_separation: int | None = None, participations: int | None = None) -> float:
-        """How far one example moves C G at most: in the Euclidean norm, over its own clipping norm.
+        """A bound on the sensitivity of C G to one example: in the Euclidean norm, over the clipping norm.
 
-        κ, the greatest norm of a column of C, is that of one participation.
+        For one participation it is κ, the largest column norm of C.
 
         Args:
             steps: n, at least 1.
-            min_separation: the fewest steps from one participation of an example to its next; by default b.
-            participations: the most of an example, at least 1; by default as many as the separation allows.
+            min_separation: the fewest steps between two participations of an example, at least b; by default b.
+            participations: the most participations of an example, at least 1; by default as the separation allows.
+
+        Returns:
+            The sensitivity, in clipping norms.
 
         Raises:
             ValueError: a number is out of its range, or the separation is below b, where columns are not orthogonal.
@@ -165,7 +196,13 @@ class BlockDiagonal:
         return math.sqrt(most) * float(self.block().norm(dim=0).max())
 
     def errors(self, steps: int) -> Tensor:
-        """The variance of the noise in the sum of the first 1, …, n gradients, for σ = 1: (steps,) float64.
+        """The variance of the noise in prefix sums of gradients, per coordinate, for σ = 1.
+
+        Args:
+            steps: n, at least 1.
+
+        Returns:
+            (n,) float64: in the sum of the first 1, …, n gradients.
 
         Example:
             >>> BlockDiagonal(((2.0,), (-1.0, 1.0))).errors(4)
@@ -176,7 +213,13 @@ class BlockDiagonal:
         return within[step % self.bands] + step // self.bands * within[-1]
 
     def weights(self, step: int | Tensor) -> Tensor:
-        """r_{t,k}, of the draws at steps t, t - 1, …: (b,) float32; 0 before the block of step t.
+        """The weights r_{t,k} of the draws at steps t, t - 1, ….
+
+        Args:
+            step: t, from 0, an int or a 0-d tensor.
+
+        Returns:
+            (b,) float32; 0 before the block of step t.
 
         Example:
             >>> BlockDiagonal(((2.0,), (-1.0, 1.0))).weights(3)
@@ -193,19 +236,20 @@ class BlockDiagonal:
 
 
 Strategy: TypeAlias = Toeplitz | BlockDiagonal
+"""The matrix C of correlated noise."""
 """The strategy matrix of correlated noise."""
 
 _EXACT = 1e-12
-"""What the inverse of a series is surely exact to, relative to its first coefficient."""
+"""A bound on the relative error of the inverse of a series."""
 
 
 def noise_draws(strategy: Strategy, key: Tensor, step: int | Tensor) -> tuple[Tensor, Tensor]:
-    """What the noise of a step is drawn from: `random.box_muller_sum` of them is the noise.
+    """The keys and weights of the draws whose weighted sum, `random.box_muller_sum`, is the noise of a step.
 
     Args:
         strategy: C.
         key: (2,), the root of the noise of all steps, and of nothing else.
-        step: t, from 0.
+        step: t, from 0, an int or a 0-d tensor.
 
     Returns:
         The keys (K, 2) of the draws at steps t, t - 1, …, which are the root with the step folded in, and their weights
@@ -217,6 +261,9 @@ def noise_draws(strategy: Strategy, key: Tensor, step: int | Tensor) -> tuple[Te
         >>> keys, weights = noise_draws(Toeplitz((1.0, -0.5)), random.key(0), 7)
         >>> random.box_muller_sum(keys, weights, (2,))
         tensor([0.7208, 1.7424])
+
+    Reference: Denisov et al., "Improved differential privacy for SGD via optimal private linear operators on adaptive
+        streams", NeurIPS 2022, theorem 2.1.
     """
     step = torch.as_tensor(step, device=key.device)
     weights = strategy.weights(step)

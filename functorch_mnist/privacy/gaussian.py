@@ -1,4 +1,4 @@
-"""The Gaussian mechanism without sampling, exactly.
+"""The Gaussian mechanism without sampling, exactly: Gaussian differential privacy (GDP).
 
 n releases of noise multiplier σ are one of μ = √n / σ, for which
 
@@ -27,7 +27,7 @@ def gaussian_delta(mu: float, epsilon: float) -> float:
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
-    """ε of a Gaussian mechanism of μ at δ: the least, rounded up in the last digits.
+    """ε of a Gaussian mechanism of μ at δ: the minimum, rounded up in the last digits.
 
     Example:
         >>> round(gaussian_epsilon(1.0, 1e-5), 3)

@@ -1,4 +1,4 @@
-"""The account of all that ran on some data: runs, searches and resumed runs, composed into one ε."""
+"""The privacy ledger: all that ran on some data, runs, searches and resumed runs, composed into one ε."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -12,46 +12,60 @@ _KINDS: dict[str, Callable[..., Mechanism]] = {kind.__name__: kind for kind in (
 
 @dataclass(frozen=True)
 class Entry:
-    """One run of one mechanism."""
+    """One run of one mechanism in a ledger."""
 
     mechanism: Mechanism
+    """How it samples and how much noise it adds."""
     clipping: str
-    """The rule, as it shows itself."""
+    """The clipping rule's `repr`."""
     data: str
-    """A name of the data set: what has another name counts as well, for it may hold the same examples."""
+    """A name of the data set. Entries of different names are composed as well, for they may share examples."""
     steps: int
-    """Up to which it has come."""
+    """The number of steps made so far, at least 0."""
     start: int = 0
-    """From where the present secret makes them."""
+    """The first step of the present secret."""
     before: tuple[tuple[int, int], ...] = ()
     """Spans of steps, the first and the one after the last, that earlier secrets have made: those that a resume from an
     older checkpoint has made again were seen, too."""
 
     def events(self) -> list[Event]:
-        """What an accountant composes."""
+        """The releases of all spans of the run, for an accountant."""
         spans = [*self.before, (self.start, self.steps)]
         return [event for start, end in spans if end > start for event in self.mechanism.events(end, start=start)]
 
     def resumed(self, kept: int, *, seen: int) -> "Entry":
-        """The run as it goes on from step `kept` with a new secret, where steps up to `seen` had been made."""
+        """The entry of the run when it is resumed with a new secret.
+
+        Args:
+            kept: the step of the checkpoint it resumes from.
+            seen: the steps that had been made before, those after the checkpoint included: they were released, too.
+        """
         return replace(self, steps=kept, before=(*self.before, (self.start, max(kept, seen))), start=kept)
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """What has really run, as it is kept with a run's parameters.
+    """The record of all runs on some data, kept with a run's parameters, and their ε in total.
 
-    Composition is adaptive: what a later run does may depend on all that earlier ones released, as in a search.
+    Composition is adaptive: what a later run does may depend on all that earlier ones released, as in a hyperparameter
+    search.
     """
 
     entries: tuple[Entry, ...] = ()
+    """The runs, in any order."""
 
     def epsilon(self, *, delta: float, accountant: Accountant = "pld") -> float:
-        """ε of all entries together, at δ; 0 for none.
+        """ε of the composition of all entries, at δ.
+
+        Args:
+            delta: δ in (0, 1).
+            accountant: as in `privacy.epsilon`.
+
+        Returns:
+            ε, at least 0; 0 for no entry.
 
         Raises:
-            ValueError: a number is out of its range, or entries protect examples and users.
-            ImportError: `dp-accounting` is not installed.
+            ValueError: a number is out of its range, or some entries protect examples and others users.
 
         Example:
             >>> one = Entry(Shuffled(10, 2.0), "Flat(max_norm=1.0)", "mnist", steps=10)
@@ -61,8 +75,8 @@ class Ledger:
         units = {entry.mechanism.unit for entry in self.entries}
         if len(units) > 1:
             raise ValueError(
-                "Ledger.epsilon: all entries must protect one kind of neighbour. Found examples and users: tell "
-                "their ε one by one."
+                "Ledger.epsilon: all entries must protect one kind of neighbour. Found examples and users: "
+                "report their ε separately."
             )
         events = [event for entry in self.entries for event in entry.events()]
         return composed(events, delta=delta, accountant=accountant)
@@ -70,15 +84,15 @@ class Ledger:
     @property
     def relation(self) -> str:
         """Which data sets are neighbours, in words: the weakest of the entries."""
-        found = {entry.mechanism.relation for entry in self.entries}
-        return found.pop() if len(found) == 1 else "one example replaced by one without gradient"
+        relations = {entry.mechanism.relation for entry in self.entries}
+        return relations.pop() if len(relations) == 1 else "one example replaced by one without gradient"
 
     def __add__(self, other: "Ledger") -> "Ledger":
-        """Both. A run that is in both, as a resumed one with its beginning, is counted once for each."""
+        """The entries of both. A run that is in both, such as a resumed one and its beginning, is counted twice."""
         return Ledger(self.entries + other.entries)
 
     def to_json(self) -> list[dict[str, Any]]:
-        """The ledger as JSON values; `from_json` is the way back, bit for bit."""
+        """The ledger as JSON values; `from_json` restores it, bit for bit."""
         return [
             {
                 **asdict(entry),
@@ -92,8 +106,11 @@ class Ledger:
     def from_json(values: Any) -> "Ledger":
         """The ledger that `to_json` wrote.
 
+        Args:
+            values: as `to_json` gives them, or one entry of them.
+
         Raises:
-            ValueError: it is none.
+            ValueError: it is no ledger.
         """
         try:
             return Ledger(tuple([_entry(value) for value in ([values] if isinstance(values, dict) else list(values))]))

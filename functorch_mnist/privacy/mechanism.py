@@ -1,15 +1,15 @@
-"""What runs and what is accounted for: how a step samples, how much noise it adds, and which data sets are neighbours.
+"""Mechanisms: how a step samples, how much noise it adds, and which data sets are neighbours.
 
-A mechanism is the one source of these numbers: the private step is made from it, and the accountants read the same
-value. What it spends, it tells as Poisson-subsampled Gaussians:
+A mechanism is the only source of these numbers: the private step is made from it, and the accountants read the same
+value. It reports what it spends as Poisson-subsampled Gaussians (`events`):
 
-    Poisson      each step is one, of rate q
-    Shuffled     each epoch is one, of rate 1: nothing is claimed for the sampling
+    Poisson      each step is one, of rate q: DP-SGD
+    Shuffled     each epoch is one, of rate 1: no amplification by sampling is claimed
     BandMF       b steps are one, of rate b q: noise is correlated within them, and each example may join one of them
     FixedOrder   all steps are one, of rate 1: noise is correlated over all of them
 
-A span of steps has one secret. Who goes on with a new one, as a resume does, begins a span: an epoch, b steps or a
-whole run that are divided between two spans count in both.
+A span of steps has one secret. A run that is resumed with a new secret begins a new span: an epoch, a block of b steps
+or a whole run that is divided between two spans counts in both.
 """
 
 import sys
@@ -26,27 +26,38 @@ Unit: TypeAlias = Literal["example", "user"]
 
 
 class Event(NamedTuple):
-    """Some releases of a Poisson-subsampled Gaussian, each independent of the others."""
+    """A number of independent releases of a Poisson-subsampled Gaussian, as accountants compose them."""
 
     rate: float
-    """q in (0, 1]."""
+    """The sampling rate q in (0, 1]."""
     noise_multiplier: float
-    """σ, at least 0: the deviation of the noise over the sensitivity."""
+    """σ, at least 0: the standard deviation of the noise over the sensitivity."""
     times: int
-    """How many there are, at least 1."""
+    """The number of releases, at least 1."""
 
 
 @dataclass(frozen=True)
 class Poisson:
-    """Each example, or each user, joins a step by a coin of its own."""
+    """DP-SGD's Poisson sampling: each example, or each user, joins each step independently with probability q.
+
+    Raises:
+        ValueError: a number is out of its range or not finite, or the unit is unknown.
+        TypeError: a number is none.
+
+    Example:
+        >>> Poisson(rate=256 / 60_000, noise_multiplier=1.1).events(100)
+        [Event(rate=0.004266666666666667, noise_multiplier=1.1, times=100)]
+
+    Reference: Abadi et al., "Deep learning with differential privacy", CCS 2016.
+    """
 
     rate: float
-    """q in (0, 1]: the chance to join a step."""
+    """q in (0, 1]: the probability to join a step."""
     noise_multiplier: float
-    """σ, at least 0: the deviation of the noise over the sensitivity of all that a step releases. Without noise ε is
+    """σ, at least 0: the standard deviation of the noise over the sensitivity of all that a step releases. At 0, ε is
     infinite."""
     unit: Unit = "example"
-    """Whose coin it is, and by what neighbours differ."""
+    """What is sampled, and by which neighbouring data sets differ: "example" or "user"."""
 
     def __post_init__(self) -> None:
         check_number("Poisson", "rate", self.rate)
@@ -58,55 +69,72 @@ class Poisson:
 
     @property
     def relation(self) -> str:
-        """Which data sets are neighbours, in words. The divisor of sums, q N, is that of both: N is public."""
+        """Which data sets are neighbours, in words. Both have the divisor q N of sums: N is public."""
         return f"one {self.unit} added or removed, their number public"
 
     @property
     def sampling(self) -> str:
-        """How the examples of a step come to be, in words."""
+        """How the examples of a step are sampled, in words."""
         return f"Poisson, each {self.unit} with a chance of {self.rate:.6g} in each step"
 
     @property
     def sampling_rate(self) -> float:
-        """The expected part of all that joins a step."""
+        """The expected fraction of examples, or users, in a step: q."""
         return self.rate
 
     @property
     def strategy(self) -> Strategy | None:
-        """How noise is correlated: it is not."""
+        """The correlation of the noise over steps: none."""
         return None
 
     def events(self, steps: int, *, start: int = 0) -> list[Event]:
-        """What the steps from `start` up to `steps`, a span, are to an accountant."""
+        """The releases of a span of steps, for an accountant.
+
+        Args:
+            steps: the span's end, exclusive.
+            start: its first step.
+        """
         return [Event(self.rate, self.noise_multiplier, steps - start)]
 
 
 class _EachOnce:
-    """What batches have in common that take each example once in an epoch: nothing is claimed for the sampling."""
+    """The common part of mechanisms whose batches take each example once per epoch, without amplification."""
 
     steps_per_epoch: int
     unit: ClassVar[Unit] = "example"
-    """By what neighbours differ."""
+    """What neighbouring data sets differ by."""
     relation: ClassVar[str] = "one example replaced by one without gradient"
     """Which data sets are neighbours, in words."""
 
     @property
     def sampling_rate(self) -> float:
-        """The part of all that is in a step."""
+        """The fraction of the examples in a step: 1 / steps_per_epoch."""
         return 1 / self.steps_per_epoch
 
 
 @dataclass(frozen=True)
 class Shuffled(_EachOnce):
-    """Batches of one size, cut from a shuffled epoch: each example is in one batch of each epoch.
+    """Shuffled batches of one size: each example is in one batch of each epoch.
 
-    Nothing is ever claimed for the sampling. Neighbours differ by one example that is replaced by one without gradient.
+    No amplification by sampling is claimed: an epoch is one Gaussian release. Neighbours differ by one example that is
+    replaced by one without gradient.
+
+    Raises:
+        ValueError: a number is out of its range or not finite.
+        TypeError: a number is none.
+
+    Example:
+        >>> Shuffled(steps_per_epoch=10, noise_multiplier=4.0).events(25)
+        [Event(rate=1.0, noise_multiplier=4.0, times=3)]
+
+    Reference: why shuffling must not be accounted as Poisson sampling: Chua et al., "How private are DP-SGD
+        implementations?", ICML 2024.
     """
 
     steps_per_epoch: int
-    """At least 1."""
+    """Batches of an epoch, at least 1."""
     noise_multiplier: float
-    """σ, at least 0: the deviation of the noise over the sensitivity of all that a step releases. Without noise ε is
+    """σ, at least 0: the standard deviation of the noise over the sensitivity of all that a step releases. At 0, ε is
     infinite."""
 
     def __post_init__(self) -> None:
@@ -115,38 +143,52 @@ class Shuffled(_EachOnce):
 
     @property
     def sampling(self) -> str:
-        """How the examples of a step come to be, in words."""
+        """How the examples of a step are sampled, in words."""
         return f"shuffled batches, each example once in {self.steps_per_epoch:,} steps, without amplification"
 
     @property
     def strategy(self) -> Strategy | None:
-        """How noise is correlated: it is not."""
+        """The correlation of the noise over steps: none."""
         return None
 
     def events(self, steps: int, *, start: int = 0) -> list[Event]:
-        """What the steps from `start` up to `steps`, a span, are to an accountant."""
+        """The releases of a span of steps, for an accountant.
+
+        Args:
+            steps: the span's end, exclusive.
+            start: its first step.
+        """
         return [Event(1.0, self.noise_multiplier, _touched(start, steps, self.steps_per_epoch))]
 
 
 @dataclass(frozen=True)
 class BandMF:
-    """Banded matrix factorisation with cyclic Poisson sampling.
+    """Banded matrix factorisation (BandMF) with cyclic Poisson sampling: DP-MF with amplification.
 
-    Examples are divided into b groups by a keyed coin each. Step t takes each example of group t mod b by a coin of its
-    own, with chance b q. The strategy is block diagonal, `banded`, so a step needs the draws of its block alone.
+    Each example is assigned to one of b groups at random. Step t takes each example of group t mod b independently with
+    probability b q. The strategy is block diagonal, `banded`, so a step needs the noise draws of its block alone.
+
+    Raises:
+        ValueError: a number is out of its range, or the bands are above 1 / rate or above the steps.
+        TypeError: a number is none.
+
+    Example:
+        >>> BandMF(rate=0.01, noise_multiplier=1.0, bands=4, steps=100).events(100)
+        [Event(rate=0.04, noise_multiplier=1.0, times=25)]
 
     Reference: Choquette-Choo et al., "(Amplified) banded matrix factorization: a unified approach to private training",
         NeurIPS 2023, theorem 4.
     """
 
     rate: float
-    """q in (0, 1 / b]: the expected part of all examples that joins a step."""
+    """q in (0, 1 / b]: the expected fraction of the examples in a step."""
     noise_multiplier: float
-    """σ, at least 0: the deviation of a draw over the sensitivity of a step and the longest column of C."""
+    """σ, at least 0: the standard deviation of a noise draw, over the sensitivity of a step times the largest column
+    norm of C."""
     bands: int
-    """b, at least 1."""
+    """b, at least 1; at 1 it is DP-SGD."""
     steps: int
-    """n, at least b: what the strategy has the least error for. Any number may be made."""
+    """n, at least b: the number of steps for which the strategy has the least error. More or fewer are as private."""
 
     def __post_init__(self) -> None:
         check_number("BandMF", "rate", self.rate)
@@ -161,12 +203,12 @@ class BandMF:
 
     @property
     def chance(self) -> float:
-        """b q: the chance to join, of an example whose group's turn it is."""
+        """b q: the probability that an example of the step's group joins."""
         return self.bands * self.rate
 
     @property
     def unit(self) -> Unit:
-        """By what neighbours differ."""
+        """What neighbouring data sets differ by."""
         return "example"
 
     @property
@@ -176,7 +218,7 @@ class BandMF:
 
     @property
     def sampling(self) -> str:
-        """How the examples of a step come to be, in words."""
+        """How the examples of a step are sampled, in words."""
         return (
             f"cyclic Poisson, each example with a chance of {self.chance:.6g} in every {self.bands}th step; noise "
             f"correlated in {self.bands} bands"
@@ -184,36 +226,50 @@ class BandMF:
 
     @property
     def sampling_rate(self) -> float:
-        """The expected part of all that joins a step."""
+        """The expected fraction of the examples in a step: q."""
         return self.rate
 
     @property
     def strategy(self) -> Strategy | None:
-        """How noise is correlated."""
+        """The correlation of the noise over steps."""
         return _banded(self.bands, self.steps) if self.bands > 1 else None
 
     def events(self, steps: int, *, start: int = 0) -> list[Event]:
-        """What the steps from `start` up to `steps`, a span, are to an accountant."""
+        """The releases of a span of steps, for an accountant.
+
+        Args:
+            steps: the span's end, exclusive.
+            start: its first step.
+        """
         return [Event(self.chance, self.noise_multiplier, _touched(start, steps, self.bands))]
 
 
 @dataclass(frozen=True)
 class FixedOrder(_EachOnce):
-    """Batches of one size in one shuffled order, the same in each epoch, with correlated noise.
+    """Batches of one size in one shuffled order, the same in each epoch, with noise correlated by BISR or λ-CGD.
 
-    Nothing is claimed for the sampling. Neighbours differ by one example that is replaced by one without gradient.
+    No amplification by sampling is claimed. Neighbours differ by one example that is replaced by one without gradient.
 
-    Reference: Kalinin et al., "Back to square roots", ICLR 2026, of `bisr`; "DP-λCGD", ICML 2026, of `cgd`; see
-        `strategies`.
+    Raises:
+        ValueError: a number is out of its range, or the correlation is unknown.
+        TypeError: a number is none.
+
+    Example:
+        >>> round(FixedOrder(10, 4.0, "cgd", 0.5).events(10)[0].noise_multiplier, 3)
+        3.464
+
+    Reference: BISR: Kalinin et al., "Back to square roots", ICLR 2026. λ-CGD: Kalinin et al., "DP-λCGD", ICML 2026. See
+        `bisr` and `lambda_cgd`.
     """
 
     steps_per_epoch: int
-    """At least 1: the steps from one participation of an example to its next."""
+    """At least 1: the steps between two participations of an example."""
     noise_multiplier: float
-    """σ, at least 0: the deviation of a draw over the sensitivity of a step."""
+    """σ, at least 0: the standard deviation of a noise draw over the sensitivity of a step."""
     correlation: Literal["bisr", "cgd"]
+    """The strategy, `bisr` or `lambda_cgd`."""
     parameter: float
-    """The bands of `bisr`, or λ of `cgd`."""
+    """The bands of `bisr`, at least 1, or λ of `cgd`, in [0, 1)."""
 
     def __post_init__(self) -> None:
         check_count("FixedOrder", "steps_per_epoch", self.steps_per_epoch)
@@ -226,7 +282,7 @@ class FixedOrder(_EachOnce):
 
     @property
     def sampling(self) -> str:
-        """How the examples of a step come to be, in words."""
+        """How the examples of a step are sampled, in words."""
         return (
             f"batches in a fixed order, each example once in {self.steps_per_epoch:,} steps, without amplification; "
             f"noise correlated, {self.correlation} {self.parameter:g}"
@@ -234,11 +290,16 @@ class FixedOrder(_EachOnce):
 
     @property
     def strategy(self) -> Toeplitz:
-        """How noise is correlated."""
+        """The correlation of the noise over steps."""
         return bisr(int(self.parameter)) if self.correlation == "bisr" else lambda_cgd(self.parameter)
 
     def events(self, steps: int, *, start: int = 0) -> list[Event]:
-        """What the steps from `start` up to `steps`, a span, are to an accountant."""
+        """The releases of a span of steps, for an accountant.
+
+        Args:
+            steps: the span's end, exclusive.
+            start: its first step.
+        """
         if steps - start > _MOST_CORRELATED:
             raise ValueError(
                 f"FixedOrder: at most {_MOST_CORRELATED:,} steps are accounted for. Found {steps - start:,}."
@@ -265,16 +326,16 @@ def check_mechanism(where: str, mechanism: object) -> None:
 
 
 _MOST_CORRELATED = 10**6
-"""The sensitivity of so many steps takes a second, and memory for as many numbers."""
+"""The sensitivity of a million steps takes a second, and memory for a million numbers."""
 
 
 def column(strategy: Strategy | None) -> float:
-    """The norm of the longest column of C, which the deviation of a draw is multiplied by; 1 where σ is of a draw."""
+    """The factor of a draw's deviation: the largest column norm of C, or 1 where σ is that of a draw."""
     return 1.0 if strategy is None or isinstance(strategy, Toeplitz) else strategy.sensitivity(1)
 
 
 def _touched(start: int, steps: int, length: int) -> int:
-    """How many of the stretches of so many steps have a step from `start` up to `steps`."""
+    """How many blocks of `length` steps have a step in [start, steps)."""
     return -(-steps // length) - start // length
 
 

@@ -1,27 +1,27 @@
-"""A lower bound on ε from one run: m canaries, each in the data by its own fair coin, and a guess of the coins.
+"""One-run auditing: a lower bound on ε from m canaries, each included by a fair coin, and guesses of the coins.
 
-Each canary has a score, larger where the run has seen it. The k₊ highest are guessed to have been in, the k₋ lowest to
-have been out, and v of these r = k₊ + k₋ guesses are right. Two hypotheses are tested with it:
+Each canary has a score, larger where the run was trained on it. The k₊ highest are guessed to be included, the k₋
+lowest to be excluded, and v of these r = k₊ + k₋ guesses are correct. Two hypotheses are tested:
 
     (ε, δ)   P[V ≥ v] ≤ β + 2 m δ max_i (P[v - i ≤ W < v]) / i,    W ~ Binomial(r, 1 / (1 + e^-ε)),  β = P[W ≥ v]
     μ        with f̄(x) = Φ(Φ⁻¹(x) + μ), 1 less the trade-off function of a Gaussian of μ, for each c
              E[V; V ≥ c] / m ≤ f̄(E[r - V; V ≥ c - 1] / m)
 
-The first holds for every mechanism. The second, for one that is μ-GDP, is sharper: it asks of all δ at once. It follows
-from turning one coin round, in the mean over canaries. With t_c = P[V ≥ c] and s_c = t_c + t_{c+1} + …, it says
+The first holds for every mechanism. The second, for μ-GDP mechanisms, is tighter: it uses all δ at once. It follows
+from flipping one coin, averaged over canaries. With t_c = P[V ≥ c] and s_c = t_c + t_{c+1} + …, it says
 
     t_c ≥ (m f̄⁻¹((c t_{c+1} + s_{c+1}) / m) + s_{c+1}) / (r - c)
 
 which grows in all t above c. So from t_v = α downwards it bounds t_0; a bound above 1 is a contradiction, and then
 P[V ≥ v] < α.
 
-Both allow for a mechanism that lets out all coins at once or none. Where each canary is seen in a number of its own,
-with a draw and a noise of its own, no score tells of another's coin. Then guesses by a threshold are independent, each
-right with a chance of Φ(μ/2) at most, and Clopper and Pearson's interval is sharper still. The threshold is the median
+Both hold for a mechanism whose releases depend jointly on all coins. Where each canary has its own coordinate, with its
+own sampling and noise, a score carries no information on other coins. Then guesses by a threshold are independent, each
+correct with probability at most Φ(μ/2), and the Clopper-Pearson interval is tighter still. The threshold is the median
 score of a tenth of the canaries, which are not guessed.
 
-How `audit` differs: it repeats a single step thousands of times with a canary in each; this looks at one whole run,
-sampling included, as it trains a model.
+In contrast, `audit` repeats a single step thousands of times with a canary in each; this audits one whole training run,
+sampling included.
 
 Reference: Steinke, Nasr, Jagielski, "Privacy auditing with one (1) training run", NeurIPS 2023, theorem 5.2 and
     appendix D; Mahloujifar, Melis, Chaudhuri, "Auditing f-differential privacy in one run", arXiv
@@ -42,18 +42,20 @@ from .step_audit import highest_rate
 
 
 class LowerBound(NamedTuple):
-    """What one run has shown, each with the stated confidence."""
+    """Lower bounds on the ε of one run, each with the stated confidence."""
 
     epsilon: float
-    """ε at δ that the mechanism has at least, whatever it is."""
+    """A lower bound on ε at δ of any mechanism."""
     gaussian: float
-    """ε at δ that it has at least where it is a Gaussian mechanism, as a run of many noisy steps nearly is."""
+    """A lower bound on ε at δ if the mechanism is Gaussian (μ-GDP), as a run of many noisy steps nearly is."""
     mu: float
-    """Its μ."""
+    """The lower bound on μ that it follows from."""
     independent: float
-    """ε at δ that it has at least where, besides, no canary's score tells of another's coin."""
+    """A lower bound on ε at δ if it is Gaussian and, besides, scores carry no information on other canaries' coins."""
     guesses: int
+    """r, the number of guesses."""
     correct: int
+    """v, the number of correct guesses."""
 
 
 def lower_bound(
@@ -64,29 +66,35 @@ def lower_bound(
     confidence: float = 0.95,
     guesses_per_side: int | None = None,
 ) -> LowerBound:
-    """A lower bound on ε from the scores of canaries.
+    """One-run auditing: lower bounds on ε from the scores of canaries.
 
     Args:
-        scores: (m,), larger where a canary seems to have been in the data; made without a look at the coins.
-        included: (m,) bool, whether it was: fair coins, independent of each other and of all else.
-        delta: δ, at which ε is told.
-        confidence: of each bound, below 1.
+        scores: (m,), larger where a canary seems to be included; computed without the coins.
+        included: (m,) bool, the coins: fair, independent of each other and of all else.
+        delta: δ in (0, 1), at which ε is reported.
+        confidence: of each bound, in (0, 1).
         guesses_per_side: k₊ = k₋, how many of the highest and of the lowest scores are guessed. Set it before the
             scores are seen; by default m / 10, which gave the highest bounds at ε from 1 to 10.
+
+    Returns:
+        Lower bounds under three assumptions, and the guesses that they follow from.
 
     Raises:
         ValueError: shapes, types or numbers do not fit.
 
-    Guarantees: each is above what is true by a chance of 1 - `confidence` at most. Scores count by their order alone.
+    Guarantees: each bound exceeds the true ε with probability at most 1 - `confidence`. Only scores' order counts.
 
     Cost: tens of milliseconds for 1,000 canaries.
 
     Example:
         >>> from functorch_mnist import random
         >>> included = random.bernoulli(random.key(0), 0.5, (1000,))  # of a Gaussian mechanism of μ = 1, ε = 4.38
-        >>> found = lower_bound(included + random.normal(random.key(1), (1000,)), included)
-        >>> round(found.epsilon, 2), round(found.gaussian, 2), round(found.independent, 2)
+        >>> bound = lower_bound(included + random.normal(random.key(1), (1000,)), included)
+        >>> round(bound.epsilon, 2), round(bound.gaussian, 2), round(bound.independent, 2)
         (1.33, 2.13, 3.25)
+
+    Reference: Steinke, Nasr, Jagielski, "Privacy auditing with one (1) training run", NeurIPS 2023, theorem 5.2;
+        Mahloujifar, Melis, Chaudhuri, "Auditing f-differential privacy in one run", 2024.
     """
     if scores.dim() != 1 or included.shape != scores.shape or included.dtype != torch.bool:
         raise ValueError(
@@ -114,7 +122,7 @@ def lower_bound(
 
 
 def binomial_p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
-    """A bound on the chance of so many correct guesses, or more, if the mechanism is (ε, δ)-DP.
+    """A bound on the probability of at least `correct` correct guesses, if the mechanism is (ε, δ)-DP.
 
     Args:
         canaries: m.
@@ -135,7 +143,7 @@ def binomial_p_value(canaries: int, guesses: int, correct: int, epsilon: float, 
 
 
 def gaussian_refuted(canaries: int, guesses: int, correct: int, mu: float, chance: float) -> bool:
-    """Whether so many correct guesses, or more, have less than a given chance if the mechanism is μ-GDP.
+    """Whether at least `correct` correct guesses are less probable than a given level, if the mechanism is μ-GDP.
 
     Args:
         canaries: m.
@@ -160,7 +168,7 @@ def gaussian_refuted(canaries: int, guesses: int, correct: int, mu: float, chanc
 
 
 def _largest(refuted: Callable[[float], bool]) -> float:
-    """The largest number that is refuted, or 0, where all below it are: rounded down to eight digits."""
+    """The largest refuted number, where all below it are refuted, or 0: rounded down to eight digits."""
     if not refuted(0.0):
         return 0.0
     low, high = 0.0, 1.0

@@ -1,7 +1,7 @@
-"""The privacy loss distribution of Poisson-subsampled Gaussians, composed by `dp-accounting` (the `privacy` extra).
+"""The privacy loss distribution (PLD) of Poisson-subsampled Gaussians, composed by `dp-accounting`.
 
-For one release of rate q and noise multiplier σ, with P the output where the example may join, Q where there is none,
-and z(ε) = 1/2 + σ² log((e^ε - 1 + q) / q), where the loss is ε,
+For one release of rate q and noise multiplier σ, with P the output with the example and Q without it, and
+z(ε) = 1/2 + σ² log((e^ε - 1 + q) / q), where the loss is ε,
 
     δ₋(ε) = sup_S P(S) - e^ε Q(S) = (1 - q) Φ(-z/σ) + q Φ((1 - z)/σ) - e^ε Φ(-z/σ)      z = z(ε)
     δ₊(ε) = sup_S Q(S) - e^ε P(S) = Φ(z/σ) - e^ε ((1 - q) Φ(z/σ) + q Φ((z - 1)/σ))      z = z(-ε)
@@ -29,12 +29,12 @@ from torch import Tensor
 from .mechanism import Event
 
 LEAST_NOISE = 0.05
-"""Below it ε is in the hundreds and of no use: it is called infinite."""
+"""Below it ε is in the hundreds and of no use: it is reported as infinite."""
 _POINTS = 1_000_000
 _TAIL = 1e-15
-"""Chance of losses that count as infinite."""
+"""Probability of losses that count as infinite."""
 _ROUNDING = 1e-13
-"""What the rounding of the Fourier transforms may hide of a chance: ten times the most that was found."""
+"""A bound on the rounding of probabilities by the Fourier transforms: ten times the largest that was measured."""
 _BLOCK = 1 << 12
 """`self_compose` takes a power of as high an order as there are steps, in whole numbers: more steps go in blocks."""
 
@@ -64,9 +64,9 @@ def pld_epsilon(events: tuple[Event, ...], delta: float) -> float:
 
 @lru_cache(maxsize=256)
 def mixture_epsilon(rate: float, sigma: float, most: int, steps: int, delta: float) -> float:
-    """ε at δ for a user of at most so many examples, each of which joins each step by a coin of its own.
+    """ε at δ for a user of at most `most` examples, each of which joins each step independently.
 
-    So many of them join as the coins say: the release is a mixture of Gaussians at 0, 1, ..., `most` sensitivities.
+    The number that joins is binomial: the release is a mixture of Gaussians at 0, 1, ..., `most` sensitivities.
 
     Raises:
         ImportError: `dp-accounting` is not installed.
@@ -93,7 +93,7 @@ def _self_composed(one: Any, count: int) -> Any:
 def _interval(events: Sequence[Event]) -> float:
     """h, the same for nearly equal numbers of steps, so that one release is discretised once."""
     deviations = [_deviation(event.rate, event.noise_multiplier) for event in events]
-    # √count or a little more
+    # √count, rounded up to a power of √2
     rounded = [2.0 ** math.ceil(math.log2(event.times) / 2) for event in events]
     total = math.hypot(*[deviation * root for deviation, root in zip(deviations, rounded, strict=True)])
     largest = max(_largest(event.rate, event.noise_multiplier) for event in events)
@@ -167,7 +167,7 @@ def _package() -> Any:
         from dp_accounting.pld import pld_pmf, privacy_loss_distribution, privacy_loss_mechanism  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            f"The pld accountant needs dp-accounting. Found: {error}. Install it: "
-            "pip install 'functorch-mnist[privacy]', or take the rdp accountant."
+            f"The pld accountant needs dp-accounting. Found: {error}. "
+            "Install it with pip install dp-accounting, or take the rdp accountant."
         ) from error
     return pld

@@ -1,4 +1,4 @@
-"""Rényi differential privacy of the Poisson-subsampled Gaussian: an account that needs no other package.
+"""Rényi differential privacy (RDP) of the Poisson-subsampled Gaussian: the moments accountant, without other packages.
 
 For neighbours that differ by one example added or removed, a step of rate q and noise multiplier σ has, at order α,
 
@@ -32,7 +32,7 @@ ORDERS: tuple[float, ...] = (
     *(float(x) for x in range(12, 64)),
     *(float(x) for x in (72, 80, 96, 112, 128, 160, 192, 256, 384, 512, 768, 1024)),
 )
-"""Orders that the least is taken over: those of Opacus, 1.1 to 10.9 and 12 to 63, and larger ones for little ε."""
+"""Orders α over which ε is minimised: those of Opacus, 1.1 to 10.9 and 12 to 63, and larger ones for small ε."""
 
 
 def rdp(rate: float, noise_multiplier: float, orders: Sequence[float] = ORDERS) -> list[float]:
@@ -44,7 +44,7 @@ def rdp(rate: float, noise_multiplier: float, orders: Sequence[float] = ORDERS) 
         orders: α, above 1.
 
     Returns:
-        At least 0; infinite where floats do not reach: what an order cannot tell, no account may take for nothing.
+        At least 0 each; infinite where floats overflow, so that no account underestimates.
 
     Example:
         >>> rdp(1.0, 2.0, [2.0])
@@ -56,7 +56,7 @@ def rdp(rate: float, noise_multiplier: float, orders: Sequence[float] = ORDERS) 
 
 
 def converted(divergences: Sequence[float], orders: Sequence[float], *, delta: float, conversion: Conversion) -> float:
-    """ε at δ, from Rényi divergences at some orders: the least that one of them gives, 0 at least.
+    """ε at δ from Rényi divergences at some orders: the minimum over orders, at least 0.
 
     Example:
         >>> round(converted([0.25], [2.0], delta=0.1, conversion="old"), 6)  # 1/4 + log 10

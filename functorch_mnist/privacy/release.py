@@ -1,9 +1,9 @@
-"""What a private step computes and what it lets out.
+"""What a private step computes and what it releases.
 
     sums of a chunk     G = Σ_i s_i ∇_i,    V = Σ_i votes_i      one backward pass; added up over the chunks of a draw
     released, once      (G + σ_Δ C z) / n,  (V + σ_b z') / n     z, z' standard normal, n the expected batch
 
-The divisor n is that of the sampling, q N, however many examples were drawn: the realised number would tell of one.
+The divisor n is the expected batch size q N, however many examples were drawn: the realised number would leak.
 """
 
 from collections.abc import Callable
@@ -22,15 +22,15 @@ from .clipping import Clipping, check_clipping
 
 
 class Sums(NamedTuple):
-    """Sums over the examples of a chunk: `tree.map(torch.add, a, b)` is those of two chunks."""
+    """Sums over the examples of a chunk. Those of two chunks are added by `tree.map(torch.add, a, b)`."""
 
     grads: Tree
     """Σ s_i ∇_i, like the parameters, float32 or wider."""
     votes: Tensor
-    """(V,): the sum of the clipping rule's votes."""
+    """(V,): the sum of the clipping rule's votes; V is 0 for a rule that does not adapt."""
     seen: dict[str, Tensor]
-    """0-d, and never private: the sum `"loss"`, and the numbers of examples that `"count"`, that were `"clipped"` and
-    that were left out because their gradient was `"nonfinite"`."""
+    """0-d each, and never private: the sum of the losses `"loss"`, and the numbers of examples that count (`"count"`),
+    that were clipped (`"clipped"`) and that were left out because their gradient is not finite (`"nonfinite"`)."""
 
 
 def clipped_sums(
@@ -42,30 +42,45 @@ def clipped_sums(
     mask: Tensor | None = None,
     group: Tensor | None = None,
 ) -> Sums:
-    """The sums of a chunk's clipped gradients, and what the clipping rule adapts to.
+    """The sum of a chunk's clipped per-sample gradients, and the votes that an adaptive rule adapts to.
+
+    The gradients themselves are never formed where a parameter has a rule: norms and the clipped sum follow from their
+    factors, in one backward pass (ghost clipping, book-keeping).
 
     Args:
         loss_fn: `loss_fn(params, *example) -> ()`, pure.
         params: a pytree of float tensors.
         batch: tensors (B, …).
-        clipping: the rule.
-        clipping_state: the rule's.
-        mask: (B,) bool.
-        group: (B,) integers, any: whose each example is. What is clipped is then the sum of each one's gradients, all
-            of whose examples have to be in this chunk, and votes and numbers are of groups.
+        clipping: the rule, such as `Flat(max_norm)`.
+        clipping_state: the rule's state, for one that adapts.
+        mask: (B,) bool; an example with False, whatever it holds, adds exactly nothing.
+        group: (B,) integers: the user of each example. What is clipped is then the sum of each user's gradients; all
+            examples of a user must be in this chunk, and votes and counts are those of users.
+
+    Returns:
+        The sums, `grads` like the parameters.
 
     Raises:
-        TypeError: `group` is no tensor of integers.
-        ValueError: the batch, the mask, `group` or the rule's groups of parameters do not fit.
+        TypeError: `group` is no tensor of integers, `clipping` no rule, or the parameters are a module.
+        ValueError: the batch, the mask, `group`, the loss or the rule's groups of parameters do not fit.
 
-    Guarantees: no example, and with `group` no group of them, whatever it holds, moves `grads` by more than the rule's
-        sensitivity, or `votes` by more than 1/2. One whose gradient or loss is not finite, or that is masked, moves
-        nothing; a group with such a gradient or loss moves nothing as a whole.
-
-    Reference: of groups, McMahan, Ramage, Talwar, Zhang, "Learning differentially private recurrent language models",
-        ICLR 2018, section 3.
+    Guarantees: no example, and with `group` no user, whatever its data, moves `grads` by more than the rule's
+        sensitivity, or `votes` by more than 1/2. An example whose gradient or loss is not finite, or that is masked,
+        moves nothing; a user with such a gradient or loss moves nothing as a whole.
 
     Cost: one backward pass.
+
+    Example:
+        >>> from functorch_mnist.privacy import Flat
+        >>> sums = clipped_sums(lambda w, x: w * x, torch.tensor(0.0), torch.tensor([0.5, 3.0]), clipping=Flat(1.0))
+        >>> sums.grads, sums.seen["clipped"]
+        (tensor(1.5000), tensor(1))
+
+    Reference: Abadi et al., "Deep learning with differential privacy", CCS 2016, algorithm 1. Ghost clipping: Li,
+        Tramèr, Liang, Hashimoto, "Large language models can be strong differentially private learners", ICLR 2022.
+        Book-keeping: Bu, Wang, Zha, Karypis, "Differentially private optimization on large model at small cost", ICML
+        2023. Users: McMahan, Ramage, Talwar, Zhang, "Learning differentially private recurrent language models", ICLR
+        2018, section 3.
     """
     check_params("privacy.clipped_sums", params)
     check_clipping("privacy.clipped_sums", clipping)
@@ -92,7 +107,13 @@ def clipped_sums(
 
 
 def zero_sums(params: Tree, clipping: Clipping, device: torch.device | None = None) -> Sums:
-    """The sums over no example."""
+    """The sums over no example.
+
+    Args:
+        params: the parameters, whose shapes the sums have.
+        clipping: the rule, whose number of votes they have.
+        device: of the counts; by default the CPU.
+    """
     none = tree.map(lambda w: torch.zeros_like(tree.wide(w)), params)
     votes = clipping.votes(tree.map(lambda w: w.new_zeros(1, dtype=torch.float32), params), clipping.init())[0] * 0
     counts = {name: torch.zeros((), dtype=torch.int64, device=device) for name in ("count", "clipped", "nonfinite")}
@@ -110,24 +131,37 @@ def noisy_mean(
     clipping_state: Tree = (),
     weights: Tensor | None = None,
 ) -> tuple[Tree, Tree]:
-    """The mean gradient and the clipping rule's next state, with Gaussian noise: all that a step lets out.
+    """The Gaussian mechanism: the noisy mean gradient and the clipping rule's next state, all that a step releases.
 
     Args:
         params: the parameters, whose dtypes the gradient has.
-        sums: of all examples of the step.
-        key: (2,), of this step's noise and of nothing else; with `weights` (K, 2), as `correlation.noise_draws` has it.
+        sums: of all examples of the step, from `clipped_sums`.
+        key: (2,), of this step's noise and of nothing else; with `weights` (K, 2), as `noise_draws` gives them.
         clipping, clipping_state: the rule and its state.
-        noise_multiplier: σ, at least 0: the deviation of all that is let out, over its sensitivity. 0 adds no noise.
-            A 0-d tensor too, for a rule without votes.
-        expected: n, the expected number of examples of a step, above 0, a number or a 0-d tensor.
-        weights: (K,), of the draws that correlated noise adds up.
+        noise_multiplier: σ, at least 0: the standard deviation of the noise over the sensitivity of all that the step
+            releases. 0 adds no noise. It may be a 0-d tensor, for a rule without votes.
+        expected: n, the expected batch size q N, above 0, a number or a 0-d tensor.
+        weights: (K,), of the draws that correlated noise sums; by default the noise is independent.
 
     Returns:
-        The mean gradient, like the parameters, and the rule's state.
+        `(grads, clipping_state)`: the mean gradient (Σ s_i ∇_i + noise) / n, like the parameters, and the rule's state.
+
+    Raises:
+        TypeError: `sums` is no `Sums`, or an argument is of a wrong kind.
+        ValueError: an adaptive rule's count noise is too small for σ.
 
     Guarantees: without examples it is the noise alone.
 
     Cost: memory of the parameters.
+
+    Example:
+        >>> from functorch_mnist.privacy import Flat
+        >>> w, clipping = torch.tensor(0.0), Flat(1.0)
+        >>> sums = clipped_sums(lambda w, x: w * x, w, torch.tensor([0.5, 3.0]), clipping=clipping)
+        >>> noisy_mean(w, sums, random.key(0), clipping=clipping, noise_multiplier=0.0, expected=2.0)[0]
+        tensor(0.7500)
+
+    Reference: Abadi et al., "Deep learning with differential privacy", CCS 2016, algorithm 1.
     """
     check_clipping("privacy.noisy_mean", clipping)
     if not isinstance(sums, Sums):

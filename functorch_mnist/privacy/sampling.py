@@ -1,12 +1,12 @@
-"""Which examples a step sees, and the fixed shapes that they are put into.
+"""Sampling: the examples of each step, and the fixed shapes of their chunks.
 
-    Poisson      example i joins step t if word(key_t, i) < q 2³²        each by an own coin, n examples vary
-    BandMF       the same with chance b q, if word(key, i) mod b = t mod b
+    Poisson      example i joins step t if word(key_t, i) < q 2³²        independently; the number of examples varies
+    BandMF       the same with probability b q, if word(key, i) mod b = t mod b
     Shuffled     the t-th part of a permutation drawn for the epoch
     FixedOrder   the t-th part of a permutation drawn for all epochs
 
-A draw is cut into chunks of a few fixed sizes, padded and masked, so nothing is compiled twice, however many examples
-came. No example is left out: a large draw has more chunks, an empty one is a chunk of padding.
+A draw is cut into chunks of a few fixed sizes, padded and masked, so that each size is compiled once, whatever the
+number of examples. No example is left out: a large draw has more chunks, an empty one is a chunk of padding.
 """
 
 import math
@@ -22,7 +22,7 @@ from .mechanism import BandMF, FixedOrder, Mechanism, Poisson, check_mechanism
 
 _WORDS = 2**32
 _ALWAYS = 2**32 - 1
-"""Folded into the root of all draws for what is drawn once: no step has this number."""
+"""Folded into the root of all draws for what is drawn once per run: no step has this number."""
 _LARGEST, _NEXT, _BETWEEN = 3.0, 1.5, 3.75
 """Where k sizes pad a normal number of examples nearly least, in its standard deviations from the expected one: the
 largest, the next one, and from there down a k-th of the last each."""
@@ -31,15 +31,18 @@ _ALIGNED = 8
 
 
 def poisson_mask(key: Tensor, step: int | Tensor, examples: int, rate: float) -> Tensor:
-    """Which examples a Poisson draw takes: (N,) bool, each by an own coin with the chance `rate`.
+    """The examples of a step under Poisson sampling, each independently with probability q.
 
     Args:
         key: (2,), the root of all draws of a run.
-        step: which step, from 0.
+        step: the number of the step, from 0, an int or a 0-d tensor.
         examples: N.
         rate: q in (0, 1].
 
-    Guarantees: the chance is never above `rate`, and below it by less than 2⁻³².
+    Returns:
+        (N,) bool.
+
+    Guarantees: the probability is never above `rate`, and below it by less than 2⁻³².
 
     Example:
         >>> poisson_mask(random.key(0), 7, 3, 1.0)
@@ -52,23 +55,27 @@ def poisson_mask(key: Tensor, step: int | Tensor, examples: int, rate: float) ->
 
 @dataclass(frozen=True)
 class Draw:
-    """Who joins a step: each at most once."""
+    """The examples, or users, of a step, each at most once.
+
+    Raises:
+        ValueError: the numbers are not (n,) int64 and increasing.
+    """
 
     numbers: Tensor
-    """(n,) int64 from 0, increasing."""
+    """(n,) int64 from 0, increasing: the indices of the examples, or of the users."""
 
     def __post_init__(self) -> None:
-        """Refuses what is drawn twice.
+        """Refuses an example that is drawn twice.
 
         Raises:
-            ValueError: it is.
+            ValueError: one is.
         """
-        found = self.numbers
-        if found.dim() != 1 or found.dtype != torch.int64 or bool((found[1:] <= found[:-1]).any()):
+        numbers = self.numbers
+        if numbers.dim() != 1 or numbers.dtype != torch.int64 or bool((numbers[1:] <= numbers[:-1]).any()):
             raise ValueError(
-                "Draw: numbers must be (n,) int64 and increase, for who is drawn twice moves a sum by twice the "
-                f"sensitivity. Found {found.dtype} {tuple(found.shape)}, {found.flatten()[:8].tolist()}. Take "
-                "privacy.draw: what repeats, or is weighted, has no account."
+                "Draw: numbers must be (n,) int64 and increase, for an example drawn twice moves a sum by twice the "
+                f"sensitivity. Found {numbers.dtype} {tuple(numbers.shape)}, {numbers.flatten()[:8].tolist()}. Take "
+                "privacy.draw: draws with repetition or with weights have no account."
             )
 
     def __len__(self) -> int:
@@ -83,17 +90,23 @@ def draw(
     population: int,
     mask_fn: Callable[..., Tensor] = poisson_mask,
 ) -> Draw:
-    """Who joins a step.
+    """The examples, or users, of a step.
 
     Args:
-        mechanism: says how examples, or users, are sampled.
+        mechanism: says how they are sampled.
         key: (2,), the root of all draws of a run.
-        step: which step, from 0.
-        population: N, the number of all.
+        step: the number of the step, from 0, an int or a 0-d tensor.
+        population: N, the number of examples, or of users.
         mask_fn: `poisson_mask`, or a compiled form of it.
 
-    Guarantees: a function of its arguments alone. Poisson draws are independent; in a shuffled epoch each example is
-        drawn once.
+    Returns:
+        The indices of those in the step.
+
+    Raises:
+        TypeError: `mechanism` is none, such as a rate.
+
+    Guarantees: a function of its arguments alone. Poisson draws are independent over steps and examples; in a shuffled
+        epoch each example is drawn once.
 
     Example:
         >>> len(draw(Poisson(1e-9, 1.0), random.key(0), step=0, population=1000))
@@ -113,22 +126,23 @@ def draw(
 
 
 def chunk_sizes(mechanism: Mechanism, examples: int, *, max_size: int = 1024, count: int = 5) -> tuple[int, ...]:
-    """A few sizes for `chunks` that pad the draws of a mechanism little.
+    """A few sizes for `chunks`, with little padding for the draws of a mechanism.
 
     Args:
         mechanism: says how examples are sampled.
         examples: N, at least 1.
-        max_size: how many examples to take at once, at least 1: what memory allows.
-        count: how many sizes, at least 1.
+        max_size: examples of a chunk at most, at least 1: what memory allows. It is Opacus's physical batch size.
+        count: the number of sizes at most, at least 1.
 
     Returns:
-        Sizes of chunks, smallest first: of all but the last chunk the largest one.
+        Sizes, smallest first. All chunks of a draw but the last have the largest.
 
     Raises:
         ValueError: a number is out of its range.
+        TypeError: `mechanism` is none, such as a rate.
 
-    Cost: what is compiled is compiled once for each size. For 256 expected examples five sizes pad 3 % of rows, eight
-        2 %: worth it in long runs.
+    Cost: a compiled step is compiled once per size. For 256 expected examples five sizes pad 3 % of rows, eight 2 %,
+        which pays in long runs.
 
     Example:
         >>> chunk_sizes(Poisson(256 / 60_000, 1.0), 60_000)
@@ -146,7 +160,7 @@ def chunk_sizes(mechanism: Mechanism, examples: int, *, max_size: int = 1024, co
 
 
 def sizes_of(expected: float, deviation: float, most: int, count: int = 5) -> tuple[int, ...]:
-    """Sizes of chunks, smallest first, for draws of so many rows, up to `most` rows in one."""
+    """Sizes of chunks of at most `most` rows, smallest first, for draws of a given mean and standard deviation."""
     longest = math.ceil(expected + _LARGEST * deviation)
     unit = _ALIGNED if longest >= 8 * _ALIGNED and deviation else 1
     largest = math.ceil(longest / math.ceil(longest / most) / unit) * unit
@@ -160,16 +174,16 @@ def chunks(drawn: Draw, sizes: Sequence[int]) -> list[Batch]:
 
     Args:
         drawn: n examples, n from 0.
-        sizes: sizes of chunks, at least one of at least 1.
+        sizes: sizes of chunks, at least one, each at least 1.
 
     Returns:
-        Batches, at least one: whole ones of the largest size, and the smallest that holds the rest.
+        Batches, at least one: full ones of the largest size, and one of the smallest size that holds the rest.
 
     Raises:
-        TypeError: it is no draw.
-        ValueError: there is no size, or one below 1.
+        TypeError: `drawn` is no `Draw`.
+        ValueError: there is no size, or one is below 1.
 
-    Guarantees: each drawn example is in one row whose mask is True.
+    Guarantees: each drawn example is in exactly one row whose mask is True.
 
     Example:
         >>> [len(batch.examples) for batch in chunks(Draw(torch.arange(70)), (8, 64))]

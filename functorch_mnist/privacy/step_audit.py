@@ -1,16 +1,16 @@
-"""An audit: a lower bound on the ε of code that runs, by attacking it.
+"""Auditing a step: an empirical lower bound on the ε of code, by a membership inference attack on it.
 
-The attacker sees all that T steps let out of one of two sets of examples, m rows of gradient -v and, in the second set,
+The attacker sees all that T steps release of one of two sets of examples, m rows of gradient -v and, in the second set,
 a canary of gradient v that joins every step. All are far longer than the clipping norm. Correct code with noise
 multiplier σ is then a Gaussian mechanism of μ = √T / σ, and no test between the two sets has error rates (α, β) with
 
     Φ⁻¹(1 - α) - Φ⁻¹(β) > μ
 
-So rates that do, with all their statistical uncertainty, show a fault. At one step in a thousand, as examples join in
-training, the same attack sees nothing: its μ is about q √T / σ.
+So rates that do, with their statistical uncertainty, prove a fault. With the sampling rates of training the same attack
+has no power: its μ is about q √T / σ.
 
-This is a test of a step, many times over, in a second and at any σ. `one_run` is its other half: a whole run as it
-trains, with sampling and all steps, from the coins of many canaries at once; it shows a part of ε, of that run alone.
+This tests a single step, many times, in seconds and at any σ. `one_run` complements it: it audits a whole training run,
+with sampling and all steps, from the coins of many canaries at once; it shows a part of ε, of that run alone.
 
 Reference: Nasr et al., "Tight auditing of differentially private machine learning", USENIX Security 2023, section 4;
     Dong, Roth, Su, "Gaussian differential privacy", JRSS B 84, 2022.
@@ -32,26 +32,28 @@ from .rdp import log_binomial
 from .release import clipped_sums, noisy_mean
 
 Release: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""`release(gradients (n, D), key (2,)) -> (D,)`: what a step lets out of n examples that have these gradients."""
+"""`release(gradients (n, D), key (2,)) -> (D,)`: what a step releases of n examples with these gradients."""
 
 MU = 1.5
-"""What the attack shall have against correct code: enough to be seen, and room to see more."""
+"""μ of the attack against correct code: large enough to be measured, with room for more."""
 DIMENSIONS = 16
 
 
 class Audit(NamedTuple):
-    """What an attack has found."""
+    """The result of an audit of a step."""
 
     claimed: float
-    """ε of a canary in each of the steps, at δ, if the noise and the clipping are as stated."""
+    """ε at δ of a canary that is in each of the steps, if noise and clipping are as claimed."""
     lower_bound: float
-    """ε that the code has at least, at δ, with the stated confidence."""
+    """The empirical lower bound on ε at δ, with the stated confidence."""
     steps: int
+    """T, the steps of an attack."""
     trials: int
+    """Attacks on each of the two sets."""
 
     @property
     def passed(self) -> bool:
-        """Whether the attack has found no more than was claimed."""
+        """Whether the lower bound is at most what is claimed."""
         return self.lower_bound <= self.claimed
 
 
@@ -67,25 +69,28 @@ def audit(
     confidence: float = 0.999,
     key: Tensor,
 ) -> Audit:
-    """Attacks a step with a canary, and bounds its ε from below.
+    """Audits a step: attacks it with a canary, and bounds its ε from below.
 
     Args:
-        release: the step, pure, to be mapped with `vmap` over keys. It is given `examples` rows, and one more with the
-            canary; it should divide by an expected number, so by the same for both.
+        release: the step, pure, which `vmap` maps over keys. It receives `examples` rows, and one more with the canary;
+            it should divide by an expected number, the same for both.
         noise_multiplier: σ that the step claims, above 0.
-        max_norm: C that the step claims, above 0.
-        delta: δ, at which ε is told.
-        examples: rows beside the canary, at least 1. With few of them, a divisor that tells of the canary is seen best.
-        length: of the gradients, in clipping norms. A missing clip is seen above 1; what leaves out long gradients
-            needs one below.
+        max_norm: the clipping norm C that the step claims, above 0.
+        delta: δ in (0, 1), at which ε is reported.
+        examples: rows besides the canary, at least 1. With few, a divisor that depends on the canary shows best.
+        length: norm of the gradients, in clipping norms. Above 1 it shows missing clipping; rules that drop long
+            gradients need one below 1.
         trials: attacks on each of the two sets, at least 40. Half of them choose the attacker's threshold.
-        confidence: of the bound, below 1.
+        confidence: of the bound, in (0, 1).
         key: (2,), of the noise.
+
+    Returns:
+        The claimed ε and the lower bound.
 
     Raises:
         ValueError: a number is out of its range.
 
-    Guarantees: correct code passes, but for a chance of 1 - `confidence`.
+    Guarantees: correct code passes with probability at least `confidence`.
 
     Cost: seconds: `2 trials T` steps on vectors of 16 numbers.
 
@@ -94,6 +99,9 @@ def audit(
         >>> step = pipeline(privacy.Flat(2.0), noise_multiplier=1.0, expected=8.0)
         >>> audit(step, noise_multiplier=1.0, max_norm=2.0, key=random.key(0)).passed
         True
+
+    Reference: Nasr et al., "Tight auditing of differentially private machine learning", USENIX Security 2023, section
+        4.
     """
     if not (0 < noise_multiplier < math.inf and 0 < max_norm < math.inf and 0 < confidence < 1 and 0 < delta < 1):
         raise ValueError(
@@ -117,7 +125,16 @@ def audit(
 
 
 def pipeline(clipping: Clipping, *, noise_multiplier: float, expected: float) -> Release:
-    """This library's own step, for an audit: `clipped_sums`, then `released`."""
+    """This library's own step, `clipped_sums` then `noisy_mean`, as the release of an audit.
+
+    Args:
+        clipping: the rule.
+        noise_multiplier: σ, at least 0.
+        expected: the divisor, above 0.
+
+    Returns:
+        A `Release`.
+    """
 
     def release(gradients: Tensor, key: Tensor) -> Tensor:
         params = gradients.new_zeros(gradients.shape[1])
@@ -127,8 +144,8 @@ def pipeline(clipping: Clipping, *, noise_multiplier: float, expected: float) ->
             params, sums, key, clipping=clipping, clipping_state=state, noise_multiplier=noise_multiplier,
             expected=expected,
         )  # fmt: skip
-        found: Tensor = grads
-        return found
+        mean: Tensor = grads
+        return mean
 
     return release
 
@@ -149,7 +166,7 @@ def _least_mu(without: Tensor, including: Tensor, confidence: float) -> float:
 
 
 def _right(scores: Tensor, threshold: float) -> tuple[float, float]:
-    """How often the attacker is right, without the canary and with it."""
+    """The attacker's true negative and true positive rates."""
     return float((scores[0] <= threshold).double().mean()), float((scores[1] > threshold).double().mean())
 
 
@@ -159,7 +176,7 @@ def _phi(rate: float) -> float:
 
 
 def highest_rate(errors: int, trials: int, chance: float) -> float:
-    """The upper end of Clopper and Pearson's interval: the rate at which so few errors have only this chance."""
+    """The upper end of the Clopper-Pearson interval of an error rate, at a one-sided level `chance`."""
     if errors == trials:
         return 1.0
     low, high = 0.0, 1.0
@@ -170,6 +187,6 @@ def highest_rate(errors: int, trials: int, chance: float) -> float:
 
 
 def _at_most(errors: int, trials: int, rate: float) -> float:
-    """The chance of at most so many errors."""
+    """The probability of at most `errors` errors."""
     k = torch.arange(errors + 1, dtype=torch.float64)
     return float((log_binomial(trials, k) + k * math.log(rate) + (trials - k) * math.log1p(-rate)).logsumexp(0).exp())

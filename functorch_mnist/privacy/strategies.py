@@ -1,4 +1,4 @@
-"""Strategies of correlated noise under their usual names: how `correlation`'s C is chosen.
+"""Strategies of correlated noise: BandMF, BISR, λ-CGD and banded Toeplitz.
 
 | strategy | C | past draws | account |
 |---|---|---|---|
@@ -10,11 +10,11 @@
 The error is that of prefix sums, A = all ones below the diagonal: the mean over n steps of the squared norms of the
 rows of A C⁻¹, where no column of C is longer than 1.
 
-A banded Toeplitz C is no strategy to draw anew, because its inverse is not banded: over 1,000 steps, what is left out
-after k draws falls below half a unit in the last place of float32 noise at k = 149, 189, 282 and 441 for 2, 4, 8 and 16
-bands, and any cut leaves a C that is not banded, without an account. No Toeplitz C but a multiple of the identity has
-both bands and a banded inverse. A block diagonal C has, exactly, and costs little: its root mean square error over
-1,000 steps is 2, 3, 5 and 7 % above that of the best Toeplitz C.
+A run cannot regenerate the noise of a banded Toeplitz C from a few past draws, because its inverse is not banded: over
+1,000 steps, the rest after k draws falls below half a unit in the last place of float32 noise at k = 149, 189, 282 and
+441 for 2, 4, 8 and 16 bands, and any truncation leaves a C that is not banded, without an account. No Toeplitz C but a
+multiple of the identity has both bands and a banded inverse. A block diagonal C has both exactly, at a small cost: its
+root mean square error over 1,000 steps is 2, 3, 5 and 7 % above that of the best Toeplitz C.
 """
 
 from collections.abc import Callable
@@ -25,15 +25,18 @@ from torch import Tensor
 from .correlation import BlockDiagonal, Toeplitz, inverse, inverse_block
 
 _DECIMALS = 5
-"""Of what a search found, kept: fewer than any machine's rounding reaches, so that all machines draw the same noise."""
+"""Decimals of an optimised strategy: coarser than rounding differences, so that all machines draw the same noise."""
 
 
 def banded(bands: int, steps: int) -> BlockDiagonal:
-    """The block diagonal strategy of the least mean error: banded matrix factorisation (BandMF) with b - 1 past draws.
+    """BandMF: the block diagonal strategy of the least mean error, with b - 1 past draws.
 
     Args:
         bands: b, at least 1: the length of a block.
-        steps: n, at least b: what the error is least for. More or fewer steps are as private.
+        steps: n, at least b: the number of steps for which the error is least. More or fewer are as private.
+
+    Returns:
+        The strategy, with columns of norm 1.
 
     Raises:
         ValueError: a number is out of its range.
@@ -51,7 +54,7 @@ def banded(bands: int, steps: int) -> BlockDiagonal:
     _check("banded", bands, steps)
     full, rest = divmod(steps, bands)
     place = torch.arange(bands)
-    counts = full + (place < rest).double()  # of steps at each place of a block
+    counts = full + (place < rest).double()  # of steps at each position in a block
     before = bands * full * (full - 1) / 2 + rest * full  # whole blocks before a step, over all steps
     below = torch.ones(bands, bands).tril().bool()
 
@@ -64,16 +67,19 @@ def banded(bands: int, steps: int) -> BlockDiagonal:
         return (counts @ within + before * within[-1]) / steps
 
     start = _square_root(bands)[(place[:, None] - place).clamp(min=0)][below]
-    found = inverse_block(block(_least(error, start))).tolist()
-    rows = [[round(number, _DECIMALS) for number in row[: i + 1]] for i, row in enumerate(found)]
+    inverse_rows = inverse_block(block(_least(error, start))).tolist()
+    rows = [[round(number, _DECIMALS) for number in row[: i + 1]] for i, row in enumerate(inverse_rows)]
     return BlockDiagonal(tuple(tuple(torch.tensor(row, dtype=torch.float32).tolist()) for row in rows))
 
 
 def bisr(bands: int) -> Toeplitz:
-    """The banded inverse square root: with all bands, C C = A.
+    """BISR, the banded inverse square root: with all bands, C C = A.
 
     Args:
-        bands: of C⁻¹, at least 1: one more than the past draws.
+        bands: b, of C⁻¹, at least 1: the number of past draws plus 1.
+
+    Returns:
+        The strategy: C⁻¹ has the first b coefficients of √(1 - x).
 
     Raises:
         ValueError: `bands` is below 1.
@@ -91,10 +97,14 @@ def bisr(bands: int) -> Toeplitz:
 
 
 def lambda_cgd(lam: float) -> Toeplitz:
-    """Noise z_t - λ z_{t-1}: one past draw.
+    """DP-λCGD: the noise z_t - λ z_{t-1}, with one past draw.
 
     Args:
-        lam: λ in [0, 1), rounded to float32: how much of the last draw is taken back. At 0 noise is independent.
+        lam: λ in [0, 1), rounded to float32: the fraction of the last draw that is subtracted. At 0 noise is
+            independent, as in DP-SGD.
+
+    Returns:
+        The strategy.
 
     Raises:
         ValueError: λ is out of its range.
@@ -115,14 +125,14 @@ def lambda_cgd(lam: float) -> Toeplitz:
 
 
 def banded_toeplitz(bands: int, steps: int) -> Toeplitz:
-    """The Toeplitz strategy of b bands of the least mean error, ‖c‖ = 1: what `banded` is held against.
+    """The banded Toeplitz strategy of the least mean error, ‖c‖ = 1: the baseline of `banded`.
 
     Args:
-        bands: b, at least 1.
+        bands: b, of C, at least 1.
         steps: n, at least b.
 
     Returns:
-        All n coefficients of C⁻¹, for it has no bands.
+        The strategy, with all n coefficients of C⁻¹, which is not banded.
 
     Raises:
         ValueError: a number is out of its range.
@@ -135,7 +145,9 @@ def banded_toeplitz(bands: int, steps: int) -> Toeplitz:
         2025, https://arxiv.org/abs/2405.15913.
     """
     _check("banded_toeplitz", bands, steps)
-    sums = torch.arange(steps, 0, -1, dtype=torch.float64) / steps  # the part of all prefixes that a coefficient is in
+    sums = (
+        torch.arange(steps, 0, -1, dtype=torch.float64) / steps
+    )  # the fraction of all prefixes that a coefficient is in
 
     def coefficients(entries: Tensor) -> Tensor:
         """Those of all reflections in (-1, 1): of each C whose inverse falls to 0, and of no other."""
@@ -159,7 +171,7 @@ def _square_root(count: int) -> Tensor:
 
 
 def _least(error: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
-    """Where an error above 0 is least, by L-BFGS from a start."""
+    """The minimiser of a positive error, by L-BFGS from a start."""
     if not len(start):
         return start
     x = start.clone().requires_grad_()

@@ -1,10 +1,9 @@
-"""Whose the examples are: users are sampled as a whole, each with so many of its examples at most.
+"""User-level differential privacy: users are sampled as a whole, each with a bounded number of examples.
 
-    user u joins step t independently with probability q;  of its examples, the `max_examples` with the least random
-    words of step t
+    user u joins step t independently with probability q, with at most `max_examples` of its examples, drawn uniformly
 
-A user's rows stay in one chunk, where its summed gradient is clipped: so the user, not an example, moves a sum by at
-most the sensitivity. Neighbours differ by a user.
+A user's examples stay in one chunk, where its summed gradient is clipped: so a user moves a sum by at most the
+sensitivity. Neighbours differ by a user.
 
 Reference: McMahan, Ramage, Talwar, Zhang, "Learning differentially private recurrent language models", ICLR 2018,
     algorithm 1; Charles et al., "Fine-tuning large language models with user-level differential privacy", arXiv
@@ -24,17 +23,18 @@ from .sampling import Draw, check_sizes, padded, sizes_of
 
 
 class Users:
-    """Whose each example of a data set is."""
+    """The user of each example of a data set, for user-level privacy."""
 
     def __init__(self, ids: Tensor, *, max_examples: int) -> None:
         """Orders the examples by their users.
 
         Args:
-            ids: (N,) int64, N at least 1: the number of each example's user, any whole numbers.
-            max_examples: how many of a user's examples a step takes at most, at least 1.
+            ids: (N,) int64, N at least 1: the user of each example, any whole numbers.
+            max_examples: the most examples of a user in a step, at least 1.
 
         Raises:
-            TypeError, ValueError: `ids` is no such tensor, or `max_examples` is below 1.
+            TypeError: `ids` is no int64 tensor, or `max_examples` no int.
+            ValueError: `ids` is not (N,), or `max_examples` is below 1.
 
         Example:
             >>> len(Users(torch.tensor([7, 7, 3]), max_examples=1))
@@ -56,14 +56,14 @@ class Users:
         return len(self._counts)
 
     def rows(self, drawn: Draw, key: Tensor) -> list[Tensor]:
-        """The rows of each user of a draw: `max_examples` at most, chosen by the key alike.
+        """The examples of each user of a draw: at most `max_examples`, drawn uniformly by the key.
 
         Args:
-            drawn: users, by their number in the order of their ids.
+            drawn: users, by their rank in the order of their ids.
             key: (2,), of this step and of nothing else.
 
         Returns:
-            For each user (n,) int64, n from 1 to `max_examples`.
+            For each user the indices of its examples, (n,) int64, n from 1 to `max_examples`.
         """
         words = random.bits(key, (len(self.ids),)).long()
         found = []
@@ -76,11 +76,14 @@ class Users:
         return found
 
     def chunk_sizes(self, mechanism: Mechanism, *, rows: int = 1024) -> tuple[int, ...]:
-        """A few sizes for `chunks`; each holds a user's examples, so it may be above `rows`.
+        """A few sizes for `chunks`, with little padding. Each holds the examples of any user, so it may exceed `rows`.
 
         Args:
             mechanism: says how users are sampled.
-            rows: how many examples to take at once, at least 1: what memory allows.
+            rows: examples of a chunk, at least 1: what memory allows.
+
+        Returns:
+            Sizes, smallest first.
         """
         taken = self._counts.clamp(max=self.max_examples).double()
         expected = mechanism.sampling_rate * float(taken.sum())
@@ -90,10 +93,18 @@ class Users:
         return tuple(sorted({max(size, most) for size in sizes_of(expected, deviation, max(rows, most))}))
 
     def chunks(self, drawn: Draw, key: Tensor, sizes: Sequence[int]) -> list[Batch]:
-        """The rows of a draw's users as batches of fixed sizes, with masks; all rows of a user are in one.
+        """The examples of a draw's users as batches of fixed sizes, with masks; each user is in one batch.
+
+        Args:
+            drawn: users, by their rank in the order of their ids.
+            key: (2,), of this step, as for `rows`.
+            sizes: sizes of chunks, at least one; the largest holds the examples of any user.
+
+        Returns:
+            Batches, at least one.
 
         Raises:
-            ValueError: there is no size, or the largest does not hold a user's rows.
+            ValueError: there is no size, or the largest does not hold a user's examples.
         """
         check_sizes(sizes)
         if max(sizes) < self.max_examples and max(sizes) < int(self._counts.max()):
