@@ -266,7 +266,7 @@ def fisher_influence(gram: Tensor, cross: Tensor, *, damping: float) -> Tensor:
     Cost: N³ + N² M.
 
     Example:
-        >>> fisher_influence(torch.eye(2), torch.eye(2), damping=0.5)  # ∇_i = e_i, F = 1 / 2
+        >>> fisher_influence(torch.eye(2), torch.eye(2), damping=0.5).round(decimals=6)  # ∇_i = e_i, F = 1 / 2
         tensor([[1., 0.],
                 [0., 1.]], dtype=torch.float64)
 

@@ -262,7 +262,7 @@ def epsilon_curve(
     Example:
         >>> from functorch_mnist.privacy import Shuffled
         >>> [round(e, 2) for e in epsilon_curve(Shuffled(9, 4.0), steps=[0, 9], delta=1e-5, accountant="gaussian")]
-        [0.0, 0.92]
+        [0.0, 0.93]
     """
     return [epsilon(mechanism, steps=count, delta=delta, accountant=accountant) for count in steps]
 

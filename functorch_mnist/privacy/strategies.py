@@ -138,8 +138,8 @@ def banded_toeplitz(bands: int, steps: int) -> Toeplitz:
         ValueError: a number is out of its range.
 
     Example:
-        >>> banded_toeplitz(2, 1000).coefficients(3).round(decimals=4) + 0.0
-        tensor([0.7502, 0.6613, 0.0000], dtype=torch.float64)
+        >>> banded_toeplitz(2, 1000).coefficients(2).round(decimals=4)
+        tensor([0.7502, 0.6613], dtype=torch.float64)
 
     Reference: McKenna, "Scaling up the banded matrix factorization mechanism for differentially private ML", ICLR
         2025, https://arxiv.org/abs/2405.15913.

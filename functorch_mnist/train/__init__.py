@@ -4,8 +4,8 @@
     step(state, *batch, mask, divisor) -> (state, aux)              one division, then the optimizer
     fit(step, state, examples, …) -> state
 
-The files, in the order of reading: `step`, `watch`, `value`, `draws`, `fit`, `private`, `canaries`, `evaluate`, `forms`
-(precision and compilation).
+The files, in the order of reading: `step`, `watch` (gradient noise), `value` (data Shapley), `draws`, `fitting`,
+`private` (DP-SGD), `canaries` (one-run auditing), `evaluation`, `forms` (precision and compilation).
 """
 
 from .canaries import CanaryParams, CanaryRun, CanaryState, plant_canaries

@@ -1,4 +1,4 @@
-"""What processes that train together must have in common: their examples at the start, their state all along."""
+"""Checks that processes that train together have the same examples at the start, and the same state throughout."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from .step import State
 CHECK_EVERY = 100
 """Steps from one comparison of the states to the next."""
 _ROWS = 1000
-"""Of so many examples the digest is taken."""
+"""The number of examples that the digest covers."""
 
 
 def check_examples(world: World, examples: Sequence[Tensor]) -> None:
@@ -22,12 +22,12 @@ def check_examples(world: World, examples: Sequence[Tensor]) -> None:
     if world.size == 1:
         return
     step = max(1, len(examples[0]) // _ROWS)
-    found = digest([x[::step] for x in examples])
+    mine = digest([x[::step] for x in examples])
     check_agreed(
         world,
         f"fit, with {len(examples[0]):,} examples of {tuple(examples[0].shape[1:])} on this process",
         "Give all of them to each: its own rows are chosen by rank.",
-        examples=found,
+        examples=mine,
     )
 
 
@@ -38,7 +38,7 @@ def check_state(world: World, state: State) -> None:
     """
     if world.size == 1:
         return
-    own = tree.replaced(state, lambda node: isinstance(node, Shard), lambda _: ())  # differ by right
+    own = tree.replaced(state, lambda node: isinstance(node, Shard), lambda _: ())  # shards differ
     check_agreed(
         world,
         f"Training, after step {int(state.step)}",

@@ -1,22 +1,22 @@
-"""Canaries in a private run, for an audit of the whole run: `privacy.lower_bound`.
+"""Canaries in a private training run, for one-run auditing: `privacy.lower_bound`.
 
-A canary is one more example. Its loss is linear in a number of its own, beside the model's parameters, so that its
-gradient e_i is orthogonal to all others and far longer than the clipping norm C. It is drawn, clipped, summed and
-hidden by noise like any example. Of what step t lets out, x_t = n (mean gradient)_i / C tells all there is of it:
+A canary is an additional example. Its loss is linear in its own parameter, next to the model's parameters, so that its
+gradient e_i is orthogonal to all others and far longer than the clipping norm C. It is sampled, clipped, summed and
+noised like any example. Of the release of step t, x_t = n (mean gradient)_i / C is a sufficient statistic of it:
 
-    x_t ~ N(d b_t, σ²),    b_t = 1 with the chance q where canary i is in the data, else 0
+    x_t ~ N(d b_t, σ²),    b_t = 1 with probability q where canary i is included, else 0
 
-with d ≤ 1, the part of C that the rule leaves of a canary. So no attack is better than the likelihood ratio:
+with d ≤ 1, the norm of a clipped canary over C. So no attack is better than the likelihood ratio:
 
     score_i = Σ_t log(1 - q + q exp((2 d x_t - d²) / 2σ²))
 
-The model does not see the canaries: no other example has a gradient along e_i, nor a canary one along the model's
-parameters. What is audited is the code of the run, sampling, clipping, sums, noise and accountant, in numbers of their
-own; that the model's own gradients are clipped by their true norms is for other tests.
+The canaries do not affect the model: no other example has a gradient along e_i, nor a canary one along the model's
+parameters. The audit covers the code of the run, sampling, clipping, sums, noise and accountant, in coordinates of its
+own; that the model's gradients are clipped by their true norms is covered by other tests.
 
-How much it shows falls with q, for ε at a small δ is then one of rare draws. At ε = 4, δ = 1e-5, ten runs with 1,000
-canaries have shown on average 0.81 of ε at q = 1, 0.68 at 0.1 and 0.55 at 0.02 with ten draws of each canary, and 0.12
-at 0.004 with one draw: `LowerBound.independent`; of the other bounds see `benchmarks/studies/audit.py`.
+Its power falls with q, for ε at a small δ is then that of rare draws. At ε = 4, δ = 1e-5, ten runs with 1,000 canaries
+gave `LowerBound.independent` of on average 0.81 ε at q = 1, 0.68 at 0.1 and 0.55 at 0.02 with ten draws of each canary,
+and 0.12 at 0.004 with one draw; for the other bounds see `benchmarks/studies/audit.py`.
 
 Reference: Nasr et al., "Tight auditing of differentially private machine learning", USENIX Security 2023, section 4
     (Dirac canaries); Steinke, Nasr, Jagielski, "Privacy auditing with one (1) training run", NeurIPS 2023.
@@ -42,7 +42,7 @@ from ..tree import Tree
 from .step import State, check_loss, check_optimizer
 
 LENGTHS = (100.0, 0.99)
-"""Of a canary's gradient, in clipping norms. The first shows a missing clip; the second is for rules that leave out
+"""Norms of a canary's gradient, in clipping norms. The first shows missing clipping; the second is for rules that drop
 long gradients."""
 
 
@@ -52,32 +52,44 @@ class CanaryParams(NamedTuple):
     model: Tree
     """The model's."""
     canaries: Tensor
-    """(m, 1): always zeros."""
+    """(m, 1): the canaries' parameters, always zero."""
 
 
 class CanaryState(NamedTuple):
     """The optimizer's state in a run with canaries."""
 
     optimizer: Tree
-    """The state of the optimizer inside."""
+    """The state of the model's optimizer."""
     scores: Tensor
-    """(m,): the log likelihood ratio of each canary, of all steps so far."""
+    """(m,): the log likelihood ratio of each canary over all steps so far."""
 
 
 @dataclass(frozen=True)
 class CanaryRun:
-    """What a run with canaries is made of, in place of what it was made of."""
+    """The loss, parameters, optimizer and examples of a private run with canaries, from `plant_canaries`."""
 
     loss_fn: Callable[..., Tensor]
+    """`loss_fn(params, *example, key) -> ()`, of the model and of the canaries."""
     params: CanaryParams
+    """The parameters of the model and of the canaries."""
     optimizer: Optimizer
+    """The model's optimizer, which also accumulates the canaries' scores."""
     examples: tuple[Tensor, ...]
-    """With m more rows, and one more tensor, which says which canary a row is."""
+    """Tensors (N + m, …), and the canary of each row, (N + m,) int64: -1 for an ordinary example."""
     included: Tensor
-    """(m,) bool: the coins."""
+    """(m,) bool: the coins, whether each canary is included."""
 
     def lower_bound(self, state: State, *, delta: float = 1e-5, confidence: float = 0.95) -> LowerBound:
-        """What a run has shown of its ε: `privacy.lower_bound` of the scores in its last state."""
+        """The lower bound on ε that a run shows: `privacy.lower_bound` of the scores in its last state.
+
+        Args:
+            state: after `fit_private`.
+            delta: δ in (0, 1), at which ε is reported.
+            confidence: of each bound, in (0, 1).
+
+        Returns:
+            Lower bounds under three assumptions.
+        """
         return lower_bound(state.optimizer.scores, self.included, delta=delta, confidence=confidence)
 
 
@@ -92,27 +104,28 @@ def plant_canaries(
     canaries: int = 1000,
     key: Tensor,
 ) -> CanaryRun:
-    """A private run with canaries in it.
+    """Inserts canaries into a private training run, for one-run auditing.
 
     Args:
         loss_fn: `loss_fn(params, *example, key) -> ()`, as for `make_private_step`.
-        params: the model's, a pytree of float tensors.
-        optimizer: of the model.
-        examples: tensors with one leading size N.
-        clipping: the rule of the run. It must not adapt. In a rule of groups the canaries are the group `canaries`, and
-            the names of the model's parameters begin with `model/`.
+        params: the model's parameters, a pytree of float tensors.
+        optimizer: the model's optimizer.
+        examples: a tuple of tensors (N, …).
+        clipping: the rule of the run, which must not adapt. For `PerGroup` the canaries are the group `canaries`, and
+            the paths of the model's parameters begin with `model/`.
         mechanism: of the run, whose step is made for the N + m rows.
-        canaries: m, at least 2.
+        canaries: m, the number of canaries, at least 2.
         key: (2,), of the coins: not from the run's secret, for coins must be independent of its noise.
 
     Returns:
         Loss, parameters, optimizer and examples for `make_private_step`, `init_private_state` and `fit_private`. The
-        model is `state.params.model`. A coin that says no leaves its row without a gradient, so that the number of rows
-        tells nothing.
+        model is `state.params.model`. The row of an excluded canary has no gradient, so that the number of rows carries
+        no information.
 
     Raises:
-        ValueError: the rule adapts, or leaves nothing of a canary; there are fewer than 2 canaries; examples have no
-            row, or differ in their number.
+        ValueError: the rule adapts, or drops every canary; there are fewer than 2 canaries; examples have no row, or
+            differ in their number.
+        TypeError: `examples` is one tensor, or another argument is of a wrong kind.
 
     Guarantees: ε of the run is ε of a canary. The model is trained as without canaries: its mean gradient is over the
         expected number of the N examples, and has the same noise.
@@ -122,12 +135,15 @@ def plant_canaries(
     Example:
         >>> from functorch_mnist import optim, privacy
         >>> clipping, mechanism, optimizer = privacy.Flat(1.0), privacy.Poisson(0.5, 10.0), optim.sgd(0.1)
-        >>> planted = plant_canaries(
+        >>> run = plant_canaries(
         ...     lambda w, x, key: (w - x) ** 2, torch.tensor(0.0), optimizer, (torch.ones(8),), clipping=clipping,
         ...     mechanism=mechanism, key=random.key(0),
         ... )
-        >>> planted.included[:3], planted.examples[1][[0, 8, 9, 10]]
+        >>> run.included[:3], run.examples[1][[0, 8, 9, 10]]
         (tensor([False, False,  True]), tensor([  -1, 1000, 1000,    2]))
+
+    Reference: Steinke, Nasr, Jagielski, "Privacy auditing with one (1) training run", NeurIPS 2023; Dirac canaries:
+        Nasr et al., "Tight auditing of differentially private machine learning", USENIX Security 2023, section 4.
     """
     check_optimizer("plant_canaries", optimizer)
     check_tensors("plant_canaries", "examples", examples)
@@ -142,29 +158,29 @@ def plant_canaries(
     ordinary, device = check("plant_canaries", examples, None), examples[0].device
     if ordinary == 0:
         raise ValueError("plant_canaries: there must be an example. Found none.")
-    beside = CanaryParams(params, torch.zeros(canaries, 1, device=device))
-    length, kept = _length(beside, clipping)
+    both = CanaryParams(params, torch.zeros(canaries, 1, device=device))
+    length, kept = _length(both, clipping)
     included = random.bernoulli(key, 0.5, (canaries,)).to(device)
     places = torch.arange(canaries, device=device)
     numbers = torch.cat(
         [places.new_full((ordinary,), -1), torch.where(included, places, canaries)]
-    )  # of a canary that is not in, one that none has
+    )  # an excluded canary has the number m, which no canary has
     with_canaries = (*[torch.cat([rows, rows[places % ordinary]]) for rows in examples], numbers)
 
     def loss(params: CanaryParams, *example: Tensor) -> Tensor:
         *own, number, key = example
         line = length * F.embedding(number.clamp(0, canaries - 1), params.canaries)[0]
-        planted = torch.where(number < canaries, line, 0.0)
-        return torch.where(number < 0, loss_fn(params.model, *own, key), planted)
+        of_canary = torch.where(number < canaries, line, 0.0)
+        return torch.where(number < 0, loss_fn(params.model, *own, key), of_canary)
 
     scored = _scoring(optimizer, clipping, mechanism, ordinary, canaries, kept)
-    return CanaryRun(loss, beside, scored, with_canaries, included)
+    return CanaryRun(loss, both, scored, with_canaries, included)
 
 
 def _scoring(
     optimizer: Optimizer, clipping: Clipping, mechanism: Mechanism, ordinary: int, canaries: int, kept: float
 ) -> Optimizer:
-    """The optimizer of the model, beside which the canaries' scores are kept."""
+    """The model's optimizer, extended by the canaries' scores."""
     rate, rows = mechanism.sampling_rate, ordinary + canaries
     sigma, _ = clipping.deviations(mechanism.noise_multiplier)
     unit = rate * rows / clipping.sensitivity()
@@ -182,7 +198,7 @@ def _scoring(
 
 
 def _length(params: CanaryParams, clipping: Clipping) -> tuple[float, float]:
-    """How long a canary's gradient is, and how much of it is kept, in units of the sensitivity."""
+    """The norm of a canary's gradient, and its norm when clipped, the latter in units of the sensitivity."""
     most = float(clipping.sensitivity())
 
     def kept(length: float) -> float:

@@ -1,7 +1,7 @@
 """Which examples an epoch draws, in which order, and the key of each draw.
 
-All of it hangs on the key in the state and the epoch alone. The key is split in two: one half orders examples, the
-other is folded with the step and the example to the key of dropout and augmentation.
+All of it is a function of the key in the state and the epoch. The key is split in two: the first orders examples, into
+the second the step and the example are folded, which gives the example's key for dropout and augmentation.
 """
 
 from collections.abc import Callable
@@ -14,33 +14,40 @@ from .. import data, random
 from ..arguments import shown
 
 Order: TypeAlias = Callable[[Tensor, int], Tensor]
-"""`order(key, epoch) -> (N,) int64`: as many examples as there are, some of them perhaps several times."""
+"""`order(key, epoch) -> (N,) int64`: the indices of the N examples of an epoch, possibly with repetitions."""
 
 
 class Draws(NamedTuple):
-    """An epoch's draws, one after the other."""
+    """The examples of an epoch, in the order in which steps see them."""
 
     examples: Tensor
-    """(*lead, N) int64: which example each is."""
+    """(*lead, N) int64: the index of each."""
     keys: Tensor
-    """(*lead, N, 2): the key of each in the step that sees it."""
+    """(*lead, N, 2): the key of each, in the step that sees it."""
 
 
 def epoch_draws(key: Tensor, examples: int, *, epoch: int, batch_size: int, order: Order | None = None) -> Draws:
-    """The draws of an epoch.
+    """The examples of an epoch and their keys, as `fit` draws them.
 
     Args:
         key: (*lead, 2), of the state; with `order` (2,).
-        examples: N.
-        epoch: which one, from 0.
-        batch_size: draws in a step.
-        order: which examples an epoch sees; by default each once, at random.
+        examples: N, at least 1.
+        epoch: the number of the epoch, from 0.
+        batch_size: examples in a step, at least 1.
+        order: the examples of an epoch; by default each once, shuffled.
+
+    Returns:
+        Indices (*lead, N) and keys (*lead, N, 2).
 
     Raises:
         TypeError, ValueError: the order is not (N,) int64, or names examples that there are not.
 
-    Guarantees: the key of an example's first draw in an epoch is `fold_in(fold_in(half, step), example)`; that of its
-        r-th repetition in the epoch folds in example + r N.
+    Guarantees: the key of an example's first draw in an epoch is `fold_in(fold_in(root, step), example)`, with `root`
+        the second of `split(key)`; that of its r-th repetition in the epoch folds in example + r N.
+
+    Example:
+        >>> epoch_draws(random.key(0), 4, epoch=0, batch_size=2).examples.sort().values
+        tensor([0, 1, 2, 3])
     """
     order_key, noise_key = random.split(key).unbind(-2)
     if order is None:
@@ -63,7 +70,7 @@ def epoch_draws(key: Tensor, examples: int, *, epoch: int, batch_size: int, orde
 
 
 def _repetitions(drawn: Tensor) -> Tensor:
-    """How often each draw's example was drawn before: (N,)."""
+    """The number of earlier draws of each draw's example: (N,)."""
     values, positions = drawn.sort(stable=True)
     places = torch.arange(len(drawn), device=drawn.device)
     first = torch.cat([values.new_ones(1, dtype=torch.bool), values[1:] != values[:-1]])

@@ -14,21 +14,21 @@ from ..tree import Tree
 
 
 class Evaluation(NamedTuple):
-    """What a model does on a data set."""
+    """The confusion matrix and mean loss of a classifier on a data set, and the metrics that follow from them."""
 
     confusion: Tensor
-    """(K, K) int64 counts: how often an example of the row's class was given the column's."""
+    """(K, K) int64, the confusion matrix: how many examples of the row's class have the column's predicted label."""
     loss: Tensor
     """0-d float64: the mean loss per example."""
 
     @property
     def correct(self) -> int:
-        """How many examples were given their own class."""
+        """The number of examples whose predicted label is their label."""
         return int(self.confusion.diagonal().sum())
 
     @property
     def total(self) -> int:
-        """How many examples there are."""
+        """The number of examples."""
         return int(self.confusion.sum())
 
     @property
@@ -38,17 +38,17 @@ class Evaluation(NamedTuple):
 
     @property
     def recall(self) -> Tensor:
-        """(K,) float64: for each class, the part of its examples that were given it; NaN for a class without any."""
+        """(K,) float64: of each class's examples, the fraction predicted as it; NaN for a class without examples."""
         return self.confusion.diagonal().double() / self.confusion.sum(1)
 
     @property
     def precision(self) -> Tensor:
-        """(K,) float64: for each class, the part of the examples given it that are its own; 0 for one never given."""
+        """(K,) float64: of the examples predicted as each class, the fraction that is of it; 0 where none is."""
         return self.confusion.diagonal().double() / self.confusion.sum(0).clamp(min=1)
 
     @property
     def f1(self) -> Tensor:
-        """(K,) float64: for each class, the harmonic mean of recall and precision; 0 where it has no example right."""
+        """(K,) float64: for each class, the harmonic mean of recall and precision; 0 without a correct prediction."""
         either = self.confusion.sum(0) + self.confusion.sum(1)
         return 2 * self.confusion.diagonal().double() / either.clamp(min=1)
 
@@ -73,16 +73,19 @@ def evaluate(
     batch_size: int = 1000,
     world: World = SINGLE_PROCESS,
 ) -> Evaluation:
-    """Counts and mean loss of a classifier over a data set.
+    """The confusion matrix, accuracy and mean loss of a classifier on a data set.
 
     Args:
-        apply_fn: `apply_fn(params, *inputs) -> outputs` (B, K).
-        loss_fn: `loss_fn(outputs, labels) -> (B,)`.
+        apply_fn: `apply_fn(params, *inputs) -> (B, K)`, the outputs of a batch, such as `model.apply`.
+        loss_fn: `loss_fn(outputs (B, K), labels (B,)) -> (B,)`, one loss per example, such as `losses.cross_entropy`.
         params: the parameters.
         x: (N, …), at least one example; or a tuple of such tensors, for several inputs.
         labels: (N,) integers in [0, K).
-        batch_size: rows per call.
+        batch_size: examples per call, at least 1.
         world: the processes, which divide the calls between them.
+
+    Returns:
+        The evaluation, the same on all processes.
 
     Raises:
         ValueError: there is no example, `batch_size` is below 1, outputs are not (N, K), labels are not (N,) in [0, K),
@@ -91,6 +94,13 @@ def evaluate(
             outputs and labels.
 
     Guarantees: the counts do not depend on `batch_size`, nor any bit of the result on the number of processes.
+
+    Cost: a forward pass, without gradients.
+
+    Example:
+        >>> from functorch_mnist.losses import cross_entropy
+        >>> evaluate(lambda params, x: x, cross_entropy, (), torch.eye(2), torch.tensor([0, 0])).accuracy
+        0.5
     """
     check_takes(
         "evaluate", "loss_fn", loss_fn, ["outputs", "labels"],
@@ -101,7 +111,7 @@ def evaluate(
         raise ValueError(
             f"evaluate: outputs must be (N, K). Found {tuple(outputs.shape)}. Is there an axis of positions?"
         )
-    check_labels("evaluate", outputs, labels.cpu())  # where the error can tell what was found
+    check_labels("evaluate", outputs, labels.cpu())  # on the CPU, where the error can show values
     classes = outputs.shape[-1]
     pairs = torch.bincount(labels.long() * classes + outputs.argmax(-1), minlength=classes**2)
     losses = loss_fn(outputs, labels)
@@ -121,10 +131,25 @@ def predictions(
     batch_size: int = 1000,
     world: World = SINGLE_PROCESS,
 ) -> Tensor:
-    """The outputs for each example: (N, …) to (N, K), `batch_size` rows at a time, divided between the processes.
+    """The outputs of a model for each example, in batches.
+
+    Args:
+        apply_fn: `apply_fn(params, *inputs) -> (B, …)`, the outputs of a batch.
+        params: the parameters.
+        x: (N, …), at least one example; or a tuple of such tensors, for several inputs.
+        batch_size: examples per call, at least 1.
+        world: the processes, which divide the calls between them.
+
+    Returns:
+        (N, …), such as logits (N, K); no gradient flows to it.
 
     Raises:
         ValueError: there is no example, the inputs differ in their number, or `batch_size` is below 1.
+        TypeError: the parameters are a module or a state, or `apply_fn` is a module.
+
+    Example:
+        >>> predictions(torch.mul, torch.tensor(2.0), torch.tensor([[1.0], [3.0]])).tolist()
+        [[2.0], [6.0]]
     """
     check_params("evaluate", params)
     if isinstance(apply_fn, nn.Module):

@@ -1,7 +1,7 @@
 """The training loop.
 
-Its random streams hang on the key in the state and nothing else: the order of an epoch on the epoch's number, an
-example's key on the step and the example. So a run that stops and goes on from a saved state ends as one that did not.
+Its random streams are functions of the key in the state: the order of an epoch of the epoch's number, an example's key
+of the step and the example. So a run that is interrupted and resumed from a saved state ends as one that was not.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,30 +19,33 @@ from .step import State, Step, check_is_state
 
 
 class Progress(NamedTuple):
-    """Where training stands after a step."""
+    """The progress of training after a step, which callbacks receive."""
 
     state: State
+    """The training state after the step."""
     loss: Tensor
-    """0-d float64: the sum of the losses of the epoch's examples so far."""
+    """0-d float64: the sum of the losses of the epoch's examples so far; divided by `examples` it is their mean."""
     examples: int
-    """How many examples of the epoch have been seen."""
+    """The number of examples of the epoch that have been seen."""
     epoch: int
-    """Which epoch, from 0."""
+    """The number of the epoch, from 0."""
     step: int
-    """How many steps have been made in all."""
+    """The number of steps made in total."""
     epoch_ended: bool
+    """Whether this was the last step of the epoch."""
     aux: Mapping[str, Tensor]
-    """What the step returned beside the state."""
+    """What the step returned besides the state."""
     drawn: Tensor | None = None
-    """(B,) int64: which examples the step saw, one for each row of `aux`; none where draws are secret."""
+    """(B,) int64: the indices of the step's examples, one for each row of `aux`; None where draws are secret."""
 
 
 class Watch(NamedTuple):
-    """Another step, made in place of the ordinary one from time to time."""
+    """Another step that takes the place of the ordinary one at intervals, for a costlier estimator."""
 
     step: Step
+    """Such as one of `gradient_with_noise`."""
     every: int
-    """It is made at the first step and whenever so many have been made since; at least 1."""
+    """The interval, in steps, at least 1: it is made at steps 0, every, 2 every, …."""
 
 
 def listed(where: str, callbacks: Iterable[Callable[[Progress], None]]) -> tuple[Callable[[Progress], None], ...]:
@@ -71,31 +74,44 @@ def fit(
     callbacks: Iterable[Callable[[Progress], None]] = (),
     world: World = SINGLE_PROCESS,
 ) -> State:
-    """The state after training until `epochs` epochs have been made.
+    """Trains until a number of epochs have been made.
 
     Args:
-        step: called as `step(state, *rows of examples, keys, divisor=…)`, and with `mask=…` where `pad` is set. `keys`
-            (B, 2) is one key per example, the last tensor that the loss sees.
-        state: where to start; its `step` says how much has been done already.
-        examples: tensors with one leading size N, on one device.
-        epochs: how often each example is seen in all, at least 0.
+        step: from `make_step`, called as `step(state, *rows of examples, keys, mask=…, divisor=…)`. `keys` (B, 2) holds
+            a key per example, for dropout and augmentation: the loss takes it last, `loss_fn(params, x, y, key)`.
+        state: from `init_state`, or a saved one to resume from; its `step` is the number of steps made.
+        examples: a tuple of tensors (N, …), on one device.
+        epochs: the number of epochs in total, at least 0, those that `state` has made included.
         batch_size: B, at least 1. The last batch of an epoch may be smaller.
-        pad: fill the last batch up to B rows with a mask, so that all steps have one shape.
-        order: which examples an epoch sees; by default each once, at random.
-        loss: the `Progress.loss` that goes with a state from the middle of an epoch.
-        watch: a step such as one of `gradient_with_noise`, whose aux callbacks want now and then.
-        until: asked after each epoch, before the callbacks; where it says so, training ends.
-        callbacks: called after each step, in order, on all processes.
-        world: the processes. All are given the same examples and state, and draw the same batches; `step` is of the
-            same world, and sees this process's rows.
+        pad: pad the last batch to B rows with a mask, so that all steps have one shape, as a compiled step needs.
+        order: `order(key, epoch) -> (N,) int64`, the examples of an epoch; by default each once, shuffled.
+        loss: the `Progress.loss` that belongs to a state from the middle of an epoch.
+        watch: a step that takes the place of `step` at intervals, such as one of `gradient_with_noise`.
+        until: `until(progress) -> bool`, called after each epoch, before the callbacks; training ends where it is True.
+        callbacks: called with the `Progress` after each step, in order, on all processes.
+        world: the processes. All have the same examples and state, and draw the same batches; `step` is of the same
+            world, and takes this process's rows.
+
+    Returns:
+        The state after the last step.
 
     Raises:
-        ValueError: the tensors differ in their number of examples, or have none, or a number is out of its range.
-        TypeError: `examples` is one tensor.
+        ValueError: the tensors differ in their number of examples, or have none, a number is out of its range, or an
+            order is not of N examples.
+        TypeError: `examples` is one tensor, `state` no state, `step` a loss or a private step, or the loss takes no
+            key.
         DisagreementError: examples or states differ between processes: at the start, every 100 steps or at the end.
 
-    Guarantees: bit for bit the same on one machine, however often it was stopped and resumed. Equal up to rounding for
-        any number of processes; with `world.shards` bit for bit.
+    Guarantees: bit for bit the same on one machine, however often it was interrupted and resumed. Equal up to rounding
+        for any number of processes; with `world.shards` bit for bit.
+
+    Example:
+        >>> from functorch_mnist import optim, random
+        >>> from functorch_mnist.train import init_state, make_step
+        >>> step = make_step(lambda w, x, key: (w - x) ** 2, optim.sgd(0.5))
+        >>> state = init_state(torch.tensor(0.0), optim.sgd(0.5), random.key(0))
+        >>> fit(step, state, (torch.tensor([1.0, 3.0]),), epochs=1, batch_size=2).params
+        tensor(2.)
     """
     check_tensors("fit", "examples", examples)
     check_is_state("fit", state)

@@ -1,9 +1,9 @@
-"""Differentially private training: clipped sums over a random draw, noise once, then the optimizer.
+"""Differentially private training, DP-SGD: clipped sums over a random draw, noise once, then the optimizer.
 
     for each step:  draw examples;  G = Σ over chunks of clipped sums;  (G + noise) / n;  optimizer
 
-A step is made from its mechanism and draws by itself: nobody can hand it a batch, and what the accountant is told is
-what runs. Its randomness hangs on a secret and the step alone: the secret is split into roots of draws, of noise and of
+A step is made from its mechanism and draws its own examples: it takes no batch, so the accountant reads exactly what
+runs. Its randomness is a function of a secret and the step: the secret is split into roots of draws, of noise and of
 examples' keys (dropout, augmentation), and the step is folded into them. The secret is in no state and in no file.
 """
 
@@ -33,38 +33,47 @@ from .step import Estimator, State, check_is_state, check_loss, check_optimizer,
 
 
 class _Parts(NamedTuple):
-    """A step in parts, for a large draw has more than one chunk. Each is pure and compiles as one graph."""
+    """The parts of a step, for a large draw has several chunks. Each is pure and compiles as one graph."""
 
     poisson_mask: Callable[..., Tensor]
     """`privacy.poisson_mask`."""
     add: Callable[..., Sums]
-    """`add(state, sums, roots, batch, whose, *examples) -> sums`: with those of one more chunk; before the first they
-    are None. `batch` says which rows of `examples` it takes, `whose` (N,) who owns them, or is None."""
+    """`add(state, sums, roots, batch, owners, *examples) -> sums`: adds one more chunk, the first to None. `batch` holds
+    the indices of its examples, `owners` (N,) the user of each example, or is None."""
     end: Callable[..., tuple[State, dict[str, Tensor]]]
-    """`end(state, sums, roots, batch, whose, *examples) -> (state, aux)`: adds the last chunk, if there is one, sums
-    over all processes, and makes the step, with noise."""
+    """`end(state, sums, roots, batch, owners, *examples) -> (state, aux)`: adds the last chunk, if there is one, sums
+    over all processes, adds noise and updates."""
 
 
 @dataclass(frozen=True)
 class PrivateStep:
-    """A private training step, all of it: `step(state, roots, *examples) -> (state, aux)`.
+    """A whole DP-SGD step: `step(state, roots, *examples) -> (state, aux)`. `make_private_step` makes it.
 
-    It draws who joins, sums their clipped gradients chunk by chunk, adds noise and updates. `roots` are `Secret.roots`,
-    `examples` all examples, tensors (N, …). `aux` holds what is never private, see `Sums.seen`. What it draws, adds and
-    divides by follows from its fields alone: `dataclasses.replace` makes another step, not one that contradicts itself.
+    It draws examples, sums their clipped gradients chunk by chunk, adds noise and updates. `roots` are those of a
+    `Secret`, `examples` the whole data set, tensors (N, …). `aux` holds what is not private, see `Sums.seen`. What it
+    draws, adds and divides by follows from its fields alone: `dataclasses.replace` makes another consistent step.
+
+    Raises:
+        ValueError: the fields do not go together.
+        TypeError: a field is of a wrong kind.
     """
 
     loss_fn: Callable[..., Tensor]
+    """`loss_fn(params, *example, key) -> ()`."""
     optimizer: Optimizer
+    """Gets the noisy mean gradient."""
     clipping: Clipping
+    """The clipping rule."""
     mechanism: Mechanism
     """How it samples and how much noise it adds, as the accountants read it."""
     population: int | Users
-    """N examples, or whose they are."""
+    """N, the number of examples, or `privacy.Users`, the user of each."""
     chunk_sizes: tuple[int, ...]
-    """Fixed sizes for chunks of a draw."""
+    """The sizes of a draw's chunks."""
     world: World = SINGLE_PROCESS
+    """The processes."""
     is_compiled: bool = False
+    """Whether its parts are compiled."""
 
     def __post_init__(self) -> None:
         """Refuses what does not go together.
@@ -106,7 +115,7 @@ class PrivateStep:
 
     @property
     def expected(self) -> float:
-        """What sums are divided by: the expected number of examples, or users, of a step of all processes."""
+        """The divisor of sums: the expected number of examples, or users, of a step, over all processes."""
         return self.mechanism.sampling_rate * self.size
 
     def compiled(self) -> "PrivateStep":
@@ -114,10 +123,19 @@ class PrivateStep:
         return replace(self, is_compiled=True)
 
     def __call__(self, state: State, roots: Tensor, *examples: Tensor) -> tuple[State, dict[str, Tensor]]:
-        """The next state, and what was seen.
+        """The next state, and what is not private.
+
+        Args:
+            state: from `init_private_state`.
+            roots: (4, 2), `secret.roots()`.
+            examples: the whole data set, tensors (N, …).
+
+        Returns:
+            `(state, aux)`: aux holds the sum of losses, and the numbers of examples, see `Sums.seen`.
 
         Raises:
             ValueError: there are not as many examples as it was made for.
+            TypeError: `state` is no state, `roots` are none, or the loss does not take the examples and a key.
         """
         check_is_state("private step", state)
         if len(tree.leaves(state.estimator)) != len(tree.leaves(self.clipping.init())):
@@ -147,21 +165,23 @@ class PrivateStep:
         return self._stepped(state, roots, own, None if users is None else users.ids, examples)
 
     def _stepped(
-        self, state: State, roots: Tensor, chunks: list[Batch], whose: Tensor | None, examples: Sequence[Tensor]
+        self, state: State, roots: Tensor, chunks: list[Batch], owners: Tensor | None, examples: Sequence[Tensor]
     ) -> tuple[State, dict[str, Tensor]]:
         """A step over this process's rows of some chunks."""
         add, end = self._parts.add, self._parts.end
         if self.world.shards is None:
             sums = None
             for batch in chunks[:-1]:
-                sums = add(state, sums, roots, batch, whose, *examples)
-            return end(state, sums, roots, chunks[-1], whose, *examples)
+                sums = add(state, sums, roots, batch, owners, *examples)
+            return end(state, sums, roots, chunks[-1], owners, *examples)
         totals: list[Sums | None] = [None] * self.world.parts_here
         for batch in chunks:
             parts = parts_of(self.world, batch)
-            totals = [add(state, sums, roots, part, whose, *examples) for sums, part in zip(totals, parts, strict=True)]
+            totals = [
+                add(state, sums, roots, part, owners, *examples) for sums, part in zip(totals, parts, strict=True)
+            ]
         sums = pairwise_sum(totals, lambda a, b: tree.map(torch.add, a, b))
-        return end(state, sums, roots, None, whose, *examples)
+        return end(state, sums, roots, None, owners, *examples)
 
     @cached_property
     def _parts(self) -> _Parts:
@@ -170,20 +190,25 @@ class PrivateStep:
         sigma = self.mechanism.noise_multiplier * column(strategy)
 
         def add(
-            state: State, sums: Sums | None, roots: Tensor, batch: Batch, whose: Tensor | None, *examples: Tensor
+            state: State, sums: Sums | None, roots: Tensor, batch: Batch, owners: Tensor | None, *examples: Tensor
         ) -> Sums:
             rows = [tensor[batch.examples] for tensor in examples]
             keys = random.fold_in(random.fold_in(roots[2], state.step), batch.examples)
             more = clipped_sums(
                 loss_fn, state.params, *rows, keys, clipping=clipping, clipping_state=state.estimator, mask=batch.mask,
-                group=None if whose is None else whose[batch.examples],
+                group=None if owners is None else owners[batch.examples],
             )  # fmt: skip
             return more if sums is None else tree.map(torch.add, sums, more)
 
         def end(
-            state: State, sums: Sums | None, roots: Tensor, batch: Batch | None, whose: Tensor | None, *examples: Tensor
+            state: State,
+            sums: Sums | None,
+            roots: Tensor,
+            batch: Batch | None,
+            owners: Tensor | None,
+            *examples: Tensor,
         ) -> tuple[State, dict[str, Tensor]]:
-            total = all_reduce(world, sums if batch is None else add(state, sums, roots, batch, whose, *examples))
+            total = all_reduce(world, sums if batch is None else add(state, sums, roots, batch, owners, *examples))
             assert total is not None  # there is always a chunk
             drawn: tuple[Tensor, Tensor | None] = (random.fold_in(roots[1], state.step), None)
             if strategy is not None:
@@ -201,7 +226,7 @@ class PrivateStep:
 
 
 def _by_shape(part: Callable[..., Any]) -> Callable[..., Any]:
-    """A part, compiled for each size of chunks, with and without sums before: torch compiles one function 8 times."""
+    """A part, compiled for each chunk size, with and without earlier sums: torch compiles a function up to 8 times."""
     forms: dict[tuple[int | None, bool], Callable[..., Any]] = {}
 
     def call(state: State, sums: Sums | None, roots: Tensor, batch: Batch | None, *more: Any) -> Any:
@@ -214,13 +239,22 @@ def _by_shape(part: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def init_private_state(params: Tree, optimizer: Optimizer, key: Tensor, clipping: Clipping) -> State:
-    """The state before the first step.
+    """The training state before the first private step.
 
     Args:
-        params: a pytree of float tensors.
-        optimizer: gives its own initial state.
-        key: (2,), of what need not be secret.
-        clipping: gives its own initial state.
+        params: a pytree of float tensors, such as those of `models.from_module`.
+        optimizer: the optimizer of the step, which makes its own initial state.
+        key: (2,), of random streams that need not be secret.
+        clipping: the rule of the step, which makes its own initial state.
+
+    Returns:
+        The state.
+
+    Raises:
+        TypeError: the parameters are a module, the optimizer is one of torch's, `clipping` is no rule, or the key is a
+            seed.
+
+    Example: see `make_private_step`.
     """
     check_clipping("init_private_state", clipping)
     return init_state(params, optimizer, key)._replace(estimator=clipping.init())
@@ -236,22 +270,30 @@ def make_private_step(
     chunk_sizes: Sequence[int] | None = None,
     world: World = SINGLE_PROCESS,
 ) -> PrivateStep:
-    """A private training step.
+    """A DP-SGD training step.
 
     Args:
-        loss_fn: `loss_fn(params, *example, key) -> ()`, pure; the key (2,) is the example's own, of this step.
-        optimizer: gets the noisy mean gradient.
-        clipping: the rule, of each example or, where users are sampled, of each user's summed gradient.
-        mechanism: how it samples and how much noise it adds.
-        examples: N, how many there are, or `privacy.Users`, whose they are. Sums are divided by the expected number of
-            examples, or users, of a step, q N, not by the realised one; so N is public.
-        chunk_sizes: fixed sizes that a draw is cut into; by default those of `privacy.chunk_sizes`.
-        world: the processes. Each adds the chunks of its own rows; all add the same noise to the sum.
+        loss_fn: `loss_fn(params, *example, key) -> ()`, pure, the loss of ONE example; the key (2,) is the example's
+            own, of this step, for dropout and augmentation.
+        optimizer: from `optim`; gets the noisy mean gradient.
+        clipping: the rule, such as `privacy.Flat(max_norm)`, of each example or, where users are sampled, of each
+            user's summed gradient.
+        mechanism: how it samples and how much noise it adds, such as `privacy.Poisson(rate, noise_multiplier)`.
+        examples: N, the number of examples, or `privacy.Users`, the user of each. Sums are divided by the expected
+            number q N of examples, or users, not by the realised one; so N is public.
+        chunk_sizes: the sizes of a draw's chunks; by default those of `privacy.chunk_sizes`. Smaller ones need less
+            memory.
+        world: the processes. Each sums the chunks of its own rows; all add the same noise to the sum.
+
+    Returns:
+        The step, `step(state, roots, *examples) -> (state, aux)`, for `fit_private`; `step.compiled()` compiles it.
 
     Raises:
         ValueError: a number is out of its range, or the parts do not go together.
+        TypeError: `mechanism` is a noise multiplier, `clipping` a number, `loss_fn` an estimator, `examples` tensors,
+            or the optimizer one of torch's.
 
-    Guarantees: the same for any division of the examples into chunks, up to rounding.
+    Guarantees: equal, up to rounding, for any division of the examples into chunks and processes.
 
     Example:
         >>> from functorch_mnist import optim, privacy
@@ -288,24 +330,43 @@ def fit_private(
     loss: Tensor | None = None,
     callbacks: Iterable[Callable[[Progress], None]] = (),
 ) -> State:
-    """The state after training until `steps` steps have been made.
+    """Trains privately until a number of steps have been made: DP-SGD.
 
     Args:
-        step: as from `make_private_step`; its mechanism is what an accountant is to be told.
-        state: where to start; its `step` says how many have been made already.
-        examples: tensors with one leading size N, on one device.
-        secret: of draws, noise and examples' keys. A Poisson run that goes on with a fresh one is as private as one
-            that was never stopped; for a shuffled one see `Ledger`. With one from a seed it also ends as that one, bit
-            for bit.
-        steps: how many there shall be in all, at least 0.
-        loss: the `Progress.loss` that goes with a state from the middle of an epoch.
-        callbacks: called after each step, in order, on all processes.
+        step: from `make_private_step`; its `mechanism` is what the accountant takes.
+        state: from `init_private_state`, or a saved one to resume from; its `step` is the number of steps made.
+        examples: a tuple of tensors (N, …), the whole data set, on one device.
+        secret: `privacy.Secret()`, the root of draws, noise and examples' keys. A Poisson run that is resumed with a
+            fresh secret is as private as one that was never interrupted; for a shuffled one see `privacy.Ledger`. With
+            a secret from a seed it also ends as that one, bit for bit.
+        steps: the number of steps in total, at least 0, those that `state` has made included.
+        loss: the `Progress.loss` that belongs to a state from the middle of an epoch.
+        callbacks: called with the `Progress` after each step, in order, on all processes.
 
-    Draws and noise are those of process 0's secret, once for all processes: the account is that of one process.
+    Returns:
+        The state after the last step. Its privacy is `privacy.epsilon(step.mechanism, steps=steps, delta=…)`.
 
     Raises:
-        ValueError: there are not the examples that the step was made for, or a number is out of its range.
+        ValueError: the number of examples is not that of the step, or a number is out of its range.
+        TypeError: `examples` is one tensor, `secret` an int or a key, `state` no state, `step` no private one, or the
+            loss takes no key.
         DisagreementError: examples or states differ between processes.
+
+    Guarantees: draws and noise are those of process 0's secret, once for all processes: the account is that of one
+        process.
+
+    Example:
+        >>> from functorch_mnist import optim, privacy
+        >>> optimizer, clipping, mechanism = optim.sgd(0.5), privacy.Flat(1.0), privacy.Poisson(0.5, 2.0)
+        >>> step = make_private_step(
+        ...     lambda w, x, key: w * x, optimizer, clipping=clipping, mechanism=mechanism, examples=8
+        ... )
+        >>> state = init_private_state(torch.tensor(0.0), optimizer, random.key(0), clipping)
+        >>> state = fit_private(step, state, (torch.ones(8),), secret=Secret(), steps=3)
+        >>> int(state.step), round(privacy.epsilon(mechanism, steps=3, delta=1e-5), 1)
+        (3, 2.7)
+
+    Reference: Abadi et al., "Deep learning with differential privacy", CCS 2016, algorithm 1.
     """
     if not isinstance(step, PrivateStep):
         raise TypeError(

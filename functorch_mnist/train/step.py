@@ -24,21 +24,22 @@ from ..optim import Optimizer
 from ..tree import Tree
 
 _SHARED = 2
-"""Of the keys that the state's is split in, the third: the first two order examples and are theirs, see `Draws`."""
+"""The stream of `Shared.fn`, folded into the state's key: the first two are the order and the keys of `Draws`."""
 
 
 class State(NamedTuple):
-    """All that training carries from step to step: one pytree of tensors."""
+    """The training state: all that training carries from step to step, one pytree of tensors. `init_state` makes it."""
 
     params: Tree
+    """The parameters, a pytree of float tensors."""
     optimizer: Tree
     """The optimizer's state."""
     step: Tensor
-    """0-d int64: how many steps have been made."""
+    """0-d int64: the number of steps made."""
     key: Tensor
     """(2,): the root of all random streams; steps do not change it."""
     estimator: Tree = ()
-    """What the estimator adapts or keeps, such as a clipping norm."""
+    """What the estimator keeps or adapts, such as an adaptive clipping norm."""
 
 
 def _as_it_is(_grads: Tree, aux: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -46,34 +47,50 @@ def _as_it_is(_grads: Tree, aux: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Shared(NamedTuple):
-    """What an estimator finds out once a step, the same on all processes: it does not hang on the batch."""
+    """What an estimator computes once per step, the same on all processes: it does not depend on the batch."""
 
     init: Callable[[Tree], Tree]
-    """`init(params) -> kept`: what is kept from step to step in `State.estimator`, before the first one."""
+    """`init(params) -> kept`: the initial value of what is kept between steps, in `State.estimator`."""
     fn: Callable[[Tree, Tree, Tensor], tuple[Tree, Tree]]
-    """`fn(params, kept, key) -> (kept, shared)`, with a key (2,) of the step's own."""
+    """`fn(params, kept, key) -> (kept, shared)`, with the step's own key (2,); `shared` is passed to `Estimator.fn`."""
 
 
 @dataclass(frozen=True)
 class Estimator:
-    """A gradient estimator: `(params, *batch, mask) -> (grads, aux)`, sums over the examples of the batch.
+    """A gradient estimator: `(params, *batch, mask=None) -> (grads, aux)`, sums over the examples of the batch.
 
-    `grads` is shaped as `params`; `aux` holds tensors, the 0-d sum `"loss"` at least: 0-d ones are sums, others (B, …)
-    rows of the examples. A masked example, whatever it holds, adds exactly nothing.
+    `grads` is shaped as `params`. `aux` holds tensors by name: the 0-d sum of the losses `"loss"` at least; other 0-d
+    tensors are sums as well, and tensors (B, …) are rows of the examples. A masked example, whatever it holds, adds
+    exactly nothing.
+
+    Example:
+        >>> gradient(lambda w, x: w * x)(torch.tensor(2.0), torch.tensor([1.0, 3.0]))
+        (tensor(4.), {'loss': tensor(8.)})
     """
 
     fn: Callable[..., tuple[Tree, dict[str, Tensor]]]
-    """Takes `shared=…` besides, where there is something shared."""
+    """`fn(params, *batch, mask=…) -> (grads, aux)`; with `shared`, it also takes `shared=…`."""
     finish: Callable[[Tree, dict[str, Tensor]], dict[str, Tensor]] = _as_it_is
-    """`finish(grads, aux) -> aux`: of the sums over all processes, what is no sum."""
+    """`finish(grads, aux) -> aux`: adds what follows from the sums over all processes, such as a ratio."""
     shared: Shared | None = None
+    """What is computed once per step; None for most estimators."""
     whole: bool = False
-    """Whether `fn` needs all rows of a batch at once: no several processes, no parts."""
+    """Whether `fn` needs all rows of a batch at once: then neither several processes nor shards are possible."""
 
     def __call__(
         self, params: Tree, *batch: Tensor, mask: Tensor | None = None, key: Tensor | None = None
     ) -> tuple[Tree, dict[str, Tensor]]:
-        """What the estimator says of a batch alone; `key` (2,) is for what is shared, by default that of the seed 0."""
+        """The estimate of one batch.
+
+        Args:
+            params: a pytree of float tensors.
+            batch: tensors (B, …).
+            mask: (B,) bool; by default all examples count.
+            key: (2,), for what is shared; by default `random.key(0)`.
+
+        Returns:
+            `(grads, aux)`.
+        """
         if self.shared is None:
             grads, aux = self.fn(params, *batch, mask=mask)
         else:
@@ -124,13 +141,22 @@ def check_loss(where: str, name: str, loss_fn: Callable[..., Tensor], batch: Seq
 
 
 def init_state(params: Tree, optimizer: Optimizer | Sharded, key: Tensor, estimator: Estimator | None = None) -> State:
-    """The state before the first step.
+    """The training state before the first step.
 
     Args:
-        params: a pytree of float tensors.
-        optimizer: gives its own initial state.
-        key: (2,), the root of the order of examples, of dropout and of what an estimator draws.
-        estimator: gives what it keeps, if it does.
+        params: a pytree of float tensors, such as those of `models.from_module`.
+        optimizer: the optimizer of the step, which makes its own initial state.
+        key: (2,), the root of all random streams: the order of examples, dropout, an estimator's draws.
+        estimator: the estimator of the step, where it keeps something, such as a moving average.
+
+    Raises:
+        TypeError: the parameters are a module, the optimizer is one of torch's, or the key is a seed.
+        ValueError: the key is not (2,).
+
+    Example:
+        >>> from functorch_mnist import optim
+        >>> init_state({"w": torch.zeros(2)}, optim.sgd(0.1), random.key(0)).step
+        tensor(0)
     """
     check_params("init_state", params)
     check_optimizer("init_state", optimizer)
@@ -142,13 +168,24 @@ def init_state(params: Tree, optimizer: Optimizer | Sharded, key: Tensor, estima
 
 
 def gradient(loss_fn: Callable[..., Tensor]) -> Estimator:
-    """The estimator of the plain gradient, from the loss of one example.
+    """The estimator of the ordinary gradient, from the loss of one example.
 
     Args:
-        loss_fn: `loss_fn(params, *example) -> ()`, pure.
+        loss_fn: `loss_fn(params, *example) -> ()`, pure. In `fit` the last tensor of an example is its key (2,).
+
+    Returns:
+        The estimator. Its aux holds the sum of the losses, `"loss"`.
 
     Raises:
         ValueError: from the estimator, for a loss that is not 0-d, or a batch that does not fit.
+        TypeError: from the estimator, for a loss that does not take the tensors of the batch, such as `fit`'s keys.
+
+    Cost: an ordinary forward and backward pass, under `vmap`.
+
+    Example:
+        >>> grads, aux = gradient(lambda w, x: (w - x) ** 2)(torch.tensor(0.0), torch.tensor([1.0, 3.0]))
+        >>> grads, aux["loss"]
+        (tensor(-8.), tensor(10.))
     """
 
     check_fn("gradient", "loss_fn", loss_fn, "Pass a function of params and one example.")
@@ -163,20 +200,32 @@ def gradient(loss_fn: Callable[..., Tensor]) -> Estimator:
 
     def losses(params: Tree, *batch: Tensor) -> Tensor:
         check_loss("gradient", "loss_fn", loss_fn, batch)
-        found: Tensor = vmap(one, in_dims=(None, *[0] * len(batch)))(params, *batch)
-        return found
+        of_each: Tensor = vmap(one, in_dims=(None, *[0] * len(batch)))(params, *batch)
+        return of_each
 
     return batch_gradient(losses)
 
 
 def batch_gradient(losses_fn: Callable[..., Tensor]) -> Estimator:
-    """The estimator of the plain gradient, from the losses of a batch: for forwards that take leading axes as they are.
+    """The estimator of the ordinary gradient, from the losses of a batch: for forwards written for batches.
 
     Args:
-        losses_fn: `losses_fn(params, *batch) -> (B,)`, pure, its i-th number a function of the i-th example alone.
+        losses_fn: `losses_fn(params, *batch) -> (B,)`, pure, its i-th number a function of the i-th example alone. In
+            `fit` the last tensor of the batch is the examples' keys (B, 2).
+
+    Returns:
+        The estimator. Its aux holds the sum of the losses, `"loss"`.
 
     Raises:
-        ValueError: from the estimator, for losses that are not (B,), or a batch that does not fit.
+        ValueError: from the estimator, for losses that are not (B,), such as a mean, or a batch that does not fit.
+        TypeError: from the estimator, for losses that do not take the tensors of the batch, such as `fit`'s keys.
+
+    Cost: an ordinary forward and backward pass.
+
+    Example:
+        >>> grads, aux = batch_gradient(lambda w, x: (w - x) ** 2)(torch.tensor(0.0), torch.tensor([1.0, 3.0]))
+        >>> grads, aux["loss"]
+        (tensor(-8.), tensor(10.))
     """
 
     def estimate(params: Tree, *batch: Tensor, mask: Tensor | None) -> tuple[Tree, dict[str, Tensor]]:
@@ -200,7 +249,7 @@ def batch_gradient(losses_fn: Callable[..., Tensor]) -> Estimator:
 
 
 class Step(Protocol):
-    """`step(state, *batch) -> (state, aux)`, the shape of a scan."""
+    """A training step, `step(state, *batch, mask=None, divisor=None) -> (state, aux)`: the shape of a scan."""
 
     def __call__(
         self, state: State, *batch: Tensor, mask: Tensor | None = None, divisor: float | Tensor | None = None
@@ -213,9 +262,9 @@ def make_step(
     """A training step: the estimator, the sum over processes, one division, the optimizer.
 
     Args:
-        loss_fn: an estimator, or the loss of one example, `loss_fn(params, *example) -> ()`, which stands for
-            `gradient(loss_fn)`.
-        optimizer: gets the mean gradient.
+        loss_fn: an `Estimator`, or the loss of one example, `loss_fn(params, *example) -> ()`, pure, which stands for
+            `gradient(loss_fn)`. For `fit` it takes a key (2,) last: `loss_fn(params, x, y, key)`.
+        optimizer: from `optim`; gets the mean gradient.
         world: the processes. The step of each takes its own rows, those of `distributed.rows_of`.
 
     Returns:
@@ -225,8 +274,10 @@ def make_step(
 
     Raises:
         ValueError: from the step, for tensors that differ in B, a mask that is not (B,) bool, and without a divisor for
-            a mask (B would count padding), several processes (each knows its rows alone) or an empty batch; where the
+            a mask (B would count padding), several processes (each knows only its rows) or an empty batch; where the
             parts of a world do not divide B. At once, where the estimator needs whole batches and the world has parts.
+        TypeError: the optimizer is one of torch's. From the step, for parameters in place of a state, the state of
+            another optimizer, or a loss that does not take the tensors of the batch.
 
     Guarantees: pure. Compiles as one graph. With `world.shards`, the same bits for any number of processes, where the
         estimator's parts are called alike: compile the estimator and the optimizer then, not the step.
@@ -281,15 +332,15 @@ def _total(
     batch: Sequence[Tensor],
     mask: Tensor | None,
 ) -> tuple[Tree, dict[str, Tensor]]:
-    """What the estimator says of the rows of all processes: the sums, as the optimizer takes them, and aux."""
+    """The estimate over the rows of all processes: the sums, as the optimizer takes them, and aux."""
     rows, parts = len(batch[0]), world.parts_here
     if rows % parts:
         raise ValueError(f"step: the {parts} parts of a process must divide its rows. Found {rows}. Use rows_of?")
-    found, columns = [], []
+    estimates, columns = [], []
     for part in range(parts):
         which = slice(part * rows // parts, (part + 1) * rows // parts)
         grads, aux = estimator.fn(params, *[x[which] for x in batch], mask=None if mask is None else mask[which])
-        found.append((grads, {name: value for name, value in aux.items() if value.dim() == 0}))
+        estimates.append((grads, {name: value for name, value in aux.items() if value.dim() == 0}))
         columns.append({name: value for name, value in aux.items() if value.dim() > 0})
         for name, value in columns[-1].items():
             if world.parts > 1 and len(value) != rows // parts:
@@ -297,14 +348,14 @@ def _total(
                     f"step: of several parts, aux must hold 0-d sums or rows of the {rows // parts} examples. "
                     f"Found {name} {tuple(value.shape)}."
                 )
-    mine = found[0]
+    mine = estimates[0]
     if parts > 1:  # parts are added in float32 or wider, as `all_reduce` adds them
-        mine = pairwise_sum([tree.map(_wide, part) for part in found], lambda a, b: tree.map(torch.add, a, b))
+        mine = pairwise_sum([tree.map(_wide, part) for part in estimates], lambda a, b: tree.map(torch.add, a, b))
         columns[0] = tree.map(lambda *pieces: torch.cat(pieces), *columns)
     if isinstance(optimizer, Sharded):
         sums, scalars = optimizer.sum(mine[0]), all_reduce(world, mine[1])
     else:
-        sums, scalars = tree.map(lambda total, part: total.to(part.dtype), all_reduce(world, mine), found[0])
+        sums, scalars = tree.map(lambda total, part: total.to(part.dtype), all_reduce(world, mine), estimates[0])
     aux = {**scalars, **all_gather(world, columns[0])}
     if estimator.finish is not _as_it_is:
         aux = estimator.finish(optimizer.whole(sums) if isinstance(optimizer, Sharded) else sums, aux)

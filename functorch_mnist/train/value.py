@@ -1,18 +1,18 @@
-"""The value of training examples, found while they are trained on: in-run data Shapley.
+"""In-run data Shapley: the value of training examples, computed while they are trained on.
 
-A step of SGD on a part S of its batch would change the loss L on validation examples by
+A step of SGD on a subset S of its batch would change the loss L on validation examples by
 
     U(S) = L(w - η Σ_{i in S} ∇_i) - L(w) ≈ -η ⟨∇L, Σ_S ∇_i⟩ + η²/2 ⟨Σ_S ∇_i, H Σ_S ∇_j⟩,    H = ∇²L
 
-The Shapley value of each example in this game has a closed form. With the sign of this library, above zero where
-training on the example lowers the validation loss, and η the learning rate over the divisor of the batch, it is
+The Shapley value of each example in this game has a closed form. Above zero where training on the example lowers the
+validation loss, and with η the learning rate over the divisor of the batch, it is
 
     v_i = η p_i - η²/2 q_i,    p_i = ⟨∇L, ∇_i⟩,    q_i = ⟨∇_i, H Σ_j ∇_j⟩
 
 to second order, and η p_i to first order. Values add up over the steps of a run.
 
 Reference: Wang, Mittal, Song and Jia, "Data Shapley in one training run", ICLR 2025, equation 1, theorem 3 (first
-order) and theorem 4, equations 2 and 3 (second order), which have the other sign: https://arxiv.org/abs/2406.11011
+order) and theorem 4, equations 2 and 3 (second order), with the opposite sign: https://arxiv.org/abs/2406.11011
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,12 +30,12 @@ from .step import Estimator, Shared, check_loss
 
 
 class _Direction(NamedTuple):
-    """What the sample gradients of a step are compared with."""
+    """The validation gradient of a step, with which per-sample gradients are multiplied."""
 
     sum: Tree
-    """Like `params`: validation gradients, each weighted."""
+    """Like `params`: the weighted sum of validation gradients."""
     weight: Tensor
-    """0-d: the sum of their weights."""
+    """0-d: the sum of the weights."""
     examples: tuple[Tensor, ...]
     """The validation examples of this step."""
 
@@ -50,12 +50,12 @@ def gradient_with_data_values(
     refresh: bool = True,
     order: int = 1,
 ) -> Estimator:
-    """The estimator of the plain gradient that also says what each example is worth to the loss on validation examples.
+    """The estimator of the ordinary gradient, with the in-run data Shapley value of each example.
 
     Args:
-        loss_fn: `loss_fn(params, *example) -> ()`, pure.
-        validation: tensors (M, …), at least one example. They should not be among those trained on: an example's own
-            gradient is worth |∇_i|² to itself.
+        loss_fn: `loss_fn(params, *example) -> ()`, pure. In `fit` the last tensor of an example is its key (2,).
+        validation: a tuple of tensors (M, …), at least one example, none of them trained on: an example's gradient
+            contributes |∇_i|² to its own value.
         validation_loss: `validation_loss(params, *validation example) -> ()`, pure; by default `loss_fn`. Without
             dropout and augmentation it needs no keys.
         validation_batch: how many validation examples a step draws, at least 1, with replacement, by the state's key
@@ -69,23 +69,26 @@ def gradient_with_data_values(
 
     Returns:
         The estimator. Its gradient is that of `gradient(loss_fn)`, up to rounding. Its aux holds, besides `"loss"`:
-        `"count"`, how many examples count; `"keep"` (B,) bool, the mask; `"gradient_dot"` (B,), p_i; and of order 2
-        `"gradient_hessian_gradient"` (B,), q_i, with H at the validation examples of this step. Both are zero where
-        masked, and per unit of η: see `data_values`. A state for it is `init_state(…, estimator)`.
+        `"count"`, the number of examples that count; `"keep"` (B,) bool, the mask; `"gradient_dot"` (B,), p_i; with
+        order 2 also `"gradient_hessian_gradient"` (B,), q_i, with H at the validation examples of this step. Both are
+        zero where masked, and per unit of η: see `data_values`. Make its state with `init_state(…, estimator)`.
 
     Raises:
-        ValueError: a number is out of its range, or there is no validation example. From `make_step`: of order 2 with
-            several processes or shards, for q_i needs the gradient of the whole batch before the first q_i is known.
+        ValueError: a number is out of its range, or there is no validation example. From the estimator, for a state
+            that was made without it. From `make_step`, for order 2 with several processes or shards, for q_i needs the
+            gradient of the whole batch.
+        TypeError: `validation` is one tensor, or a loss takes other arguments.
 
-    Guarantees: of order 1, any number of processes finds the same, up to rounding. Compiles as one graph.
+    Guarantees: with order 1, equal up to rounding for any number of processes. Compiles as one graph.
 
-    The game is that of plain SGD. With momentum μ a gradient goes on to act in later steps, 1 / (1 - μ) times as far in
-    all: p_i, which knows of the first of these alone, keeps its order under a constant rate if the validation gradient
-    changes slowly. Under Adam a gradient also changes the scales of all steps after it: p_i is then the value of the
-    plain step that was not made.
+    The game is that of plain SGD. With momentum μ a gradient also acts in later steps, 1 / (1 - μ) times as far in
+    total: p_i, which counts only the first of these, keeps the ranking at a constant learning rate if the validation
+    gradient changes slowly. With Adam a gradient also changes the scale of all later steps: p_i is then the value of a
+    plain SGD step in its place.
 
-    Cost: the pass of `per_sample.grad_and_dot`, and, where renewed, an ordinary gradient of the validation examples
-        drawn. Of order 2 also a Hessian-vector product of their loss. Smoothed, one more copy of the parameters.
+    Cost: the pass of `per_sample.grad_and_dot`, and, unless `refresh` is off, an ordinary gradient of the step's
+        validation examples. With order 2 also a Hessian-vector product of their loss. With `ema_decay`, one more copy
+        of the parameters.
 
     Example:
         >>> import torch
@@ -162,12 +165,12 @@ def gradient_with_data_values(
             grads, dots, losses = per_sample.grad_and_dot(loss_fn, params, *batch, mask=mask, direction=shared.sum)
             products = {"gradient_dot": dots / shared.weight}
         else:
-            found = per_sample.factored(loss_fn, params, *batch, mask=mask).built()
-            grads, losses = found.weighted_sum(torch.ones_like(found.losses)), found.losses
-            turned = grad(lambda params: tree.dot(grad(mean_loss)(params, shared.examples), grads))(params)  # H Σ ∇_j
+            factors = per_sample.factored(loss_fn, params, *batch, mask=mask).built()
+            grads, losses = factors.weighted_sum(torch.ones_like(factors.losses)), factors.losses
+            hvp = grad(lambda params: tree.dot(grad(mean_loss)(params, shared.examples), grads))(params)  # H Σ ∇_j
             products = {
-                "gradient_dot": found.dot(shared.sum) / shared.weight,
-                "gradient_hessian_gradient": found.dot(turned),
+                "gradient_dot": factors.dot(shared.sum) / shared.weight,
+                "gradient_hessian_gradient": factors.dot(hvp),
             }
         return grads, {"loss": tree.wide(losses).sum(), "count": keep.sum(), "keep": keep, **products}
 
@@ -175,15 +178,22 @@ def gradient_with_data_values(
 
 
 def data_values(aux: Mapping[str, Tensor], *, lr: float | Tensor, divisor: float | Tensor | None = None) -> Tensor:
-    """The value of each example in a step of plain SGD: (B,), in units of the validation loss; zero where masked.
+    """The in-run data Shapley value of each example in a step of plain SGD.
 
     Args:
         aux: of a step with an estimator of `gradient_with_data_values`.
-        lr: the learning rate of the step.
-        divisor: what the step divided by, by default the examples that count.
+        lr: the learning rate of the step, a number or a 0-d tensor.
+        divisor: what the step divided by; by default the number of examples that count.
 
-    Guarantees: above zero where training on the example lowers the validation loss. Of order 2, they add up to the
-        second-order Taylor expansion of that decrease.
+    Returns:
+        (B,), in units of the validation loss; zero where masked. Values add up over steps.
+
+    Guarantees: above zero where training on the example lowers the validation loss. With order 2, the values of a batch
+        sum to the second-order Taylor expansion of that decrease.
+
+    Example: see `gradient_with_data_values`.
+
+    Reference: Wang, Mittal, Song, Jia, "Data Shapley in one training run", ICLR 2025, theorems 3 and 4.
     """
     rate = lr / (aux["count"].double() if divisor is None else divisor)
     values = rate * aux["gradient_dot"]

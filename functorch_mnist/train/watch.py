@@ -1,4 +1,4 @@
-"""The estimator of the plain gradient that also says what the gradients of single examples are like."""
+"""The estimator of the ordinary gradient with per-sample gradient norms and the noise of the batch."""
 
 from collections.abc import Callable
 
@@ -12,18 +12,28 @@ from .step import Estimator, check_loss
 
 
 def gradient_with_noise(loss_fn: Callable[..., Tensor]) -> Estimator:
-    """The estimator of the plain gradient, with the norms of the sample gradients and the noise of the batch.
+    """The estimator of the ordinary gradient, with per-sample norms and the gradient noise of the batch.
 
     Args:
-        loss_fn: `loss_fn(params, *example) -> ()`, pure.
+        loss_fn: `loss_fn(params, *example) -> ()`, pure. In `fit` the last tensor of an example is its key (2,).
 
     Returns:
         The estimator. Its gradient is that of `gradient(loss_fn)`, up to rounding. Its aux holds, besides `"loss"`:
-        `"count"`, how many examples count; `"norms"` (B,), |∇_i|, zero where masked; `"keep"` (B,) bool, the mask;
-        `"trace"` and `"square_norm"`, 0-d, the unbiased estimates of `statistics.batch_noise`, NaN for fewer than two
-        examples: for the noise scale, average each over steps with `statistics.mean_noise_scale`.
+        `"count"`, the number of examples that count; `"norms"` (B,), |∇_i|, zero where masked; `"keep"` (B,) bool, the
+        mask; `"trace"` and `"square_norm"`, 0-d, tr Σ and |E ∇|² as of `statistics.batch_noise`, NaN for fewer than two
+        examples: for the gradient noise scale, average both over steps with `statistics.mean_noise_scale`.
+
+    Raises:
+        ValueError, TypeError: from the estimator, as from that of `gradient`.
 
     Cost: one backward pass.
+
+    Example:
+        >>> _, aux = gradient_with_noise(lambda w, x: w * x)(torch.tensor(0.0), torch.tensor([1.0, 3.0]))
+        >>> aux["norms"], aux["trace"]
+        (tensor([1., 3.]), tensor(2., dtype=torch.float64))
+
+    Reference: McCandlish et al., "An empirical model of large-batch training", 2018, appendix A.1.
     """
 
     def estimate(params: Tree, *batch: Tensor, mask: Tensor | None) -> tuple[Tree, dict[str, Tensor]]:
