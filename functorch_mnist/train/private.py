@@ -38,7 +38,7 @@ class _Parts(NamedTuple):
     poisson_mask: Callable[..., Tensor]
     """`privacy.poisson_mask`."""
     add: Callable[..., Sums]
-    """`add(state, sums, roots, batch, owners, *examples) -> sums`: adds one more chunk, the first to None. `batch` holds
+    """`add(state, sums, roots, batch, owners, *examples) -> sums`: adds one more chunk, the first to None. `batch` has
     the indices of its examples, `owners` (N,) the user of each example, or is None."""
     end: Callable[..., tuple[State, dict[str, Tensor]]]
     """`end(state, sums, roots, batch, owners, *examples) -> (state, aux)`: adds the last chunk, if there is one, sums
