@@ -170,7 +170,7 @@ def _picture(done: Swept, axis: Axis) -> bytes:
     """Accuracy against a hyperparameter; a line for each combination of the others, if they are few."""
     runs, held_out, setting = done.runs, spread(done.runs, done.held_out), sweeps.settings(done.runs)
     others = [other for other in runs if other not in (axis.field, sweeps.SEED)]
-    stopped = (done.state.ended == sweeps.CUT) | (done.state.ended == sweeps.STOPPED)
+    stopped = (done.state.ended == sweeps.PRUNED) | (done.state.ended == sweeps.STOPPED)
     lines: dict[str, list[plots.Point]] = {}
     failed = 0
     for place, first in enumerate(held_out.rows.tolist()):

@@ -1,10 +1,10 @@
-"""The gradients of a data set on disk, under a projection, to be asked again and again.
+"""A gradient store: projected gradients of a data set on disk, computed once and queried many times.
 
-    manifest.py    what a store holds, said and checked
-    numbers.py     the numbers of an example: a matrix of features for a parameter, or a pair of vectors
+    manifest.py    the manifest: what a store holds, checked by digests
+    numbers.py     the features of an example: a matrix for a parameter, or a pair of vectors
     building.py    from examples to files, part by part
-    queries.py     inner products with the gradients of other examples, the largest of them, and the damped inverse
-    approximate.py approximate search, by faiss
+    queries.py     inner products with the gradients of test examples, top-k, and the damped inverse
+    approximate.py approximate nearest neighbour search, by faiss
 
 A store is a folder:
 

@@ -23,20 +23,25 @@ _ROWS = 4096
 
 @dataclass(frozen=True)
 class Index:
-    """Stored examples in lists of near ones, in memory."""
+    """An index for approximate nearest neighbour search: stored examples in inverted lists, in memory."""
 
     store: Store
+    """The store it indexes."""
     by: Literal["dot", "cosine"]
+    """The similarity."""
     lists: Any
-    """faiss' own index."""
+    """The index of faiss."""
 
     def top(self, queries: Queries, count: int, *, probes: int = 16) -> Top:
-        """The stored examples with the largest scores among those in the nearest lists.
+        """The top-k stored examples among those in the nearest lists.
 
         Args:
             queries: of M test examples, from `Store.features`.
-            count: k, at least 1; places that the lists do not fill have the index -1.
-            probes: lists that are searched for each test example: more find more, and take longer.
+            count: k, from 1 to the number of stored examples; places that the lists do not fill have the index -1.
+            probes: lists searched per test example, at least 1: more raise the recall and the time.
+
+        Returns:
+            The largest scores and their indices, (M, k) each.
 
         Raises:
             ValueError: an argument does not fit.
@@ -44,29 +49,45 @@ class Index:
         if not 1 <= count <= len(self.store) or probes < 1:
             raise ValueError(f"index.top: count from 1 to {len(self.store)}, probes from 1. Found {count}, {probes}.")
         self.lists.nprobe = probes
-        scores, found = self.lists.search(_vectors(self.store, list(queries.rows), self.by), count)
-        return Top(torch.from_numpy(scores), torch.from_numpy(found).long())
+        scores, indices = self.lists.search(_vectors(self.store, list(queries.rows), self.by), count)
+        return Top(torch.from_numpy(scores), torch.from_numpy(indices).long())
 
     def recall(self, queries: Queries, count: int, *, probes: int = 16) -> float:
-        """The part of the stored examples with the largest scores that is found, by comparing with all."""
-        exact, found = self.store.top(queries, count, by=self.by), self.top(queries, count, probes=probes)
-        hits = (exact.indices[:, :, None] == found.indices[:, None, :]).any(2)
+        """The recall of the approximate top-k, measured against the exact one.
+
+        Args:
+            queries, count, probes: as in `top`.
+
+        Returns:
+            From 0 to 1: the fraction of the exact top-k that is found, averaged over test examples.
+        """
+        exact, approximate = self.store.top(queries, count, by=self.by), self.top(queries, count, probes=probes)
+        hits = (exact.indices[:, :, None] == approximate.indices[:, None, :]).any(2)
         return float(hits.double().mean())
 
 
 def index(store: Store, *, by: Literal["dot", "cosine"] = "dot", lists: int | None = None) -> Index:
-    """An index of a store for approximate search.
+    """An index of a store for approximate nearest neighbour search. It needs `faiss-cpu`.
 
     Args:
-        store: all weights of its checkpoints at least 0.
-        by: how examples are compared.
-        lists: how many; by default the square root of the number of examples.
+        store: a store whose checkpoints' weights are all at least 0.
+        by: the similarity, "dot" or "cosine".
+        lists: the number of inverted lists, at least 1; by default the square root of the number of examples.
+
+    Returns:
+        The index, in memory.
 
     Raises:
         StoreError: faiss is not installed, or a weight is below 0.
+        ValueError: `by` is neither "dot" nor "cosine".
 
     Cost: memory of all features in float32, pairs multiplied out.
+
+    Reference: Johnson, Douze, Jégou, "Billion-scale similarity search with GPUs", IEEE Transactions on Big Data 7,
+        2021.
     """
+    if by not in ("dot", "cosine"):
+        raise ValueError(f"store.index: by must be dot or cosine. Found {by!r}.")
     try:
         faiss: Any = import_module("faiss")
     except ImportError as error:
@@ -75,19 +96,19 @@ def index(store: Store, *, by: Literal["dot", "cosine"] = "dot", lists: int | No
         raise StoreError(f"{store.folder}: approximate search needs weights of at least 0. Found one below.")
     count = max(1, round(math.sqrt(len(store)))) if lists is None else lists
     width = numbers.dense_width(store.plan.blocks) * len(store.plan.checkpoints)
-    found = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, count, faiss.METRIC_INNER_PRODUCT)
+    lists_of = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, count, faiss.METRIC_INNER_PRODUCT)
     parts = [
         _vectors(store, [store.rows(c, at, at + _ROWS) for c in range(len(store.plan.checkpoints))], by)
         for at in range(0, len(store), _ROWS)
     ]
     vectors = np.concatenate(parts)
-    found.train(vectors[:: max(1, len(vectors) // (64 * count))])
-    found.add(vectors)
-    return Index(store, by, found)
+    lists_of.train(vectors[:: max(1, len(vectors) // (64 * count))])
+    lists_of.add(vectors)
+    return Index(store, by, lists_of)
 
 
 def _vectors(store: Store, rows: list[Tensor], by: str) -> Any:
-    """One vector of each example, whose inner products are the scores."""
+    """One vector per example, whose inner products are the scores."""
     columns = [
         numbers.dense(part, store.plan.blocks) * one.weight**0.5
         for one, part in zip(store.plan.checkpoints, rows, strict=True)

@@ -1,8 +1,8 @@
 """From examples to the files of a store, part by part.
 
-A part is computed from its examples alone, always in chunks of one size, and written whole. So what a killed build has
-left is whole parts, another build goes on after them, and the bits do not depend on how often it was stopped nor on how
-many processes made them. The manifest, written last, makes a store of them.
+A part is computed from its examples alone, always in chunks of one size, and written whole. So a killed build leaves
+whole parts, the next build resumes after them, and the bits depend neither on interruptions nor on the number of
+processes. The manifest, written last, makes a store of them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ... import batch as batches
+from ...arguments import check_params
 from ...distributed import SINGLE_PROCESS, World, all_gather, digest
 from ...per_sample import Plan as SamplePlan
 from ...per_sample import factored
@@ -31,7 +32,7 @@ from .numbers import blocks, features, rounded
 from .queries import Store, load, read_maps
 
 Compile = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
-"""What makes a faster function of one, such as `train.compiled`."""
+"""`compile(fn) -> fn`, such as `train.compiled`."""
 
 
 def _as_it_is(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -39,7 +40,7 @@ def _as_it_is(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _silent(_count: int) -> None:
-    """Tells nobody how far a build is."""
+    """Reports no progress."""
 
 
 def build(
@@ -58,40 +59,58 @@ def build(
     progress: Callable[[int], object] = _silent,
     world: World = SINGLE_PROCESS,
 ) -> Store:
-    """Computes the projected gradients of examples and keeps them in a folder; goes on where a killed build stopped.
+    """Builds a gradient store: computes projected gradients of examples and writes them to a folder.
+
+    A build that was killed is resumed.
 
     Args:
-        folder: the store's, made if it is not there.
+        folder: of the store, created if it does not exist.
         loss_fn: `loss_fn(params, *example) -> ()`, pure.
-        checkpoints: the parameters at C moments of training, at least one.
+        checkpoints: a list of the parameters at C checkpoints of training, at least one.
         examples: tensors (N, …), at least one example.
         projection: of these parameters, from `attribution.projection` or `principal_projection`. Where the gradients of
-            a parameter are outer products, as of a linear layer at one position, pairs of vectors are kept if they are
-            fewer numbers.
-        weights: (C,), what the inner products of each checkpoint are multiplied with, such as its learning rate for
-            TracIn; by default 1.
-        about: what is differentiated and projected, in words: a store of other words is another one.
-        dtype: float16 or float32. Each example's features are divided by the largest of them, so that half precision
-            has a relative error of 2^-11 in the large ones; `Store.error` bounds that of all.
+            a parameter are outer products, as of a linear layer at one position, a pair of vectors is stored if it
+            takes less space.
+        weights: (C,), the factor of each checkpoint's inner products, such as its learning rate for TracIn; by default
+            1.
+        about: a description of what is differentiated and projected; a store with another description is another one.
+        dtype: float16 or float32. Each example's features are scaled by their largest, so that float16 has a relative
+            error of 2^-11 in the large ones; `Store.error` bounds that of all.
         rows: examples in a file, at least 1.
-        chunk_size: examples taken at a time, at least 1.
-        plan: of `per_sample`.
-        compile: makes the computation of a chunk faster.
-        progress: told how many examples are done, after each part.
+        chunk_size: examples computed at a time, at least 1.
+        plan: how `per_sample` computes each parameter; by default the cheapest way.
+        compile: `compile(fn) -> fn`, applied to the computation of a chunk, such as `train.compiled`.
+        progress: called with the number of examples done, after each part.
         world: the processes, all with the same examples and a folder that all can write, which divide the parts.
 
     Returns:
-        The store. One that is there already, of the same examples, parameters and settings, is opened.
+        The store. An existing one of the same examples, parameters and settings is opened.
 
     Raises:
-        StoreError: the folder holds another store, or something else is being built in it; features are not finite.
+        StoreError: the folder holds another store, or one that is being built; features are not finite.
         ValueError: examples, checkpoints, the projection or a number does not fit.
+        TypeError: the parameters of a checkpoint are a module.
         OSError: a file cannot be written.
 
     Guarantees: the same bits however often a build was killed, for every number of processes.
 
-    Cost: one backward pass for each checkpoint; memory of a chunk and of a part.
+    Cost: one backward pass per checkpoint; memory of a chunk and of a part.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from functorch_mnist import random
+        >>> from functorch_mnist.attribution import projection
+        >>> params, x = torch.zeros(3), torch.eye(3)
+        >>> maps = projection(params, key=random.key(0), size=3)
+        >>> with TemporaryDirectory() as folder:
+        ...     store = build(Path(folder), torch.dot, [params], x, projection=maps)
+        ...     store.top(store.features(torch.dot, [params], x[1:2]), 1).indices
+        tensor([[1]])
+
+    Reference: Choe et al., "What is your data worth to GPT?", 2024 (projected gradients on disk).
     """
+    for params in checkpoints:
+        check_params("store.build", params)
     count = batches.check("store.build", examples, None)
     given = [1.0] * len(checkpoints) if weights is None else [float(w) for w in weights]
     if not checkpoints or len(given) != len(checkpoints) or not all(math.isfinite(w) for w in given):
@@ -140,13 +159,18 @@ def append(
     progress: Callable[[int], object] = _silent,
     world: World = SINGLE_PROCESS,
 ) -> Store:
-    """Adds examples to a store, with its projection and settings: their numbers go on after those that are there.
+    """Appends examples to a store, with its projection and settings. Their indices follow those of the stored ones.
+
+    An append that was killed is resumed.
 
     Args:
-        folder: of the store, as it was or with an append that was killed.
+        folder: of the store.
         loss_fn, checkpoints: those of the store.
         examples: tensors (N, …), at least one example.
         chunk_size, plan, compile, progress, world: as in `build`.
+
+    Returns:
+        The store with the new examples.
 
     Raises:
         StoreError: there is no store, it is damaged, or it has other checkpoints.
@@ -168,7 +192,13 @@ def append(
 
 
 def begun_projection(folder: Path) -> Projection | None:
-    """The projection of a store that is there or was begun, to go on with; none where there is no such store.
+    """The projection of a store that exists or whose build was begun, to resume it.
+
+    Args:
+        folder: of the store.
+
+    Returns:
+        The projection, or None where there is no store.
 
     Raises:
         StoreError: it is damaged.
@@ -180,7 +210,7 @@ def begun_projection(folder: Path) -> Projection | None:
 
 
 def _begin(folder: Path, plan: Plan, world: World, maps: Mapping[str, bytes]) -> None:
-    """Writes the projection and what is being built, or finds that it is what was begun."""
+    """Writes the projection and the plan of the build, or checks them against what was begun."""
     if (folder / BEGUN).exists():
         begun, _ = manifest.decode(folder / BEGUN)
         if begun != plan:

@@ -24,7 +24,7 @@ Kind: TypeAlias = Literal["matrix", "pair"]
 
 
 class StoreError(Exception):
-    """A store cannot be built or read; the message names the file and the fault."""
+    """A gradient store cannot be built or read; the message names the file and the fault."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A store that is read: inner products of its examples' gradients with those of others, block by block.
+"""Queries of a store: inner products of its examples' gradients with those of test examples, block by block.
 
 With φ_i the features of a stored and q_j those of a test example, at checkpoints c of weight w_c:
 
@@ -28,7 +28,7 @@ from . import manifest, numbers
 from .manifest import BEGUN, NAME, Block, Part, Plan, StoreError
 
 By: TypeAlias = Literal["dot", "cosine", "inverse"]
-"""How a stored and a test example are compared."""
+"""The score of a stored and a test example: gradient dot, gradient cosine, or influence function."""
 
 _ROWS, _QUERIES = 4096, 2048
 """Stored examples and test examples that are compared at a time: 32 MB of inner products."""
@@ -40,26 +40,33 @@ class Queries(NamedTuple):
     """Test examples, projected as the stored ones are."""
 
     rows: tuple[Tensor, ...]
-    """Of each checkpoint, (M, F) float32."""
+    """The features at each checkpoint, (M, F) float32."""
 
 
 class Top(NamedTuple):
-    """The stored examples with the largest scores."""
+    """The top-k stored examples for each test example."""
 
     scores: Tensor
-    """(M, k) float32, from the largest."""
+    """(M, k) float32, in descending order; ascending with `lowest`."""
     indices: Tensor
-    """(M, k) int64: their numbers in the store."""
+    """(M, k) int64: their indices in the store."""
 
 
 @dataclass(frozen=True)
 class Store:
-    """A store of gradients, open for reading. Files are read where they are needed, and checked at the first time."""
+    """A gradient store, open for reading, from `build`, `append` or `load`.
+
+    Files are read when they are needed, and their digests checked at the first time.
+    """
 
     folder: Path
+    """Where it is."""
     plan: Plan
+    """What it holds: checkpoints, blocks of features, examples."""
     parts: tuple[Part, ...]
+    """Its files."""
     projection: Projection
+    """The projection of its gradients."""
     _checked: set[str] = field(default_factory=set, repr=False)
 
     def __len__(self) -> int:
@@ -67,29 +74,32 @@ class Store:
 
     @property
     def blocks(self) -> dict[str, Block]:
-        """Where the features of each parameter are, by its path."""
+        """The position of each parameter's features, by its path."""
         return {block.path: block for block in self.plan.blocks}
 
     @property
     def error(self) -> float:
-        """What rounding may have moved an example's features by at most, over their norm."""
+        """A bound on the rounding error of an example's features, relative to their norm."""
         return self.plan.error
 
     @property
     def bytes(self) -> int:
-        """The size of all features on disk."""
+        """The size of all features on disk, in bytes."""
         return sum(part.file.size for part in self.parts)
 
     def features(
         self, loss_fn: Callable[..., Tensor], checkpoints: Sequence[Tree], *examples: Tensor, chunk_size: int = 512
     ) -> Queries:
-        """Test examples, projected as the stored ones are.
+        """Test examples, projected as the stored ones are, to be compared with them.
 
         Args:
             loss_fn: `loss_fn(params, *example) -> ()`, pure.
             checkpoints: those of the store.
             examples: tensors (M, …).
-            chunk_size: examples taken at a time.
+            chunk_size: examples computed at a time, at least 1.
+
+        Returns:
+            The features at each checkpoint, (M, F).
 
         Raises:
             StoreError: the checkpoints are not those of the store.
@@ -110,7 +120,14 @@ class Store:
         return Queries(tuple(rows))
 
     def rows(self, checkpoint: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
-        """The features of some examples at a checkpoint, (n, F) float32.
+        """The stored features of some examples.
+
+        Args:
+            checkpoint: its index, from 0.
+            start, stop: the range of examples; by default all.
+
+        Returns:
+            (n, F) float32.
 
         Raises:
             StoreError: a file is damaged.
@@ -133,15 +150,18 @@ class Store:
         damping: float | None = None,
         paths: Sequence[str] | None = None,
     ) -> Top:
-        """The stored examples with the largest scores for each test example, exactly.
+        """The top-k stored examples for each test example, exactly.
 
         Args:
             queries: of M test examples, from `features`.
-            count: k, at least 1; no more than there are examples.
-            by: how they are compared.
-            lowest: those with the smallest scores, from the smallest, in their place.
+            count: k, from 1 to the number of stored examples.
+            by: the score: "dot" (TracIn), "cosine" or "inverse" (influence function).
+            lowest: the smallest scores instead, in ascending order.
             damping: λ of `by="inverse"`, above 0; by default a tenth of the moment's mean eigenvalue.
             paths: of the parameters that count; by default all.
+
+        Returns:
+            Scores and indices, (M, k) each. Above zero, training on the stored example lowers the test example's loss.
 
         Raises:
             StoreError: a file is damaged, or the moment would be too large.
@@ -175,18 +195,18 @@ class Store:
         damping: float | None = None,
         paths: Sequence[str] | None = None,
     ) -> Tensor:
-        """The scores of all stored examples, or of groups of them, for each test example.
+        """The scores of all stored examples, or sums over groups of them, for each test example.
 
         Args:
             queries, by, damping, paths: as in `top`.
-            groups: (N,) int64, the group of each stored example, such as its class, user or document; scores are then
-                sums over groups.
+            groups: (N,) int64, the group of each stored example, such as its class, user or document, to sum over.
 
         Returns:
             (N, M), or (K, M) for groups 0 to K - 1, float32.
 
         Raises:
-            ValueError: groups of cosines are asked for: they do not add up.
+            ValueError: groups are not int64 (N,), or are combined with cosines, which do not add up.
+            StoreError: a file is damaged.
         """
         if groups is not None and (groups.shape != (len(self),) or groups.dtype != torch.int64 or by == "cosine"):
             raise ValueError(
@@ -206,7 +226,18 @@ class Store:
         return torch.cat(kept)
 
     def moment(self, checkpoint: int = 0, *, paths: Sequence[str] | None = None) -> Tensor:
-        """`(1 / N) Σ_i φ_i φ_iᵀ` of the features with pairs multiplied out, (F', F') float64."""
+        """The second moment `(1 / N) Σ_i φ_i φ_iᵀ` of the features, with pairs multiplied out.
+
+        Args:
+            checkpoint: its index, from 0.
+            paths: of the parameters that count; by default all.
+
+        Returns:
+            (F', F') float64.
+
+        Raises:
+            StoreError: F' is above 16,384, or a file is damaged.
+        """
         chosen = self._chosen(paths)
         width = numbers.dense_width(chosen)
         if width > _WIDEST:
@@ -221,7 +252,7 @@ class Store:
         return total / len(self)
 
     def verify(self) -> None:
-        """Reads all files.
+        """Reads all files and checks their digests.
 
         Raises:
             StoreError: one is damaged.
@@ -230,7 +261,10 @@ class Store:
             self._file(part)
 
     def check_checkpoints(self, checkpoints: Sequence[Tree]) -> None:
-        """Refuses checkpoints that are not those of the store.
+        """Checks that checkpoints are those of the store.
+
+        Args:
+            checkpoints: the parameters at each.
 
         Raises:
             StoreError: they are not.
@@ -290,12 +324,18 @@ class Store:
 def load(folder: Path) -> Store:
     """Opens a store.
 
+    Args:
+        folder: of the store.
+
+    Returns:
+        The store, for queries.
+
     Raises:
         StoreError: there is none, it is not finished, or it is damaged: a file is missing or has another size. What
             the files of features hold is checked when they are read.
     """
     if not (folder / NAME).exists() and (folder / BEGUN).exists():
-        raise StoreError(f"{folder} holds a store that is not finished. Go on with the build that was begun.")
+        raise StoreError(f"{folder} holds a store that is not finished. Resume its build.")
     plan, parts = manifest.decode(folder / NAME)
     for part in parts:
         manifest.check(folder, part.file, contents=False)
