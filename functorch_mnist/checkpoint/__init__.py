@@ -17,9 +17,9 @@ caller to have one writer at a time.
 |---|---|
 | `files.py` | a file or a folder on the disk: read without trust, written to last |
 | `leaves.py` | the leaves of a state by name, described and compared |
-| `manifest.py` | what is said of a checkpoint, as strict JSON with a checksum |
-| `folders.py` | the folders of one run: their names, and the turns of their writers |
-| `writing.py`, `reading.py` | the verbs |
+| `manifest.py` | the manifest of a checkpoint: strict JSON with a checksum |
+| `folders.py` | the folders of one run: their names, and the lock of their writers |
+| `writing.py`, `reading.py` | `save`; `load`, `latest`, `read_manifest` |
 """
 
 from .files import CheckpointError

@@ -17,7 +17,13 @@ _TEMPORARY = re.compile(r"\.tmp-step-[0-9]{8,}-[0-9a-f]{8}")
 def steps(folder: str | os.PathLike[str]) -> list[Path]:
     """The folders of the checkpoints in `folder`, by step, lowest first; empty if there is no such folder.
 
-    They are known by their name, which a folder gets once it is complete; they are not opened. Links are left out.
+    They are recognised by their name, which a folder gets once it is complete; they are not opened. Links are left out.
+
+    Args:
+        folder: where the checkpoints of one run are.
+
+    Returns:
+        Paths of checkpoints, for `load`.
 
     Raises:
         CheckpointError: `folder` cannot be listed.

@@ -22,16 +22,20 @@ _HEADER_LIMIT: Final = 2**22
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A state that was loaded, the step and the config it was saved with, and its folder."""
+    """A checkpoint that was loaded."""
 
     state: Tree
+    """The state, with the structure of the template."""
     step: int
+    """The step it was saved at."""
     config: dict[str, JSON]
+    """The config it was saved with."""
     path: Path
+    """Its folder."""
 
 
 def load(path: str | os.PathLike[str], template: Tree) -> Checkpoint:
-    """The checkpoint in the folder `path`.
+    """Loads a checkpoint.
 
     Args:
         path: one checkpoint's folder, as from `save` or `steps`.
@@ -85,7 +89,13 @@ def load(path: str | os.PathLike[str], template: Tree) -> Checkpoint:
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
-    """The manifest of the checkpoint in the folder `path`: its config can be read before there is a template.
+    """The manifest of a checkpoint: its config can be read before there is a template.
+
+    Args:
+        path: one checkpoint's folder, as from `save` or `steps`.
+
+    Returns:
+        The manifest, a dict.
 
     Raises:
         CheckpointError: `manifest.json` is missing, over 1 MiB, no strict JSON, of an unknown schema, or not exactly a

@@ -16,14 +16,17 @@ from .manifest import JSON, MANIFEST, STATE, encode
 
 
 def save(folder: str | os.PathLike[str], state: Tree, *, step: int, config: Mapping[str, JSON], keep: int = 3) -> Path:
-    """Writes the checkpoint `folder/step-…` and removes all but the newest `keep`; the path of the new one.
+    """Writes the checkpoint `folder/step-…` and removes all but the newest `keep`.
 
     Args:
-        folder: where the checkpoints of one run are; made if it does not exist.
-        state: every leaf a dense tensor, on any device, of any shape and strides; leaves may share memory.
+        folder: where the checkpoints of one run are; created if it does not exist.
+        state: a pytree of dense tensors, on any device, of any shape and strides; leaves may share memory.
         step: at least 0, below 2**63.
-        config: what else to know about the run, in plain JSON.
-        keep: how many checkpoints remain, at least 1.
+        config: further data of the run, in plain JSON.
+        keep: the number of checkpoints that remain, at least 1.
+
+    Returns:
+        The path of the new checkpoint.
 
     Raises:
         CheckpointError: the system refused: no space, no permission, a file in the way. From the `OSError`.

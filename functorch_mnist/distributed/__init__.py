@@ -4,10 +4,10 @@
         step = train.make_step(loss_fn, optimizer, world)
         state = train.fit(step, state, examples, …, world=world)
 
-Nothing here is global: a world is an argument. One of a single process costs nothing.
+Nothing here is global: a world is an argument. A world of a single process costs nothing.
 
-The files, in the order of reading: `world`, `sums`, `rows`, `shards`, `agreement`, `cores`,
-`attendance`, `joined`, `launch`.
+The files, in the order of reading: `world`, `sums` (collectives), `rows`, `shards` (ZeRO), `agreement`, `cores`,
+`attendance` (lost processes), `joining`, `launching`.
 """
 
 from .agreement import DisagreementError, check_agreed, digest

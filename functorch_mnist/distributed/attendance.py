@@ -1,8 +1,7 @@
-"""Who is there: each process says so in the store, twice a second, by a thread of its own.
+"""Detection of lost processes: each process writes a heartbeat to the store, twice a second, in its own thread.
 
-Where a sum fails, its message says only that something has. Who is gone, or does not come, is found here: a process
-whose thread has fallen silent is gone or stopped; one whose thread is heard but which is not waiting as the others are
-does something else.
+Where a collective fails, its message does not say why. Which process is gone or late is detected here: a process
+without a heartbeat is gone or stopped; one with a heartbeat that is not waiting as the others are does something else.
 """
 
 import os
@@ -20,25 +19,25 @@ import torch.distributed as dist
 from .sums import WAITING
 
 _BEAT = 0.5
-"""Seconds from one sign of life to the next."""
+"""Seconds between two heartbeats."""
 _SILENT = 3.0
-"""After so many seconds without one, a process is gone."""
+"""Seconds without a heartbeat after which a process counts as gone."""
 HEARD = 2.0
-"""Seconds in which all that are there have heard why another leaves."""
+"""Seconds in which all other processes have read why one leaves."""
 
-_TOLD = "Another process has ended, and has told why."
+_TOLD = "Another process has ended, and has reported why."
 
 
 class Ended(Exception):
-    """Training or another command ends because of another process."""
+    """Base class: this process ends because of another process."""
 
 
 class LostError(Ended):
-    """A process is gone or does not go on."""
+    """A process is gone, or keeps the others waiting."""
 
 
 class EndedError(Ended):
-    """Another process has ended with an error, and has told it."""
+    """Another process has ended with an error, which it has reported itself."""
 
 
 class Left(StrEnum):
@@ -176,7 +175,11 @@ class Attendance:
 
 
 def is_collective_error(error: BaseException) -> bool:
-    """Whether torch's collectives have raised it, eager or compiled."""
+    """Whether an error comes from torch's collectives, eager or compiled.
+
+    Args:
+        error: as caught.
+    """
     for frame in traceback.extract_tb(error.__traceback__):
         if "/torch/distributed/" in frame.filename or "_c10d_functional" in (frame.line or "") or frame.name == WAITING:
             return isinstance(error, RuntimeError)
@@ -185,7 +188,7 @@ def is_collective_error(error: BaseException) -> bool:
 
 @contextmanager
 def deferred_signals() -> Iterator[None]:
-    """Keeps signals that ask to stop from breaking off what the first one, or a fault, has begun."""
+    """A context in which SIGINT and SIGTERM are ignored, so that a shutdown in progress is not interrupted."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

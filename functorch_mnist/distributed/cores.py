@@ -14,17 +14,18 @@ from .world import World
 
 
 def bind_cores(world: World, threads: int | None = None) -> int:
-    """Gives this process its part of the cores, and torch as many threads, so that processes do not take turns on one.
+    """Binds this process to its part of the machine's cores, with as many threads, so that processes do not compete.
 
     Args:
         world: the processes.
-        threads: so many instead, on all cores where they are more than the part.
+        threads: the number of threads; by default the number of this process's cores. Where it is larger, the process
+            is not bound.
 
     Returns:
         The number of threads.
 
-    Guarantees: cores are divided between those processes alone that may use the same, so that what a launcher has
-        divided already is not divided again. A process alone is left as it is.
+    Guarantees: cores are divided only between processes that may use the same ones, so that a division by the launcher
+        is respected. A single process is not bound.
     """
     if world.size > 1:
         cores = sorted(os.sched_getaffinity(0))

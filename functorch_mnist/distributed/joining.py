@@ -1,7 +1,7 @@
-"""Entering a world of processes that a launcher has started, and leaving it, also where others have gone.
+"""Joining the world of processes that a launcher has started, and leaving it, also after a failure of another process.
 
-The environment is torchrun's: `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR`, `MASTER_PORT`. Without it there is one
-process, and nothing is opened.
+The environment is torchrun's: `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR`, `MASTER_PORT`. Without it there is a
+single process, and nothing is opened.
 """
 
 import os
@@ -19,11 +19,11 @@ from .attendance import HEARD, Attendance, Ended, Left, deferred_signals
 from .world import World
 
 SECONDS = 120.0
-"""How long others are waited for, by default."""
+"""The default timeout, in seconds."""
 
 
 class JoinError(Exception):
-    """The processes have not come together."""
+    """The processes could not join: one is missing, or the environment or the address is wrong."""
 
 
 class _Place(NamedTuple):
@@ -40,21 +40,26 @@ class _Place(NamedTuple):
 
 @contextmanager
 def joined(*, device: str = "cpu", shards: int | None = None, timeout: float = SECONDS) -> Iterator[World]:
-    """The world of the processes that a launcher has started, left at the end.
+    """A context with the world of the processes that a launcher, such as torchrun, has started.
 
     Args:
         device: "cpu", or "cuda" for the GPU of the local rank.
-        shards: as in `World`.
+        shards: S, a power of two, for sums that are the same bits for any number of processes, see `World`.
         timeout: seconds to wait for other processes: to join, and in each sum.
 
     Raises:
         JoinError: within `timeout`: the environment is not whole, the shards do not fit, the port is in use, the
             address does not answer, or processes are missing; it names them.
-        LostError: a process is gone, or keeps the others waiting for longer than `timeout`; it names it. Told by one
-            process; the others raise `EndedError`.
-        EndedError: another process has ended with an error of its own, and has told it.
+        LostError: a process is gone, or keeps the others waiting for longer than `timeout`; it names it. One process
+            raises it; the others raise `EndedError`.
+        EndedError: another process has ended with an error, which it has reported itself.
 
-    Guarantees: within `timeout` and a few more, no process waits for one that does not come.
+    Guarantees: no process waits longer than `timeout` and a few seconds for one that does not come.
+
+    Example:
+        >>> with joined() as world:  # without a launcher
+        ...     world.size
+        1
     """
     place = _place()
     if place is None:

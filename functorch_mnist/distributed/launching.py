@@ -14,25 +14,25 @@ from .joining import prefix
 
 
 class LaunchError(Exception):
-    """A process has ended without telling why."""
+    """A process was killed, and none has reported why."""
 
 
 def launch(arguments: Sequence[str], *, processes: int) -> int:
-    """Runs `python` with some arguments in several processes, until all have ended.
+    """Runs `python` with some arguments in several processes of this machine, until all have ended.
 
     Args:
         arguments: such as `("-m", "functorch_mnist", "train")`.
-        processes: how many, at least 1.
+        processes: the number of processes, at least 1.
 
     Returns:
-        The exit status: that of the process that has told what has happened, else the first that is not 0; 128 and the
+        The exit status: that of the process that reported what happened, else the first that is not 0; 128 plus the
         number of a signal.
 
     Raises:
-        LaunchError: a process was killed, and no other has told of it.
-        KeyboardInterrupt: this process was asked to stop, and none of those started has told where it stands.
+        LaunchError: a process was killed, and no other has reported it.
+        KeyboardInterrupt: this process was asked to stop, and none of those started has reported where it stands.
 
-    Guarantees: where one fails, the others are asked to stop, and killed where they have not after 30 s.
+    Guarantees: where one fails, the others are asked to stop, and killed after 30 s.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it says is said in one line here
     store = dist.TCPStore("127.0.0.1", 0, processes, True, wait_for_workers=False)

@@ -1,7 +1,7 @@
-"""Which rows are whose.
+"""The division of rows between processes.
 
-A batch is drawn once, the same on every process, and cut into equal parts, padded and masked: shapes are the same on
-all, so that all compile, and call, the same. Each process takes neighbouring parts, in the order of the ranks.
+A batch is drawn once, the same on every process, and divided into equal parts, padded and masked: shapes are the same
+on all processes, so that all compile and call the same. Each process takes adjacent parts, in the order of the ranks.
 """
 
 from collections.abc import Callable
@@ -20,15 +20,15 @@ T = TypeVar("T")
 
 
 def rows_of(world: World, batch: Batch) -> Batch:
-    """This process's rows of a batch that all have drawn.
+    """This process's rows of a batch that all processes have drawn.
 
     Args:
         world: the processes.
         batch: (B,) examples, at least one, and their mask.
 
     Returns:
-        `world.parts_here` parts of ⌈B / world.parts⌉ rows, one after the other. Rows beyond B repeat the first example
-        and are masked. In a world of one without shards it is the batch itself.
+        `world.parts_here` parts of ⌈B / world.parts⌉ rows, concatenated. Rows beyond B repeat the first example and are
+        masked. In a world of one process without shards it is the batch itself.
 
     Example:
         >>> rows_of(World(shards=2), Batch(torch.tensor([5, 6, 7]), None))
@@ -55,12 +55,12 @@ def parts_of(world: World, batch: Batch) -> list[Batch]:
 
 
 def split_rows(count: int, parts: int, *, unit: int = 1) -> list[slice]:
-    """Some rows, divided into parts of neighbouring rows, as equal as whole units can be.
+    """A division of rows into adjacent parts, as equal as whole units can be.
 
     Args:
-        count: how many rows there are, from 0.
-        parts: how many parts, some of which may be empty.
-        unit: rows that are not parted, such as those of a chunk.
+        count: the number of rows, from 0.
+        parts: the number of parts, some of which may be empty.
+        unit: rows that stay together, such as those of a chunk.
 
     Example:
         >>> split_rows(5, 2, unit=2)
@@ -74,7 +74,7 @@ def split_rows(count: int, parts: int, *, unit: int = 1) -> list[slice]:
 def map_rows(
     world: World, fn: Callable[..., T], *rows: Tensor, mask: Tensor | None = None, unit: int | None = None
 ) -> T:
-    """What a function makes of each row, the rows divided between the processes.
+    """A row-wise function of a data set, with the rows divided between the processes.
 
     Args:
         world: the processes.
@@ -82,8 +82,8 @@ def map_rows(
             `fn(*rows, mask=…)`.
         rows: tensors (N, …), at least one row, the same on all processes.
         mask: (N,) bool, divided as the rows are.
-        unit: rows that `fn` takes at a time: with it each process is given whole units, which are those of one process
-            alone. By default each is given an N-th part at once.
+        unit: rows that `fn` takes at a time: then each process gets whole units, the same as a single process would
+            make. By default each process gets its rows at once.
 
     Returns:
         `fn(*rows)`, the same on all processes.
@@ -99,12 +99,11 @@ def map_rows(
     divided = split_rows(len(rows[0]), world.size, unit=unit or 1)
     sizes = [part.stop - part.start for part in divided]
     mine = divided[world.rank]
-    some = mine if sizes[world.rank] else slice(0, unit or 1)  # what none is left for says the shapes of the result
+    some = mine if sizes[world.rank] else slice(0, unit or 1)  # a process without rows computes some for the shapes
     part = [x[some] for x in rows]
-    found = fn(*part) if mask is None else fn(*part, mask=mask[some])
-    return all_gather(world, _first(found, sizes[world.rank]), sizes)
+    values = fn(*part) if mask is None else fn(*part, mask=mask[some])
+    return all_gather(world, _first(values, sizes[world.rank]), sizes)
 
 
 def _first(values: T, count: int) -> T:
-
     return tree.map(lambda leaf: leaf[:count], values)

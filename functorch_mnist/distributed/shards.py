@@ -1,4 +1,4 @@
-"""An optimizer whose state lives in shards: each process keeps, and updates, a P-th part of all numbers.
+"""Sharded optimizers (ZeRO): each process keeps, and updates, 1 / P of the optimizer's state.
 
     G = reduce_scatter(Σ over own rows)      (n / P,)
     w, s ← update(w, s, G / divisor)      of the shard alone
@@ -23,43 +23,46 @@ from .sums import all_gather, reduce_scatter
 from .world import World
 
 _ALIGNED = 64
-"""Shards are multiples of so many numbers: the last few of a tensor are rounded otherwise than those before them."""
+"""Shards are multiples of 64 numbers: vectorised kernels round the last few numbers of a tensor differently."""
 
 
 class Shard(NamedTuple):
-    """A process's slice of numbers that are shaped as the parameters: a pytree."""
+    """A process's slice of a tree that is shaped as the parameters: a pytree."""
 
     values: Tensor
     """(n / P,)."""
 
 
 class Sharded(NamedTuple):
-    """An optimizer in shards. Its trees hold a `Shard` where those of the plain one hold what is shaped as the
-    parameters."""
+    """A sharded optimizer. Its trees hold a `Shard` in place of each subtree that is shaped as the parameters."""
 
     init: Callable[[Tree], Tree]
     """`init(params) -> state`."""
     sum: Callable[[Tree], Shard]
-    """`sum(grads)`: of those of each process's rows, this process's slice of the sum over all."""
+    """`sum(grads) -> shard`: this process's slice of the sum over processes of the gradients of their rows."""
     update: Callable[[Tree, Tree, Shard], tuple[Tree, Tree]]
-    """`update(params, state, grads) -> (params, state)`: `params` are kept as `keep` says."""
+    """`update(params, state, grads) -> (params, state)`, with `params` as `keep` gives them."""
     keep: Callable[[Tree], Tree]
-    """`keep(params)`: what is kept of the parameters between steps: themselves, or a `Shard`."""
+    """`keep(params)`: the parameters as they are kept between steps: whole, or a `Shard`."""
     split: Callable[[Tree], Tree]
-    """`split(tree)`: from a tree of the plain optimizer, such as its state, to this process's."""
+    """`split(tree)`: from a tree of the plain optimizer, such as its state, to the shards of this process."""
     whole: Callable[[Tree], Tree]
-    """`whole(tree)`: the way back, the same on all processes, bit for bit: for evaluation, and for files that hang on
-    no number of processes."""
+    """`whole(tree)`: the inverse of `split`, the same on all processes, bit for bit: for evaluation, and for files that
+    do not depend on the number of processes."""
 
 
 def sharded(optimizer: Optimizer, world: World, params: Tree, *, keep_params: bool = True) -> Sharded:
     """The optimizer with its state in shards, for `train.make_step`.
 
     Args:
-        optimizer: whose update of a number hangs on that number alone, see `Optimizer.elementwise`.
+        optimizer: an elementwise one, whose update of a number depends on that number's gradient and state alone, see
+            `Optimizer.elementwise`.
         world: the processes.
-        params: a pytree of float tensors of one type, of which shapes are taken.
-        keep_params: whether each process keeps all parameters between steps, or a shard of them as well.
+        params: a pytree of float tensors of one type, whose shapes are used.
+        keep_params: whether each process keeps all parameters between steps (ZeRO stage 2), or a shard of them.
+
+    Returns:
+        The sharded optimizer.
 
     Raises:
         ValueError: the parameters are of several types, or the optimizer is not elementwise, such as one that clips.
@@ -67,7 +70,7 @@ def sharded(optimizer: Optimizer, world: World, params: Tree, *, keep_params: bo
     Guarantees: equal to the plain optimizer up to rounding. With `world.shards`, the same bits for any number of
         processes of one thread.
 
-    Cost: the state takes a P-th part of its memory. A step sends what one all-reduce of the gradient does.
+    Cost: the state takes 1 / P of its memory per process. A step sends as much as one all-reduce of the gradient.
 
     Example:
         >>> from functorch_mnist import optim
@@ -76,10 +79,13 @@ def sharded(optimizer: Optimizer, world: World, params: Tree, *, keep_params: bo
         >>> grads = optimizer.sum({"w": torch.tensor([2.0, 0.0])})
         >>> optimizer.update(params, optimizer.init(params), grads)[0]
         {'w': tensor([0., 2.])}
+
+    Reference: Rajbhandari, Rasley, Ruwase, He, "ZeRO: memory optimizations toward training trillion parameter models",
+        SC 2020.
     """
     if not optimizer.elementwise:
         raise ValueError(
-            "sharded: an update of a number must hang on that number alone. Found an optimizer that does not say so. "
+            "sharded: an update of a number must depend on that number alone. Found an optimizer that does not say so. "
             "Does it clip by a norm? Clip before, or, where it is elementwise, say so by optimizer._replace."
         )
     like = tree.map(torch.Tensor.detach, params)

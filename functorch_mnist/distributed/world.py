@@ -1,4 +1,4 @@
-"""Who computes: how many processes there are, and which one this is."""
+"""The world: the number of processes, and the rank of this one."""
 
 from dataclasses import dataclass, field
 
@@ -20,14 +20,15 @@ class World:
     rank: int = 0
     """Which process this is, from 0."""
     size: int = 1
-    """How many there are."""
+    """The number of processes."""
     device: torch.device = field(default=torch.device("cpu"))
-    """Where this one computes."""
+    """The device of this process."""
     group: str = ""
     """The name of torch's process group; none is needed for a single process."""
     shards: int | None = None
-    """S: a batch is summed in so many equal parts, in a fixed binary tree: then the sums are the same bits for 1, 2, 4,
-    … S processes of equal threads on equal machines. None: equal up to rounding for any number of processes."""
+    """S, a power of two: a batch is summed in S equal parts, in a fixed binary tree, so that sums are the same bits for
+    1, 2, 4, … S processes of equal threads on equal machines. None: equal up to rounding for any number of processes.
+    """
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
@@ -43,12 +44,12 @@ class World:
 
     @property
     def parts(self) -> int:
-        """In how many parts a batch is summed, by all processes."""
+        """The number of parts in which all processes together sum a batch."""
         return self.shards or self.size
 
     @property
     def parts_here(self) -> int:
-        """How many of them are this process's."""
+        """The number of parts of this process."""
         return self.parts // self.size
 
 
