@@ -229,7 +229,7 @@ def test_a_run_with_a_planted_fault_shows_more_than_its_epsilon(fault, rate, mon
         return privacy.noisy_mean(*args, noise_multiplier=noise_multiplier / (2 if "half" in fault else 3), **kwargs)
 
     if "noise" in fault:
-        monkeypatch.setattr(f"{private}.released", less_noise)
+        monkeypatch.setattr(f"{private}.noisy_mean", less_noise)
     if fault == "no clip":
         rule = Unclipped(0.5)
     if "twice" in fault:

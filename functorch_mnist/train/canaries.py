@@ -150,7 +150,6 @@ def plant_canaries(
     check_clipping("plant_canaries", clipping)
     check_mechanism("plant_canaries", mechanism)
     check_key("plant_canaries", key)
-    check_loss("plant_canaries", "loss_fn", loss_fn, (*examples, key[None]))
     if canaries < 2:
         raise ValueError(f"plant_canaries: at least 2 canaries. Found {canaries}.")
     if tree.leaves(clipping.init()):
@@ -158,6 +157,7 @@ def plant_canaries(
     ordinary, device = check("plant_canaries", examples, None), examples[0].device
     if ordinary == 0:
         raise ValueError("plant_canaries: there must be an example. Found none.")
+    check_loss("plant_canaries", "loss_fn", loss_fn, (*examples, key[None]))
     both = CanaryParams(params, torch.zeros(canaries, 1, device=device))
     length, kept = _length(both, clipping)
     included = random.bernoulli(key, 0.5, (canaries,)).to(device)

@@ -381,7 +381,7 @@ def fit_private(
             "draws and noise must not be guessed, as those of a seed can be. For a reproduction Secret(seed)."
         )
     if type(steps) is not int or steps < 0:
-        raise ValueError(f"fit_private: steps must be a whole number, at least 0. Found {steps}.")
+        raise ValueError(f"fit_private: steps must be at least 0, a whole number. Found {steps}.")
     world, callbacks = step.world, listed("fit_private", callbacks)
     check_examples(world, examples)
     check_state(world, state)
