@@ -364,7 +364,7 @@ def fit_private(
         >>> state = init_private_state(torch.tensor(0.0), optimizer, random.key(0), clipping)
         >>> state = fit_private(step, state, (torch.ones(8),), secret=Secret(), steps=3)
         >>> int(state.step), round(privacy.epsilon(mechanism, steps=3, delta=1e-5), 1)
-        (3, 2.7)
+        (3, 2.2)
 
     Reference: Abadi et al., "Deep learning with differential privacy", CCS 2016, algorithm 1.
     """
