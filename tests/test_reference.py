@@ -94,7 +94,7 @@ def test_all_that_is_public_is_described_where_it_is_defined(name):
     assert list(undescribed(name)) == []
 
 
-@pytest.mark.parametrize("name", ["data", "layers", "losses", "models", "optim", "per_sample", "random", "tree"])
+@pytest.mark.parametrize("name", NAMESPACES)
 def test_the_args_of_a_function_of_several_parameters_name_them_all(name):
     assert {each: unnamed(function) for each, function in functions(name).items() if unnamed(function)} == {}
 
