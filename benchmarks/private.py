@@ -81,14 +81,14 @@ def private_steps(problem: Problem, count: Count, device: str, mechanism: Made =
 
     chosen = mechanism(batch_size, len(images.labels))
     step = made(chosen, len(images.labels), privacy.chunk_sizes(chosen, len(images.labels), count=SIZES))
-    noiseless = made(privacy.Poisson(1.0, 0.0), batch_size, sizes=step.chunk_sizes[:1])  # in two chunks
+    noiseless = made(privacy.Poisson(1.0, 0.0), batch_size, sizes=step.sizes[:1])  # in two chunks
     first = train.init_private_state(problem.params, optimizer, random.key(0), clipping)
     state, fit = first, partial(train.fit_private, step, examples=examples, secret=secret)
 
     def compile_all() -> None:
         """Whatever a draw may need."""
         drawn, roots = privacy.Draw(torch.arange(batch_size, device=device)), secret.roots(device)
-        for size in step.chunk_sizes:
+        for size in step.sizes:
             step._stepped(first, roots, privacy.chunks(drawn, (size,)), None, examples)
         fit(first, steps=1)
 

@@ -90,8 +90,9 @@ def test_private_steps_stay_on_their_device(options, clipping):
     state = state._replace(estimator=on_meta(rule.init()))
     batch = fm.data.Batch(LABELS, torch.zeros(ROWS, dtype=torch.bool, device=META))
     roots = torch.cat([KEYS, KEYS])[:4]
-    sums = check(step._parts.add(state, None, roots, batch, None, build.prepared(made, IMAGES), LABELS))
-    check(step._parts.end(state, sums, roots, batch, None, build.prepared(made, IMAGES), LABELS))
+    sums = fm.privacy.zero_sums(params, rule, META)
+    sums = check(step._parts.add(state, sums, roots, batch, None, build.prepared(made, IMAGES), LABELS))
+    check(step._parts.end(state, sums, roots))
 
 
 MODEL = fm.models.cnn()

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -579,6 +580,21 @@ def test_a_compiled_step_takes_draws_of_any_number_of_chunks_of_any_size():
     assert torch.allclose(run(step.compiled()).params, run(step).params, atol=1e-6)  # more than torch's limit of 8
 
 
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("examples", [40, 3000])
+def test_a_private_step_compiles_two_graphs_by_default_and_one_for_its_draws(examples):
+    optimizer = optim.sgd(0.1)
+    step = train.make_private_step(
+        lambda w, x, key: w * x, optimizer, clipping=Flat(1.0), mechanism=Poisson(0.5, 1.0), examples=examples
+    ).compiled()
+    assert len(step.sizes) == 1 < len(replace(step, is_compiled=False).sizes)
+    state = train.init_private_state(torch.tensor(0.0), optimizer, random.key(0), Flat(1.0))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    train.fit_private(step, state, (torch.ones(examples),), secret=Secret(0), steps=8)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+
+
 def test_mistake_2_the_divisor_is_the_expected_number_not_the_number_drawn():
     optimizer = optim.sgd(1.0)
     rows = torch.cat([torch.eye(11), torch.eye(11)]).double()
@@ -796,7 +812,9 @@ def test_the_audit_covers_the_step_that_training_makes():
     def release(rows, key):
         state = train.init_private_state(torch.zeros(rows.shape[1]), optimizer, random.key(0), Flat(1.5))
         batch = data.Batch(torch.arange(len(rows)), None)  # a draw cannot be mapped
-        return -step._parts.end(state, None, random.split(key, 4), batch, None, rows)[0].params
+        roots = random.split(key, 4)
+        sums = step._parts.add(state, privacy.zero_sums(state.params, Flat(1.5)), roots, batch, None, rows)
+        return -step._parts.end(state, sums, roots)[0].params
 
     assert privacy.audit(release, noise_multiplier=sigma, max_norm=1.5, key=random.key(0)).passed
     assert not privacy.audit(release, noise_multiplier=3 * sigma, max_norm=1.5, key=random.key(0)).passed

@@ -136,7 +136,7 @@ def test_mistake_16_steps_that_were_made_and_lost_stay_in_the_account(data_dir, 
     for path in newest.iterdir():
         path.write_bytes(b"damaged")
     out = succeed("train", "--resume", run)
-    assert "Counted part by part, each with a secret of its own: steps 1 to 16, steps 16 to 16." in out
+    assert "Counted part by part, each with its own secret: steps 1 to 16, steps 16 to 16." in out
     spent = privacy.epsilon(Poisson(32 / TRAIN, 1.0), steps=17, delta=DELTA)
     assert f"Privacy spent in 16 steps: ε = {spent:.3f}" in out
     assert f"ε = {spent:.4g} at δ = 1e-05" in succeed("account", run)
@@ -235,9 +235,10 @@ def test_mistake_21_chunks_of_padding_alone_add_nothing_at_any_place():
     parts, state = step._parts, train.init_private_state(torch.zeros(5), step.optimizer, random.key(0), step.clipping)
     (batch,) = privacy.chunks(Draw(torch.arange(5)), (8,))
     padding = fm.data.Batch(torch.zeros(8, dtype=torch.int64), torch.zeros(8, dtype=torch.bool))
-    alone = parts.add(state, None, Secret(1).roots(), batch, None, rows)
+    none = privacy.zero_sums(state.params, step.clipping)
+    alone = parts.add(state, none, Secret(1).roots(), batch, None, rows)
     for order in ([padding, batch], [batch, padding], [padding, padding, batch, padding]):
-        sums = None
+        sums = none
         for one in order:
             sums = parts.add(state, sums, Secret(1).roots(), one, None, rows)
         assert all(torch.equal(a, b) for a, b in zip(tree.leaves(sums), tree.leaves(alone), strict=True))
