@@ -1,21 +1,41 @@
-"""The command line: reads the options, runs the command, and tells a user's mistake in one line.
+"""The command line: reads the options, runs the command, and reports a user's mistake in one line.
 
 torch is imported only when a command runs, so `--help` and wrong options answer at once.
 """
 
 import io
 import os
+import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+import textwrap
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
-from typing import Annotated, Any, Union
-
-import tyro
+from dataclasses import fields, replace
+from importlib.metadata import version
+from typing import Any
 
 from . import options as opt
 from . import run_folder
+
+_PROG = "functorch-mnist"
+_HELP = """usage: {prog} COMMAND [OPTIONS]
+
+Train on MNIST and its relatives, look into the gradient of every single image, and train privately.
+
+commands, in the order of use:
+{commands}
+
+options of a command, by topic:
+  {prog} COMMAND --help
+
+  {prog} --version
+
+To begin:
+  {prog} train --out runs/first
+  {prog} evaluate runs/first
+  {prog} predict runs/first --test 0:10"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,9 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0; 1 for a fault of files, data or numbers; 2 for what the user can put right on the command line; 130 after
-        Ctrl-C. Each but 0 is told in one line, or in tyro's box where an option cannot be read.
+        Ctrl-C. Each but 0 is reported in one line.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        _quiet_torch()
     status = _answer(arguments, ends=argv is None)
     if argv is None and "RANK" in os.environ:
         with suppress(OSError):
@@ -63,10 +85,8 @@ def _run(arguments: list[str]) -> int:
     """Reads the options, imports torch and runs the command; the exit status."""
     try:
         options = _parse(arguments)
-    except SystemExit as done:  # from tyro, which has printed help or what is wrong
-        return int(done.code or 0)
-    if "RANK" in os.environ:  # torch would complain of a sum that Ctrl-C breaks off
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    except SystemExit:  # help is printed
+        return 0
     with _held_signals():
         from . import commands  # imports torch
     try:
@@ -82,50 +102,67 @@ def _run(arguments: list[str]) -> int:
         return _fail(str(error), 1)
 
 
-def _parse(arguments: list[str]) -> Any:
-    """The options of one command; read twice where --resume or --recipe decides what the others are by default."""
-    options = _read(arguments, opt.RECIPES["tutorial"])
-    if isinstance(options, opt.Train):
-        if options.resume is not None:
-            saved = run_folder.read_config(options.resume)
-            options = _read(arguments, saved)
-            opt.check_resumed(options, saved)
-        elif options.recipe != "tutorial":
-            options = _read(arguments, opt.RECIPES[options.recipe])
-        opt.check(options)
-    elif isinstance(options, opt.Sweep | opt.Compare):
-        if options.training.recipe != "tutorial":
-            options = _read(arguments, opt.RECIPES[options.training.recipe])
-        options = run_folder.resumed(options)
-        opt.check_sweep(options) if isinstance(options, opt.Sweep) else opt.check_compare(options)
-    elif isinstance(options, opt.Plan):
-        opt.check_plan(options)
-    elif isinstance(options, opt.Analysis):
-        opt.check_analysis(options)
-    elif isinstance(options, opt.Account):
-        opt.check_account(options)
+def _parse(arguments: Sequence[str]) -> Any:
+    """The options of one command, checked.
+
+    Raises:
+        UsageError: what is wrong, with the nearest name for one that is unknown.
+        SystemExit: help was asked for and is printed.
+    """
+    command, *rest = arguments or [""]
+    if command in ("-h", "--help", "--version"):
+        print(f"{_PROG} {version(_PROG)}" if command == "--version" else _help())
+        raise SystemExit
+    if command not in opt.COMMANDS:
+        found = f"Found {command!r:.80}.{opt.nearest(command, opt.COMMANDS)}" if command else "Found none."
+        raise opt.UsageError(f"The command must be one of {', '.join(opt.COMMANDS)}. {found} See {_PROG} --help.")
+    kind, check = opt.COMMANDS[command]
+    given = opt.read(command, kind, rest)
+    if kind is opt.Train:
+        options: Any = _training(given)
+    else:
+        options = _with_training(kind, given) if kind in (opt.Sweep, opt.Compare) else kind(**given)
+    check(options)
     return options
 
 
-def _read(arguments: list[str], defaults: opt.Train) -> Any:
-    """The options as tyro reads them, those of `train` with these defaults."""
-    held = replace(defaults, hold_out=defaults.hold_out or opt.SWEPT.hold_out)
-    compared = opt.COMPARED if defaults == opt.RECIPES["tutorial"] else held
-    command = Union[  # noqa: UP007 (built at run time)
-        Annotated[opt.Train, tyro.conf.subcommand("train", default=defaults)],
-        Annotated[opt.Evaluate, tyro.conf.subcommand("evaluate")],
-        Annotated[opt.Predict, tyro.conf.subcommand("predict")],
-        Annotated[opt.Plan, tyro.conf.subcommand("plan")],
-        Annotated[opt.Scores, tyro.conf.subcommand("scores")],
-        Annotated[opt.Mislabelled, tyro.conf.subcommand("mislabelled")],
-        Annotated[opt.Store, tyro.conf.subcommand("store")],
-        Annotated[opt.Influence, tyro.conf.subcommand("influence")],
-        Annotated[opt.NoiseScale, tyro.conf.subcommand("noise-scale")],
-        Annotated[opt.Account, tyro.conf.subcommand("account")],
-        Annotated[opt.Sweep, tyro.conf.subcommand("sweep", default=opt.Sweep(training=held))],
-        Annotated[opt.Compare, tyro.conf.subcommand("compare", default=opt.Compare(training=compared))],
-    ]
-    return tyro.cli(command, args=arguments, prog="functorch-mnist", description="Train on MNIST, purely functionally.")
+def _training(given: Mapping[str, Any]) -> opt.Train:
+    """The options of `train`: those of the resumed run or of the recipe, where they are not given."""
+    if "resume" not in given:
+        return replace(opt.RECIPES[given.get("recipe", "tutorial")], **given)
+    saved = run_folder.read_config(given["resume"])
+    options = replace(saved, **given)
+    opt.check_resumed(options, saved)
+    return options
+
+
+def _with_training(kind: type, given: Mapping[str, Any]) -> Any:
+    """The options of a command that trains many runs, the runs' among them."""
+    own = {field.name for field in fields(kind)}
+    recipe = opt.RECIPES[given.get("recipe", "tutorial")]
+    base = replace(recipe, hold_out=recipe.hold_out or opt.SWEPT.hold_out)
+    if kind is opt.Compare and recipe.recipe == "tutorial":
+        base = opt.COMPARED
+    training = replace(base, **{name: value for name, value in given.items() if name not in own})
+    options = kind(**{name: value for name, value in given.items() if name in own}, training=training)
+    return run_folder.resumed(options)
+
+
+def _help() -> str:
+    """All commands, in the order of use, and how to begin."""
+    width = min(shutil.get_terminal_size().columns, 110)
+    lines = []
+    for name, (kind, _) in opt.COMMANDS.items():
+        summary = " ".join((kind.__doc__ or "").partition("\n\n")[0].split())
+        lines += textwrap.wrap(f"{name:<13}{summary}", width, initial_indent="  ", subsequent_indent=" " * 15)
+    return _HELP.format(prog=_PROG, commands="\n".join(lines))
+
+
+def _quiet_torch() -> None:
+    """Keeps torch's advice to its developers out of the terminal; `python -W` and PYTHONWARNINGS bring it back."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", module=r"torch(\.|$)")
 
 
 @contextmanager

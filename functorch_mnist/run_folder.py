@@ -1,4 +1,5 @@
-"""The folder of a run: `config.json`, `metrics.jsonl`, `checkpoints/`, and of a private one `unpublished.json`.
+"""The folder of a run: `config.json`, `metrics.jsonl`, `checkpoints/`, of a private one `unpublished.json`, of a tuned
+one `tuning.jsonl`.
 
 That of a sweep or comparison has a `config.json` of its own, and its best run in the folder `best/`.
 
@@ -20,8 +21,11 @@ CHECKPOINTS = "checkpoints"
 BEST = "best"
 """The name of the folder of the best run in the folder of a sweep or comparison."""
 
+TUNING = "tuning.jsonl"
+"""The file of the rounds of `train --tune`."""
+
 UNPUBLISHED = "unpublished.json"
-"""The file of a private run in which is what tells of single images: whoever publishes the run leaves it out."""
+"""The file of a private run that depends on single images: whoever publishes the run leaves it out."""
 
 _CONFIG = "config.json"
 _METRICS = "metrics.jsonl"
@@ -54,7 +58,7 @@ def check_free(folder: Path) -> None:
     for name in (_CONFIG, _METRICS, CHECKPOINTS):
         if (folder / name).exists():
             raise opt.UsageError(
-                f"{folder} holds a run already. Found {name}. Go on with it by --resume, or choose another --out."
+                f"{folder} holds a run already. Found {name}. Resume it with --resume, or choose another --out."
             )
 
 
@@ -160,9 +164,21 @@ def _config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def append_metrics(folder: Path, record: Mapping[str, Any]) -> None:
-    """Adds one record as a line of `metrics.jsonl`."""
-    path = folder / _METRICS
+def start_tuning(folder: Path) -> None:
+    """Makes the folder of a run that is tuned first, with an empty `tuning.jsonl`.
+
+    Raises:
+        UsageError: the folder holds a run already, or a part of one.
+        OSError: it cannot be made or written.
+    """
+    check_free(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / TUNING, b"")
+
+
+def append_metrics(folder: Path, record: Mapping[str, Any], *, name: str = _METRICS) -> None:
+    """Adds one record as a line of `metrics.jsonl`, or of another file."""
+    path = folder / name
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
@@ -187,7 +203,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_unpublished(folder: Path, values: Mapping[str, Any]) -> None:
-    """Writes what a private run must know and nobody else may, whole or not at all."""
+    """Writes what a private run must know and nobody else may see, whole or not at all."""
     write(folder / UNPUBLISHED, (json.dumps(values, allow_nan=False) + "\n").encode())
 
 

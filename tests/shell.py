@@ -53,6 +53,12 @@ def complain(status, *arguments):
     return lines[0].removeprefix("functorch-mnist: ")
 
 
+def accuracy(out):
+    """The line in which a command prints the accuracy on the test images."""
+    (line,) = [line for line in out.splitlines() if line.startswith("Accuracy of the network on the ")]
+    return line
+
+
 def write_idx(folder, dataset):
     folder.mkdir()
     for prefix, split in (("train", dataset.train), ("t10k", dataset.test)):

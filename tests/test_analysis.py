@@ -204,7 +204,7 @@ def test_a_stopped_command_goes_on_where_it_was_and_ends_the_same(at, linear, tm
     assert said == f"Interrupted after {done} of 768 examples. The same command goes on from there."
     counted = _Stop(monkeypatch, fm.attribution, "scores", -1)
     out = succeed(*command, tmp_path / "out")
-    assert (f"Going on after {done} examples." in out) == (done > 0)
+    assert (f"Resuming after {done} examples." in out) == (done > 0)
     assert counted.calls == 18 - (at - 1)
     assert (tmp_path / "out" / "scores.csv").read_bytes() == (tmp_path / "whole" / "scores.csv").read_bytes()
     assert not litter(tmp_path / "out")
@@ -262,7 +262,7 @@ def test_a_second_ctrl_c_does_not_break_off_the_save_of_the_first(linear, tmp_pa
         _Stop(patch, fm.attribution, "scores", 3)
         _Stop(patch, fm.checkpoint, "save", 1)
         assert "Interrupted after 100 of 256" in complain(130, "scores", linear, "--out", tmp_path)
-    assert "Going on after 100 examples." in succeed("scores", linear, "--out", tmp_path)
+    assert "Resuming after 100 examples." in succeed("scores", linear, "--out", tmp_path)
 
 
 def test_a_checkpoints_learning_rate_is_that_of_its_own_schedule(data_dir, tmp_path):
@@ -311,7 +311,7 @@ def test_a_stopped_training_on_flipped_labels_goes_on_to_the_same_end(linear, tm
         _Stop(patch, commands.callbacks.Reporter, "__call__", 11)
         answer = ask(*command, tmp_path / "out")
     assert answer.status == 130
-    assert "Go on with: the same command" in answer.err
+    assert "Resume with: the same command" in answer.err
     succeed(*command, tmp_path / "out")
     assert (tmp_path / "out" / "scores.csv").read_bytes() == (tmp_path / "whole" / "scores.csv").read_bytes()
 
@@ -349,7 +349,7 @@ def test_the_same_flips_go_on_wherever_the_run_is_moved_to(copy, tmp_path, no_pi
     command = ("--label-noise", "0.1", "--scores", "loss")
     succeed("mislabelled", copy, *command)
     copy.rename(tmp_path / "moved")
-    assert "Going on after step 16." in succeed("mislabelled", tmp_path / "moved", *command)
+    assert "Resuming after step 16." in succeed("mislabelled", tmp_path / "moved", *command)
 
 
 def test_equal_scores_have_equal_ranks(linear, tmp_path, no_pictures):

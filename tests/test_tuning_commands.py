@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from shell import ask, complain, succeed
+from shell import accuracy, ask, complain, succeed
 
 import functorch_mnist as fm
 from functorch_mnist import options, plots, sweep
@@ -55,12 +55,12 @@ def test_patience_ends_the_run_and_tests_the_best_epoch(data_dir, tmp_path):
     assert f"Testing the parameters of epoch {best + 1}, the best on the held-out images." in out
     test = records(run, "test")[0]
     short = succeed("train", *options[:-4], "--lr", "0.01", "--epochs", best + 1, "--out", tmp_path / "short")
-    assert short.splitlines()[-1] == f"Accuracy of the network on the 64 test images: {100 * test['correct'] / 64:.2f}%"
-    assert succeed("evaluate", run).splitlines()[0] == short.splitlines()[-1]
+    assert accuracy(short) == f"Accuracy of the network on the 64 test images: {100 * test['correct'] / 64:.2f}%"
+    assert accuracy(succeed("evaluate", run)) == accuracy(short)
     before = weights(run)
     again = succeed("train", "--resume", run)  # there is nothing more to do
     assert weights(run) == before
-    assert again.splitlines()[-1] == short.splitlines()[-1]
+    assert accuracy(again) == accuracy(short)
 
 
 def test_a_run_with_patience_goes_on_from_any_checkpoint_to_the_same_end(data_dir, tmp_path):
@@ -137,8 +137,12 @@ def test_tuning_improves_a_bad_learning_rate_and_the_run_keeps_what_it_found(dat
         "train", "--data-dir", data_dir, *LINES, "--epochs", 2, "--lr", "1e-5", "--tune", "lr,momentum,weight-decay",
         "--tune-steps", 8, "--tune-rounds", 6, "--out", run,
     )  # fmt: skip
-    losses = [float(line.rpartition(" ")[2]) for line in out.splitlines() if "held-out loss" in line]
-    assert len(losses) == 6
+    rounds = [json.loads(line) for line in (run / "tuning.jsonl").read_text().splitlines()]
+    assert [(record["kind"], record["round"]) for record in rounds] == [("tune", n) for n in range(1, 7)]
+    losses = [record["held_out_loss"] for record in rounds]
+    for record in rounds:
+        line = f"round {record['round']}: --lr {record['lr']:.4g}, --momentum {record['momentum']:.4g}, --weight-decay "
+        assert f"{line}{record['weight_decay']:.4g}: held-out loss {record['held_out_loss']:.4f}, after " in out
     assert min(losses) < losses[0] - 0.01
     kept = json.loads((run / "config.json").read_text())
     assert kept["lr"] > 1e-4
@@ -249,16 +253,16 @@ def test_a_run_of_a_sweep_is_that_of_train(swept, data_dir, tmp_path):
         "train", "--data-dir", data_dir, *LINES, "--epochs", row["best_epoch"], "--lr", row["lr"], "--label-smoothing",
         row["label_smoothing"], "--seed", row["seed"], "--out", tmp_path / "run",
     )  # fmt: skip
-    assert f"{100 * float(row['test_accuracy']):.2f}%" in out.splitlines()[-1]
+    assert f"{100 * float(row['test_accuracy']):.2f}%" in accuracy(out)
     assert records(tmp_path / "run", "held-out")[-1]["correct"] == round(64 * float(row["held_out_accuracy"]))
 
 
 def test_a_sweep_tests_the_average_where_one_is_kept(data_dir, tmp_path):
     shared = ("--data-dir", data_dir, *LINES, "--ema-decay", "0.9", "--epochs", 2)
-    succeed("sweep", *shared, "--vmapped-runs", 2, "--out", tmp_path / "sweep")
+    succeed("sweep", *shared, "--over", "lr=0.01", "--vmapped-runs", 2, "--out", tmp_path / "sweep")
     (row,) = table(tmp_path / "sweep" / "runs.csv")
     out = succeed("train", *shared, "--epochs", row["best_epoch"], "--out", tmp_path / "run")
-    assert f"{100 * float(row['test_accuracy']):.2f}%" in out.splitlines()[-1]
+    assert f"{100 * float(row['test_accuracy']):.2f}%" in accuracy(out)
     assert records(tmp_path / "run", "held-out")[-1]["correct"] == round(64 * float(row["held_out_accuracy"]))
 
 

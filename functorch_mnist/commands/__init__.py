@@ -45,7 +45,7 @@ COMMANDS: Mapping[type, Callable[[Any], int]] = MappingProxyType(
 FAULTS = (
     CheckpointError, DataError, DivergedError, DisagreementError, JoinError, LaunchError, LostError, StoreError,
 )  # fmt: skip
-"""What a command raises for a fault that one line can tell, besides `UsageError`."""
+"""What a command raises for a fault that one line can report, besides `UsageError`."""
 
 TOLD = EndedError
-"""Another process has told it."""
+"""Another process has reported it."""

@@ -1,10 +1,11 @@
-"""`account`: ε of private training, the noise it needs or the steps it may make, by all accountants side by side."""
+"""`account`: ε of private training, the noise it needs or the steps it may make, by all accountants."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from .. import checkpoint, files, plots, privacy, run_folder
+from .. import files, plots, privacy, run_folder
 from ..options import Account, UsageError
+from . import restore
 from .faults import refusing
 from .mechanisms import mechanism_of
 from .private import ACCOUNTANTS, LEDGER, spans
@@ -21,7 +22,7 @@ Curves = Mapping[privacy.Accountant, Sequence[float]]
 
 
 def account(options: Account) -> int:
-    """Prints what was missing, and a table of ε over the steps; draws it. Or what runs have spent together."""
+    """Prints what was asked for, and a table of ε over the steps; draws it. Or the ε of several runs, composed."""
     if options.runs:
         return _spent(options)
     shuffled = options.sampling == "shuffled"
@@ -30,13 +31,10 @@ def account(options: Account) -> int:
     columns: list[privacy.Accountant] = ["gaussian"] if shuffled else ["rdp-old", "rdp", "pld"]
 
     mechanism = mechanism_of(options, examples=options.examples, steps=options.all_steps or per_epoch)
-    with refusing(ImportError), refusing(ValueError):
-        sigma, steps = _found(options, mechanism, accountant)
+    with refusing(ValueError):
+        sigma, steps = _solved(options, mechanism, accountant)
         made = mechanism(sigma)
         spent = privacy.epsilon(made, steps=steps, delta=options.delta, accountant=accountant)
-    missing = _without_pld(made, options.delta) if "pld" in columns else ""
-    if missing:
-        columns.remove("pld")
 
     def curves(counts: Sequence[int]) -> Curves:
         return {
@@ -46,7 +44,7 @@ def account(options: Account) -> int:
     counts = _counts(steps, _ROWS)
     print(f"Sampling: {_sampling(made, options)}.")
     print(f"Neighbouring data sets: {made.relation}. δ = {options.delta:g}.\n")
-    print(f"{_table(counts, curves(counts), per_epoch)}{missing}\n")
+    print(f"{_table(counts, curves(counts), per_epoch)}\n")
     if options.noise_multiplier is None:
         print(f"Least noise multiplier for ε = {options.epsilon:g}: {sigma:g}")
     if options.all_steps is None:
@@ -63,7 +61,7 @@ def account(options: Account) -> int:
             epochs=[count / per_epoch for count in counts],
             title=f"noise multiplier {sigma:g}, {options.batch_size:,} of {options.examples:,} examples per step, "
             f"δ = {options.delta:g}",
-            kind=options.png.suffix[1:],
+            kind=options.png.suffix[1:].lower(),
         )
         files.write(options.png, drawn)
         print(f"ε over the epochs drawn into {options.png}")
@@ -71,13 +69,13 @@ def account(options: Account) -> int:
 
 
 def _spent(options: Account) -> int:
-    """Prints the ledgers of some runs, and what they have spent together."""
+    """Prints the ledgers of some runs, and the ε of their composition."""
     if len({folder.resolve() for folder in options.runs}) < len(options.runs):
         raise UsageError("Each folder must be given once, for it counts as often. Found one twice.")
     read = {folder: _ledger(folder) for folder in options.runs}
     seeded = [folder for folder in options.runs if run_folder.read_config(folder).noise_seed is not None]
     total = sum(read.values(), privacy.Ledger())
-    with refusing(ImportError), refusing(ValueError):
+    with refusing(ValueError):
         for folder, ledger in read.items():
             alone = ledger.epsilon(delta=options.delta, accountant=options.accountant)
             for entry in ledger.entries:
@@ -86,7 +84,7 @@ def _spent(options: Account) -> int:
                     f"{entry.mechanism.noise_multiplier:g}; {entry.clipping}; {entry.data}."
                 )
                 if entry.before:
-                    print(f"  in parts, each with a secret of its own: {spans(entry)}")
+                    print(f"  in parts, each with its own secret: {spans(entry)}")
             print(f"  alone: ε = {alone:.4g}")
         spent = total.epsilon(delta=options.delta, accountant=options.accountant)
     print(f"Neighbouring data sets: {total.relation}.")
@@ -106,30 +104,25 @@ def _ledger(folder: Path) -> privacy.Ledger:
     """What the newest good checkpoint of a run has spent.
 
     Raises:
-        UsageError: it is no private run, or has no checkpoint.
+        UsageError: it is no private run.
+        CheckpointError: it has no good checkpoint.
     """
     run_folder.read_config(folder)
-    for path in reversed(checkpoint.steps(folder / run_folder.CHECKPOINTS)):
-        try:
-            config = checkpoint.read_manifest(path)["config"]
-        except checkpoint.CheckpointError as error:
-            print(f"Passed over a damaged checkpoint: {error}")
-            continue
-        if not isinstance(config, dict) or LEDGER not in config:
-            raise UsageError(f"{folder} must hold a private run. Found one without a ledger.")
-        with refusing(ValueError):
-            return privacy.Ledger.from_json(config[LEDGER])
-    raise UsageError(f"{folder} must hold a good checkpoint, whose ledger is read. Found none.")
+    config = restore.newest_config(folder)
+    if LEDGER not in config:
+        raise UsageError(f"{folder} must hold a private run. Found one without a ledger.")
+    with refusing(ValueError):
+        return privacy.Ledger.from_json(config[LEDGER])
 
 
-def _found(
+def _solved(
     options: Account, mechanism: Callable[[float], privacy.Mechanism], accountant: privacy.Accountant
 ) -> tuple[float, int]:
     """The noise multiplier and the steps, whichever of them was asked for.
 
     Raises:
         UsageError: not even one step can be made.
-        ImportError, ValueError: as the accountants do.
+        ValueError: as the accountants do.
     """
     sigma, steps, budget = options.noise_multiplier, options.all_steps, options.epsilon
     if sigma is not None and steps is not None:
@@ -145,15 +138,6 @@ def _found(
         one = privacy.epsilon(made, steps=1, delta=options.delta, accountant=accountant)
         raise UsageError(f"--epsilon must be enough for one step, which spends {one:.4g}. Found {budget:g}.")
     return sigma, steps
-
-
-def _without_pld(made: privacy.Mechanism, delta: float) -> str:
-    """Why there is no column of PLD, where the package is missing and none was asked for."""
-    try:
-        privacy.epsilon(made, steps=1, delta=delta, accountant="pld")
-    except ImportError as error:
-        return f"\nNo column of PLD: {error}"
-    return ""
 
 
 def _counts(steps: int, rows: int) -> list[int]:

@@ -17,10 +17,13 @@ from ..options import Train, given_weights
 from ..per_sample import measured
 from .faults import refusing, saying_warnings
 from .sources import Parts
+from .waiting import slowly
 
-SIDE = 28
+SIDE, PART = 28, 1000
+"""Pixels of a side, and images that are prepared at once."""
 FEATURES, CLASSES, HANDS, SHRINKAGE = 512, 1024, 8, 3.0
-"""Discriminants of scattering features, of random glyphs in so many hands each, and their shrinkage."""
+"""Discriminants of scattering features: how many, from how many classes of random glyphs in how many hands each; their
+shrinkage."""
 NORM_GROUPS = 27
 """In which the 81 channels of scattering features are normalised first: by the image alone."""
 PUBLIC_PIXELS = (0.1307, 0.3081)
@@ -30,8 +33,8 @@ PUBLIC_PIXELS = (0.1307, 0.3081)
 EFFECTIVE = 0.999
 """β of effective numbers of images."""
 VALUE_DRAW, VALUE_SMOOTHING, VALUE_RENEWED = 32, 0.85, 16
-"""Held-out images that are drawn to value training images, the decay of their gradients' average, and the steps from
-one draw to the next where all steps are watched."""
+"""Held-out images that are drawn to value training images, the decay of the moving average of their gradients, and the
+steps from one draw to the next where all steps are watched."""
 
 
 class Classifier(NamedTuple):
@@ -46,6 +49,8 @@ class Classifier(NamedTuple):
     inputs: Callable[[Tensor], Tensor]
     """What does not change in training, computed once: images to what `outputs` would make of them first. Pixels stay
     from 0 to 255."""
+    prepares: str
+    """What `inputs` does, in words; empty where it does nothing."""
     loss: Callable[[Tensor, Tensor], Tensor]
     """`loss(outputs (..., classes), labels (...)) -> (...)`: what training makes small."""
     test_loss: Callable[[Tensor, Tensor], Tensor]
@@ -62,7 +67,7 @@ class Origin(NamedTuple):
     """How many training images there are."""
     classes: int
     counts: tuple[int, ...] = ()
-    """How many training images of each class there are, where the loss hangs on it."""
+    """How many training images of each class there are, where the loss depends on them."""
 
 
 class Best(NamedTuple):
@@ -101,8 +106,8 @@ class Partners(NamedTuple):
 
     examples: data.Split
     """All training images: each partner is one of them."""
-    shares: Callable[[Tensor], Tensor]
-    """From keys to the shares of the images themselves."""
+    weights: Callable[[Tensor], Tensor]
+    """From keys to the weights of the images themselves."""
 
 
 def with_values(options: Train, values: Mapping[str, Any]) -> Train:
@@ -111,7 +116,7 @@ def with_values(options: Train, values: Mapping[str, Any]) -> Train:
 
 
 def origin(options: Train, dataset: Parts) -> Origin:
-    """The origin of a new run; a private one takes fixed statistics of pixels, for the images' own would tell of them.
+    """The origin of a new run; a private one takes fixed statistics of pixels, because the images' own depend on them.
 
     Raises:
         UsageError: the training images are blank.
@@ -141,24 +146,30 @@ def classifier(begun: Origin) -> Classifier:
             return _squared(outputs, labels)
         return losses_of.cross_entropy(outputs, labels)
 
-    return Classifier(model.init, outputs, fixed, _training_loss(begun), test_loss)
+    prepares = "Computing scattering features" if options.model == "scattering" else "Deskewing" * options.deskew
+    return Classifier(model.init, outputs, fixed, prepares, _training_loss(begun), test_loss)
 
 
 def _fixed(options: Train) -> Callable[[Tensor], Tensor]:
     """What does not change in training, of images (..., 1, 28, 28) as they are stored."""
     if options.model == "scattering":
-        found = _discriminants()
+        discriminants = _discriminants()
 
         def features(images: Tensor) -> Tensor:
-            own = tree.map(lambda constant: constant.to(images.device), found)
+            own = tree.map(lambda constant: constant.to(images.device), discriminants)
             return models.discriminated(_scattering(images[..., 0, :, :].float() / 255), own)
 
         return features
-    return (lambda images: data.deskewed(images.float())) if options.deskew else _same
+    return partial(seen, options)
+
+
+def seen(options: Train, images: Tensor) -> Tensor:
+    """Images (..., 1, 28, 28) as a run's network sees them, as pixels: deskewed, where the run deskews."""
+    return data.deskewed(images.float()) if options.deskew or options.model == "scattering" else images
 
 
 def _scattering(images: Tensor) -> Tensor:
-    """Scattering features of images (..., 28, 28) in [0, 1], straightened; normalised."""
+    """Scattering features of images (..., 28, 28) in [0, 1], deskewed; normalised."""
     filters = tree.map(lambda spectrum: spectrum.to(images.device), _filters())
     return layers.group_norm(models.scattering(data.deskewed(images), filters), NORM_GROUPS).flatten(-3)
 
@@ -171,7 +182,7 @@ def _filters() -> models.Filters:
 
 @cache
 def _discriminants() -> models.Discriminants:
-    """What tells random glyphs apart: of no data, and the same in each run."""
+    """Discriminants of random glyphs: of no data, and the same in each run."""
     glyphs = data.glyphs(random.key(0), CLASSES, HANDS, size=SIDE)
     return models.discriminants(_scattering(glyphs), count=FEATURES, shrinkage=SHRINKAGE)
 
@@ -306,8 +317,11 @@ def tested(options: Train, saved: Saved) -> Params:
 
 
 def prepared(made: Classifier, images: Tensor) -> Tensor:
-    """What the training images become before it starts, some at a time."""
-    return torch.cat([made.inputs(part) for part in images.split(1000)])
+    """What the training images become before it starts, some at a time; says so, where that takes long."""
+    parts = images.split(PART)
+    if len(parts) > 1 and made.prepares:
+        return torch.cat([made.inputs(part) for part in slowly(parts, made.prepares, unit="images", of=PART)])
+    return torch.cat([made.inputs(part) for part in parts])
 
 
 def partners(options: Train, examples: data.Split) -> Partners | None:
@@ -329,13 +343,13 @@ def losses(made: Classifier, options: Train, others: Partners | None = None) -> 
         return data.augmented(images.float(), keys, augmentation)
 
     def mixed(others: Partners, params: Params, images: Tensor, labels: Tensor, keys: Tensor) -> Tensor:
-        partner_key, share_key, change_key, keys = random.split(keys, 4).unbind(-2)
+        partner_key, weight_key, change_key, keys = random.split(keys, 4).unbind(-2)
         which = random.randint(partner_key, (), 0, len(others.examples.labels))
         second = others.examples.images.index_select(0, which.reshape(-1)).view(images.shape)
-        share = others.shares(share_key)
-        pixels = torch.lerp(second.float(), images.float(), share[..., None, None, None])
+        weight = others.weights(weight_key)
+        pixels = torch.lerp(second.float(), images.float(), weight[..., None, None, None])
         outputs = made.outputs(params, changed(pixels, change_key), keys)
-        return share * made.loss(outputs, labels) + (1 - share) * made.loss(
+        return weight * made.loss(outputs, labels) + (1 - weight) * made.loss(
             outputs, _looked_up(others.examples.labels, which)
         )
 
@@ -389,7 +403,7 @@ def clipping(options: Train) -> privacy.Clipping:
 
 def values_watched(options: Train) -> bool:
     """Whether a run finds the values of its training images."""
-    return options.watch is not None and "value" in options_of.listed("--watch", options.watch, options_of.WATCHES)
+    return "value" in options_of.watched(options)
 
 
 def valuing(

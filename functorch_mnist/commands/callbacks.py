@@ -1,13 +1,11 @@
 """What `train` does after each step: saves checkpoints, shows progress, and writes records into `metrics.jsonl`."""
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from .. import checkpoint, data, files, optim, plots, run_folder, statistics
 from ..distributed import World
@@ -20,10 +18,11 @@ from .faults import check_finite
 from .passes import bar
 from .private import Private
 from .sources import Parts
+from .waiting import SAY_EVERY, Compiling, say
 
 
 class Saver:
-    """Saves every so many steps, and holds the newest state for the last save."""
+    """Saves every N steps, and holds the newest state for the last save."""
 
     def __init__(
         self,
@@ -92,28 +91,28 @@ class Judge:
             return False
         params = build.current(self.options, progress.state)
         check_finite((params, progress.loss), f"Loss and parameters after step {progress.step}")
-        found = evaluate(self.made.outputs, self.made.test_loss, params, *self.held_out, world=self.world)
+        result = evaluate(self.made.outputs, self.made.test_loss, params, *self.held_out, world=self.world)
         if self.world.rank == 0:
-            record = {"loss": found.loss.item(), "correct": found.correct, "total": found.total}
-            where = {"kind": "held-out", "epoch": progress.epoch, "step": progress.step}
-            run_folder.append_metrics(self.run, where | record)
-        told = f"Accuracy on the {found.total:,} held-out images after epoch {progress.epoch + 1}"
-        tqdm.write(f"{told}: {100 * found.accuracy:.2f}%", file=sys.stdout)
-        if isinstance(self.best, Best) and found.correct > int(self.best.correct):
-            correct, epoch = (self.best.epoch.new_tensor(value) for value in (found.correct, progress.epoch))
+            record = {"loss": result.loss.item(), "correct": result.correct, "total": result.total}
+            when = {"kind": "held-out", "epoch": progress.epoch, "step": progress.step}
+            run_folder.append_metrics(self.run, when | record)
+        where = f"the {result.total:,} held-out images after epoch {progress.epoch + 1}"
+        say(f"Accuracy on {where}: {100 * result.accuracy:.2f}%")
+        if isinstance(self.best, Best) and result.correct > int(self.best.correct):
+            correct, epoch = (self.best.epoch.new_tensor(value) for value in (result.correct, progress.epoch))
             self.best = Best({name: p.clone() for name, p in params.items()}, correct, epoch)
         return self.over(progress.epoch + 1)
 
     def over(self, epochs: int) -> bool:
-        """Whether a run of so many epochs has waited long enough for a better one."""
+        """Whether a run of that many epochs has waited long enough for a better one."""
         patience = self.options.patience
         return isinstance(self.best, Best) and patience is not None and epochs - 1 - int(self.best.epoch) >= patience
 
 
 class Reporter:
-    """Shows a bar on a terminal and plain lines elsewhere; writes a record for each line."""
+    """Shows a bar on a terminal and plain lines elsewhere, at least every 10 seconds; writes records."""
 
-    LINE_EVERY, BAR_EVERY = 100, 20
+    LINE_EVERY, BAR_EVERY, BAR_SECONDS = 100, 20, 0.5
 
     def __init__(
         self,
@@ -123,19 +122,24 @@ class Reporter:
         total: int,
         done: int,
         seen: int,
+        compiling: Compiling,
         epsilon: Callable[[int], float] | None = None,
         silent: bool = False,
     ) -> None:
         """A reporter of a run; `epsilon(steps)` is what a private one has spent."""
         self.run, self.epochs, self.total, self.epsilon = run, epochs, total, epsilon
+        self.compiling, self.compiled_before, self.said = compiling, 0.0, time.monotonic()
         form = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         self.bar = bar(total=total, done=done, form=form, silent=silent)
+        self.bar.set_description("first step")
         self.since, self.examples_before = time.perf_counter(), seen
 
     def __call__(self, progress: Progress) -> None:
         line = progress.step % self.LINE_EVERY == 0 or progress.epoch_ended
-        if not line and (self.bar.disable or progress.step % self.BAR_EVERY):
+        waited = time.monotonic() - self.said > (SAY_EVERY if self.bar.disable else self.BAR_SECONDS)
+        if not line and not waited and (self.bar.disable or progress.step % self.BAR_EVERY):
             return
+        self.said = time.monotonic()
         check_finite(progress.loss, f"The loss after step {progress.step}")
         loss = progress.loss.item() / progress.examples
         rate = self._examples_per_second(progress)
@@ -145,25 +149,7 @@ class Reporter:
         self.bar.n = progress.step
         self.bar.refresh()
         if line:
-            self._record(progress, loss, rate, spent)
-
-    def close(self) -> None:
-        """Leaves the bar as it stands."""
-        self.bar.close()
-
-    def _examples_per_second(self, progress: Progress) -> float:
-        now = time.perf_counter()
-        examples = progress.examples - (self.examples_before if progress.examples > self.examples_before else 0)
-        rate = examples / max(now - self.since, 1e-9)
-        self.since, self.examples_before = now, progress.examples
-        return rate
-
-    def _record(self, progress: Progress, loss: float, rate: float, spent: str) -> None:
-        kind = "epoch" if progress.epoch_ended else "step"
-        record = {"kind": kind, "epoch": progress.epoch, "step": progress.step, "loss": loss, "examples_per_s": rate}
-        if self.epsilon is not None:
-            record["epsilon"] = self.epsilon(progress.step)
-        run_folder.append_metrics(self.run, record)
+            self._record(progress, loss, rate)
         if self.bar.disable:
             mean = "mean loss" if progress.epoch_ended else "loss"
             print(
@@ -172,9 +158,29 @@ class Reporter:
                 flush=True,
             )
 
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        self.bar.close()
+
+    def _examples_per_second(self, progress: Progress) -> float:
+        now = time.perf_counter()
+        examples = progress.examples - (self.examples_before if progress.examples > self.examples_before else 0)
+        seconds = now - self.since - (self.compiling.seconds - self.compiled_before)
+        rate = examples / max(seconds, 1e-9)
+        self.compiled_before = self.compiling.seconds
+        self.since, self.examples_before = now, progress.examples
+        return rate
+
+    def _record(self, progress: Progress, loss: float, rate: float) -> None:
+        kind = "epoch" if progress.epoch_ended else "step"
+        record = {"kind": kind, "epoch": progress.epoch, "step": progress.step, "loss": loss, "examples_per_s": rate}
+        if self.epsilon is not None:
+            record["epsilon"] = self.epsilon(progress.step)
+        run_folder.append_metrics(self.run, record)
+
 
 class Watcher:
-    """Writes what a watched step has seen of sample gradients, and sums up each epoch."""
+    """Writes what a watched step has seen of per-sample gradients, and sums up each epoch."""
 
     QUANTILES = (0.1, 0.5, 0.9)
 
@@ -204,11 +210,11 @@ class Watcher:
         records = [r for r in run_folder.read_metrics(self.run) if r["kind"] == "watch" and r.get("epoch") == epoch]
         noise = [(r["trace"], r["square_norm"]) for r in records if "trace" in r]
         if len(noise) >= 3:
-            found = statistics.mean_noise_scale(*torch.tensor(noise, dtype=torch.float64).unbind(1))
-            tqdm.write(f"Gradient noise scale of the epoch: {found}, from {found.samples} steps", file=sys.stdout)
+            scale = statistics.mean_noise_scale(*torch.tensor(noise, dtype=torch.float64).unbind(1))
+            say(f"Gradient noise scale of the epoch: {scale}, from {scale.samples} steps")
         largest = [r["norms"]["most"] for r in records if "norms" in r]
         if largest:
-            tqdm.write(f"Largest norm of a sample gradient in the epoch: {max(largest):.4g}", file=sys.stdout)
+            say(f"Largest norm of a per-sample gradient in the epoch: {max(largest):.4g}")
 
 
 class Valuer:
@@ -232,8 +238,8 @@ class Valuer:
         if progress.drawn is None or "gradient_dot" not in progress.aux:
             return
         aux = progress.aux
-        found = data_values(aux, lr=self.rate(progress.state.step - 1))
-        pairs = zip(self.values, (found.double(), aux["keep"].long()), strict=True)
+        values = data_values(aux, lr=self.rate(progress.state.step - 1))
+        pairs = zip(self.values, (values.double(), aux["keep"].long()), strict=True)
         # On the CPU, which adds in one order; new tensors, for a state that waits to be saved keeps its own.
         self.values = Values(
             *[old.cpu().index_add(0, progress.drawn.cpu(), new.cpu()).to(old.device) for old, new in pairs]

@@ -2,17 +2,15 @@
 
 import math
 
-from .. import files
+from .. import files, plots
 from .. import train as training
-from ..options import Evaluate, UsageError
+from ..options import Evaluate
 from . import restore, sources
 from .faults import check_finite
 
 
 def evaluate(options: Evaluate) -> int:
-    """Prints what a run's newest parameters do on the test images."""
-    if options.batch_size < 1:
-        raise UsageError(f"--batch-size must be at least 1. Found {options.batch_size}.")
+    """Prints the test accuracy of a run's newest parameters, and their confusion matrix."""
     where = sources.device(options.device)
     run = restore.trained(options.run, where)
     folder = options.data_dir if options.dataset else options.data_dir or run.options.data_dir
@@ -25,27 +23,25 @@ def evaluate(options: Evaluate) -> int:
     print(f"Macro-F1: {result.macro_f1:.4f}, balanced accuracy: {100 * result.balanced_accuracy:.2f}%\n")
     print(_table(result))
     if options.png is not None:
-        from .. import plots  # needs the plot extra
-
-        files.write(options.png, plots.confusion(result.confusion, kind=options.png.suffix[1:]))
+        files.write(options.png, plots.confusion(result.confusion, kind=options.png.suffix[1:].lower()))
         print(f"\nConfusion matrix drawn into {options.png}")
     return 0
 
 
-def _table(found: training.Evaluation) -> str:
-    """Rows are true classes, columns given ones."""
-    confusion = found.confusion
+def _table(result: training.Evaluation) -> str:
+    """Rows are true classes, columns predicted ones."""
+    confusion = result.confusion
     classes = len(confusion)
     width = max(5, len(str(int(confusion.max()))) + 1)
-    head = "true \\ given" + "".join(f"{c:>{width}}" for c in range(classes)) + "   recall  precision      F1"
+    head = "true \\ predicted" + "".join(f"{c:>{width}}" for c in range(classes)) + "   recall  precision      F1"
     rows = [
-        f"{c:>12}"
+        f"{c:>16}"
         + "".join(f"{int(n):>{width}}" for n in confusion[c])
-        + f"{_percent(found.recall[c].item()):>9}{_percent(found.precision[c].item()):>11}{found.f1[c].item():>8.4f}"
+        + f"{_percent(result.recall[c].item()):>9}{_percent(result.precision[c].item()):>11}{result.f1[c].item():>8.4f}"
         for c in range(classes)
     ]
     return "\n".join([head, *rows])
 
 
-def _percent(part: float) -> str:
-    return "none" if math.isnan(part) else f"{100 * part:.2f}%"  # NaN: the class has no image
+def _percent(fraction: float) -> str:
+    return "none" if math.isnan(fraction) else f"{100 * fraction:.2f}%"  # NaN: the class has no image

@@ -1,4 +1,4 @@
-"""Faults that one line can tell."""
+"""Faults that one line can report."""
 
 import sys
 import warnings
@@ -16,7 +16,7 @@ class DivergedError(Exception):
 
 @contextmanager
 def refusing(kind: type[Exception], rule: str = "") -> Iterator[None]:
-    """Tells another library's error, where the user's wishes cause it, as the user's mistake in one line."""
+    """Reports another library's error, where the user's options cause it, as the user's mistake in one line."""
     try:
         yield
     except kind as error:
@@ -30,7 +30,7 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def saying_warnings() -> Iterator[None]:
-    """Tells each of this library's warnings in one line on stderr."""
+    """Prints each of this library's warnings in one line on stderr."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         yield

@@ -3,22 +3,23 @@
 Reference: LeCun et al., "Gradient-based learning applied to document recognition", Proc. IEEE 86, 1998, section III.
 """
 
+import io
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from .. import files
 from ..options import UsageError
 
-SIDE, DIGIT = 28, 20
+SIDE, DIGIT, ZOOM = 28, 20, 10
 _INK = 0.25
-"""The part of the brightest pixel above which a pixel counts as ink when the digit is cut out."""
+"""The fraction of the brightest pixel above which a pixel counts as ink when the digit is cut out."""
 
 
 def read(path: Path) -> Tensor:
@@ -33,22 +34,33 @@ def read(path: Path) -> Tensor:
     """
     if not path.is_file():
         raise UsageError(f"{path} must be an image file. Found no file there.")
-    pillow, upright = _pillow()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            warnings.simplefilter("error", pillow.DecompressionBombWarning)  # too large to be meant
-            with pillow.open(path) as image:
-                grey = _brightness(upright(image))
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # too large to be meant
+            with Image.open(path) as image:
+                grey = _brightness(ImageOps.exif_transpose(image))
     except Exception as error:  # a damaged file fails in as many ways as there are formats
         found = str(error).rstrip(" .")
         raise UsageError(f"{path} must be an image that Pillow reads. Found: {found}.") from error
     border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
     light = 255 - grey if np.median(border) > 127 else grey
-    pixels = light if light.shape == (SIDE, SIDE) or not np.ptp(light) else _centred(light, pillow)
+    pixels = light if light.shape == (SIDE, SIDE) or not np.ptp(light) else _centred(light)
     if not np.ptp(pixels):
         raise UsageError(f"{path} must show a digit. Found a blank image.")
     return torch.from_numpy(pixels.copy())[None]
+
+
+def save(path: Path, image: Tensor) -> None:
+    """Writes an image (1, 28, 28) of pixels from 0 to 255 as a PNG file, enlarged.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    pixels = Image.fromarray(image[0].round().clamp(0, 255).to("cpu", torch.uint8).numpy())
+    picture = io.BytesIO()
+    pixels.resize((ZOOM * SIDE, ZOOM * SIDE), Image.Resampling.NEAREST).save(picture, "PNG")
+    files.write(path, picture.getvalue())
 
 
 def _brightness(image: Any) -> NDArray[np.uint8]:
@@ -66,7 +78,7 @@ def _brightness(image: Any) -> NDArray[np.uint8]:
     return (paper + (grey - paper) * opacity / 255).round().astype(np.uint8)
 
 
-def _centred(light: NDArray[np.uint8], pillow: ModuleType) -> NDArray[np.uint8]:
+def _centred(light: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The digit, cut out, scaled to 20 pixels and placed with its centre of mass at the centre."""
     low, high = int(light.min()), int(light.max())
     ink = light > low + _INK * (high - low)
@@ -74,8 +86,8 @@ def _centred(light: NDArray[np.uint8], pillow: ModuleType) -> NDArray[np.uint8]:
     digit = light[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     scale = DIGIT / max(digit.shape)
     width, height = (max(1, round(scale * length)) for length in digit.shape[::-1])
-    small = pillow.fromarray(digit).resize((width, height), pillow.Resampling.LANCZOS)
-    small = _stretched(np.asarray(small, np.float64), low, high)
+    resized = Image.fromarray(digit).resize((width, height), Image.Resampling.LANCZOS)
+    small = _stretched(np.asarray(resized, np.float64), low, high)
     canvas = np.zeros((SIDE, SIDE), np.uint8)
     top, left = _offset(small.sum(1)), _offset(small.sum(0))
     canvas[top : top + height, left : left + width] = small
@@ -91,14 +103,3 @@ def _offset(mass: NDArray[Any]) -> int:
     """Where a digit starts on an axis so that its centre of mass is at pixel 14, as MNIST has it, as far as it fits."""
     centre = float((mass * np.arange(len(mass))).sum() / max(mass.sum(), 1))
     return int(np.clip(round(SIDE / 2 - centre), 0, SIDE - len(mass)))
-
-
-def _pillow() -> tuple[ModuleType, Callable[[Any], Any]]:
-    """Pillow's main module, and the function that turns an image as its EXIF data say."""
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise UsageError(
-            f"Image files need Pillow. Importing it failed: {error}. Install it: pip install pillow."
-        ) from error
-    return Image, ImageOps.exif_transpose

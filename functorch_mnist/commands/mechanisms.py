@@ -1,14 +1,9 @@
-"""The mechanism that `train --private` and `account` are asked for."""
+"""The mechanism of `train --private` and `account`."""
 
 from collections.abc import Callable
 
 from .. import privacy
-from ..options import Account, Train, noise_of
-
-
-def steps_per_epoch(options: Train | Account, examples: int) -> int:
-    """Steps in which each example is expected once."""
-    return max(1, round(examples / options.batch_size))
+from ..options import Account, Train, noise_of, private_steps_per_epoch
 
 
 def mechanism_of(options: Train | Account, *, examples: int, steps: int) -> Callable[[float], privacy.Mechanism]:
@@ -20,7 +15,7 @@ def mechanism_of(options: Train | Account, *, examples: int, steps: int) -> Call
         steps: of the whole run.
     """
     kind, parameter = noise_of(options.noise)
-    per_epoch = steps_per_epoch(options, examples)
+    per_epoch = private_steps_per_epoch(options.batch_size, examples)
     rate = min(options.batch_size, examples) / examples
 
     def made(sigma: float) -> privacy.Mechanism:

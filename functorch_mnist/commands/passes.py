@@ -1,4 +1,4 @@
-"""Passes over a data set that can be broken off and gone on with: numbers of each example, chunk by chunk."""
+"""Passes over a data set that can be interrupted and resumed: numbers of each example, chunk by chunk."""
 
 import shutil
 import sys
@@ -39,20 +39,20 @@ def passes(
     config: Mapping[str, JSON],
     world: World,
 ) -> Columns:
-    """What `compute` says of each example in each of some passes: columns (count, N).
+    """The numbers of each example in each of some passes: columns (count, N).
 
     Args:
         compute: gets chunks of one size; the last is filled up with its first row, whose numbers are dropped.
         examples: tensors (N, …), at least one example.
         columns: the names that `compute` returns, and their types.
         count: how many passes, at least 1.
-        given: the tensors that the numbers hang on besides the examples, such as parameters.
+        given: the tensors that the numbers depend on besides the examples, such as parameters.
         folder: where what is done is kept until all is. What was computed from something else is dropped.
-        config: what else the numbers hang on.
-        world: the processes, each of which takes every so many-th chunk; the first one keeps what is done.
+        config: what else the numbers depend on.
+        world: the processes, each of which takes one chunk of each round; the first one keeps what is done.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C, after what is done has been saved; it says how to go on.
+        KeyboardInterrupt: Ctrl-C, after what is done has been saved; it says how to resume.
     """
     total = len(examples[0])
     size = min(CHUNK, total)
@@ -61,7 +61,7 @@ def passes(
     check_agreed(world, "Starting", SAME, data=str(config["digest"]))
     done = 0
     if world.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)  # told before the work, if it cannot be
+        folder.mkdir(parents=True, exist_ok=True)  # reported before the work, if it cannot be
         done, state = _kept(folder, config, state)
     shared = tree.map(lambda x: x.to(world.device), (state, torch.tensor([done])))
     state, before = tree.map(Tensor.cpu, broadcast(world, shared))
@@ -135,7 +135,7 @@ def _kept(folder: Path, config: Mapping[str, JSON], start: Columns) -> tuple[int
         try:
             if checkpoint.read_manifest(path)["config"] == config:
                 found = checkpoint.load(path, start)
-                print(f"Going on after {found.step:,} examples.", flush=True)
+                print(f"Resuming after {found.step:,} examples.", flush=True)
                 return found.step, found.state
         except checkpoint.CheckpointError as error:
             print(f"Passed over a damaged file: {error}")

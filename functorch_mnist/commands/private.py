@@ -11,17 +11,19 @@ from torch import Tensor
 from .. import checkpoint, data, optim, privacy, random, run_folder, tree
 from .. import train as training
 from ..checkpoint import JSON
+from ..checkpoint.folders import step_of
 from ..distributed import World, digest
-from ..options import Train, UsageError
+from ..options import Train, UsageError, private_steps_per_epoch
 from . import build
 from .build import Classifier, Saved
 from .faults import refusing
-from .mechanisms import mechanism_of, steps_per_epoch
+from .mechanisms import mechanism_of
+from .waiting import say
 
 LEDGER = "ledger"
 """Where a checkpoint's config holds what was spent."""
-_COINS = 2**31
-"""Folded into a run's key for the coins of canaries: no step has this number."""
+_CANARIES = 2**31
+"""Folded into a run's key for the choice of canaries: no step has this number."""
 
 
 class Private:
@@ -39,7 +41,7 @@ class Private:
         self.clipping = build.clipping(options)
         self.digest = digest(list(examples))
         total = self.total = len(examples.labels)
-        self.per_epoch = steps_per_epoch(options, total)
+        self.per_epoch = private_steps_per_epoch(options.batch_size, total)
         self.steps = options.epochs * self.per_epoch
         self.secret = privacy.Secret(options.noise_seed)
         self.scores: dict[int, Tensor] = {}
@@ -49,11 +51,12 @@ class Private:
         self.accountant: privacy.Accountant = "gaussian" if options.sampling == "shuffled" else options.accountant
 
         mechanism = mechanism_of(options, examples=total, steps=self.steps)
-        with refusing(ImportError), refusing(ValueError):
+        with refusing(ValueError):
             sigma = options.noise_multiplier
             if sigma is None:
                 if options.epsilon is None:
                     raise UsageError("--private needs one of --epsilon and --noise-multiplier. Found neither.")
+                say(f"Calibrating the noise multiplier for ε = {options.epsilon:g} over {self.steps:,} steps.")
                 sigma = privacy.calibrated(
                     mechanism,
                     budget=options.epsilon,
@@ -71,15 +74,15 @@ class Private:
             self.epsilon(1)  # refuses an accountant that is not there, before anything is written
 
     def epsilon(self, steps: int) -> float:
-        """What so many steps spend, with all that the run has spent beside."""
+        """The ε after that many steps, with all that the run has spent besides."""
         return self.ledger(steps).epsilon(delta=self.options.delta, accountant=self.accountant)
 
     def ledger(self, steps: int) -> privacy.Ledger:
-        """What has run after so many steps."""
+        """The ledger after that many steps."""
         return privacy.Ledger((replace(self.entry, steps=steps),))
 
     def resume(self, folder: Path, config: Mapping[str, JSON], step: int) -> None:
-        """Goes on with the account of a run at a checkpoint, and counts what its folder tells of later steps.
+        """Resumes the account of a run at a checkpoint, and counts the later steps that its folder shows.
 
         Raises:
             UsageError: it was another mechanism, or the checkpoint does not say.
@@ -90,18 +93,18 @@ class Private:
         kept = now if before is None else replace(before, before=(), start=0)
         known = run_folder.read_unpublished(folder).get("data")
         if before is None or kept != now or known != self.digest:
-            other = "other images" if known else f"no {run_folder.UNPUBLISHED}, which tells of the images"
+            other = "other images" if known else f"no {run_folder.UNPUBLISHED}, which identifies the images"
             what = "no account" if before is None else _difference(kept, now) or other
             raise UsageError(
-                "A private run goes on with the sampling, noise, clipping and data that its account is of. "
+                "A resumed private run keeps the sampling, noise, clipping and data that its account is of. "
                 f"Found {what}."
             )
         seen = [record["step"] for record in run_folder.read_metrics(folder)]
-        saved = [int(path.name.removeprefix("step-")) for path in checkpoint.steps(folder / run_folder.CHECKPOINTS)]
+        saved = [step_of(path.name) or 0 for path in checkpoint.steps(folder / run_folder.CHECKPOINTS)]
         self.entry = before if self.secret.reproduction else before.resumed(step, seen=max([step, *seen, *saved]))
 
     def hidden(self, folder: Path, step: int, loss: float) -> None:
-        """Writes what goes with a checkpoint and is of single images: beside it, for it may be published."""
+        """Writes what belongs to a checkpoint and depends on single images: next to it, for it may be published."""
         before = run_folder.read_unpublished(folder)
         losses = {**before.get("losses", {}), str(step): loss}
         values: dict[str, Any] = {"data": self.digest, "losses": losses}
@@ -111,11 +114,11 @@ class Private:
         run_folder.write_unpublished(folder, values)
 
     def restored(self, saved: Saved, folder: Path, step: int) -> Saved:
-        """A checkpoint with what was written beside it: the losses of its epoch and the scores of its canaries."""
-        beside = run_folder.read_unpublished(folder)
-        scores = beside.get("scores", {}).get(str(step))
+        """A checkpoint with what was written next to it: the losses of its epoch and the scores of its canaries."""
+        hidden = run_folder.read_unpublished(folder)
+        scores = hidden.get("scores", {}).get(str(step))
         self.scores = {} if scores is None else {step: torch.tensor(scores)}
-        return saved._replace(loss=saved.loss + float(beside.get("losses", {}).get(str(step), 0.0)))
+        return saved._replace(loss=saved.loss + float(hidden.get("losses", {}).get(str(step), 0.0)))
 
     def fit(self, saved: Saved, examples: Iterable[Tensor], callbacks: Iterable[Any]) -> None:
         """Makes the steps of all epochs; with `audit`, among canaries that callbacks do not see."""
@@ -126,12 +129,12 @@ class Private:
             with refusing(ValueError):
                 planted = training.plant_canaries(
                     loss_fn, state.params, optimizer, rows, clipping=self.clipping, mechanism=self.mechanism,
-                    canaries=self.options.audit, key=random.fold_in(state.key, _COINS),
+                    canaries=self.options.audit, key=random.fold_in(state.key, _CANARIES),
                 )  # fmt: skip
             loss_fn, optimizer, rows = planted.loss_fn, planted.optimizer, planted.examples
             scores = self.scores.get(int(state.step), torch.zeros(self.options.audit))
-            beside = training.CanaryState(state.optimizer, scores.to(state.key.device))
-            state = state._replace(params=planted.params._replace(model=state.params), optimizer=beside)
+            canaries = training.CanaryState(state.optimizer, scores.to(state.key.device))
+            state = state._replace(params=planted.params._replace(model=state.params), optimizer=canaries)
             callbacks = [self._without_canaries(callback) for callback in callbacks]
         total = len(rows[-1])
         loss_fn = build.fastest(
@@ -167,12 +170,12 @@ class Private:
         """What is about to be spent."""
         return (
             f"Private training: noise multiplier {self.mechanism.noise_multiplier:g}, "
-            f"{self.mechanism.sampling_rate * self.total:g} images expected of a step, {self.steps:,} steps: "
+            f"{self.mechanism.sampling_rate * self.total:g} images expected per step, {self.steps:,} steps: "
             f"ε = {self.epsilon(self.steps):.3f} at δ = {self.options.delta:g}."
         )
 
     def summary(self, steps: int) -> str:
-        """What was spent, by whom it is counted, and what it does not cover."""
+        """What was spent, by which accountant, and what it does not cover."""
         spent = f"ε = {self.epsilon(steps):.3f} at δ = {self.options.delta:g}"
         lines = [
             f"Privacy spent in {steps:,} steps: {spent}, by the {ACCOUNTANTS[self.accountant]}.",
@@ -183,9 +186,7 @@ class Private:
             "several together.",
         ]
         if self.entry.before:
-            lines.append(
-                f"Counted part by part, each with a secret of its own: {spans(replace(self.entry, steps=steps))}."
-            )
+            lines.append(f"Counted part by part, each with its own secret: {spans(replace(self.entry, steps=steps))}.")
         if self.options.train_size is not None:
             lines.append("Only the chosen images are protected: one more in the data set may change which are chosen.")
         if self.bound is not None:
@@ -212,17 +213,17 @@ class Private:
         }
 
     def _audit(self) -> str:
-        """What the canaries have shown."""
+        """The lower bound on ε that the canaries show."""
         assert self.bound is not None  # there was an audit
-        found = (
+        line = (
             f"Audit of this run with {self.options.audit:,} canaries: at a confidence of 95 % ε is at least "
             f"{self.bound.epsilon:.3f}; {self.bound.gaussian:.3f} where it is a Gaussian mechanism; "
-            f"{self.bound.independent:.3f} where, besides, no canary tells of another."
+            f"{self.bound.independent:.3f} where, besides, canaries are independent."
         )
         spent = self.epsilon(self.steps)
         if max(self.bound.epsilon, self.bound.gaussian, self.bound.independent) > spent:
-            found += f" THIS IS MORE THAN THE {spent:.3f} ACCOUNTED: what ran is not what is accounted for."
-        return found
+            line += f" THIS IS MORE THAN THE {spent:.3f} ACCOUNTED: what ran is not what is accounted for."
+        return line
 
 
 ACCOUNTANTS: Mapping[privacy.Accountant, str] = {

@@ -50,7 +50,7 @@ def processes(options: Train | Analysis, command: Any = None) -> Iterator[World]
     shards = options.shards if isinstance(options, Train) else None
     allocator.keep_freed_memory()
     with distributed.joined(device=options.device, shards=shards, timeout=options.timeout) as world:
-        one = 1 if world.shards and options.threads is None else options.threads  # bits hang on it
+        one = 1 if world.shards and options.threads is None else options.threads  # bits depend on it
         threads = distributed.bind_cores(world, one)
         if world.size > 1:  # one alone need not read its own sources
             check_agreed(world, "Starting", SAME, version=code())
@@ -61,7 +61,7 @@ def processes(options: Train | Analysis, command: Any = None) -> Iterator[World]
             try:
                 yield world
             except BaseException:
-                if world.size > 1:  # a launcher stops all where one fails: this one shall tell what it has to tell
+                if world.size > 1:  # a launcher stops all where one fails: this one shall report its own fault
                     for number in (signal.SIGINT, signal.SIGTERM):
                         signal.signal(number, signal.SIG_IGN)
                 raise

@@ -1,4 +1,4 @@
-"""What a run has saved, read back: what it began with, and its newest good state."""
+"""What a run has saved, read back: its origin and its newest good state."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -67,10 +67,20 @@ def newest_origin(run: Path) -> Origin:
         CheckpointError: there is no checkpoint, or none has a good manifest.
         UsageError: the checkpoint is not of a run of this version.
     """
+    return from_config(newest_config(run))
+
+
+def newest_config(run: Path) -> Mapping[str, Any]:
+    """The config of the newest checkpoint of a run whose manifest is good.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or none has a good manifest.
+    """
     faults = []
     for path in reversed(checkpoint.steps(run / run_folder.CHECKPOINTS)):
         try:
-            return from_config(checkpoint.read_manifest(path)["config"])
+            config = checkpoint.read_manifest(path)["config"]
+            return config if isinstance(config, Mapping) else {}
         except checkpoint.CheckpointError as error:
             faults.append(error)
     if faults:
@@ -84,10 +94,10 @@ def newest(run: Path, template: Saved) -> checkpoint.Checkpoint:
     Raises:
         CheckpointError: there is none.
     """
-    found, faults = checkpoint.latest(run / run_folder.CHECKPOINTS, template)
+    newest, faults = checkpoint.latest(run / run_folder.CHECKPOINTS, template)
     for fault in faults:
         print(f"Passed over a damaged checkpoint: {fault}")
-    return found
+    return newest
 
 
 def trained(run: Path, where: torch.device) -> Trained:
@@ -105,18 +115,18 @@ def trained(run: Path, where: torch.device) -> Trained:
     return Trained(made, build.tested(begun.options, newest(run, template).state), options, begun)
 
 
-def points(run: Path, found: Trained, where: torch.device) -> list[Point]:
+def points(run: Path, trained: Trained, where: torch.device) -> list[Point]:
     """All checkpoints of a run that are good, in order; says which ones it passes over.
 
     Args:
         run: its folder.
-        found: the run.
+        trained: the run.
         where: the device.
     """
-    options = found.begun.options
-    per_epoch = data.steps_per_epoch(found.begun.examples, min(options.batch_size, found.begun.examples))
+    options = trained.begun.options
+    per_epoch = data.steps_per_epoch(trained.begun.examples, min(options.batch_size, trained.begun.examples))
     template = build.start(
-        options, found.made, build.optimizer(options, per_epoch), where, examples=found.begun.examples
+        options, trained.made, build.optimizer(options, per_epoch), where, examples=trained.begun.examples
     )
     good = []
     for path in checkpoint.steps(run / run_folder.CHECKPOINTS):
@@ -132,32 +142,32 @@ def points(run: Path, found: Trained, where: torch.device) -> list[Point]:
     return good
 
 
-def loss_of(found: Trained) -> Callable[[Params, Tensor, Tensor], Tensor]:
+def loss_of(trained: Trained) -> Callable[[Params, Tensor, Tensor], Tensor]:
     """The run's training loss of one image and its label, without dropout."""
 
     def loss_fn(params: Params, image: Tensor, label: Tensor) -> Tensor:
-        return found.made.loss(found.made.outputs(params, image), label)
+        return trained.made.loss(trained.made.outputs(params, image), label)
 
     return loss_fn
 
 
-def training_images(found: Trained, folder: Path | None, where: torch.device) -> Parts:
+def training_images(trained: Trained, folder: Path | None, where: torch.device) -> Parts:
     """The images that a run was trained on, on a device.
 
     Raises:
-        UsageError: the one found has other training images, or the run's folder is of two runs.
+        UsageError: the data set has other training images, or the run's folder is of two runs.
     """
-    differing = [name for name in differences(found.options, found.begun.options) if name != "out"]
+    differing = [name for name in differences(trained.options, trained.begun.options) if name != "out"]
     if differing:
         raise UsageError(
             f"The run's config.json and its checkpoints must be of one run. Found different {', '.join(differing)}."
         )
-    dataset = sources.load(found.options.dataset, folder or found.options.data_dir, where)
-    parts = sources.divided(found.begun.options, dataset)
-    begun = build.origin(found.begun.options, parts)
-    if begun[1:] != found.begun[1:]:
+    dataset = sources.load(trained.options.dataset, folder or trained.options.data_dir, where)
+    parts = sources.divided(trained.begun.options, dataset)
+    begun = build.origin(trained.begun.options, parts)
+    if begun[1:] != trained.begun[1:]:
         raise UsageError(
-            f"The run's {found.begun.examples} training images are needed. Found other {begun.examples}. "
+            f"The run's {trained.begun.examples} training images are needed. Found other {begun.examples}. "
             "Is --data-dir the right one?"
         )
     return parts

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import data, random
-from ..options import Train, UsageError, cut_classes
+from ..options import Train, UsageError, class_fractions
 from .faults import refusing
 
 HELD_OUT = 2024
@@ -68,7 +68,7 @@ def divided(options: Train, dataset: data.Dataset) -> Parts:
         held_out = _of(dataset.train, order[: options.hold_out].sort().values)
         index = order[options.hold_out :].sort().values
     imbalance_key, draw_key = random.split(random.fold_in(random.key(options.seed, device=where), HELD_OUT)).unbind(0)
-    if fractions := cut_classes(options):
+    if fractions := class_fractions(options):
         with refusing(ValueError):
             index, _ = data.imbalanced(data.Split(index, dataset.train.labels[index]), fractions, key=imbalance_key)
     if options.train_size is not None:

@@ -13,51 +13,60 @@ from .. import checkpoint, data, per_sample, random, run_folder
 from .. import train as training
 from ..distributed import World, broadcast
 from ..distributed.attendance import deferred_signals, is_collective_error
-from ..options import WATCHES, Train, UsageError, check_resumed, listed
+from ..models import Params
+from ..options import Train, UsageError, check_resumed, private_steps_per_epoch, watched
 from . import build, restore, sources
 from .build import Best, Origin, Saved, Values
 from .callbacks import Judge, Reporter, Saver, Valuer, Watcher
 from .faults import check_finite, first_line
-from .mechanisms import steps_per_epoch
 from .private import LEDGER, Private
 from .processes import check_data, load, processes
 from .sources import Parts
 from .tuning import tuned
+from .waiting import Compiling
+
+_NEXT = """
+  functorch-mnist evaluate {run}
+  functorch-mnist predict {run} --test 0:10
+  functorch-mnist scores {run}
+  functorch-mnist train --resume {run} --epochs {epochs}"""
 
 
 def train(options: Train) -> int:
-    """Trains as the options say, or goes on; prints the accuracy on the test images."""
+    """Trains as the options say, or resumes; prints the accuracy on the test images, and what to do next."""
     with processes(options) as world:
         parts = sources.divided(options, load(options, world))
         folder = options.resume or options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
         if options.tune is not None and options.resume is None:
-            if world.rank == 0:
-                run_folder.check_free(folder)
-            options = tuned(options, parts)
-        again = f"functorch-mnist train --resume {shlex.quote(str(folder))}"
-        return run(options, parts, folder, again=again, world=world)
+            options = tuned(options, parts, folder, world)
+        run_name = shlex.quote(str(folder))
+        run(options, parts, folder, again=f"functorch-mnist train --resume {run_name}", world=world)
+        print(f"\nNext:{_NEXT.format(run=run_name, epochs=2 * max(1, options.epochs))}")
+        if options.private:
+            print(f"  functorch-mnist account {run_name}")
+        return 0
 
 
 def run(options: Train, parts: Parts, folder: Path, *, again: str, world: World) -> int:
-    """Trains on images in a folder, or goes on there if `options.resume` is set; the exit status.
+    """Trains on images in a folder, or resumes there if `options.resume` is set; the exit status.
 
     Args:
         options: of the run.
         parts: what it is trained and tested on, on the run's device.
         folder: the run's.
-        again: the command that goes on with it, for whoever breaks it off.
+        again: the command that resumes it, for whoever interrupts it.
         world: the processes; the first of them writes.
     """
     check_data(world, (parts.train, parts.held_out, parts.test))
     where = parts.train.images.device
     begun = build.origin(options, parts)
-    watches = listed("--watch", options.watch or "", WATCHES)
+    watches = watched(options)
     if begun.examples < 2 and "noise-scale" in watches:
         raise UsageError("--watch noise-scale needs two training images at least. Found one.")
     batch_size = min(options.batch_size, begun.examples)
     per_epoch = data.steps_per_epoch(begun.examples, batch_size)
     if options.private:
-        per_epoch = steps_per_epoch(options, begun.examples)
+        per_epoch = private_steps_per_epoch(options.batch_size, begun.examples)
     total = options.epochs * per_epoch
     made = build.classifier(begun)
     optimizer = build.optimizer(options, per_epoch)
@@ -72,6 +81,7 @@ def run(options: Train, parts: Parts, folder: Path, *, again: str, world: World)
     saved, step = broadcast(world, (saved, torch.tensor([saved_step], device=where)))
     saved_step = int(step)
     print(f"Run folder: {folder}", flush=True)
+    print(_start_line(options, saved.state.params, begun.examples, where), flush=True)
     if private:
         print(private.start_line(), flush=True)
     losses_fn = build.losses(made, options, build.partners(options, parts.train))
@@ -116,15 +126,16 @@ def run(options: Train, parts: Parts, folder: Path, *, again: str, world: World)
         folder, saved, judge, saved_step=saved_step, every=options.save_every, keep=options.keep, config=config,
         world=world, valuer=valuer, private=private,
     )  # fmt: skip
+    compiling = Compiling("the step", enabled=compiled)
     reporter = Reporter(
-        folder, epochs=options.epochs, total=total, done=done, seen=done % per_epoch * batch_size,
+        folder, epochs=options.epochs, total=total, done=done, seen=done % per_epoch * batch_size, compiling=compiling,
         epsilon=private.epsilon if private else None, silent=world.rank > 0,
     )  # fmt: skip
     # a checkpoint never comes before the records of its steps
     valuers = () if valuer is None else (valuer,)
     callbacks = (reporter, watcher, *valuers, saver) if world.rank == 0 else (*valuers, saver)
     try:
-        with closing(reporter):
+        with compiling, closing(reporter):
             if private:
                 private.fit(saved, examples, callbacks)
             elif done % per_epoch or not judge.over(done // per_epoch):
@@ -165,13 +176,13 @@ def run(options: Train, parts: Parts, folder: Path, *, again: str, world: World)
         with deferred_signals():
             last = saver.save()
         place = f"Interrupted after step {last}. " if world.rank == 0 else ""  # which alone has saved it
-        raise KeyboardInterrupt(f"{place}Go on with: {again}") from None
+        raise KeyboardInterrupt(f"{place}Resume with: {again}") from None
     except RuntimeError as error:
         if is_collective_error(error):
             with deferred_signals():
                 last = saver.save()
             error.add_note(
-                f"Saved after step {last}. Go on with: {again}" if world.rank == 0 else f"Go on with: {again}"
+                f"Saved after step {last}. Resume with: {again}" if world.rank == 0 else f"Resume with: {again}"
             )
             raise
         if saver.newest is not saved:
@@ -181,6 +192,16 @@ def run(options: Train, parts: Parts, folder: Path, *, again: str, world: World)
             "Is the batch too large for the memory, or is there no C++ compiler for --compile on?"
         ) from error
     return 0
+
+
+def _start_line(options: Train, params: Params, examples: int, where: torch.device) -> str:
+    """What is about to be trained, and with what."""
+    count = sum(leaf.numel() for leaf in params.values())
+    threads = torch.get_num_threads()
+    return (
+        f"Training {options.model}: {count:,} parameters, {examples:,} images of {options.dataset}, on {where.type} in "
+        f"{options.precision}, {threads} thread{'s' * (threads > 1)}."
+    )
 
 
 def _resumed(run: Path, start: Saved, begun: Origin, total: int, private: Private | None) -> tuple[Saved, int]:
@@ -208,16 +229,16 @@ def _resumed(run: Path, start: Saved, begun: Origin, total: int, private: Privat
             f"A resumed run keeps its {before.examples} training images. Found other {begun.examples}. "
             "Is --data-dir the right one?"
         )
-    found = restore.newest(run, start)
-    if found.step > total:
+    newest = restore.newest(run, start)
+    if newest.step > total:
         raise UsageError(
-            f"--epochs must not be fewer than the run has begun. It is after step {found.step}, they end with {total}."
+            f"--epochs must not be fewer than the run has begun. It is after step {newest.step}, they end with {total}."
         )
     if private:
-        private.resume(run, found.config, found.step)
-    print(f"Going on after step {found.step}.")
-    run_folder.forget_metrics_after(run, found.step)
-    saved: Saved = found.state
+        private.resume(run, newest.config, newest.step)
+    print(f"Resuming after step {newest.step}.")
+    run_folder.forget_metrics_after(run, newest.step)
+    saved: Saved = newest.state
     if private:
-        saved = private.restored(saved, run, found.step)
-    return saved, found.step
+        saved = private.restored(saved, run, newest.step)
+    return saved, newest.step

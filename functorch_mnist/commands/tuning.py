@@ -1,21 +1,26 @@
-"""`train --tune`: better hyperparameters by gradients through a short training, before the run itself."""
+"""`train --tune`: better hyperparameters by hypergradients through a short training, before the run itself."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .. import optim, sweep
+from .. import optim, run_folder, sweep
 from .. import train as training
-from ..options import TUNED, Train, UsageError, flag, listed
+from ..distributed import World
+from ..options import Train, UsageError, flag, tuned_names
 from . import build
 from .faults import refusing
 from .sources import Parts
+from .waiting import Compiling
 
 JUDGED = 2000
-"""At most so many held-out images judge a training: their activations are in memory at once."""
+"""The most held-out images that judge a training: their activations are in memory at once."""
 FIRST_DECAY = 1e-4
 """Where weight decay starts if the options have none: its logarithm is moved."""
 
@@ -23,7 +28,7 @@ _SCALES = {"lr": sweep.LOG, "momentum": sweep.LOG_FROM_ONE, "weight_decay": swee
 
 
 class Tuning:
-    """A short training with a run's options, of which hyperparameters are left open."""
+    """A short training with a run's options, whose hyperparameters are free."""
 
     def __init__(self, options: Train, parts: Parts) -> None:
         self.options, self.parts = replace(options, epochs=1, swa_start=None, ema_decay=0.0), parts
@@ -69,9 +74,13 @@ class Tuning:
         return inputs
 
 
-def tuned(options: Train, parts: Parts) -> Train:
-    """The options with better values of those that `--tune` names; prints each trial."""
-    wanted = listed("--tune", options.tune or "", TUNED)
+def tuned(options: Train, parts: Parts, folder: Path, world: World) -> Train:
+    """The options with better values of those that `--tune` names; prints each round and records it in the folder.
+
+    Raises:
+        UsageError: with no value training stays finite, there is no memory for it, or the folder holds a run already.
+    """
+    wanted = tuned_names(options)
     names = [name.replace("-", "_") for name in wanted]
     where = parts.train.images.device
     tuning = Tuning(options, parts)
@@ -80,24 +89,37 @@ def tuned(options: Train, parts: Parts) -> Train:
         values["weight_decay"] = FIRST_DECAY
     start = {name: torch.tensor(value, dtype=torch.float32, device=where) for name, value in values.items()}
     build.optimizer(options, 1)  # refuses numbers that do not go together
-    print(f"Tuning {', '.join(wanted)} by gradients through {tuning.steps} steps.", flush=True)
-    began = time.perf_counter()
+    if world.rank == 0:
+        run_folder.start_tuning(folder)
+    print(
+        f"Tuning {', '.join(wanted)} by hypergradients: {options.tune_rounds} rounds of {tuning.steps} steps, recorded "
+        f"in {folder / run_folder.TUNING}.",
+        flush=True,
+    )
+    began, rounds = time.perf_counter(), count(1)
 
     def objective(hyper: sweep.Values) -> tuple[Tensor, sweep.Values]:
-        found = tuning.hypergradient(hyper)
-        return found.loss, found.grads
+        gradient = tuning.hypergradient(hyper)
+        return gradient.loss, gradient.grads
 
-    def told(trial: sweep.Trial) -> None:
-        print(f"{words(trial.hyper)}: held-out loss {trial.loss:.4f}", flush=True)
+    def report(trial: sweep.Trial) -> None:
+        number = next(rounds)
+        took = f"{time.perf_counter() - began:.0f} s"
+        print(f"round {number}: {words(trial.hyper)}: held-out loss {trial.loss:.4f}, after {took}", flush=True)
+        if world.rank == 0:
+            hyper = {name: value.item() for name, value in trial.hyper.items()}
+            loss = trial.loss if math.isfinite(trial.loss) else None
+            record = {"kind": "tune", "step": 0, "round": number, **hyper, "held_out_loss": loss}
+            run_folder.append_metrics(folder, record, name=run_folder.TUNING)
 
-    with refusing(RuntimeError, "--tune must fit in memory. Found: "):
-        found = sweep.tune(
-            objective, start, scales={name: _SCALES[name] for name in names}, rounds=options.tune_rounds, callback=told
-        )
-    if found.loss == float("inf"):
+    scales = {name: _SCALES[name] for name in names}
+    compiling = Compiling("a step of the tuning", enabled=options.compile == "on")
+    with refusing(RuntimeError, "--tune must fit in memory. Found: "), compiling:
+        best = sweep.tune(objective, start, scales=scales, rounds=options.tune_rounds, callback=report)
+    if best.loss == float("inf"):
         raise UsageError("--tune found no value with which training stays finite. Start at a smaller --lr.")
-    print(f"The best is {words(found.hyper)}, found in {time.perf_counter() - began:.0f} s.", flush=True)
-    values = {name: float(f"{value.item():.6g}") for name, value in found.hyper.items()}
+    print(f"The best is {words(best.hyper)}, after {time.perf_counter() - began:.0f} s.", flush=True)
+    values = {name: float(f"{value.item():.6g}") for name, value in best.hyper.items()}
     if options.nesterov and "momentum" in values:
         values["momentum"] = max(values["momentum"], 1e-6)
     return build.with_values(options, values)

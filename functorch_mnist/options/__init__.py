@@ -1,5 +1,9 @@
 """The command line's options: one dataclass per command. Read before torch is imported, so nothing here imports it."""
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
 from .account import Account as Account
 from .account import check_account as check_account
 from .analysis import SCORES as SCORES
@@ -13,7 +17,11 @@ from .analysis import Predict as Predict
 from .analysis import Scores as Scores
 from .analysis import Store as Store
 from .analysis import check_analysis as check_analysis
+from .analysis import check_evaluate as check_evaluate
 from .analysis import check_plan as check_plan
+from .analysis import check_predict as check_predict
+from .reading import TOPICS as TOPICS
+from .reading import read as read
 from .saved import Search as Search
 from .saved import check_resumed as check_resumed
 from .saved import command_of as command_of
@@ -47,10 +55,33 @@ from .train import Train as Train
 from .train import augmentation as augmentation
 from .train import check as check
 from .train import chosen_of as chosen_of
-from .train import cut_classes as cut_classes
+from .train import class_fractions as class_fractions
 from .train import given_weights as given_weights
 from .train import noise_of as noise_of
+from .train import private_steps_per_epoch as private_steps_per_epoch
+from .train import tuned_names as tuned_names
+from .train import watched as watched
 from .words import INTERRUPTED as INTERRUPTED
 from .words import UsageError as UsageError
 from .words import flag as flag
 from .words import listed as listed
+from .words import nearest as nearest
+from .words import range_of as range_of
+
+COMMANDS: Mapping[str, tuple[type, Callable[[Any], None]]] = MappingProxyType(
+    {
+        "train": (Train, check),
+        "evaluate": (Evaluate, check_evaluate),
+        "predict": (Predict, check_predict),
+        "scores": (Scores, check_analysis),
+        "mislabelled": (Mislabelled, check_analysis),
+        "influence": (Influence, check_analysis),
+        "store": (Store, check_analysis),
+        "noise-scale": (NoiseScale, check_analysis),
+        "account": (Account, check_account),
+        "sweep": (Sweep, check_sweep),
+        "compare": (Compare, check_compare),
+        "plan": (Plan, check_plan),
+    }
+)
+"""The options of each command and what refuses wrong ones, in the order of use."""

@@ -2,52 +2,50 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-import tyro
-
-from .train import check_noise
-from .words import Rule, UsageError, check_ranges, flag
+from .train import check_noise, private_steps_per_epoch
+from .words import Rule, Shown, UsageError, check_picture, check_ranges, flag
 
 
 @dataclass(frozen=True, kw_only=True)
 class Account:
-    """Compute what private training spends (ε), the noise it needs or the steps it may make, from the other two; or
-    what the runs in some folders have spent together."""
+    """Compute ε, the noise multiplier or the number of steps of private training from the other two; or compose what
+    several runs have spent."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    runs: Annotated[tuple[Path, ...], Shown("RUN", positional=True)] = ()
     """Folders of private runs on the same images: their ledgers are composed into one ε."""
     epsilon: float | None = None
-    """ε that may be spent."""
+    """The budget ε."""
     delta: float = 1e-5
-    """δ at which ε is told."""
+    """δ at which ε is reported."""
     noise_multiplier: float | None = None
     """The noise's standard deviation over the sensitivity of a step."""
     batch_size: int = 256
-    """Images per step, expected ones if they are sampled."""
+    """Images per step; the expected number with Poisson sampling."""
     examples: int = 60_000
     """Training images."""
     epochs: int | None = None
-    """How often each training image is seen, expected if they are sampled."""
+    """How often each training image is seen, in expectation with Poisson sampling."""
     steps: int | None = None
-    """Or how many steps are made."""
+    """Or the number of steps."""
     sampling: Literal["poisson", "shuffled"] = "poisson"
-    """Each image by a coin of its own in each step, or batches of a shuffled epoch, for which nothing is claimed."""
-    noise: str = "independent"
-    """Or correlated over steps: banded:B (BandMF, with cyclic Poisson sampling), bisr:B, or cgd:LAMBDA."""
+    """Poisson sampling, or batches of shuffled epochs, which are accounted for without amplification."""
+    noise: Annotated[str, Shown("NOISE")] = "independent"
+    """Independent noise, or correlated over steps: banded:B (BandMF, cyclic Poisson sampling), bisr:B, cgd:LAMBDA."""
     accountant: Literal["pld", "rdp", "rdp-old"] = "pld"
-    """How ε is computed; pld needs the privacy extra."""
-    png: Path | None = None
-    """Also draw ε over the epochs into this file (needs the plot extra)."""
+    """How ε is computed: privacy loss distributions, or Rényi DP."""
+    png: Annotated[Path | None, Shown("FILE")] = None
+    """Also draw ε over the epochs into this file: .png, .pdf or .svg."""
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps in which each example is expected once."""
-        return max(1, round(self.examples / self.batch_size))
+        return private_steps_per_epoch(self.batch_size, self.examples)
 
     @property
     def all_steps(self) -> int | None:
-        """What `epochs` or `steps` says; None where neither is given."""
+        """As `epochs` or `steps` says; None where neither is given."""
         return self.steps if self.epochs is None else self.epochs * self.steps_per_epoch
 
 
@@ -65,6 +63,7 @@ def check_account(options: Account) -> None:
         UsageError: a number is out of its range, or not one of ε, noise and length is missing.
     """
     check_ranges(options, _RULES)
+    check_picture(options.png)
     if options.runs:
         for name in ("epsilon", "noise_multiplier", "epochs", "steps", "png"):
             if getattr(options, name) is not None:
@@ -82,9 +81,9 @@ def check_account(options: Account) -> None:
         "--noise-multiplier": options.noise_multiplier,
         "--epochs or --steps": options.all_steps,
     }
-    found = [name for name, value in given.items() if value is not None]
-    if len(found) != 2:
-        raise UsageError(f"account takes two of {', '.join(given)}, and finds the third. Found {len(found)} of them.")
+    count = sum(value is not None for value in given.values())
+    if count != 2:
+        raise UsageError(f"account takes two of {', '.join(given)}, and computes the third. Found {count} of them.")
     check_noise(options.noise, options.sampling)
     if options.sampling == "shuffled" and options.accountant != Account.accountant:
         raise UsageError("--accountant has no effect with --sampling shuffled, whose account is exact.")

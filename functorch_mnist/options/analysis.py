@@ -2,12 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-import tyro
+from typing import Annotated, Literal
 
 from .train import Train, check
-from .words import Rule, UsageError, check_ranges, listed
+from .words import RUN, Rule, Shown, UsageError, check_picture, check_ranges, listed, range_of
 
 SCORES = ("loss", "el2n", "grand", "margin", "self-influence", "forgetting")
 """The scores of a training example, in the order in which they are shown."""
@@ -17,14 +15,14 @@ SCORES = ("loss", "el2n", "grand", "margin", "self-influence", "forgetting")
 class Evaluate:
     """Print a run's accuracy on the test images, per class, and its confusion matrix."""
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[Path, RUN]
     """The run's folder."""
     dataset: Literal["mnist", "fashion-mnist", "kmnist", "qmnist", "emnist-digits"] | None = None
     """Which data set; by default the run's own."""
-    data_dir: Path | None = None
+    data_dir: Annotated[Path | None, Shown("FOLDER")] = None
     """Read the data set's four IDX files from this folder instead."""
-    png: Path | None = None
-    """Also draw the confusion matrix into this file (needs the plot extra)."""
+    png: Annotated[Path | None, Shown("FILE")] = None
+    """Also draw the confusion matrix into this file: .png, .pdf or .svg."""
     batch_size: int = 1000
     """Images per call."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -33,14 +31,16 @@ class Evaluate:
 
 @dataclass(frozen=True, kw_only=True)
 class Predict:
-    """Print the digit, and its probability, for image files or for a range of test images."""
+    """Print the three likeliest digits, with their probabilities, of image files or test images."""
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[Path, RUN]
     """The run's folder."""
-    images: tyro.conf.Positional[tuple[Path, ...]] = ()
+    images: Annotated[tuple[Path, ...], Shown("IMAGE", positional=True)] = ()
     """Image files of any kind that Pillow reads: one digit each, dark on light or light on dark."""
-    test: tuple[int, int] | None = None
-    """First and last (not included) of a range of test images."""
+    test: Annotated[str | None, Shown("N|START:STOP")] = None
+    """Or the number of a test image, or a range of them, such as 0:100, its end not included."""
+    save_inputs: Annotated[Path | None, Shown("FOLDER")] = None
+    """Also save what the network sees of each image into this folder, as a PNG file."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to compute."""
 
@@ -49,22 +49,22 @@ class Predict:
 class Analysis:
     """What the commands that go over the training images have in common."""
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[Path, RUN]
     """The run's folder."""
     images: int | None = None
-    """Take only so many of the first training images."""
-    data_dir: Path | None = None
+    """Take only the first N of the run's training images."""
+    data_dir: Annotated[Path | None, Shown("FOLDER")] = None
     """Read the data set's four IDX files from this folder instead."""
-    out: Path | None = None
+    out: Annotated[Path | None, Shown("FOLDER")] = None
     """Where the results go; by default into the run's folder."""
     compile: Literal["on", "off"] = "off"
     """Compile the passes: worth its start-up time for many checkpoints."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to compute."""
     threads: int | None = None
-    """Number of CPU threads of each process; by default torch's own choice, or its part of the cores."""
+    """CPU threads of each process; by default torch's own choice, or its fraction of the cores."""
     processes: int = 1
-    """Compute in so many processes on this machine, with the same result; torchrun starts its own."""
+    """Compute in N processes on this machine, with the same result; torchrun starts its own."""
     timeout: int = 120
     """Seconds that a process waits for another one before the command ends."""
 
@@ -73,7 +73,7 @@ class Analysis:
 class Scores(Analysis):
     """Score every training image: a table, histograms and the images with the highest and lowest scores."""
 
-    scores: str = "loss,el2n,grand,margin"
+    scores: Annotated[str, Shown("NAMES")] = "loss,el2n,grand,margin"
     """Which, with commas: loss, el2n, grand, margin, self-influence, forgetting."""
     checkpoints: Literal["newest", "all"] = "newest"
     """Score at the newest checkpoint, or at all that the run keeps: scores are then means over them."""
@@ -84,10 +84,10 @@ class Mislabelled(Analysis):
     """Rank the training images by how likely their label is wrong; with --label-noise, flip some and find them."""
 
     label_noise: float | None = None
-    """Train anew with this part of the labels flipped, and say how many of the flips each score finds."""
+    """Train again with this fraction of the labels flipped, and report the recall of each score."""
     seed: int = 0
     """Names which labels are flipped."""
-    scores: str = "loss,el2n,grand,margin,self-influence"
+    scores: Annotated[str, Shown("NAMES")] = "loss,el2n,grand,margin,self-influence"
     """Rank by these, with commas: loss, el2n, grand, margin, self-influence, forgetting."""
     top: int = 20
     """How many of the most suspicious images are listed and shown."""
@@ -95,10 +95,10 @@ class Mislabelled(Analysis):
 
 @dataclass(frozen=True, kw_only=True)
 class Store(Analysis):
-    """Keep the projected gradients of the training images on disk, for influence --store; goes on where it stopped."""
+    """Store projected gradients of the training images on disk, for influence --store; resumes where it stopped."""
 
     features: int = 512
-    """Numbers of an image and checkpoint: more are nearer to the exact gradients."""
+    """Dimensions of a projected gradient: more are nearer to the exact gradients."""
     projection: Literal["principal", "random"] = "principal"
     """Along the principal directions of some gradients, or along random ones."""
     checkpoints: Literal["newest", "all"] = "newest"
@@ -111,12 +111,12 @@ class Store(Analysis):
 
 @dataclass(frozen=True, kw_only=True)
 class Influence(Analysis):
-    """Find the training images that helped and hurt most on a test image, or with a store on many."""
+    """Rank the training images by their influence on a test image, or with a store on many."""
 
-    test: str
+    test: Annotated[str, Shown("N|START:STOP")]
     """The number of the test image; with --store also a range of them, such as 0:100, its end not included."""
-    store: Path | None = None
-    """Ask this store of gradients, made by `store`, instead of computing them."""
+    store: Annotated[Path | None, Shown("FOLDER")] = None
+    """Read the gradients from this folder, made by the command store, instead of computing them."""
     method: Literal["tracin", "dot", "cosine", "inverse"] | None = None
     """TracIn over all checkpoints that the run or the store keeps (the default), the dot or cosine of gradients at the
     newest, or with --store an influence function: the dot after the damped inverse of their second moment."""
@@ -130,13 +130,7 @@ class Influence(Analysis):
         Raises:
             UsageError: they are no numbers, or none.
         """
-        first, colon, last = self.test.partition(":")
-        if not first.isdecimal() or (colon and not last.isdecimal()):
-            raise UsageError(f"--test must be a number from 0, or a range such as 0:100. Found {self.test}.")
-        start, stop = int(first), int(last) if colon else int(first) + 1
-        if start >= stop:
-            raise UsageError(f"--test must be a range with a test image in it. Found {self.test}.")
-        return start, stop
+        return range_of("--test", self.test)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,9 +138,9 @@ class NoiseScale(Analysis):
     """Print the gradient noise scale during training, with error bars, and what it says of the batch size."""
 
     images: int | None = 4096
-    """Estimate it at each checkpoint from so many of the first training images."""
+    """Estimate it at each checkpoint from the first N of the run's training images."""
     windows: int = 20
-    """Parts of the training over which the records of train --watch noise-scale are averaged."""
+    """Windows of the training over which the records of train --watch noise-scale are averaged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,14 +157,14 @@ class Plan:
     """Images per batch, for the costs."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward and backward pass."""
-    override: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Take a parameter another way, as NAME=WAY, such as conv2.weight=gram; may be given again."""
+    override: Annotated[tuple[str, ...], Shown("NAME=WAY", repeated=True)] = ()
+    """Take a parameter another way, as NAME=WAY, such as conv2.weight=gram; may be repeated."""
     tune: bool = False
     """Time the ways on this machine and keep the fastest for `train`, in the user's cache folder."""
     compile: Literal["on", "off"] = "off"
     """Whether what is timed is compiled, as for runs with --compile on."""
     threads: int | None = None
-    """Number of CPU threads; torch's own choice by default."""
+    """CPU threads; by default torch's own choice."""
 
     @property
     def training(self) -> Train:
@@ -197,11 +191,33 @@ _RULES: tuple[Rule, ...] = (
 )
 
 
+def check_evaluate(options: Evaluate) -> None:
+    """Refuses what can be refused before torch is imported.
+
+    Raises:
+        UsageError: there is no batch, or the picture cannot be written.
+    """
+    check_ranges(options, (("at least 1", lambda v: v >= 1, ("batch_size",)),))
+    check_picture(options.png)
+
+
+def check_predict(options: Predict) -> None:
+    """Refuses what can be refused before torch is imported.
+
+    Raises:
+        UsageError: there are no images, or both files and a range.
+    """
+    if bool(options.images) == (options.test is not None):
+        raise UsageError("predict needs image files, or test images by --test, such as --test 0:10, and not both.")
+    if options.test is not None:
+        range_of("--test", options.test)
+
+
 def check_plan(options: Plan) -> None:
     """Refuses what can be refused before torch is imported.
 
     Raises:
-        UsageError: a number is out of its range, or an option has no effect beside the others.
+        UsageError: a number is out of its range, or an option has no effect with the others.
     """
     check(options.training)
     for name in ("compile", "threads"):
@@ -223,6 +239,5 @@ def check_analysis(options: Analysis) -> None:
             raise UsageError(f"{what} needs a --store. Make one with: functorch-mnist store {options.run}")
         if options.store is not None and options.images is not None:
             raise UsageError("--images has no effect with --store, which has its own.")
-    scores = getattr(options, "scores", None)
-    if scores is not None and not listed("--scores", scores, SCORES):
-        raise UsageError(f"--scores must name one of {', '.join(SCORES)} at least. Found none.")
+    if isinstance(options, Scores | Mislabelled):
+        listed("--scores", options.scores, SCORES, least=1)

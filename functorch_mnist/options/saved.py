@@ -98,7 +98,7 @@ def _restored(name: str, value: Any, kind: Any) -> Any:
 
 
 def check_resumed(options: Train, saved: Train) -> None:
-    """Refuses to go on with a run under options that would make it another run.
+    """Refuses to resume a run under options that would make it another run.
 
     Raises:
         UsageError: an option that is not in `CHANGEABLE` differs.

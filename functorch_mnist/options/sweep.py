@@ -5,12 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from types import MappingProxyType
-from typing import Any, NamedTuple
-
-import tyro
+from typing import Annotated, Any, NamedTuple
 
 from .train import Train, check, chosen_of
-from .words import Rule, UsageError, check_ranges, flag, listed, number_of
+from .words import Rule, Shown, UsageError, check_ranges, flag, listed, number_of
 
 SWEPT = Train(hold_out=5000)
 """The defaults of a sweep's runs."""
@@ -40,43 +38,48 @@ SCHEDULES = ("constant", "cosine", "one-cycle", "step-decay")
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """Train many runs at once, and tell which did best on held-out images; the same command goes on after a stop.
+    """Train many runs at once, and report which did best on held-out images.
 
-    All runs have the images that --seed draws for --train-size and --imbalance."""
+    All options of train set what the runs have in common; see train --help. --hold-out is 5000 by default. The same
+    command with --out resumes a sweep that was stopped. All runs have the images that --seed draws for --train-size and
+    --imbalance."""
 
-    over: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """What the runs differ in, as NAME=VALUE,VALUE or NAME=LOW:HIGH; may be given again. NAME is lr, momentum,
+    over: Annotated[tuple[str, ...], Shown("NAME=VALUES", repeated=True)] = ()
+    """What the runs differ in, as NAME=VALUE,VALUE or NAME=LOW:HIGH; may be repeated. NAME is lr, momentum,
     weight-decay, label-smoothing, dropout, max-norm, or for clipped and noisy steps clip-norm, noise-multiplier."""
     trials: int | None = None
-    """Draw so many settings at random; without, all combinations of values are made."""
+    """Random search: draw N settings at random; without, a grid of all combinations of values."""
     seeds: int = 1
-    """Make each setting with so many seeds, from --seed on: error bars are over them."""
-    vmapped_runs: str = "auto"
-    """How many runs are trained in one call: a number, or auto to measure what is fastest."""
+    """Train each setting with N seeds, from --seed on: error bars are over them."""
+    vmapped_runs: Annotated[str, Shown("N|auto")] = "auto"
+    """How many runs are vmapped, trained in one call; auto measures what is fastest."""
     halve_every: int | None = None
-    """After each so many epochs, only the better settings go on."""
+    """Successive halving: after each N epochs only the better settings continue."""
     halve_keep: float = 0.5
-    """The part of the settings that goes on."""
-    training: tyro.conf.OmitArgPrefixes[Train] = SWEPT
+    """The fraction of the settings that continues."""
+    training: Train = SWEPT
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compare:
-    """Compare losses, optimizers and schedules, each at its own best learning rate on held-out images."""
+    """Compare losses, optimizers and schedules, each at its own best learning rate on held-out images.
 
-    losses: str = "cross-entropy,mse"
+    All options of train set what the runs have in common; see train --help. The defaults here are --model mlp
+    --train-size 10000 --hold-out 5000 --epochs 3."""
+
+    losses: Annotated[str, Shown("NAMES")] = "cross-entropy,mse"
     """Which, with commas: cross-entropy, mse."""
-    optimizers: str = "sgd,momentum,nesterov,adam,adamw"
+    optimizers: Annotated[str, Shown("NAMES")] = "sgd,momentum,nesterov,adam,adamw"
     """Which, with commas: sgd, momentum, nesterov, adam, adamw."""
-    schedules: str = "constant,one-cycle"
+    schedules: Annotated[str, Shown("NAMES")] = "constant,one-cycle"
     """Which, with commas: constant, cosine, one-cycle, step-decay."""
-    lrs: str = "0.0003,0.001,0.003,0.01,0.03,0.1,0.3,1"
+    lrs: Annotated[str, Shown("NUMBERS")] = "0.0003,0.001,0.003,0.01,0.03,0.1,0.3,1"
     """The learning rates of which each takes its best."""
     seeds: int = 3
-    """Make each run with so many seeds, from --seed on: error bars are over them."""
-    vmapped_runs: str = "auto"
-    """How many runs are trained in one call: a number, or auto to measure what is fastest."""
-    training: tyro.conf.OmitArgPrefixes[Train] = COMPARED
+    """Train each run with N seeds, from --seed on: error bars are over them."""
+    vmapped_runs: Annotated[str, Shown("N|auto")] = "auto"
+    """How many runs are vmapped, trained in one call; auto measures what is fastest."""
+    training: Train = COMPARED
 
 
 class Axis(NamedTuple):
@@ -103,15 +106,15 @@ _UNUSED = (
 
 
 def axes(options: Sweep) -> tuple[Axis, ...]:
-    """What `--over` says.
+    """The axes that `--over` names.
 
     Raises:
         UsageError: it cannot be read.
     """
-    found: dict[str, Axis] = {}
+    every: dict[str, Axis] = {}
     for text in options.over:
         name, equals, values = (part.strip() for part in text.partition("="))
-        if not equals or name not in OVER or name in found:
+        if not equals or name not in OVER or name in every:
             raise UsageError(f"--over takes each of {', '.join(OVER)} once, as NAME=VALUES. Found {text!r:.80}.")
         ranged = ":" in values
         parts = [part for part in values.split(":" if ranged else ",") if part.strip()]
@@ -121,8 +124,8 @@ def axes(options: Sweep) -> tuple[Axis, ...]:
         if ranged and (len(numbers) != 2 or numbers[0] > numbers[1] or (name in LOGARITHMIC and numbers[0] == 0)):
             above = ", above 0," if name in LOGARITHMIC else ""
             raise UsageError(f"--over {name} takes a range as LOW:HIGH{above} from low to high. Found {values!r:.80}.")
-        found[name] = Axis(name, numbers, ranged)
-    return tuple(found.values())
+        every[name] = Axis(name, numbers, ranged)
+    return tuple(every.values())
 
 
 def set_to(options: Train, field: str, value: Any) -> Train:
@@ -139,14 +142,16 @@ def check_sweep(options: Sweep) -> None:
     """
     check_ranges(options, _RULES)
     _check_many(options.training, options.vmapped_runs, options.seeds)
-    found = axes(options)
-    if any(axis.ranged for axis in found) and options.trials is None:
-        raise UsageError("A range is drawn from: set --trials, such as 20. Found a range without it.")
-    if options.trials is not None and not any(axis.ranged for axis in found):
+    swept = axes(options)
+    if any(axis.ranged for axis in swept) and options.trials is None:
+        raise UsageError("A range needs random search: set --trials, such as 20. Found a range without it.")
+    if options.trials is not None and not any(axis.ranged for axis in swept):
         raise UsageError("--trials draws from a range, as in --over lr=0.01:1. Found none.")
     if options.halve_every is None and options.halve_keep != Sweep.halve_keep:
         raise UsageError("--halve-keep has no effect without --halve-every.")
-    for axis in found:
+    if not swept and options.seeds == 1:
+        raise UsageError("sweep needs --over, such as --over lr=0.01,0.1, or several --seeds. Found neither.")
+    for axis in swept:
         if chosen_of(options.training, axis.field):
             raise UsageError(f"--{axis.name} differs between the runs. Found {flag(axis.field)} as well: leave it out.")
         if axis.name == "label-smoothing" and (
@@ -170,21 +175,21 @@ def combinations(options: Compare) -> dict[tuple[str, str, str], Train]:
     Raises:
         UsageError: a name is unknown, or there is none of a kind.
     """
-    found = {}
+    runs = {}
     for loss, optimizer, schedule in product(
-        _some("--losses", options.losses, LOSSES),
-        _some("--optimizers", options.optimizers, tuple(OPTIMIZERS)),
-        _some("--schedules", options.schedules, SCHEDULES),
+        listed("--losses", options.losses, LOSSES, least=1),
+        listed("--optimizers", options.optimizers, tuple(OPTIMIZERS), least=1),
+        listed("--schedules", options.schedules, SCHEDULES, least=1),
     ):
         given: dict[str, Any] = {"loss": loss, "schedule": schedule, **OPTIMIZERS[optimizer]}
         if options.training.weight_decay:
             given.pop("weight_decay", None)
-        found[loss, optimizer, schedule] = replace(options.training, **given)
-    return found
+        runs[loss, optimizer, schedule] = replace(options.training, **given)
+    return runs
 
 
 def lrs(options: Compare) -> tuple[float, ...]:
-    """What `--lrs` says.
+    """The learning rates that `--lrs` lists.
 
     Raises:
         UsageError: it cannot be read.
@@ -211,13 +216,6 @@ def check_compare(options: Compare) -> None:
         check(one)
 
 
-def _some(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    found = listed(option, text, known)
-    if not found:
-        raise UsageError(f"{option} must name one of {', '.join(known)} at least. Found none.")
-    return found
-
-
 def _rounded(value: float) -> float:
     """The number as float32."""
     rounded: float = struct.unpack("f", struct.pack("f", value))[0]
@@ -231,7 +229,7 @@ def _check_many(training: Train, vmapped_runs: str, seeds: int) -> None:
             raise UsageError(f"{flag(name)} is for single runs. Leave it out.")
     check(training)
     if not training.hold_out:
-        raise UsageError("Runs are told apart by held-out images. Found none. Set --hold-out, such as 5000.")
+        raise UsageError("Runs are compared by held-out images. Found none. Set --hold-out, such as 5000.")
     if training.sampler == "balanced":
         raise UsageError("--sampler balanced is for single runs. Leave it out.")
     if training.seed + seeds > 2**63:

@@ -1,13 +1,13 @@
 """The options of `train`."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Annotated, Literal
 
-from .words import Rule, UsageError, check_ranges, flag, listed, named, number_of
+from .words import Rule, Shown, UsageError, check_ranges, flag, listed, named, number_of
 
 AUGMENTATIONS = ("shift", "rotate", "scale", "shear", "elastic", "erase")
 """What images can be changed by."""
@@ -24,23 +24,33 @@ class Train:
     """Train a classifier, and print its accuracy on the test images."""
 
     recipe: Literal["tutorial", "fast", "best", "private"] = "tutorial"
-    """Defaults of all other options: the tutorial's, those that reach 99 % soonest, the most accurate, or the best
-    private ones."""
+    """Defaults of all other options: the tutorial's, the fastest to 99 %, the most accurate, the best private ones."""
     dataset: Literal["mnist", "fashion-mnist", "kmnist", "qmnist", "emnist-digits"] = "mnist"
     """Which data set; all but mnist are downloaded once."""
-    data_dir: Path | None = None
+    data_dir: Annotated[Path | None, Shown("FOLDER")] = None
     """Read the data set's four IDX files from this folder instead."""
     train_size: int | None = None
-    """Train on so many training images only, drawn by the seed."""
+    """Train on N training images only, drawn at random by the seed."""
     hold_out: int = 0
-    """Keep so many training images apart, the same for all seeds; their accuracy is printed after each epoch."""
-    imbalance: str | None = None
-    """Keep only a part of a class's training images, as CLASS=PART with commas, such as 8=0.01,9=0.01."""
+    """Hold out N training images, the same for all seeds; their accuracy is printed after each epoch."""
+    imbalance: Annotated[str | None, Shown("CLASS=FRACTION,…")] = None
+    """Keep only a fraction of some classes' training images, such as 8=0.01,9=0.01."""
+    sampler: Literal["shuffled", "balanced"] = "shuffled"
+    """Each image once per epoch, or each class equally often."""
     deskew: bool = False
     """First deskew each image by its own moments, as --model scattering always does."""
+    augment: Annotated[str | None, Shown("NAME=STRENGTH,…")] = None
+    """Change images at random at each step: shift (pixels), rotate (degrees), scale (fraction), shear (pixels per
+    pixel), elastic (pixels), erase (fraction of the side)."""
+    mixup: float = 0.0
+    """Mix each image and its label with another's, with weights from a beta distribution of this parameter."""
+    augment_multiplicity: int = 0
+    """Average each image's loss over N randomly shifted copies; 0 takes the image as it is."""
+    max_shift: int = 2
+    """The largest shift of such a copy, in pixels."""
     model: Literal["cnn", "mlp", "linear", "small-cnn", "scattering"] = "cnn"
-    """Which model; scattering is a linear map of fixed features: of wavelets over the deskewed image, what tells
-    random glyphs apart."""
+    """Which model; scattering is a linear map of fixed features: discriminants, of random glyphs, of the wavelet
+    scattering of the deskewed image."""
     hidden: tuple[int, ...] = (128,)
     """Widths of the mlp's hidden layers."""
     activation: Literal["relu", "sigmoid", "tanh"] = "relu"
@@ -50,20 +60,14 @@ class Train:
     loss: Literal["cross-entropy", "mse"] = "cross-entropy"
     """Cross-entropy, or the squared error of the probabilities."""
     label_smoothing: float = 0.0
-    """Part of the cross-entropy's target that is spread over all classes."""
+    """Fraction of the cross-entropy's target that is spread over all classes."""
     focal_gamma: float = 0.0
-    """Focal loss: weigh an image's cross-entropy by (1 - its class's probability) to this power."""
-    class_weights: str | None = None
-    """Weigh the loss of each class: balanced, effective (by its effective number of images), or numbers with commas."""
+    """γ of the focal loss: weigh an image's cross-entropy by (1 - its class's probability) to this power."""
+    class_weights: Annotated[str | None, Shown("WEIGHTS")] = None
+    """Weigh the loss of each class: balanced, effective (by its effective number of images), or ten numbers with
+    commas."""
     logit_adjustment: float = 0.0
-    """Train on outputs to which so many times the logarithm of each class's share of the images is added."""
-    sampler: Literal["shuffled", "balanced"] = "shuffled"
-    """Each image once in an epoch, or each class as often as the others."""
-    augment: str | None = None
-    """Change images at random, each time anew, as NAME=STRENGTH with commas: shift (pixels), rotate (degrees), scale
-    (part), shear (pixels per pixel), elastic (pixels), erase (part of the side)."""
-    mixup: float = 0.0
-    """Mix each image and its label with another's, by a share drawn from a beta distribution of this parameter."""
+    """τ of logit adjustment: add τ times the logarithm of each class's frequency to the outputs in training."""
     epochs: int = 1
     """How often each training image is seen."""
     batch_size: int = 64
@@ -73,63 +77,72 @@ class Train:
     schedule: Literal["constant", "cosine", "one-cycle", "step-decay"] = "constant"
     """Learning rate over training; step-decay divides it by 10 after each epoch."""
     warmup: float = 0.3
-    """Part of the training in which one-cycle goes up."""
+    """Fraction of the training in which one-cycle goes up."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    """What makes steps of gradients."""
+    """The optimizer."""
     momentum: float = 0.9
-    """Momentum of SGD, or the decay of Adam's mean."""
+    """Momentum of SGD, or β1 of Adam."""
     beta2: float = 0.999
-    """Decay of Adam's mean square."""
+    """β2 of Adam."""
     dampening: float = 0.0
     """Dampening of SGD's momentum."""
     weight_decay: float = 0.0
-    """Weight decay: added to the gradient, but for adamw, which takes it off the parameters."""
+    """Weight decay: an L2 penalty's gradient, or decoupled with adamw."""
     nesterov: bool = False
     """Nesterov's form of momentum."""
     max_norm: float | None = None
-    """Scale the mean gradient down to this norm where it is larger."""
+    """Clip the mean gradient to this norm."""
     ema_decay: float = 0.0
-    """Keep a moving average of the parameters with this decay, and test that; 0 keeps none."""
+    """Decay of an exponential moving average (EMA) of the parameters, which is then what is tested; 0 keeps none."""
     swa_start: float | None = None
-    """Instead, average the parameters of the epochs' ends from this part of the training on (stochastic weight
-    averaging)."""
+    """Stochastic weight averaging (SWA): average the parameters of the epochs' ends from this fraction of the training
+    on."""
     patience: int | None = None
-    """End after so many epochs without a higher accuracy on held-out images, and keep the best epoch's parameters."""
-    tune: str | None = None
-    """First improve these by gradients through a short training: lr, momentum, weight-decay, with commas; a decay of 0
-    begins at 1e-4."""
+    """Early stopping: end after N epochs without a higher held-out accuracy, and keep the best epoch's parameters."""
+    seed: int = 0
+    """Names all random streams: initial parameters, order of images, dropout; of a private run only what is public."""
+    private: bool = False
+    """DP-SGD: train with differential privacy, by clipped per-sample gradients and noise."""
+    epsilon: float | None = None
+    """The budget: calibrate the noise multiplier so that all epochs together spend this ε."""
+    noise_multiplier: float | None = None
+    """Or give it: the noise's standard deviation over the sensitivity of a step."""
+    delta: float = 1e-5
+    """δ at which ε is reported."""
+    clipping: Literal["flat", "automatic", "global", "per-layer", "quantile"] = "flat"
+    """How per-sample gradients are clipped; with quantile the clipping norm follows their median norm."""
+    clip_norm: float = 1.0
+    """The clipping norm: the largest norm of a per-sample gradient; with quantile the first one."""
+    sampling: Literal["poisson", "shuffled"] = "poisson"
+    """Poisson sampling, or batches of shuffled epochs, which are accounted for without amplification."""
+    noise: Annotated[str, Shown("NOISE")] = "independent"
+    """Independent noise, or correlated over steps: banded:B (BandMF, cyclic Poisson sampling), bisr:B, cgd:LAMBDA."""
+    accountant: Literal["pld", "rdp", "rdp-old"] = "pld"
+    """How ε is computed: privacy loss distributions, or Rényi DP."""
+    audit: int = 0
+    """Audit the run with N canaries, such as 1000, and print the lower bound on ε that they show; 0 for none."""
+    noise_seed: int | None = None
+    """Draw sampling and noise from this seed: a reproduction, which is not private."""
+    tune: Annotated[str | None, Shown("NAMES")] = None
+    """First tune these by hypergradients through a short training: lr, momentum, weight-decay, with commas; a weight
+    decay of 0 begins at 1e-4."""
     tune_steps: int = 200
     """Steps of the training that is differentiated."""
     tune_rounds: int = 15
     """How often it is made."""
-    augment_multiplicity: int = 0
-    """Average each image's loss over so many randomly shifted copies; 0 takes the image as it is."""
-    max_shift: int = 2
-    """Most pixels that a copy is shifted by."""
-    private: bool = False
-    """Train with differential privacy: clipped gradients of single images, with noise."""
-    epsilon: float | None = None
-    """Find the noise multiplier that spends this ε over all epochs."""
-    noise_multiplier: float | None = None
-    """Or give it: the noise's standard deviation over the sensitivity of a step."""
-    delta: float = 1e-5
-    """δ at which ε is told."""
-    clipping: Literal["flat", "automatic", "global", "per-layer", "quantile"] = "flat"
-    """How single gradients are clipped; with quantile the norm follows their median."""
-    clip_norm: float = 1.0
-    """The largest norm of a single image's gradient; with quantile the first."""
-    sampling: Literal["poisson", "shuffled"] = "poisson"
-    """Draw each image by a coin of its own, or cut shuffled epochs into batches, whose account is not amplified."""
-    noise: str = "independent"
-    """Or correlated over steps: banded:B (BandMF, with cyclic Poisson sampling), bisr:B, or cgd:LAMBDA."""
-    accountant: Literal["pld", "rdp", "rdp-old"] = "pld"
-    """How ε is computed; pld needs the privacy extra."""
-    audit: int = 0
-    """Plant so many canaries, such as 1000, and print the lower bound on ε that they have shown; 0 for none."""
-    noise_seed: int | None = None
-    """Draw sampling and noise from this seed: a reproduction, which is not private."""
-    seed: int = 0
-    """Names all random streams: initial parameters, order of images, dropout; of a private run only what is public."""
+    out: Annotated[Path | None, Shown("FOLDER")] = None
+    """The run's folder, which must not hold a run yet; by default runs/ and the date and time."""
+    resume: Annotated[Path | None, Shown("RUN")] = None
+    """Resume the run in this folder, with its options."""
+    save_every: int = 500
+    """Steps between checkpoints; there is also one at the end."""
+    keep: int = 3
+    """How many checkpoints to keep."""
+    watch: Annotated[str | None, Shown("NAMES")] = None
+    """Record per-sample gradients: noise-scale, norms, or both with a comma; or, alone, value: what each training image
+    was worth to the held-out loss."""
+    watch_every: int = 1
+    """Steps from one record to the next."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward and backward pass; parameters, loss and optimizer are always float32."""
     compile: Literal["on", "off"] = "off"
@@ -137,26 +150,13 @@ class Train:
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to train."""
     threads: int | None = None
-    """CPU threads of each process; by default torch's own choice, or its part of the cores; 1 with --shards."""
+    """CPU threads of each process; by default torch's own choice, or its fraction of the cores; 1 with --shards."""
     processes: int = 1
-    """Train in so many processes on this machine, with the same result; torchrun starts its own."""
+    """Train in N processes on this machine, with the same result; torchrun starts its own."""
     shards: int | None = None
-    """Sum each batch in so many parts, a power of two, in a fixed order: 1, 2, 4, … processes end bit for bit alike."""
+    """Sum each batch in N parts, a power of two, in a fixed order: 1, 2, 4, … processes end bit for bit alike."""
     timeout: int = 120
     """Seconds that a process waits for another one before the run ends."""
-    watch: str | None = None
-    """Record what sample gradients are like: noise-scale, norms, or both with a comma; or, alone, value: what each
-    training image was worth to the loss on held-out images."""
-    watch_every: int = 1
-    """Steps from one record to the next."""
-    out: Path | None = None
-    """The run's folder, which must not hold a run yet; by default runs/ and the date and time."""
-    resume: Path | None = None
-    """Go on with the run in this folder, with its options."""
-    save_every: int = 500
-    """Steps between checkpoints; there is also one at the end."""
-    keep: int = 3
-    """How many checkpoints to keep."""
 
 
 RECIPES: Mapping[str, Train] = MappingProxyType(
@@ -258,49 +258,145 @@ _ONLY_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
         "warmup": ("schedule", ("one-cycle",)),
     }
 )
+_NEEDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"augment_multiplicity": ("max_shift",), "tune": ("tune_steps", "tune_rounds"), "watch": ("watch_every",),
+     "private": PRIVATE}
+)  # fmt: skip
+"""The options that do nothing without another one."""
+_SHOW_MORE = ("hold_out", "imbalance", "class_weights", "logit_adjustment", "mixup", "tune")
+"""What uses more of the images than private steps do."""
+_CONFLICTS: tuple[tuple[Callable[[Train], object], str], ...] = (
+    *(
+        (
+            lambda o, name=name: o.model == "scattering" and getattr(o, name),
+            f"{flag(name)} has no effect with --model scattering, whose features are computed once.",
+        )
+        for name in ("augment_multiplicity", "augment", "mixup")
+    ),
+    (
+        lambda o: o.shards is not None and o.shards % o.processes,
+        "--processes must divide --shards {o.shards}. Found {o.processes}.",
+    ),
+    (
+        lambda o: o.optimizer != "sgd" and o.momentum >= 1,
+        "--momentum must be below 1 with --optimizer {o.optimizer}. Found {o.momentum}.",
+    ),
+    (
+        lambda o: o.focal_gamma and o.label_smoothing,
+        "--focal-gamma has no smoothed labels. Found --label-smoothing as well. Leave one out.",
+    ),
+    *(
+        (
+            lambda o, name=name: o.augment_multiplicity and getattr(o, name),
+            f"--augment-multiplicity is of shifted images. Found {flag(name)} as well. Leave one out.",
+        )
+        for name in ("augment", "mixup")
+    ),
+    (
+        lambda o: o.mixup and o.loss != "cross-entropy",
+        "--mixup mixes losses of labels: it needs --loss cross-entropy. Found --loss {o.loss}.",
+    ),
+    (
+        lambda o: o.ema_decay and o.swa_start is not None,
+        "--ema-decay and --swa-start are two averages. Found both. Leave one out.",
+    ),
+    (
+        lambda o: o.patience is not None and not o.hold_out,
+        "--patience needs held-out images. Found none. Set --hold-out, such as 5000.",
+    ),
+    (
+        lambda o: o.tune is not None and not o.hold_out,
+        "--tune needs held-out images. Found none. Set --hold-out, such as 5000.",
+    ),
+    (
+        lambda o: "lr" in tuned_names(o) and o.lr < 1e-30,
+        "--tune lr begins at --lr, which must be 1e-30 at least. Found {o.lr}.",
+    ),
+    (
+        lambda o: "weight-decay" in tuned_names(o) and 0 < o.weight_decay < 1e-30,
+        "--tune begins at --weight-decay, which must be 0 or 1e-30 at least. Found {o.weight_decay}.",
+    ),
+    (
+        lambda o: "momentum" in tuned_names(o) and o.momentum >= 1,
+        "--tune momentum begins at --momentum, which must be below 1. Found {o.momentum}.",
+    ),
+    (
+        lambda o: o.tune is not None and o.sampler == "balanced",
+        "--tune differentiates shuffled batches. Found --sampler balanced. Leave one out.",
+    ),
+    (
+        lambda o: o.private and o.epsilon is None and o.noise_multiplier is None,
+        "--private needs one of --epsilon and --noise-multiplier. Found neither.",
+    ),
+    (
+        lambda o: o.private and o.epsilon is not None and o.noise_multiplier is not None,
+        "--private needs one of --epsilon and --noise-multiplier. Found both.",
+    ),
+    (
+        lambda o: o.private and o.watch is not None,
+        "--watch records per-sample gradients without noise, which --private must not. Leave one out.",
+    ),
+    *(
+        (
+            lambda o, name=name: o.private and chosen_of(o, name),
+            f"{flag(name)} uses more of the images than private steps do. Leave it or --private out.",
+        )
+        for name in _SHOW_MORE
+    ),
+    (
+        lambda o: o.private and o.sampler == "balanced",
+        "--sampler balanced uses the classes' counts, which --private must not. Leave one out.",
+    ),
+    (
+        lambda o: o.private and o.sampling == "shuffled" and chosen_of(o, "accountant"),
+        "--accountant has no effect with --sampling shuffled, whose account is exact.",
+    ),
+    (
+        lambda o: "noise-scale" in watched(o) and o.batch_size < 2,
+        "--watch noise-scale needs a --batch-size of 2 at least. Found 1.",
+    ),
+    (
+        lambda o: "value" in watched(o) and len(watched(o)) > 1,
+        "--watch value makes steps of its own. Found {o.watch} together. Leave it alone.",
+    ),
+    (
+        lambda o: "value" in watched(o) and not o.hold_out,
+        "--watch value needs held-out images. Found none. Set --hold-out, such as 5000.",
+    ),
+)
+"""What does not go together, and what is said of it."""
 
 
 def check(options: Train) -> None:
     """Refuses what can be refused before torch is imported.
 
     Raises:
-        UsageError: a number is out of its range, or an option has no effect beside the others.
+        UsageError: a number is out of its range, or an option has no effect with the others.
     """
     check_ranges(options, _RULES)
     for name, (other, values) in _ONLY_WITH.items():
         if chosen_of(options, name) and getattr(options, other) not in values:
             raise UsageError(f"{flag(name)} has no effect with {flag(other)} {getattr(options, other)}.")
-
-    if options.augment_multiplicity and options.model == "scattering":
-        raise UsageError(
-            "--augment-multiplicity has no effect with --model scattering, whose features are computed once."
-        )
-    if not options.augment_multiplicity and chosen_of(options, "max_shift"):
-        raise UsageError("--max-shift has no effect without --augment-multiplicity.")
-    if options.shards is not None and options.shards % options.processes:
-        raise UsageError(f"--processes must divide --shards {options.shards}. Found {options.processes}.")
-    if options.optimizer != "sgd" and options.momentum >= 1:
-        raise UsageError(f"--momentum must be below 1 with --optimizer {options.optimizer}. Found {options.momentum}.")
-    _check_parts(options)
-    _check_tuning(options)
+    for other, names in _NEEDS.items():
+        for name in names:
+            if not getattr(options, other) and chosen_of(options, name):
+                raise UsageError(f"{flag(name)} has no effect without {flag(other)}.")
+    augmentation(options), class_fractions(options), given_weights(options)  # which refuse what they cannot read
+    for fault, message in _CONFLICTS:
+        if fault(options):
+            raise UsageError(message.format(o=options))
     if options.private:
-        _check_private(options)
-    else:
-        for name in PRIVATE:
-            if chosen_of(options, name):
-                raise UsageError(f"{flag(name)} has no effect without --private.")
-    if options.watch is None and options.watch_every != 1:
-        raise UsageError("--watch-every has no effect without --watch.")
-    if options.watch is not None:
-        watches = listed("--watch", options.watch, WATCHES)
-        if not watches:
-            raise UsageError(f"--watch must name one of {', '.join(WATCHES)} at least. Found none.")
-        if "noise-scale" in watches and options.batch_size < 2:
-            raise UsageError("--watch noise-scale needs a --batch-size of 2 at least. Found 1.")
-        if "value" in watches and len(watches) > 1:
-            raise UsageError(f"--watch value is of steps of its own. Found {options.watch} together. Leave it alone.")
-        if "value" in watches and not options.hold_out:
-            raise UsageError("--watch value needs held-out images. Found none. Set --hold-out, such as 5000.")
+        check_noise(options.noise, options.sampling)
+
+
+def tuned_names(options: Train) -> tuple[str, ...]:
+    """What `--tune` names."""
+    return () if options.tune is None else listed("--tune", options.tune, TUNED, least=1)
+
+
+def watched(options: Train) -> tuple[str, ...]:
+    """What `--watch` names."""
+    return () if options.watch is None else listed("--watch", options.watch, WATCHES, least=1)
 
 
 def augmentation(options: Train) -> dict[str, float]:
@@ -308,10 +404,10 @@ def augmentation(options: Train) -> dict[str, float]:
     return {} if options.augment is None else named("--augment", options.augment, most=100.0, known=AUGMENTATIONS)
 
 
-def cut_classes(options: Train) -> dict[int, float]:
-    """The parts of classes that `--imbalance` names."""
-    parts = {} if options.imbalance is None else named("--imbalance", options.imbalance, most=1.0)
-    return {int(name): part for name, part in parts.items()}
+def class_fractions(options: Train) -> dict[int, float]:
+    """The fractions of classes that `--imbalance` keeps."""
+    fractions = {} if options.imbalance is None else named("--imbalance", options.imbalance, most=1.0)
+    return {int(name): fraction for name, fraction in fractions.items()}
 
 
 def given_weights(options: Train) -> tuple[float, ...] | None:
@@ -327,52 +423,6 @@ def given_weights(options: Train) -> tuple[float, ...] | None:
     return tuple(number_of("--class-weights", text, least=0.0, most=1e6) for text in texts)
 
 
-def _check_parts(options: Train) -> None:
-    """What is told of images and classes."""
-    cut_classes(options)
-    given_weights(options)
-    changed = [flag(name) for name in ("augment", "mixup") if getattr(options, name)]
-    if options.focal_gamma and options.label_smoothing:
-        raise UsageError("--focal-gamma has no smoothed labels. Found --label-smoothing as well. Leave one out.")
-    if augmentation(options) and options.model == "scattering":
-        raise UsageError("--augment has no effect with --model scattering, whose features are computed once.")
-    if options.mixup and options.model == "scattering":
-        raise UsageError("--mixup has no effect with --model scattering, whose features are computed once.")
-    if options.augment_multiplicity and changed:
-        raise UsageError(
-            f"--augment-multiplicity is of shifted images. Found {' and '.join(changed)} as well. Leave one out."
-        )
-    if options.mixup and options.loss != "cross-entropy":
-        raise UsageError("--mixup mixes losses of labels: it needs --loss cross-entropy.")
-    if options.ema_decay and options.swa_start is not None:
-        raise UsageError("--ema-decay and --swa-start are two averages. Found both. Leave one out.")
-
-
-def _check_tuning(options: Train) -> None:
-    if options.patience is not None and not options.hold_out:
-        raise UsageError("--patience needs held-out images. Found none. Set --hold-out, such as 5000.")
-    if options.tune is None:
-        for name in ("tune_steps", "tune_rounds"):
-            if chosen_of(options, name):
-                raise UsageError(f"{flag(name)} has no effect without --tune.")
-        return
-    names = listed("--tune", options.tune, TUNED)
-    if not names:
-        raise UsageError(f"--tune must name one of {', '.join(TUNED)} at least. Found none.")
-    if not options.hold_out:
-        raise UsageError("--tune needs held-out images. Found none. Set --hold-out, such as 5000.")
-    if "lr" in names and options.lr < 1e-30:
-        raise UsageError(f"--tune lr begins at --lr, which must be 1e-30 at least. Found {options.lr}.")
-    if "weight-decay" in names and 0 < options.weight_decay < 1e-30:
-        raise UsageError(
-            f"--tune begins at --weight-decay, which must be 0 or 1e-30 at least. Found {options.weight_decay}."
-        )
-    if "momentum" in names and options.momentum >= 1:
-        raise UsageError(f"--tune momentum begins at --momentum, which must be below 1. Found {options.momentum}.")
-    if options.sampler == "balanced":
-        raise UsageError("--tune differentiates shuffled batches. Found --sampler balanced. Leave one out.")
-
-
 def check_noise(noise: str, sampling: str) -> None:
     """Refuses a `--noise` that is none.
 
@@ -381,7 +431,9 @@ def check_noise(noise: str, sampling: str) -> None:
     """
     kind, parameter = noise_of(noise)
     if kind == "banded" and sampling == "shuffled":
-        raise UsageError("--noise banded samples by coins. Found --sampling shuffled. Leave one out, or take bisr.")
+        raise UsageError(
+            "--noise banded takes Poisson sampling. Found --sampling shuffled. Leave one out or take bisr."
+        )
     if kind in ("bisr", "cgd") and sampling != "shuffled":
         raise UsageError(f"--noise {kind} takes batches in a fixed order. Add --sampling shuffled, or take banded.")
     if kind in ("banded", "bisr") and not 1 <= parameter <= 64:
@@ -408,23 +460,12 @@ def noise_of(noise: str) -> tuple[str, float]:
     return kind, parameter
 
 
+def private_steps_per_epoch(batch_size: int, examples: int) -> int:
+    """Steps in which each example is expected once."""
+    return max(1, round(examples / batch_size))
+
+
 def chosen_of(options: Train, name: str) -> bool:
     """Whether an option is neither the tutorial's nor its recipe's."""
     value = getattr(options, name)
     return all(value != getattr(one, name) for one in (RECIPES["tutorial"], RECIPES[options.recipe]))
-
-
-def _check_private(options: Train) -> None:
-    if (options.epsilon is None) == (options.noise_multiplier is None):
-        found = "neither" if options.epsilon is None else "both"
-        raise UsageError(f"--private needs one of --epsilon and --noise-multiplier. Found {found}.")
-    if options.watch is not None:
-        raise UsageError("--watch records single gradients without noise, which --private must not. Leave one out.")
-    for name in ("hold_out", "imbalance", "class_weights", "logit_adjustment", "mixup", "tune"):
-        if chosen_of(options, name):
-            raise UsageError(f"{flag(name)} uses more of the images than private steps do. Leave it or --private out.")
-    if options.sampler == "balanced":
-        raise UsageError("--sampler balanced uses the classes' counts, which --private must not. Leave one out.")
-    check_noise(options.noise, options.sampling)
-    if options.sampling == "shuffled" and chosen_of(options, "accountant"):
-        raise UsageError("--accountant has no effect with --sampling shuffled, whose account is exact.")
