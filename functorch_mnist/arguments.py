@@ -10,24 +10,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import tree
+
 
 def check_params(where: str, params: object) -> None:
-    """Refuses a module, an iterator over one, or a training state where parameters belong.
+    """Refuses what is no pytree of float tensors: a module, an iterator over one, a training state, integers.
 
     Raises:
-        TypeError: it is one.
+        TypeError: it is none.
     """
-    if isinstance(params, nn.Module):
-        raise TypeError(
-            f"{where}: params must be a pytree of tensors. Found the module {type(params).__name__}. "
-            "Take params, model = models.from_module(module), and model.apply as the function of them?"
-        )
+    rule = f"{where}: params must be a pytree of float tensors."
     if inspect.isgenerator(params):
-        raise TypeError(
-            f"{where}: params must be a pytree of tensors. Found a generator. Pass dict(module.named_parameters())?"
-        )
+        raise TypeError(f"{rule} Found a generator. Pass dict(module.named_parameters())?")
     if hasattr(params, "params") and hasattr(params, "optimizer"):
-        raise TypeError(f"{where}: params must be a pytree of tensors. Found {shown(params)}. Pass its params?")
+        raise TypeError(f"{rule} Found {shown(params)}. Pass its params?")
+    for i, leaf in enumerate(tree.leaves(params)):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            continue
+        path = tree.paths(params)[i]
+        place = f" at {path!r}" if path else ""
+        if isinstance(leaf, nn.Module):
+            raise TypeError(
+                f"{rule} Found the module {type(leaf).__name__}{place}. "
+                "Use params, model = models.from_module(module), and model.apply as the function of them."
+            )
+        if isinstance(leaf, Tensor):
+            raise TypeError(
+                f"{rule} Found {leaf.dtype} {tuple(leaf.shape)}{place}. Convert it to float, or let the loss close over it."
+            )
+        raise TypeError(
+            f"{rule} Found {type(leaf).__name__}{place}. Is it what model.init(key) or from_module returns?"
+        )
 
 
 def check_key(where: str, key: object) -> None:

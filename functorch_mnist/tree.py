@@ -137,24 +137,6 @@ def replaced(tree: Tree, which: Callable[[Tree], bool], by: Callable[[Any], Tree
     return pytree.tree_map(lambda node: by(node) if which(node) else node, tree, is_leaf=which)
 
 
-def check_params(where: str, params: Tree) -> None:
-    """Raises TypeError for parameters that are not a pytree of float tensors."""
-    values = leaves(params)
-    wrong = [i for i, leaf in enumerate(values) if not isinstance(leaf, Tensor) or not leaf.is_floating_point()]
-    if not wrong:
-        return
-    leaf, path = values[wrong[0]], paths(params)[wrong[0]]
-    if isinstance(leaf, torch.nn.Module):
-        found, remedy = f"the module {type(leaf).__name__}", "Use params, model = models.from_module(module)"
-    elif isinstance(leaf, Tensor):
-        found, remedy = f"{leaf.dtype} {tuple(leaf.shape)}", "Convert it to float, or let the loss close over it"
-    else:
-        found, remedy = f"{type(leaf).__name__}", "Is it what model.init(key) or from_module returns"
-    ending = "?" if remedy.startswith("Is") else "."
-    place = f" at {path!r}" if path else ""
-    raise TypeError(f"{where}: params must be a pytree of float tensors. Found {found}{place}. {remedy}{ending}")
-
-
 def zeros_like(tree: T) -> T:
     """Zeros of the same shapes, dtypes, devices and memory formats."""
     return map(torch.zeros_like, tree)

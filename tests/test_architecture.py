@@ -21,8 +21,8 @@ ROWS = [
         "machine": "the CPU at hand: what measured times depend on",
     },
     {"native": "out of `vmap` and back; all private functions of torch.func"},
+    {"tree": "pytrees"},
     {
-        "tree": "pytrees",
         "allocator": "glibc's handling of freed memory",
         "arguments": "what a call is refused for before any number",
         "batch": "a batch and its mask",

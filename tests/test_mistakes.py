@@ -69,7 +69,7 @@ MISTAKES = {
     ),
     "module.parameters()": (
         lambda f: f(loss_fn, nn.Linear(4, 3).parameters(), X, Y),
-        "params must be a pytree of float tensors. Found generator",
+        "params must be a pytree of float tensors. Found a generator. Pass dict(module.named_parameters())",
     ),
     "parameters that are integers": (
         lambda f: f(loss_fn, {"w": torch.ones(4, dtype=torch.int64)}, X, Y),

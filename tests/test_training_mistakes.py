@@ -70,7 +70,7 @@ def hypergradient(inputs):
 
 
 WITHOUT_KEY = r"called with \(params, .*Found loss\(params, x, y\)\. .*append a key \(2,\) of each example"
-A_MODULE = r"params must be a pytree of tensors\. Found the module Linear\. .*from_module"
+A_MODULE = r"params must be a pytree of float tensors\. Found the module Linear\. .*from_module"
 TUPLE = r"must be a tuple of tensors\. Found one tensor\. Pass \(x,\)\?"
 RULE = r"clipping must be a rule\. Found {}\. Pass privacy\.Flat\(max_norm\)\?"
 SAMPLED = r"mechanism must say how examples are sampled, too\. Found {}\. Pass privacy\.Poisson"

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import tree
+from .. import arguments, tree
 from ..hyperparameters import AT_LEAST_ZERO, DECAY, add_scaled, check, check_rate, double, like, used
 from ..tree import Tree
 from .optimizer import Optimizer, check_grads, check_kind, check_state, no_updates
@@ -141,7 +141,7 @@ def _optimizer(
     check(where, AT_LEAST_ZERO, epsilon=epsilon, weight_decay=weight_decay)
 
     def init(params: Tree) -> AdamState:
-        tree.check_params(where, params)
+        arguments.check_params(where, params)
         return AdamState(no_updates(params), tree.zeros_like(params), tree.zeros_like(params))
 
     def update(params: Tree, state: AdamState, grads: Tree) -> tuple[Tree, AdamState]:

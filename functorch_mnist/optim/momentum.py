@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import tree
+from .. import arguments, tree
 from ..hyperparameters import AT_LEAST_ZERO, FINITE, add_scaled, check, check_rate, like, used
 from ..tree import Tree
 from .optimizer import Optimizer, check_grads, check_kind, check_state, no_updates
@@ -76,7 +76,7 @@ def sgd(
         raise ValueError(f"sgd: nesterov needs momentum and no dampening. Found {momentum} and {dampening}.")
 
     def init(params: Tree) -> SGDState:
-        tree.check_params("sgd", params)
+        arguments.check_params("sgd", params)
         return SGDState(no_updates(params), tree.zeros_like(params) if used(momentum) else ())
 
     def update(params: Tree, state: SGDState, grads: Tree) -> tuple[Tree, SGDState]:

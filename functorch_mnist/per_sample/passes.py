@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .. import arguments, tree
 from .. import batch as batches
-from .. import tree
 from ..tree import Tree
 from .algebra import Factored
 from .capture import LossFn, Strayed, Survey, biases, factor, survey
@@ -83,7 +83,7 @@ class Pass:
 
 def check_params(params: Tree) -> None:
     """Raises TypeError for parameters that are not float tensors, ValueError where two have one path."""
-    tree.check_params("per_sample", params)
+    arguments.check_params("per_sample", params)
     paths = tree.paths(params)
     if len(set(paths)) < len(paths):
         raise ValueError(f"per_sample: parameters must have different paths. Found {paths}.")

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from .. import tree
+from .. import arguments, tree
 from ..tree import Tree
 from .capture import LossFn, Survey, factor, survey
 from .forms import Cost, Sizes
@@ -147,7 +147,7 @@ def plan(loss_fn: LossFn, params: Tree, *example: Tensor, batch_size: int) -> Pl
     """
     if batch_size < 1:
         raise ValueError(f"plan: batch_size must be at least 1. Found {batch_size}.")
-    tree.check_params("per_sample.plan", params)
+    arguments.check_params("per_sample.plan", params)
     batch = batch_of_one("plan", example)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .. import native, tree
+from .. import arguments, native, tree
 from ..compiler import constant_to_the_compiler
 from ..tree import Structure, Tree
 from . import opaque
@@ -314,7 +314,7 @@ def prepare(
     """
     if isinstance(loss_fn, Planned):
         plan, loss_fn = loss_fn.plan if plan is None else plan, loss_fn.loss_fn
-    tree.check_params("per_sample.prepare", params)
+    arguments.check_params("per_sample.prepare", params)
     prepared = Prepared(Loss(loss_fn, plan, has_aux), params)
     prepared.known(params, batch_of_one("prepare", example))
     return prepared

@@ -32,8 +32,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import arguments, native, tree
 from .. import batch as batches
-from .. import native, tree
 from ..batch import Chunk, masked
 from ..distributed import SINGLE_PROCESS, World, map_rows
 from ..tree import Tree
@@ -109,7 +109,7 @@ def grads(
         >>> grads(lambda w, x: w * x, torch.tensor(2.0), torch.tensor([1.0, 3.0]))
         tensor([1., 3.])
     """
-    tree.check_params("per_sample.grads", params)
+    arguments.check_params("per_sample.grads", params)
     parts = []
     for chunk in batches.chunks("per_sample.grads", batch, mask, chunk_size):
         leaves = dense_grads(loss_fn, params, batches.blanked(chunk.batch, chunk.mask))
