@@ -36,7 +36,8 @@ def check_params(where: str, params: object) -> None:
             )
         if isinstance(leaf, Tensor):
             raise TypeError(
-                f"{rule} Found {leaf.dtype} {tuple(leaf.shape)}{place}. Convert it to float, or let the loss close over it."
+                f"{rule} Found {leaf.dtype} {tuple(leaf.shape)}{place}. Convert it to float, or let the loss "
+                "close over it."
             )
         raise TypeError(
             f"{rule} Found {type(leaf).__name__}{place}. Is it what model.init(key) or from_module returns?"
