@@ -285,8 +285,8 @@ def test_planted_flips_are_found_better_than_at_random(linear, mnist, tmp_path):
     found = table(tmp_path / "out" / "scores.csv")
     labels = part(mnist, TRAIN, TEST).train.labels
     planted, flipped = fm.attribution.label_noise(labels, 10, key=random.key(3), fraction=0.2)
-    assert torch.equal(found["given_label"].long(), labels)
-    assert torch.equal(found["noisy_label"].long(), planted)
+    assert torch.equal(found["original_label"].long(), labels)
+    assert torch.equal(found["given_label"].long(), planted)
     assert torch.equal(found["flipped"].bool(), flipped)
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line.count("%") == 3}
     for name in ("loss", "el2n", "margin"):

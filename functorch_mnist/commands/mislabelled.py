@@ -111,9 +111,9 @@ def _suspicion(scored: Scored) -> dict[str, Tensor]:
 
 def _detect(options: Mislabelled, folder: Path, dataset: Parts, noisy: Tensor, scored: Scored) -> int:
     """Writes and prints how many of the flipped labels each score detects."""
-    given = dataset.train.labels.cpu()
-    flipped = given != noisy
-    columns = {"index": dataset.indices, "given_label": given, "noisy_label": noisy, "flipped": flipped.long()}
+    original = dataset.train.labels.cpu()
+    flipped = original != noisy
+    columns = {"index": dataset.indices, "original_label": original, "given_label": noisy, "flipped": flipped.long()}
     outputs.write_csv(folder / "scores.csv", columns | {"predicted": scored.predicted} | scored.scores)
     chance = random.uniform(random.fold_in(random.key(options.seed), 1), (len(noisy),))
     ranked = _suspicion(scored) | {"random": chance}
