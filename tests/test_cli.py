@@ -280,7 +280,13 @@ def test_a_run_says_first_what_it_trains_and_last_what_to_do_next(data_dir, tmp_
     run = tmp_path / "my run"
     first, second, *_ = out = succeed("train", "--data-dir", data_dir, *LINEAR, "--out", run).splitlines()
     assert first == f"Run folder: {run}"
-    assert second == "Training linear: 7,850 parameters, 256 images of mnist, on cpu in float32, 1 thread."
+    mean, deviation = fm.data.normalization(part(fm.data.load(), TRAIN, TEST).train.images)
+    normalized = f"(pixel mean {mean:.4f}, deviation {deviation:.4f})"
+    assert (
+        second == f"Training linear: 7,850 parameters, 256 images of mnist {normalized}, on cpu in float32, 1 thread."
+    )
+    (newest,) = fm.checkpoint.steps(run / "checkpoints")[-1:]
+    assert fm.checkpoint.read_manifest(newest)["config"]["normalization"] == [mean, deviation]
     quoted = f"'{run}'"
     assert out[out.index("Next:") + 1 :] == [
         f"  functorch-mnist evaluate {quoted}",
@@ -569,7 +575,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_told_in_one_line_and_left_as
 
 def test_a_checkpoint_of_something_else_is_told_in_one_line(copy):
     shutil.rmtree(copy / "checkpoints")
-    fm.checkpoint.save(copy / "checkpoints", {"w": torch.zeros(3)}, step=5, config={"options": [1], "pixels": 3})
+    fm.checkpoint.save(copy / "checkpoints", {"w": torch.zeros(3)}, step=5, config={"options": [1], "normalization": 3})
     for command in (("evaluate", copy), ("train", "--resume", copy)):
         assert "what the run began with" in complain(2, *command)
 

@@ -61,8 +61,8 @@ class Origin(NamedTuple):
     """What a run began with and keeps: the config of its checkpoints."""
 
     options: Train
-    pixels: tuple[float, float]
-    """Mean and standard deviation of the training images."""
+    normalization: tuple[float, float]
+    """Mean and standard deviation of the training images' pixels, scaled to [0, 1]."""
     examples: int
     """How many training images there are."""
     classes: int
@@ -123,10 +123,10 @@ def origin(options: Train, dataset: Parts) -> Origin:
     """
     images = dataset.train.images
     with refusing(ValueError):
-        pixels = PUBLIC_PIXELS if options.private else data.normalization(images)
+        normalization = PUBLIC_PIXELS if options.private else data.normalization(images)
     counts = torch.bincount(dataset.train.labels, minlength=dataset.classes).tolist()
     counted = options.logit_adjustment or options.class_weights in ("balanced", "effective")
-    return Origin(options, pixels, len(images), dataset.classes, tuple(counts) if counted else ())
+    return Origin(options, normalization, len(images), dataset.classes, tuple(counts) if counted else ())
 
 
 def classifier(begun: Origin) -> Classifier:

@@ -40,7 +40,7 @@ def to_config(begun: Origin) -> dict[str, Any]:
     """The origin as a checkpoint's config."""
     return begun._asdict() | {
         "options": to_json(begun.options),
-        "pixels": list(begun.pixels),
+        "normalization": list(begun.normalization),
         "counts": list(begun.counts),
     }
 
@@ -52,10 +52,11 @@ def from_config(config: Mapping[str, Any]) -> Origin:
         UsageError: the config is not one that `to_config` makes.
     """
     try:
-        mean, std = config["pixels"]
-        pixels = float(mean), float(std)
+        mean, std = config["normalization"]
+        normalization = float(mean), float(std)
         counts = tuple(int(count) for count in config["counts"])
-        return Origin(from_json(config["options"]), pixels, int(config["examples"]), int(config["classes"]), counts)
+        examples, classes = int(config["examples"]), int(config["classes"])
+        return Origin(from_json(config["options"]), normalization, examples, classes, counts)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UsageError(f"A run's checkpoint must say what the run began with. Found: {error!r}.") from error
 

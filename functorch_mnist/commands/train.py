@@ -81,7 +81,7 @@ def run(options: Train, parts: Parts, folder: Path, *, again: str, world: World)
     saved, step = broadcast(world, (saved, torch.tensor([saved_step], device=where)))
     saved_step = int(step)
     print(f"Run folder: {folder}", flush=True)
-    print(_start_line(options, saved.state.params, begun.examples, where), flush=True)
+    print(_start_line(begun, saved.state.params, where), flush=True)
     if private:
         print(private.start_line(), flush=True)
     losses_fn = build.losses(made, options, build.partners(options, parts.train))
@@ -194,13 +194,15 @@ def run(options: Train, parts: Parts, folder: Path, *, again: str, world: World)
     return 0
 
 
-def _start_line(options: Train, params: Params, examples: int, where: torch.device) -> str:
+def _start_line(begun: Origin, params: Params, where: torch.device) -> str:
     """What is about to be trained, and with what."""
     count = sum(leaf.numel() for leaf in params.values())
     threads = torch.get_num_threads()
+    options, (mean, deviation) = begun.options, begun.normalization
+    scaled = "" if options.model == "scattering" else f" (pixel mean {mean:.4f}, deviation {deviation:.4f})"
     return (
-        f"Training {options.model}: {count:,} parameters, {examples:,} images of {options.dataset}, on {where.type} in "
-        f"{options.precision}, {threads} thread{'s' * (threads > 1)}."
+        f"Training {options.model}: {count:,} parameters, {begun.examples:,} images of {options.dataset}{scaled}, "
+        f"on {where.type} in {options.precision}, {threads} thread{'s' * (threads > 1)}."
     )
 
 
