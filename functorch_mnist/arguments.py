@@ -44,6 +44,14 @@ def check_params(where: str, params: object) -> None:
         )
 
 
+def independent(where: str, loss: str = "the loss") -> ValueError:
+    """The error for a loss that does not depend on its parameters: all its gradients would be zero, in silence."""
+    return ValueError(
+        f"{where}: {loss} must depend on its params. Found that it uses none of them. Does it call a module, such as "
+        "module(x)? Use model.apply(params, x), of params, model = models.from_module(module)."
+    )
+
+
 def check_key(where: str, key: object) -> None:
     """Refuses what is no single key, such as a seed.
 

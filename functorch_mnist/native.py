@@ -57,6 +57,11 @@ def is_of_an_example(x: Tensor) -> bool:
     return bool(_functorch.is_batchedtensor(x))
 
 
+def depends(x: Tensor) -> bool:
+    """Whether a tensor inside `grad` depends on what is differentiated; True for a compiler, which cannot tell."""
+    return torch.compiler.is_compiling() or bool(_functorch.is_gradtrackingtensor(x) and x.requires_grad)
+
+
 def taken_out(x: Tensor, at: tuple[int, int]) -> Tensor:
     """The batch (B, …) of which `x` is one example; an `x` that all examples share is repeated, without a copy.
 

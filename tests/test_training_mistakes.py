@@ -10,6 +10,7 @@ from functorch_mnist import (
     ensemble,
     losses,
     optim,
+    per_sample,
     privacy,
     random,
     statistics,
@@ -75,7 +76,40 @@ TUPLE = r"must be a tuple of tensors\. Found one tensor\. Pass \(x,\)\?"
 RULE = r"clipping must be a rule\. Found {}\. Pass privacy\.Flat\(max_norm\)\?"
 SAMPLED = r"mechanism must say how examples are sampled, too\. Found {}\. Pass privacy\.Poisson"
 
+
+def calls_the_module(params, x, y):
+    return losses.cross_entropy(MODULE(x), y)
+
+
+def estimated(out):
+    """A step of an estimator that returns this."""
+    return train.make_step(train.Estimator(lambda params, *batch, mask: out), SGD)(STATE, X, Y)
+
+
+INDEPENDENT = r"must depend on its params\. Found that it uses none of them\. .*module\(x\)\? Use model\.apply"
+
 MISTAKES = [
+    # a loss of other parameters than those it gets: all gradients would be zero
+    ("the loss of a step calls the module", lambda: train.make_step(calls_the_module, SGD)(STATE, X, Y), ValueError,
+     "gradient: the loss " + INDEPENDENT),
+    ("the losses of a batch call the module",
+     lambda: train.batch_gradient(lambda params, x, y: losses.cross_entropy(MODULE(x), y))(PARAMS, X, Y), ValueError,
+     "gradient: the loss " + INDEPENDENT),
+    ("the loss of per-sample gradients calls the module", lambda: per_sample.norms(calls_the_module, PARAMS, X, Y),
+     ValueError, "per_sample: the loss " + INDEPENDENT),
+    ("the loss of a private step calls the module",
+     lambda: fit_private(step=private(lambda params, x, y, key: calls_the_module(params, x, y))),
+     ValueError, "per_sample: the loss " + INDEPENDENT),
+    # what an estimator returns
+    ("an estimator returns gradients alone", lambda: estimated(PARAMS), TypeError,
+     r"Estimator: .*Found dict\. Return result\.grads"),
+    ("an estimator returns no loss", lambda: estimated((PARAMS, {"norms": X})), TypeError,
+     r"Estimator: .*Found \['norms'\]\. Add the 0-d sum"),
+    ("an estimator returns a number", lambda: estimated((PARAMS, {"loss": X.sum(), "median": 1.0})), TypeError,
+     r"Estimator: .*Found 'median': float\. Keep it a tensor"),
+    ("an estimator returns the mask of a batch without padding",
+     lambda: estimated((PARAMS, {"loss": X.sum(), "real": None})), TypeError,
+     r"Estimator: .*Found 'real': NoneType\. The mask is None where"),
     # a state and what it belongs to
     ("a step is given parameters", lambda: STEP(PARAMS, X, Y), TypeError, r"step: .*State\. Found dict.*init_state"),
     ("a step is given a module", lambda: STEP(MODULE, X, Y), TypeError, r"step: .*State\. Found Linear"),

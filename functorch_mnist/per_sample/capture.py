@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp, vmap
 
-from .. import native, tree
+from .. import arguments, native, tree
 from ..ops import nested, writes
 from ..tree import Tree
 from . import recurrence, rules
@@ -218,6 +218,8 @@ def survey(loss_fn: LossFn, params: Tree, batch: Sequence[Tensor], *, has_aux: b
         vmap(run)(*examples)
     except (RuntimeError, TypeError) as error:
         _raise(error, loss_fn, params, examples)
+    if leaves and not any(found.uses):
+        raise arguments.independent("per_sample")
     return found
 
 

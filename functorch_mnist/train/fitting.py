@@ -34,9 +34,9 @@ class Progress(NamedTuple):
     epoch_ended: bool
     """Whether this was the last step of the epoch."""
     aux: Mapping[str, Tensor]
-    """What the step returned besides the state."""
+    """What the step returned besides the state; of tensors (B, …) the rows of examples, without padding."""
     drawn: Tensor | None = None
-    """(B,) int64: the indices of the step's examples, one for each row of `aux`; None where draws are secret."""
+    """(n,) int64: the indices of the step's n examples, one for each row of `aux`; None where draws are secret."""
 
 
 class Watch(NamedTuple):
@@ -148,7 +148,7 @@ def fit(
         loss = torch.zeros((), dtype=torch.float64, device=state.key.device) if loss is None or start == 0 else loss
         places = torch.arange(total, device=state.key.device)
         for batch in data.batches(places, batch_size=batch_size, start=start, pad=pad):
-            drawn_rows, which = len(batch.examples), drawn.examples[batch.examples]
+            which = drawn.examples[batch.examples]
             batch = rows_of(world, batch)
             examples_of = drawn.examples[batch.examples]
             rows = [*[tensor[examples_of] for tensor in examples], drawn.keys[batch.examples]]
@@ -156,11 +156,11 @@ def fit(
             count = seen - (done - epoch * per_epoch) * batch_size
             chosen = step if watch is None or done % watch.every else watch.step
             state, aux = chosen(state, *rows, mask=batch.mask, divisor=torch.tensor(float(count)))
-            if world.parts > 1:  # the rows of the padding, of which each number of processes has its own
-                aux = {name: value[:drawn_rows] if value.dim() else value for name, value in aux.items()}
+            if batch.mask is not None:  # padding, at the end, is no example: its norms are 0
+                aux = {name: value[:count] if value.dim() else value for name, value in aux.items()}
             loss = loss + aux["loss"]
             done += 1
-            progress = Progress(state, loss, seen, epoch, done, seen == total, aux, which)
+            progress = Progress(state, loss, seen, epoch, done, seen == total, aux, which[:count])
             ended = until is not None and progress.epoch_ended and until(progress)
             if done % CHECK_EVERY == 0 or done == epochs * per_epoch or ended:
                 check_state(world, state)

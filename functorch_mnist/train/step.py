@@ -9,14 +9,14 @@ the same result. The step of one process is that of a world of one.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from .. import random, tree
-from ..arguments import check_fn, check_key, check_params, check_takes, shown
+from .. import native, random, tree
+from ..arguments import check_fn, check_key, check_params, check_takes, independent, shown
 from ..batch import blanked, check
 from ..distributed import SINGLE_PROCESS, Sharded, World, all_gather, all_reduce
 from ..distributed.sums import pairwise_sum
@@ -60,8 +60,8 @@ class Estimator:
     """A gradient estimator: `(params, *batch, mask=None) -> (grads, aux)`, sums over the examples of the batch.
 
     `grads` is shaped as `params`. `aux` holds tensors by name: the 0-d sum of the losses `"loss"` at least; other 0-d
-    tensors are sums as well, and tensors (B, …) are rows of the examples. A masked example, whatever it holds, adds
-    exactly nothing.
+    tensors are sums as well, added over processes; tensors (B, …) are rows of the examples. Take medians in callbacks.
+    A masked example, whatever it holds, adds exactly nothing.
 
     Example:
         >>> gradient(lambda w, x: w * x)(torch.tensor(2.0), torch.tensor([1.0, 3.0]))
@@ -69,7 +69,8 @@ class Estimator:
     """
 
     fn: Callable[..., tuple[Tree, dict[str, Tensor]]]
-    """`fn(params, *batch, mask=…) -> (grads, aux)`; with `shared`, it also takes `shared=…`."""
+    """`fn(params, *batch, mask=…) -> (grads, aux)`; with `shared`, it also takes `shared=…`. The mask is (B,) bool, or
+    None where all rows are examples."""
     finish: Callable[[Tree, dict[str, Tensor]], dict[str, Tensor]] = _as_it_is
     """`finish(grads, aux) -> aux`: adds what follows from the sums over all processes, such as a ratio."""
     shared: Shared | None = None
@@ -138,6 +139,25 @@ def check_loss(where: str, name: str, loss_fn: Callable[..., Tensor], batch: Seq
         "fit and fit_private append a key (2,) of each example, for dropout and augmentation: write "
         "loss_fn(params, x, y, key), also where it does not use the key.",
     )  # fmt: skip
+
+
+def check_estimate(out: Any) -> tuple[Tree, dict[str, Tensor]]:
+    """What the function of an estimator returned, refused where a step could not use it.
+
+    Raises:
+        TypeError: it is no pair of gradients and a dict of tensors with the sum of the losses.
+    """
+    rule = "Estimator: fn(params, *batch, mask) must return (grads, aux), aux a dict of tensors that has 'loss'."
+    if type(out) is not tuple or len(out) != 2 or not isinstance(out[1], dict):
+        raise TypeError(f"{rule} Found {type(out).__name__}. Return result.grads, {{'loss': result.losses.sum()}}?")
+    aux = out[1]
+    if "loss" not in aux:
+        raise TypeError(f"{rule} Found {sorted(aux)}. Add the 0-d sum of the losses.")
+    for name, value in aux.items():
+        if not isinstance(value, Tensor):
+            remedy = "The mask is None where no row is padding." if value is None else "Keep it a tensor: no .item()."
+            raise TypeError(f"{rule} Found {name!r}: {type(value).__name__}. {remedy}")
+    return out
 
 
 def init_state(params: Tree, optimizer: Optimizer | Sharded, key: Tensor, estimator: Estimator | None = None) -> State:
@@ -240,6 +260,8 @@ def batch_gradient(losses_fn: Callable[..., Tensor]) -> Estimator:
                     "Is there a mean?"
                 )
             loss = (losses if mask is None else torch.where(mask, losses, 0.0)).sum()
+            if tree.leaves(params) and not native.depends(loss):
+                raise independent("gradient")
             return loss, loss.detach()
 
         grads, loss = grad(total, has_aux=True)(params)
@@ -339,7 +361,8 @@ def _total(
     estimates, columns = [], []
     for part in range(parts):
         which = slice(part * rows // parts, (part + 1) * rows // parts)
-        grads, aux = estimator.fn(params, *[x[which] for x in batch], mask=None if mask is None else mask[which])
+        out = estimator.fn(params, *[x[which] for x in batch], mask=None if mask is None else mask[which])
+        grads, aux = check_estimate(out)
         estimates.append((grads, {name: value for name, value in aux.items() if value.dim() == 0}))
         columns.append({name: value for name, value in aux.items() if value.dim() > 0})
         for name, value in columns[-1].items():
