@@ -91,6 +91,11 @@ def test_scores_are_those_of_the_newest_checkpoint_by_default_and_go_into_the_ru
     expected = nn.functional.cross_entropy(run.outputs(run.points[-1], images), labels, reduction="none")
     torch.testing.assert_close(found["loss"], expected, rtol=1e-4, atol=1e-5)
     assert list(found) == ["index", "given_label", "predicted", "loss"]
+    out = succeed("scores", linear, "--scores", "el2n")
+    assert (
+        f"Replacing {linear / 'scores' / 'scores.csv'}, which had the columns index, given_label, predicted, loss."
+        in out
+    )
     shutil.rmtree(linear / "scores")
 
 
@@ -155,15 +160,21 @@ def test_influence_and_a_store_name_images_by_their_indices_in_the_data_set(draw
     assert torch.equal(found["given_label"].long(), labels[index])
     store = tmp_path / "store"
     succeed("store", drawn, "--images", "50", "--features", "8000", "--precision", "float32", "--out", store)
-    assert torch.equal(torch.from_numpy(numpy.load(store / "index.npy")), index)
+    kept = torch.from_numpy(numpy.load(store / "index.npy"))
+    assert torch.equal(kept, index.sort().values)
     out = succeed("influence", drawn, "--store", store, *ask_for, "--out", tmp_path / "stored")
     order = expected.argsort(descending=True)
     assert table(tmp_path / "stored" / "influence.csv")["index"][:3].tolist() == index[order[:3]].tolist()
-    assert f"most helpful: {index[order[0]]} (a {labels[index[order[0]]]}" in out
+    best = int(index[order[0]])
+    assert out.partition("most helpful:\n")[2].splitlines()[1].split()[:3] == [
+        "1",
+        str(int(best)),
+        str(int(labels[best])),
+    ]
     (store / "index.npy").unlink()
     again = succeed("influence", drawn, "--store", store, *ask_for, "--out", tmp_path / "stored")
     assert "does not hold the indices of its images in the data set" in again
-    numpy.save(store / "index.npy", index.numpy() + 1)
+    numpy.save(store / "index.npy", kept.numpy() + 1)
     said = complain(1, "influence", drawn, "--store", store, *ask_for, "--out", tmp_path / "stored")
     assert "must hold the indices of the run's training images" in said
 
@@ -288,16 +299,19 @@ def test_planted_flips_are_found_better_than_at_random(linear, mnist, tmp_path):
     assert torch.equal(found["original_label"].long(), labels)
     assert torch.equal(found["given_label"].long(), planted)
     assert torch.equal(found["flipped"].bool(), flipped)
-    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.count("%") == 3}
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.count("%") == 4}
     for name in ("loss", "el2n", "margin"):
         score = -found[name] if name == "margin" else found[name]
         auc, *shares = rows[name][1:]
         assert math.isclose(float(auc), fm.attribution.auc(score, flipped), abs_tol=2e-3)  # of rounded scores
         assert float(auc) > 0.75 > 0.65 > float(rows["random"][1]) > 0.35
-        for share, checked in zip(shares, (0.1, 0.2, 0.3), strict=True):
+        for share, checked in zip(shares, (0.05, 0.1, 0.2, 0.3), strict=True):
             assert math.isclose(
                 float(share.strip("%")) / 100, fm.attribution.recall_at(score, flipped, checked), abs_tol=0.02
             )
+    top = [int(line.split()[0]) for line in out.partition("20 most suspicious of 256 labels")[2].splitlines()[3:23]]
+    assert top == found["mean_rank"].argsort(stable=True)[:20].tolist()
+    assert flipped[top].double().mean() > 0.5
     assert png(tmp_path / "out" / "detection.png")
     (training,) = (tmp_path / "out").glob("training-*")
     assert len(Run(training).points) == 2  # one for each epoch
@@ -326,6 +340,9 @@ def test_real_labels_are_ranked_by_the_mean_rank_of_the_scores(linear, tmp_path)
     )
     mean = ranks.double().mean(0)
     assert (mean.diff() >= -1).all()  # up to ties of rounded scores
+    torch.testing.assert_close(found["mean_rank"], (mean + 1).float(), rtol=0, atol=2)
+    assert (found["mean_rank"].diff() >= 0).all()
+    assert "loss (high)" in out and "margin (low)" in out and "This run keeps" not in out
     listed = [int(line.split()[0]) for line in out.splitlines() if line[:8].strip().isdigit()]
     assert listed == order[:5].tolist()
     assert png(tmp_path / "suspicious.png")
@@ -359,13 +376,23 @@ def test_equal_scores_have_equal_ranks(linear, tmp_path, no_pictures):
     assert (found["loss"][never].diff() <= 1e-6).all()  # among equals the other score decides
 
 
+def test_a_run_with_one_checkpoint_is_advised_to_keep_one_for_each_epoch(copy, tmp_path, no_pictures):
+    for path in checkpoints_of(copy)[:-1]:
+        shutil.rmtree(path)
+    out = succeed("mislabelled", copy, "--images", "50", "--out", tmp_path)
+    assert "ranking: left out." in out
+    assert "This run keeps 1 checkpoint; train with --epochs 10 --save-every 8 --keep 10 to average scores" in out
+
+
 # ---- influence
 
 
 @pytest.mark.parametrize("method", ["tracin", "dot", "cosine"])
 def test_influence_is_that_of_the_dense_gradients(method, linear, mnist, tmp_path):
     out = succeed("influence", linear, "--test", "7", "--method", method, "--top", "3", "--out", tmp_path)
-    found = table(tmp_path / "influence.csv")["influence"]
+    ranked = table(tmp_path / "influence.csv")
+    assert ranked["rank"].tolist() == list(range(1, TRAIN + 1)) and (ranked["influence"].diff() <= 0).all()
+    found = ranked["influence"][ranked["index"].argsort()]
     run, data = Run(linear), part(mnist, TRAIN, TEST)
     points = run.points if method == "tracin" else run.points[-1:]
     expected = torch.zeros(TRAIN)
@@ -377,9 +404,15 @@ def test_influence_is_that_of_the_dense_gradients(method, linear, mnist, tmp_pat
             products = products / (rows.norm(dim=1) * test.norm())
         expected += products * (0.01 if method == "tracin" else 1)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
-    best = ", ".join(str(i) for i in expected.argsort(descending=True)[:3].tolist())
-    helpful = out.partition("most helpful: ")[2].partition(";")[0]
-    assert ", ".join(part.split(" ")[-1] for part in helpful.split(" (a")[:3]) == best
+    listed = [line.split() for line in out.partition("most helpful:\n")[2].splitlines()[1:4]]
+    best = expected.argsort(descending=True)[:3]
+    predicted = run.outputs(run.points[-1], data.train.images).argmax(-1)
+    for rank, (line, i) in enumerate(zip(listed, best.tolist(), strict=True), 1):
+        assert line[:4] == [str(rank), str(i), str(int(data.train.labels[i])), str(int(predicted[i]))]
+    label, guess = data.test.labels[7], run.outputs(run.points[-1], data.test.images[7:8]).argmax()
+    assert f"Test image 7: given label {label}, predicted label {guess}" in out
+    assert (ranked["test_index"] == 7).all() and (ranked["test_label"] == label).all()
+    assert (ranked["test_predicted"] == guess).all()
     assert png(tmp_path / "influence.png")
 
 
@@ -387,9 +420,9 @@ def test_only_images_of_positive_influence_are_helpful_and_only_of_negative_harm
     out = succeed("influence", linear, "--test", "7", "--images", "6", "--top", "6", "--out", tmp_path)
     found = table(tmp_path / "influence.csv")["influence"]
     for title, good in (("helpful", found > 0), ("harmful", found < 0)):
-        listed = out.partition(f"most {title}: ")[2].partition(";")[0].partition("\n")[0]
-        assert listed.count("(a ") == int(good.sum())
-        assert ("none" in listed) == (not good.any())
+        listed = out.partition(f"most {title}:")[2].partition("most")[0].splitlines()
+        assert sum(line[:8].strip().isdigit() for line in listed) == int(good.sum())
+        assert ("none" in listed[0]) == (not good.any())
 
 
 # ---- the noise scale, and training that watches it

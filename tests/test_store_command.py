@@ -48,7 +48,7 @@ def test_influences_of_a_store_are_those_of_dense_gradients(linear, stored, mnis
         torch.testing.assert_close(values, exact, rtol=1e-3, atol=1e-5)
     assert [path.name for path in sorted(tmp_path.glob("*.png"))] == ["influence-00005.png", "influence-00015.png"]
     assert png(tmp_path / "influence-00005.png")
-    assert "by tracin" in out and "Test image 5, a " in out and "and 2 more in influence.csv" in out
+    assert "by tracin" in out and "Test image 5: given label " in out and "and 2 more in influence.csv" in out
 
 
 def test_the_other_methods_are_asked_for_by_name(linear, tmp_path, no_pictures):

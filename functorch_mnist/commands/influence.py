@@ -70,11 +70,12 @@ def _influence(options: Influence, world: World) -> int:
         folder, dataset, ends = _asked(options, options.store, run, dataset, tests)
     if world.rank:
         return 0
-    _print(options, start, tests, dataset, ends)
+    predicted = training.predictions(run.made.outputs, run.params, tests.images).argmax(-1)
+    _print(options, start, tests, predicted, run, dataset, ends)
     pages = range(0, len(tests.labels), _PAGE)
     for first in pages:
         page = range(first, min(first + _PAGE, len(tests.labels)))
-        pictures = _pictures(page, start, tests, dataset, ends)
+        pictures = _pictures(page, start, tests, predicted, dataset, ends)
         name = f"influence-{start + first:05d}.png" if len(pages) > 1 or stop - start > 1 else "influence.png"
         outputs.write_picture(folder / name, partial(plots.gallery, pictures))
     forget(folder / PARTIAL)
@@ -99,7 +100,7 @@ def _computed(options: Influence, run: Trained, dataset: Parts, tests: data.Spli
     if world.rank == 0:
         outputs.check_writable(folder)
     print(
-        f"Influence of {len(images):,} training images on test image {test}, a {int(label)}, "
+        f"Influence of {len(images):,} training images on test image {test}, given label {int(label)}, "
         f"by {method} at {outputs.plural(len(points), 'checkpoint')}.",
         flush=True,
     )
@@ -124,10 +125,20 @@ def _computed(options: Influence, run: Trained, dataset: Parts, tests: data.Spli
     check_finite(columns, "The influences", "Has the run diverged?")
     lrs = torch.tensor([point.lr for point in points]) if method == "tracin" else torch.ones(1)
     influences = lrs @ columns["influence"]
-    if world.rank == 0:
-        table = {"index": dataset.indices, "given_label": labels.cpu(), "influence": influences}
-        outputs.write_csv(folder / "influence.csv", table)
     order = influences.argsort(descending=True, stable=True)
+    if world.rank == 0:
+        same = torch.ones_like(order)
+        predicted = training.predictions(run.made.outputs, run.params, tests.images).argmax(-1)
+        table = {
+            "test_index": same * test,
+            "test_label": same * int(label),
+            "test_predicted": same * int(predicted),
+            "rank": torch.arange(1, len(order) + 1),
+            "index": dataset.indices[order],
+            "given_label": labels.cpu()[order],
+            "influence": influences[order],
+        }
+        outputs.write_csv(folder / "influence.csv", table)
     tops = (some[: options.top] for some in (order, order.flip(0)))
     return folder, _Ends(*[Top(influences[some][None], some[None]) for some in tops])
 
@@ -161,7 +172,7 @@ def _asked(options: Influence, at: Path, run: Trained, dataset: Parts, tests: da
     by: By = "dot" if method == "tracin" else method
     count = min(options.top, len(store))
     ends = _Ends(*[store.top(queries, count, by=by, lowest=lowest) for lowest in (False, True)])
-    outputs.write_csv(folder / "influence.csv", _table(start, tests, dataset, ends))
+    outputs.write_csv(folder / "influence.csv", _table(start, tests, run, dataset, ends))
     return folder, dataset, ends
 
 
@@ -183,35 +194,45 @@ def _check_index(at: Path, index: Tensor) -> None:
         raise StoreError(f"{path} must hold the indices of the run's training images. Found others.")
 
 
-def _table(start: int, tests: data.Split, dataset: Parts, ends: _Ends) -> dict[str, Tensor]:
+def _table(start: int, tests: data.Split, run: Trained, dataset: Parts, ends: _Ends) -> dict[str, Tensor]:
     """A row for each test image and training image: the helpful ones, then the harmful, each from the strongest."""
     labels = dataset.train.labels.tolist()
+    predicted = training.predictions(run.made.outputs, run.params, tests.images).argmax(-1).tolist()
     lines = [
-        (start + i, int(label), rank, int(dataset.indices[place]), labels[place], influence)
+        (start + i, int(label), predicted[i], rank, int(dataset.indices[place]), labels[place], influence)
         for i, label in enumerate(tests.labels.tolist())
         for sign in (1, -1)
         for rank, (place, influence) in enumerate(ends.end(i, sign), 1)
     ]
-    columns = zip(*lines, strict=True) if lines else [()] * 6
-    names = ("test_index", "test_label", "rank", "index", "given_label", "influence")
+    columns = zip(*lines, strict=True) if lines else [()] * 7
+    names = ("test_index", "test_label", "test_predicted", "rank", "index", "given_label", "influence")
     return {name: torch.tensor(column) for name, column in zip(names, columns, strict=True)}
 
 
-def _print(options: Influence, start: int, tests: data.Split, dataset: Parts, ends: _Ends) -> None:
-    """The strongest training images of each sign: all of one test image, one each of several."""
-    labels, shown = dataset.train.labels, min(len(tests.labels), _PAGE)
-    most = options.top if len(tests.labels) == 1 else 1
+def _print(
+    options: Influence, start: int, tests: data.Split, predicted: Tensor, run: Trained, dataset: Parts, ends: _Ends
+) -> None:
+    """The strongest training images of each sign: a table of one test image, one of each sign for several."""
+    images, labels = dataset.train
+    shown = min(len(tests.labels), _PAGE)
     for i in range(shown):
-        texts = []
+        print(f"Test image {start + i}: given label {tests.labels[i]}, predicted label {predicted[i]}")
         for title, sign in (("helpful", 1), ("harmful", -1)):
-            some = [f"{dataset.indices[j]} (a {labels[j]}, {score:.3g})" for j, score in ends.end(i, sign, most)]
-            texts.append(f"most {title}: {', '.join(some) or 'none'}")
-        print(f"Test image {start + i}, a {int(tests.labels[i])}: {'; '.join(texts)}")
+            some = ends.end(i, sign, options.top if len(tests.labels) == 1 else 1)
+            if not some:
+                print(f"  most {title}: none")
+                continue
+            print(f"  most {title}:\n{'rank':>8}{'index':>8}{'given label':>13}{'predicted':>11}{'influence':>12}")
+            own = training.predictions(run.made.outputs, run.params, images[[j for j, _ in some]]).argmax(-1).tolist()
+            for rank, ((j, score), label) in enumerate(zip(some, own, strict=True), 1):
+                print(f"{rank:>8}{dataset.indices[j]:>8}{labels[j]:>13}{label:>11}{score:>12.4g}")
     if shown < len(tests.labels):
         print(f"… and {len(tests.labels) - shown:,} more in influence.csv")
 
 
-def _pictures(page: Sequence[int], start: int, tests: data.Split, dataset: Parts, ends: _Ends) -> list[plots.Row]:
+def _pictures(
+    page: Sequence[int], start: int, tests: data.Split, predicted: Tensor, dataset: Parts, ends: _Ends
+) -> list[plots.Row]:
     """For each test image a row of it and the most helpful training images, and a row of the most harmful."""
     (images, labels), index, rows = dataset.train, dataset.indices, list[plots.Row]()
     for i in page:
@@ -219,6 +240,9 @@ def _pictures(page: Sequence[int], start: int, tests: data.Split, dataset: Parts
             chosen = ends.end(i, sign, outputs.WIDTH - 1)
             shown = torch.cat([tests.images[i : i + 1], images[[place for place, _ in chosen]]])
             captions = [f"{index[j]}: {labels[j]}\n{score:.3g}" for j, score in chosen]
-            heading = f"most {title} (index: given label, influence)" if i == page[0] else ""
-            rows += outputs.rows(heading, shown, [f"test {start + i}: {int(tests.labels[i])}\nmost {title}", *captions])
+            heading = (
+                f"test image {start + i}: given label {tests.labels[i]}, predicted label {predicted[i]}; "
+                f"most {title} (index: given label, influence)"
+            )
+            rows += outputs.rows(heading, shown, [f"test {start + i}: {tests.labels[i]}\nmost {title}", *captions])
     return rows

@@ -1,6 +1,7 @@
 """`mislabelled`: the training images whose labels are most likely wrong, and how well scores detect planted ones."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from .scores import PARTIAL, Scored, scores_of
 from .sources import Parts, first_images
 from .train import run as train_run
 
-_INSPECTED = (0.1, 0.2, 0.3)
+_INSPECTED = (0.05, 0.1, 0.2, 0.3)
 """The fractions of the examples inspected at which the fraction of the flipped labels detected is printed."""
+_EPOCHS = 10
+"""The epochs that are advised at least, for scores that are means over them."""
 _ALL = 2**31 - 1
 """Checkpoints to keep."""
 
@@ -101,7 +104,15 @@ def _scored(
         per_epoch = data.steps_per_epoch(run.begun.examples, min(run.begun.options.batch_size, run.begun.examples))
         points = [point for point in points if point.step % per_epoch == 0]
         config |= {"label_noise": options.label_noise, "seed": options.seed}
-    return scores_of(run, points, *dataset.train, names, options=options, folder=out, config=config, world=world)
+    scored = scores_of(run, points, *dataset.train, names, options=options, folder=out, config=config, world=world)
+    if len(points) == 1 and options.label_noise is None:
+        trained = run.begun.options
+        per_epoch = data.steps_per_epoch(run.begun.examples, min(trained.batch_size, run.begun.examples))
+        print(
+            f"This run keeps 1 checkpoint; train with --epochs {max(trained.epochs, _EPOCHS)} --save-every {per_epoch} "
+            f"--keep {max(trained.epochs, _EPOCHS)} to average scores over epochs, which detects more."
+        )
+    return scored
 
 
 def _suspicion(scored: Scored) -> dict[str, Tensor]:
@@ -109,12 +120,44 @@ def _suspicion(scored: Scored) -> dict[str, Tensor]:
     return {name: -score if name == "margin" else score for name, score in scored.scores.items()}
 
 
+def _mean_rank(scored: Scored) -> Tensor:
+    """(N,) float64: the mean over the scores of each label's rank, where 1 is the most suspicious.
+
+    The scores are in different units, and each alone has its own mistakes."""
+    return torch.stack([attribution.ranks(-score) for score in _suspicion(scored).values()]).mean(0)
+
+
+def _print_top(top: list[int], columns: Mapping[str, Tensor], scored: Scored, mean_rank: Tensor) -> None:
+    """Prints a table of the most suspicious labels.
+
+    Args:
+        top: their places.
+        columns: (N,) each: integers, shown before the scores.
+        scored: the scores.
+        mean_rank: (N,).
+    """
+    names = [f"{name} ({'low' if name == 'margin' else 'high'})" for name in scored.scores]
+    print(f"\nThe {len(top)} most suspicious of {len(mean_rank):,} labels, by the mean rank over the scores.")
+    print("In brackets: which end of a score is suspicious.")
+    widths = [len(name) + 2 for name in (*columns, *names)]
+    heads = [f"{name:>{width}}" for name, width in zip((*columns, *names), widths, strict=True)]
+    print("".join([*heads[: len(columns)], f"{'mean rank':>11}", *heads[len(columns) :]]))
+    for i in top:
+        integers = [f"{column[i].item():>{width}}" for column, width in zip(columns.values(), widths, strict=False)]
+        scores = zip(scored.scores.values(), widths[len(columns) :], strict=True)
+        values = [f"{score[i].item():>{width}.4g}" for score, width in scores]
+        print("".join([*integers, f"{mean_rank[i].item():>11.1f}", *values]))
+    print()
+
+
 def _detect(options: Mislabelled, folder: Path, dataset: Parts, noisy: Tensor, scored: Scored) -> int:
     """Writes and prints how many of the flipped labels each score detects."""
     original = dataset.train.labels.cpu()
     flipped = original != noisy
     columns = {"index": dataset.indices, "original_label": original, "given_label": noisy, "flipped": flipped.long()}
-    outputs.write_csv(folder / "scores.csv", columns | {"predicted": scored.predicted} | scored.scores)
+    columns |= {"predicted": scored.predicted}
+    mean_rank = _mean_rank(scored)
+    outputs.write_csv(folder / "scores.csv", columns | {"mean_rank": mean_rank} | scored.scores)
     chance = random.uniform(random.fold_in(random.key(options.seed), 1), (len(noisy),))
     ranked = _suspicion(scored) | {"random": chance}
     print(f"\n{int(flipped.sum()):,} of {len(noisy):,} labels are flipped. Detected when inspecting the first")
@@ -124,7 +167,8 @@ def _detect(options: Mislabelled, folder: Path, dataset: Parts, noisy: Tensor, s
         print(f"{name:>15}  {attribution.auc(score, flipped):>6.4f}{recalls}")
     grid = [i / 100 for i in range(101)]
     curves = {name: (grid, [attribution.recall_at(s, flipped, part) for part in grid]) for name, s in ranked.items()}
-    print()
+    shown = {name.replace("_", " "): column for name, column in columns.items() if name != "flipped"}
+    _print_top(mean_rank.argsort(stable=True)[: options.top].tolist(), shown, scored, mean_rank)
     outputs.write_picture(folder / "detection.png", lambda: plots.detection(curves))
     forget(folder / PARTIAL)
     return 0
@@ -134,20 +178,15 @@ def _rank(options: Mislabelled, folder: Path, dataset: Parts, scored: Scored) ->
     """Writes and prints the labels from the most suspicious on."""
     (images, labels), index = dataset.train, dataset.indices
     labels = labels.cpu()
-    # The mean rank over the scores: they are in different units, and each alone has its own mistakes.
-    ranks = torch.stack([attribution.ranks(score) for score in _suspicion(scored).values()])
-    order = ranks.mean(0).argsort(descending=True, stable=True)
-    columns = {"index": index, "given_label": labels, "predicted": scored.predicted, **scored.scores}
+    mean_rank = _mean_rank(scored)
+    order = mean_rank.argsort(stable=True)
+    shown = {"index": index, "given label": labels, "predicted": scored.predicted}
+    columns = {name.replace(" ", "_"): column for name, column in shown.items()}
+    columns |= {"mean_rank": mean_rank, **scored.scores}
     columns = {"rank": torch.arange(1, len(order) + 1)} | {name: column[order] for name, column in columns.items()}
     outputs.write_csv(folder / "suspicious.csv", columns)
     top = order[: options.top].tolist()
-    names = list(scored.scores)
-    print(f"\nThe most suspicious of {len(labels):,} labels, by the mean rank of {', '.join(names)}:")
-    print(f"{'index':>8}{'given label':>13}{'predicted':>11}" + "".join(f"{name:>16}" for name in names))
-    for i in top:
-        values = "".join(f"{score[i].item():>16.4g}" for score in scored.scores.values())
-        print(f"{index[i]:>8}{labels[i]:>13}{scored.predicted[i]:>11}{values}")
-    print()
+    _print_top(top, shown, scored, mean_rank)
     captions = [f"{index[i]}: {labels[i]}\npredicted {scored.predicted[i]}" for i in top]
     pictures = outputs.rows("most suspicious (index: given label, predicted label)", images[top], captions)
     outputs.write_picture(folder / "suspicious.png", lambda: plots.gallery(pictures))

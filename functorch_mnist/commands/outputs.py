@@ -10,6 +10,8 @@ from .. import files, plots
 
 WIDTH = 12
 """Images in a row of a gallery."""
+_MAX_HEADER = 500
+"""Characters of a replaced table's first line that are read."""
 
 
 def check_writable(folder: Path) -> None:
@@ -34,11 +36,15 @@ def write(path: Path, data: bytes) -> None:
 
 
 def write_csv(path: Path, columns: Mapping[str, Tensor]) -> None:
-    """Writes columns (N,) under their names, and prints the path.
+    """Writes columns (N,) under their names, and prints the path; says so where that replaces a table, and which.
 
     Raises:
         OSError: it cannot be written.
     """
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            before = file.readline(_MAX_HEADER).strip().replace(",", ", ")
+        print(f"Replacing {path}, which had the columns {before}.")
     write(path, csv(columns))
 
 

@@ -52,7 +52,7 @@ class Analysis:
     run: Annotated[Path, RUN]
     """The run's folder."""
     images: int | None = None
-    """Take only the first N of the run's training images."""
+    """Take only the first N of the run's training images, in the order of the data set."""
     data_dir: Annotated[Path | None, Shown("FOLDER")] = None
     """Read the data set's four IDX files from this folder instead."""
     out: Annotated[Path | None, Shown("FOLDER")] = None
@@ -138,7 +138,7 @@ class NoiseScale(Analysis):
     """Print the gradient noise scale during training, with error bars, and what it says of the batch size."""
 
     images: int | None = 4096
-    """Estimate it at each checkpoint from the first N of the run's training images."""
+    """Estimate it at each checkpoint from the first N of the run's training images, in the order of the data set."""
     windows: int = 20
     """Windows of the training over which the records of train --watch noise-scale are averaged."""
 
