@@ -241,8 +241,8 @@ def _pictures(
             shown = torch.cat([tests.images[i : i + 1], images[[place for place, _ in chosen]]])
             captions = [f"{index[j]}: {labels[j]}\n{score:.3g}" for j, score in chosen]
             heading = (
-                f"test image {start + i}: given label {tests.labels[i]}, predicted label {predicted[i]}; "
-                f"most {title} (index: given label, influence)"
+                f"most {title} for test {start + i}, given label {tests.labels[i]}, predicted {predicted[i]} "
+                "(index: given label, influence)"
             )
             rows += outputs.rows(heading, shown, [f"test {start + i}: {tests.labels[i]}\nmost {title}", *captions])
     return rows
