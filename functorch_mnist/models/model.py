@@ -31,9 +31,13 @@ class Model(NamedTuple):
 def check_names(where: str, params: Params, names: Collection[str]) -> None:
     """Raises TypeError or ValueError for parameters that are not a dict with exactly these names."""
     if not isinstance(params, dict):
+        remedy = (
+            "Pass state.params."
+            if hasattr(params, "params")
+            else "Use model.init(key), or params, model = models.from_module(module)."
+        )
         raise TypeError(
-            f"{where}: params must be a dict of tensors, the first argument. Found {type(params).__name__}. Use "
-            "model.init(key), or params, model = models.from_module(module)."
+            f"{where}: params must be a dict of tensors, the first argument. Found {type(params).__name__}. {remedy}"
         )
     if len(params) != len(names) or not all([name in params for name in names]):
         missing, unexpected = sorted(set(names) - params.keys()), sorted(params.keys() - set(names))

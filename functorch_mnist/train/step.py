@@ -134,6 +134,10 @@ def check_loss(where: str, name: str, loss_fn: Callable[..., Tensor], batch: Seq
         TypeError: it does not.
     """
     tensors = [f"a tensor {(*x.shape[1:],)}".replace(",)", ")") for x in batch]
+    if not torch.compiler.is_compiling() and "mask" in getattr(getattr(loss_fn, "__code__", None), "co_varnames", ()):
+        raise TypeError(
+            f"{where}: {name} must return losses. Found one that takes a mask. Is it a train.Estimator(fn)?"
+        )
     check_takes(
         where, name, loss_fn, ["params", *tensors],
         "fit and fit_private append a key (2,) of each example, for dropout and augmentation: write "
