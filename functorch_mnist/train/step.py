@@ -134,7 +134,8 @@ def check_loss(where: str, name: str, loss_fn: Callable[..., Tensor], batch: Seq
         TypeError: it does not.
     """
     tensors = [f"a tensor {(*x.shape[1:],)}".replace(",)", ")") for x in batch]
-    if not torch.compiler.is_compiling() and "mask" in getattr(getattr(loss_fn, "__code__", None), "co_varnames", ()):
+    code = None if torch.compiler.is_compiling() else getattr(loss_fn, "__code__", None)
+    if code is not None and "mask" in code.co_varnames[code.co_argcount :][: code.co_kwonlyargcount]:
         raise TypeError(
             f"{where}: {name} must return losses. Found one that takes a mask. Is it a train.Estimator(fn)?"
         )
