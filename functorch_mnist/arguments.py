@@ -89,6 +89,23 @@ def check_fn(where: str, name: str, fn: object, remedy: str = "") -> None:
         raise TypeError(f"{where}: {name} must be a function. Found {shown(fn)}. {remedy}".rstrip())
 
 
+def check_outputs_fn(where: str, fn: object) -> None:
+    """Refuses a module or a model where its function of parameters and one input belongs.
+
+    Raises:
+        TypeError: it is one, or cannot be called.
+    """
+    rule = f"{where}: outputs_fn must be a function of params and the inputs of one example."
+    if isinstance(fn, nn.Module):
+        raise TypeError(
+            f"{rule} Found the module {type(fn).__name__}. "
+            "Take params, model = models.from_module(module) and pass model.apply."
+        )
+    if hasattr(fn, "apply") and not callable(fn):
+        raise TypeError(f"{rule} Found {shown(fn)}. Pass model.apply.")
+    check_fn(where, "outputs_fn", fn)
+
+
 def check_takes(
     where: str,
     name: str,

@@ -71,6 +71,26 @@ def hypergradient(inputs):
     return sweep.hypergradient(lambda h, w, x: w - h * x, lambda h, w: w * w, one, one, inputs, steps=1)
 
 
+ONE_HOT, ARGMAX = torch.eye(2)[Y], r"One-hot\? Pass y\.argmax\(-1\)"
+ENTRY = privacy.Entry(POISSON, repr(FLAT), data="letters", steps=1)
+RELEASE = privacy.pipeline(FLAT, noise_multiplier=1.0, expected=8.0)
+
+
+def audit(release=RELEASE, key=KEY):
+    return privacy.audit(release, noise_multiplier=1.0, max_norm=1.0, trials=40, key=key)
+
+
+def canaries(count):
+    return train.plant_canaries(
+        loss_with_key, PARAMS, SGD, (X, Y), clipping=FLAT, mechanism=POISSON, canaries=count, key=KEY
+    )
+
+
+def canary_state(count):
+    planted = canaries(count)
+    return train.init_private_state(planted.params, planted.optimizer, KEY, FLAT)
+
+
 WITHOUT_KEY = r"called with \(params, .*Found loss\(params, x, y\)\. .*append a key \(2,\) of each example"
 A_MODULE = r"params must be a pytree of float tensors\. Found the module Linear\. .*from_module"
 TUPLE = r"must be a tuple of tensors\. Found one tensor\. Pass \(x,\)\?"
@@ -283,7 +303,8 @@ MISTAKES = [
      r"noisy_mean: noise_multiplier must be a number.*Found Poisson\. Pass mechanism\.noise_multiplier\?"),
     ("examples in place of their number", lambda: private(examples=(X, Y)), TypeError,
      r"private step: examples must be N, an int, or privacy\.Users\. Found tuple\. Pass len\(x\)"),
-    ("users' ids in place of Users", lambda: private(examples=Y), TypeError, r"Found Tensor\. .*Users\(ids, most"),
+    ("users' ids in place of Users", lambda: private(examples=Y), TypeError,
+     r"Found Tensor\. .*Users\(ids, max_examples"),
     ("one chunk size", lambda: private(chunk_sizes=4), TypeError, r"chunk_sizes must be several.*Pass \(size,\)\?"),
     ("an accountant that is not there", lambda: privacy.epsilon(POISSON, steps=1, delta=1e-5, accountant="prv"),
      ValueError, r"epsilon: the accountant must be of pld, rdp, rdp-old, gaussian\. Found 'prv'"),
@@ -292,7 +313,40 @@ MISTAKES = [
     ("a correlation that is not there", lambda: privacy.FixedOrder(8, 1.0, "bsr", 4), ValueError,
      r"FixedOrder: correlation must be bisr or cgd\. Found 'bsr'"),
     ("a quantile that is text", lambda: privacy.Quantile("0.5", 1.0), TypeError, r"Quantile: .*number\. Found '0\.5'"),
+    ("a ledger of mechanisms", lambda: privacy.Ledger((POISSON,)), TypeError,
+     r"Ledger: entries must be .*Found Poisson\. Pass \(Entry\(mechanism"),
+    ("a ledger of one entry", lambda: privacy.Ledger(ENTRY), TypeError, r"Found one Entry\. Pass \(entry,\)\?"),
+    ("a ledger of one mechanism", lambda: privacy.Ledger(POISSON), TypeError, r"Found Poisson\. Pass \(Entry"),
+    ("an audit with a seed", lambda: audit(key=0), TypeError, r"audit: key must be .*Found 0\. .*random\.key"),
+    ("an audit of a private step", lambda: audit(PRIVATE), TypeError,
+     r"audit: release .*Found PrivateStep\. .*privacy\.pipeline.*train\.plant_canaries"),
+    ("an audit of a loss", lambda: audit(loss), TypeError, r"audit: release is called with \(gradients, key\)"),
+    ("a bound of a run without canaries", lambda: canaries(4).lower_bound(PRIVATE_STATE), TypeError,
+     r"lower_bound: the state must be of a run with canaries\. Found SGDState in .*plant_canaries"),
+    ("a bound of parameters", lambda: canaries(4).lower_bound(PARAMS), TypeError, r"lower_bound: .*Found dict"),
+    ("a bound of other canaries", lambda: canaries(4).lower_bound(canary_state(6)), ValueError,
+     r"lower_bound: .*with 4 canaries\. Found 6\. Is it of another run"),
     # statistics, attribution, sweeps
+    ("one-hot labels of a loss", lambda: statistics.fold(loss, PARAMS, X, ONE_HOT, of=statistics.Norms.of), ValueError,
+     r"cross_entropy: .*Found \(2,\) and \(2,\)\. Labels are class numbers \(N,\)\. One-hot\? .*y\.argmax\(-1\)"),
+    ("one-hot labels of scores", lambda: attribution.scores(outputs, PARAMS, X, labels=ONE_HOT), ValueError, ARGMAX),
+    ("one-hot labels of a test", lambda: train.evaluate(outputs, losses.cross_entropy, PARAMS, X, ONE_HOT), ValueError,
+     "evaluate: .*" + ARGMAX),
+    ("one-hot labels of a private step", lambda: fit_private(examples=(X, ONE_HOT)), ValueError, ARGMAX),
+    ("scores of a module", lambda: attribution.scores(MODULE, PARAMS, X, labels=Y), TypeError,
+     r"scores: outputs_fn .*Found the module Linear\. .*pass model\.apply"),
+    ("scores of a model", lambda: attribution.scores(models.mlp([4, 2]), PARAMS, X, labels=Y), TypeError,
+     r"scores: outputs_fn .*Found Model\. Pass model\.apply"),
+    ("the Fisher information of a module", lambda: statistics.fisher_diagonal(MODULE, PARAMS, X), TypeError,
+     r"fisher: outputs_fn .*Found the module Linear\. .*pass model\.apply"),
+    ("a kernel of a module", lambda: attribution.tangent_kernel(MODULE, PARAMS, (X,)), TypeError,
+     r"tangent_kernel: outputs_fn .*Found the module Linear\. .*pass model\.apply"),
+    ("TracIn with checkpoints first", lambda: attribution.tracin([PARAMS], loss, (X, Y), (X, Y), lrs=[0.1]), TypeError,
+     r"tracin: loss_fn must be a function\. Found list\. Pass tracin\(loss_fn, checkpoints, train"),
+    ("TracIn with one learning rate", lambda: attribution.tracin(loss, [PARAMS], (X, Y), (X, Y), lrs=0.1), TypeError,
+     r"tracin: lrs must be a list.*Found 0\.1\. Pass \[0\.1\]\?"),
+    ("TracIn of one test example", lambda: attribution.tracin(loss, [PARAMS], (X, Y), (X[0], Y[0]), lrs=[0.1]),
+     ValueError, r"one leading size B.*One example\? Pass x\[None\], y\[None\]"),
     ("a statistic's class", lambda: fold(statistics.Norms), TypeError,
      r"fold: of must be a function of Gradients\. Found the class Norms\. Pass Norms\.of\?"),
     ("a statistic's name", lambda: fold("norms"), TypeError, r"fold: of must be a function\. Found 'norms'"),

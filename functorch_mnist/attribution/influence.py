@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..arguments import check_params, check_tensors
+from ..arguments import check_fn, check_params, check_tensors, shown
 from ..distributed import SINGLE_PROCESS, World, map_rows
 from ..per_sample import Plan, gram, norms
 from ..per_sample.squares import power
@@ -103,8 +103,8 @@ def tracin(
         loss_fn: `loss_fn(params, *example) -> ()`, pure.
         checkpoints: a list of the parameters at T checkpoints of training, T at least 1.
         train, test: tuples of tensors (N, …) and (M, …), as the loss takes them.
-        lrs: (T,), the learning rate at each checkpoint. Momentum μ scales each step's effect by 1 / (1 - μ), which
-            changes no ranking.
+        lrs: (T,), the learning rate at each checkpoint. With momentum μ pass lr / (1 - μ): the same
+            factor for all, which changes no ranking.
         chunk_size, plan, world: as in `gradient_cosine`.
 
     Returns:
@@ -112,7 +112,7 @@ def tracin(
 
     Raises:
         ValueError: there is no checkpoint, or not one learning rate for each.
-        TypeError: `checkpoints` is a dict, or `train` or `test` one tensor.
+        TypeError: `checkpoints` is a dict, `lrs` a number, `train` or `test` one tensor, or `loss_fn` no function.
 
     Cost: one backward pass over each set per checkpoint.
 
@@ -124,10 +124,15 @@ def tracin(
     Reference: Pruthi, Liu, Kale, Sundararajan, "Estimating training data influence by tracing gradient descent",
         NeurIPS 2020, section 3.3 (TracInCP).
     """
+    check_fn("tracin", "loss_fn", loss_fn, "Pass tracin(loss_fn, checkpoints, train, test, lrs=…).")
     for name, batch in (("train", train), ("test", test)):
         check_tensors("tracin", name, batch)
     if isinstance(checkpoints, Mapping):
         raise TypeError("tracin: checkpoints must be a list of parameters. Found a dict. Pass [params]?")
+    if isinstance(lrs, (int, float)):
+        raise TypeError(
+            f"tracin: lrs must be a list, a learning rate for each checkpoint. Found {shown(lrs)}. Pass [{lrs}]?"
+        )
     rates = torch.as_tensor(lrs)
     if len(checkpoints) < 1 or rates.shape != (len(checkpoints),):
         raise ValueError(

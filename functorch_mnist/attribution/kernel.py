@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..arguments import check_params
+from ..arguments import check_outputs_fn, check_params
 from ..distributed import SINGLE_PROCESS, World
 from ..per_sample import Plan, gram
 from ..tree import Tree
@@ -48,7 +48,7 @@ def tangent_kernel(
 
     Raises:
         ValueError: `a` or `b` is no tuple of tensors with an example, or the outputs are not (C,).
-        TypeError: the parameters are a module.
+        TypeError: the parameters or `outputs_fn` are a module.
 
     Cost: C backward passes over each set.
 
@@ -66,6 +66,7 @@ def tangent_kernel(
             "tangent_kernel: a and b must be tuples of tensors, such as (x,), with an example each. Found others."
         )
     check_params("tangent_kernel", params)
+    check_outputs_fn("tangent_kernel", outputs_fn)
     shape = tuple(outputs_fn(params, *[x[0] for x in a]).shape)
     if len(shape) != 1:
         raise ValueError(f"tangent_kernel: the outputs of one example must be (C,). Found {shape}.")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import batch as batches
 from .. import tree
-from ..arguments import check_params, check_takes, shown
+from ..arguments import check_outputs_fn, check_params, check_takes, shown
 from ..distributed import SINGLE_PROCESS, World, map_rows
 from ..losses import cross_entropy
 from ..losses.labels import check_labels, own
@@ -30,7 +30,13 @@ from ..tree import Tree
 
 
 class OutputScores(NamedTuple):
-    """The scores that need outputs and labels alone, (N,) each."""
+    """The scores that need outputs and labels alone, (N,) each.
+
+    Fields:
+        prediction: (N,) int64, the predicted label, that of the largest output.
+        el2n: (N,), EL2N, |p - onehot(label)|, in [0, √2].
+        margin: (N,), the label's output minus the largest other: below zero where the prediction is wrong.
+    """
 
     prediction: Tensor
     """int64: the predicted label, that of the largest output."""
@@ -41,7 +47,15 @@ class OutputScores(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """The scores of examples at one checkpoint, (N,) each, float32 or wider."""
+    """The scores of examples at one checkpoint, (N,) each, float32 or wider.
+
+    Fields:
+        loss: (N,), the loss of the example.
+        grand: (N,), GraNd, the gradient norm |∇|.
+        prediction: (N,) int64, the predicted label, that of the largest output.
+        el2n: (N,), EL2N, |p - onehot(label)|, in [0, √2].
+        margin: (N,), the label's output minus the largest other: below zero where the prediction is wrong.
+    """
 
     loss: Tensor
     """The loss of the example."""
@@ -113,6 +127,7 @@ def scores(
         return Scores(*[torch.cat(column) for column in zip(*rows, strict=True)])
 
     check_params("attribution.scores", params)
+    check_outputs_fn("attribution.scores", outputs_fn)
     check_takes(
         "attribution.scores", "loss_fn", loss_fn, ["outputs", "label"],
         "It is a function of one example's outputs (K,) and label, such as losses.cross_entropy.",

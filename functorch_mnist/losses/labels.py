@@ -33,7 +33,7 @@ def check_labels(where: str, outputs: Tensor, labels: Tensor, mask: Tensor | Non
     if outputs.dim() == 0 or outputs.shape[:-1] != labels.shape:
         raise ValueError(
             f"{where}: outputs (..., K) and labels (...) must share their leading axes. "
-            f"Found {tuple(outputs.shape)} and {tuple(labels.shape)}."
+            f"Found {tuple(outputs.shape)} and {tuple(labels.shape)}.{_one_hot(outputs, labels)}"
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"{where}: labels must be integers in [0, K). Found {labels.dtype}.")
@@ -64,6 +64,11 @@ def _in_range(labels: Tensor, classes: int, where: str) -> Tensor:
             if least < 0 or most >= classes:
                 raise ValueError(_refusal(where, classes, f" Found {least if least < 0 else most}."))
     return labels
+
+
+def _one_hot(outputs: Tensor, labels: Tensor) -> str:
+    """The remedy for labels of the outputs' shape."""
+    return " Labels are class numbers (N,). One-hot? Pass y.argmax(-1)." if outputs.shape == labels.shape else ""
 
 
 def _refusal(where: str, classes: int, found: str) -> str:

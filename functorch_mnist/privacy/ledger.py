@@ -1,6 +1,6 @@
 """The privacy ledger: all that ran on some data, runs, searches and resumed runs, composed into one ε."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -53,6 +53,19 @@ class Ledger:
 
     entries: tuple[Entry, ...] = ()
     """The runs, in any order."""
+
+    def __post_init__(self) -> None:
+        """Refuses what is no tuple of entries.
+
+        Raises:
+            TypeError: it is none.
+        """
+        rule = "Ledger: entries must be a tuple of privacy.Entry."
+        if isinstance(self.entries, Entry):
+            raise TypeError(f"{rule} Found one Entry. Pass (entry,)?")
+        kinds = [type(entry).__name__ for entry in _members(self.entries) if not isinstance(entry, Entry)]
+        if kinds:
+            raise TypeError(f"{rule} Found {kinds[0]}. Pass (Entry(mechanism, repr(clipping), data, steps=…),)?")
 
     def epsilon(self, *, delta: float, accountant: Accountant = "pld") -> float:
         """ε of the composition of all entries, at δ.
@@ -116,6 +129,11 @@ class Ledger:
             return Ledger(tuple([_entry(value) for value in ([values] if isinstance(values, dict) else list(values))]))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"Ledger: JSON must be what to_json makes. Found: {error!r:.200}.") from error
+
+
+def _members(entries: object) -> Iterable[object]:
+    """The entries; what is no tuple or list is its own member."""
+    return entries if isinstance(entries, (tuple, list)) else (entries,)
 
 
 def _entry(values: dict[str, Any]) -> Entry:

@@ -42,7 +42,18 @@ from .step_audit import highest_rate
 
 
 class LowerBound(NamedTuple):
-    """Lower bounds on the ε of one run, each with the stated confidence."""
+    """Lower bounds on the ε of one run, each with the stated confidence.
+
+    Fields:
+        epsilon: float, a lower bound on ε at δ of any mechanism.
+        gaussian: float, a lower bound on ε at δ if the mechanism is Gaussian (μ-GDP), as a run of many noisy steps
+            nearly is.
+        mu: float, the lower bound on μ from which `gaussian` follows.
+        independent: float, a lower bound on ε at δ if it is Gaussian and, besides, scores carry no information on other
+            canaries' coins, as with `train.plant_canaries` in correct code: the highest, which detects faults best.
+        guesses: int, r, the number of guesses.
+        correct: int, v, the number of correct guesses.
+    """
 
     epsilon: float
     """A lower bound on ε at δ of any mechanism."""

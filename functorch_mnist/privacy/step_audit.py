@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from .. import random
+from ..arguments import check_key, check_takes, shown
 from .clipping import Clipping
 from .gaussian import gaussian_epsilon
 from .rdp import log_binomial
@@ -40,7 +41,16 @@ DIMENSIONS = 16
 
 
 class Audit(NamedTuple):
-    """The result of an audit of a step."""
+    """The result of an audit of a step.
+
+    Fields:
+        claimed: float, ε at δ of a canary that is in each of the `steps` releases, if noise and clipping are as
+            claimed: not ε of a training run.
+        lower_bound: float, the empirical lower bound on that ε, with the stated confidence.
+        steps: int, T, the releases of an attack.
+        trials: int, attacks on each of the two sets.
+        passed: bool, whether `lower_bound` is at most `claimed`.
+    """
 
     claimed: float
     """ε at δ of a canary that is in each of the steps, if noise and clipping are as claimed."""
@@ -89,6 +99,7 @@ def audit(
 
     Raises:
         ValueError: a number is out of its range.
+        TypeError: `release` is a private step or takes other arguments, or the key is no key.
 
     Guarantees: correct code passes with probability at least `confidence`.
 
@@ -103,6 +114,13 @@ def audit(
     Reference: Nasr et al., "Tight auditing of differentially private machine learning", USENIX Security 2023, section
         4.
     """
+    check_key("audit", key)
+    if hasattr(release, "mechanism"):
+        raise TypeError(
+            f"audit: release must be a function (gradients, key). Found {shown(release)}. "
+            "Pass privacy.pipeline(clipping, …); for a training run use train.plant_canaries."
+        )
+    check_takes("audit", "release", release, ["gradients", "key"], "Pass privacy.pipeline(clipping, …)?")
     if not (0 < noise_multiplier < math.inf and 0 < max_norm < math.inf and 0 < confidence < 1 and 0 < delta < 1):
         raise ValueError(
             f"audit: noise_multiplier and max_norm above 0, delta and confidence in (0, 1). "

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import layers, random, tree
-from ..arguments import check_key, check_params
+from ..arguments import check_key, check_outputs_fn, check_params
 from ..batch import check
 from ..per_sample import Eigenbasis, Kronecker, Plan
 from ..tree import Tree
@@ -162,6 +162,7 @@ def _over_labels(
 ) -> tuple[S, int]:
     """The statistic over all passes, weighted so that their second moments add up, and the number of passes."""
     check_params("statistics.fisher", params)
+    check_outputs_fn("statistics.fisher", outputs_fn)
     if key is not None:
         check_key("statistics.fisher", key)
     if check("statistics.fisher", inputs, mask) < 1 or not isinstance(draws, int) or draws < 1:

@@ -39,7 +39,7 @@ from ..privacy import Clipping, LowerBound, Mechanism, lower_bound
 from ..privacy.clipping import check_clipping
 from ..privacy.mechanism import check_mechanism
 from ..tree import Tree
-from .step import State, check_loss, check_optimizer
+from .step import State, check_is_state, check_loss, check_optimizer
 
 LENGTHS = (100.0, 0.99)
 """Norms of a canary's gradient, in clipping norms. The first shows missing clipping; the second is for rules that drop
@@ -89,7 +89,23 @@ class CanaryRun:
 
         Returns:
             Lower bounds under three assumptions.
+
+        Raises:
+            TypeError: `state` is no training state of a run with canaries.
+            ValueError: it is of other canaries.
         """
+        check_is_state("lower_bound", state)
+        kept, count = state.optimizer, len(self.included)
+        if not isinstance(kept, CanaryState):
+            raise TypeError(
+                f"lower_bound: the state must be of a run with canaries. Found {type(kept).__name__} in "
+                "state.optimizer. Train with the params, optimizer and examples of plant_canaries."
+            )
+        if kept.scores.shape != self.included.shape:
+            raise ValueError(
+                f"lower_bound: the state must be of this run, with {count} canaries. "
+                f"Found {len(kept.scores)}. Is it of another run?"
+            )
         return lower_bound(state.optimizer.scores, self.included, delta=delta, confidence=confidence)
 
 

@@ -19,7 +19,18 @@ from .step import State, Step, check_is_state
 
 
 class Progress(NamedTuple):
-    """The progress of training after a step, which callbacks receive."""
+    """The progress of training after a step, which callbacks receive.
+
+    Fields:
+        state: the training `State` after the step.
+        loss: 0-d float64, the sum of the losses of the epoch's examples so far; divided by `examples` their mean.
+        examples: int, the number of examples of the epoch so far; of `fit_private` the expected number.
+        epoch: int, the number of the epoch, from 0.
+        step: int, the number of steps made in total.
+        epoch_ended: bool, whether this was the last step of the epoch.
+        aux: a mapping of tensors, what the step returned besides the state.
+        drawn: (B,) int64, the indices of the step's examples, a row of `aux` each; None where draws are secret.
+    """
 
     state: State
     """The training state after the step."""

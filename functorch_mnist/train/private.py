@@ -93,7 +93,7 @@ class PrivateStep:
             if isinstance(self.population, Tensor) or type(self.population) is not int:
                 raise TypeError(
                     f"private step: examples must be N, an int, or privacy.Users. Found "
-                    f"{shown(self.population)}. Pass len(x), or Users(ids, most=…)?"
+                    f"{shown(self.population)}. Pass len(x), or Users(ids, max_examples=…)?"
                 )
             check_count("private step", "examples", self.population)
         unit = "user" if isinstance(self.population, Users) else "example"

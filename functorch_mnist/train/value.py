@@ -74,9 +74,9 @@ def gradient_with_data_values(
         zero where masked, and per unit of η: see `data_values`. Make its state with `init_state(…, estimator)`.
 
     Raises:
-        ValueError: a number is out of its range, or there is no validation example. From the estimator, for a state
-            that was made without it. From `make_step`, for order 2 with several processes or shards, for q_i needs the
-            gradient of the whole batch.
+        ValueError: a number is out of its range, or there is no validation example. From the estimator, if it keeps a
+            moving average, for a state that was made without it. From `make_step`, for order 2 with several processes
+            or shards, for q_i needs the gradient of the whole batch.
         TypeError: `validation` is one tensor, or a loss takes other arguments.
 
     Guarantees: with order 1, equal up to rounding for any number of processes. Compiles as one graph.
