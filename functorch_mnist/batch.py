@@ -34,11 +34,11 @@ def check(where: str, batch: Sequence[Tensor], mask: Tensor | None) -> int:
         raise ValueError(f"{where}: a batch must have at least one tensor (B, …). Found none.")
     if not all(shapes) or len({shape[0] for shape in shapes}) != 1:
         single = any([rows.dtype == torch.int32 and rows.shape == (2,) for rows in batch])
-        one = "" if all(shapes) else "One example? Pass x[None], y[None]. "
+        one = "" if all(shapes) else " One example? Pass x[None], y[None]."
         remedy = (
             "Is (2,) a single key? random.split(key, B) gives one per example."
             if single
-            else one + "What all examples share belongs in the loss; expand it to B rows otherwise."
+            else f"What all examples share belongs in the loss; expand it to B rows otherwise.{one}"
         )
         raise ValueError(
             f"{where}: all tensors of a batch must have one leading size B. Found shapes {shapes}. {remedy}"
