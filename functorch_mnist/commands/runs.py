@@ -145,18 +145,20 @@ def program(begun: Origin, parts: Parts) -> sweep.Program:
 
 
 def claim(folder: Path, options: Search) -> None:
-    """Makes the folder of a sweep or comparison, and writes its options; one that holds the same is taken as it is.
+    """Makes the folder of a sweep or comparison, and writes its options; one that holds the same stays as it is.
 
     Raises:
         UsageError: the folder holds something else.
         OSError: it cannot be written.
     """
-    if run_folder.exists(folder):
+    begun = run_folder.exists(folder)
+    if begun:
         run_folder.check_same(folder, options)
     elif folder.exists() and any(path.name != CHECKPOINTS for path in folder.iterdir()):
         raise UsageError(f"{folder} must be empty or hold this sweep. Found other files. Choose another --out.")
     outputs.check_writable(folder)
-    run_folder.write_config(folder, options)
+    if not begun:
+        run_folder.write_config(folder, options)
 
 
 def swept(
