@@ -732,7 +732,7 @@ def test_a_run_of_another_model_is_told_in_one_line(command, copy, cnn):
         (("train", "--watch", "value"), "--watch value needs held-out images. Found none. Set --hold-out"),
         (
             ("train", "--watch", "value,norms", "--hold-out", "9"),
-            "--watch value is of steps of its own. Found value,norms",
+            "--watch value makes steps of its own. Found value,norms",
         ),
         (("train", "--watch-every", "2"), "--watch-every has no effect without --watch."),
         (("train", "--watch", "norms", "--watch-every", "0"), "--watch-every must be at least 1"),
