@@ -462,7 +462,7 @@ def test_a_watched_run_records_the_norms_and_the_noise_of_its_batches(watched, m
     assert math.isclose(found[0]["norms"]["most"], norms.max(), rel_tol=1e-4)
     columns = torch.tensor([[row["trace"], row["square_norm"]] for row in found[:4]]).unbind(1)
     assert f"Gradient noise scale of the epoch: {statistics.mean_noise_scale(*columns)}, from 4 steps" in out
-    assert "Largest norm of a sample gradient in the epoch" in out
+    assert "Largest norm of a per-sample gradient in the epoch" in out
 
 
 def test_watching_changes_no_parameter_but_by_rounding(watched, linear):

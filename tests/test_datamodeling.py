@@ -140,7 +140,7 @@ INFLUENCE, OUTPUTS = torch.ones(4, 2), torch.ones(3, 2)
         (lambda: score(INFLUENCE, HALVES, OUTPUTS / 0), "outputs must be finite. Found 6 of 6"),
         (
             lambda: attribution.datamodeling_interval(INFLUENCE, HALVES, OUTPUTS, key=KEY, resamples=0),
-            "draws must be at least 1",
+            "resamples must be at least 1",
         ),
         (lambda: attribution.datamodeling_interval(INFLUENCE, HALVES[:1], OUTPUTS[:1], key=KEY), "interval: two subs"),
     ],

@@ -269,15 +269,15 @@ def faulty(world):
     return train.fit(stepped, state, (x, Y), epochs=50, batch_size=BATCH, callbacks=(act,), world=world)
 
 
-def started(arguments, size, *, port=None, start=Forked, **environment):
+def started(arguments, size, *, ranks=None, port=None, start=Forked, **environment):
     """The processes of a world on this machine, each with one thread: `python …` with an environment as torchrun's.
 
-    `arguments` are those of all, or a function of the rank.
+    `arguments` are those of all, or a function of the rank; with `ranks` the others are missing.
     """
     base = dict(os.environ) | {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     base |= {"MASTER_PORT": str(port or free_port())} | environment
     of = arguments if callable(arguments) else lambda rank: arguments
-    return [start(of(rank), base | {"RANK": str(rank)}) for rank in range(size)]
+    return [start(of(rank), base | {"RANK": str(rank)}) for rank in ranks or range(size)]
 
 
 def program(arguments, environment):
