@@ -117,7 +117,7 @@ class PrivateStep:
         """The divisor of sums: the expected number of examples, or users, of a step, over all processes."""
         return self.mechanism.sampling_rate * self.size
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """The sizes that draws are cut into."""
         if self.chunk_sizes is not None:
