@@ -1,7 +1,6 @@
 """Many runs of one kind, vmapped: the program of one run, the number of runs in a call, the folder of a sweep."""
 
 import shlex
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from .build import Classifier, Origin, Saved
 from .passes import bar
 from .processes import check_data
 from .sources import Parts
+from .waiting import say
 
 NOISE = 1
 """Folded into a run's key for the noise of its steps."""
@@ -82,13 +82,13 @@ class _Steps(sweep.VmappedStep):
         width = len(keys)
         new = self.compile and width not in self._steps
         if new:
-            tqdm.write(f"Compiling the step of {outputs.plural(width, 'vmapped run')}.", file=sys.stdout)
+            say(f"Compiling the step of {outputs.plural(width, 'vmapped run')}.")
         start = time.perf_counter()
         losses = super().step_(runs, states, index, keys, mask)
         if new:
             seconds = time.perf_counter() - start
             self.seconds += seconds
-            tqdm.write(f"Compiled in {seconds:.0f} s.", file=sys.stdout)
+            say(f"Compiled in {seconds:.0f} s.")
         if self.progress is not None:
             self.progress.update(width)
         return losses
@@ -238,7 +238,7 @@ def swept(
             )
             rate = f"{seconds:.1f} s, {examples / max(seconds, 1e-9):,.0f} examples/s"
             line = f"epoch {epoch}/{options.epochs}: {left} of {total} runs continue, {rate}{leader}"
-            tqdm.write(line, file=sys.stdout)
+            say(line)
 
     remaining = int((state.ended == sweep.RUNNING).sum()) * (options.epochs - saved) * per_epoch
     try:
